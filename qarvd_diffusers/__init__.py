@@ -1,0 +1,68 @@
+"""Q-ARVD: post-training quantization for autoregressive video diffusion models, as a plugin for diffusers.
+
+Importing this package registers the quantization method `qarvd` with diffusers and does nothing else: no device is
+touched, no seed set, no logging configured. Public names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .quantizer import register
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ARVDMixin": "pipelines.arvd_mixin",
+    "ARVDPipeline": "pipelines.pipeline_arvd",
+    "CausalWanTransformer3DModel": "models.transformer_causal_wan",
+    "KVCache": "models.kv_cache",
+    "FewStepRenoiseScheduler": "schedulers.scheduling_few_step_renoise",
+    "QARVDConfig": "config",
+    "QARVDLinear": "linear",
+    "bundled_model_path": "bundled",
+    "calibrate": "calibration.calibrate",
+    "convert_checkpoint": "conversion",
+    "evaluate": "evaluation.fidelity",
+}
+
+if TYPE_CHECKING:
+    from .bundled import bundled_model_path
+    from .calibration.calibrate import calibrate
+    from .config import QARVDConfig
+    from .conversion import convert_checkpoint
+    from .evaluation.fidelity import evaluate
+    from .linear import QARVDLinear
+    from .models.kv_cache import KVCache
+    from .models.transformer_causal_wan import CausalWanTransformer3DModel
+    from .pipelines.arvd_mixin import ARVDMixin
+    from .pipelines.pipeline_arvd import ARVDPipeline
+    from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
+
+__all__ = [
+    "ARVDMixin",
+    "ARVDPipeline",
+    "CausalWanTransformer3DModel",
+    "FewStepRenoiseScheduler",
+    "KVCache",
+    "QARVDConfig",
+    "QARVDLinear",
+    "bundled_model_path",
+    "calibrate",
+    "convert_checkpoint",
+    "evaluate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
+register()

@@ -1,0 +1,233 @@
+"""`QARVDConfig`: everything that decides what a quantized model is, frozen and checked at construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+
+class QARVDMethod(str, Enum):
+    """Name under which diffusers knows this method: a `str` enum, since diffusers reads `.value` and hashes a str."""
+
+    QARVD = "qarvd"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one quantized Linear computes.
+
+    Attributes:
+        weight_bits: 4 or 8.
+        activation: `"static"` (int8, calibrated per tensor and group), `"dynamic"` (int8 per token and group, at run
+            time) or `"none"` (float activations, weights de-quantized).
+        symmetric_weights: zero-point in the middle of the code range; saves the row sums of an 8-bit GEMM.
+    """
+
+    weight_bits: int
+    activation: str
+    symmetric_weights: bool
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.activation == "static"
+
+
+SCHEMES: dict[str, Scheme] = {
+    "w8a8": Scheme(8, "static", symmetric_weights=True),
+    "w4a8": Scheme(4, "static", symmetric_weights=False),
+    "w8a16": Scheme(8, "none", symmetric_weights=True),
+    "w4a16": Scheme(4, "none", symmetric_weights=False),
+    "w8a8_dynamic": Scheme(8, "dynamic", symmetric_weights=True),
+}
+OUTLIER_DETECTORS = ("mad_zscore", "iqr", "none")
+
+# Published chunk sensitivities of Self-Forcing at W4A8 (arXiv 2605.21072), share of the total error per chunk.
+PUBLISHED_SENSITIVITY = (0.5462, 0.1668, 0.1189, 0.0789, 0.0534, 0.0263, 0.0096)
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """What the checkpoint's config must say of one quantized Linear so that its empty module can be built.
+
+    Attributes:
+        num_outliers: number of outlier input channels, stored first.
+        weight_bits: bits of a weight code.
+        activation: see `Scheme.activation`.
+    """
+
+    num_outliers: int
+    weight_bits: int
+    activation: str
+
+    def __post_init__(self) -> None:
+        if (
+            self.weight_bits not in (4, 8)
+            or self.activation not in ("static", "dynamic", "none")
+            or self.num_outliers < 0
+        ):
+            raise ValueError(f"{self} is not a valid description of a quantized module")
+
+
+@dataclass  # not frozen=True: Python forbids it below diffusers' unfrozen base; __setattr__ does the freezing
+class QARVDConfig(QuantizationConfigMixin):
+    """Configuration of Q-ARVD quantization (arXiv 2605.21072); JSON both ways, unknown keys refused.
+
+    Args:
+        scheme: one of `w8a8`, `w4a8`, `w8a16`, `w4a16`, `w8a8_dynamic`.
+        reference_compat: reproduce the public reference code, its choices included (asymmetric 8-bit weights,
+            unclamped zero-points, chunk weights ignored on dual-scale layers).
+        outlier_detector: `mad_zscore` (modified z-score of the input channels' weight norms), `iqr` or `none`.
+        outlier_alignment: outlier counts are rounded up to a multiple of this (and capped at half the channels).
+        tie_inputs: layers that read the same tensor (q, k and v) share one outlier set and one activation quantizer,
+            so that a kernel quantizes their input once.
+        percentiles: candidates of the range search.
+        chunk_weights: sensitivity per chunk, any positive scale, weighting every calibration loss; a shorter or longer
+            rollout continues the last ratio. `"published"` takes the published numbers, `"uniform"` weighs all alike.
+        calibration_prompts: prompts of the calibration rollouts; None takes the set bundled with the package. Never
+            stored in a checkpoint.
+        calibration_chunks: chunks per calibration rollout.
+        calibration_seed: seed of the calibration noise.
+        modules_to_not_convert: names (or their leading or trailing parts) of Linears that stay float, besides the time
+            embedding, the patch embedding and the output head.
+        text_encoder: `"int8"` quantizes the text encoder's weights with optimum-quanto at load time; None leaves it.
+        modules: written by quantization, read by loading: name -> `QuantizedModule` (or its dict).
+    """
+
+    scheme: str = "w8a8"
+    reference_compat: bool = False
+    outlier_detector: str = "mad_zscore"
+    outlier_alignment: int = 128
+    tie_inputs: bool = True
+    percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
+    chunk_weights: str | tuple[float, ...] = "published"
+    calibration_prompts: tuple[str, ...] | None = None
+    calibration_chunks: int = 7
+    calibration_seed: int = 0
+    modules_to_not_convert: tuple[str, ...] = ()
+    text_encoder: str | None = None
+    modules: Mapping[str, QuantizedModule] | None = None
+    quant_method: str = dataclasses.field(default=QARVDMethod.QARVD, kw_only=True)  # the base puts it first
+
+    def __post_init__(self) -> None:
+        self.quant_method = QARVDMethod(self.quant_method)
+        for name in ("percentiles", "calibration_prompts", "modules_to_not_convert"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"QARVDConfig.{name} must be a sequence of values, got the single string {value!r}")
+            setattr(self, name, None if value is None else tuple(value))
+        if not isinstance(self.chunk_weights, str):
+            self.chunk_weights = tuple(float(weight) for weight in self.chunk_weights)
+        if self.modules is not None:
+            self.modules = {
+                name: entry if isinstance(entry, QuantizedModule) else QuantizedModule(**entry)
+                for name, entry in self.modules.items()
+            }
+        self._check()
+        self.__dict__["_frozen"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_frozen" in self.__dict__:
+            raise AttributeError(f"QARVDConfig is frozen: use config.replace({name}=...), which returns a new config")
+        super().__setattr__(name, value)
+
+    def _check(self) -> None:
+        def require(condition: bool, name: str, expected: str) -> None:
+            if not condition:
+                raise ValueError(f"QARVDConfig.{name} is {getattr(self, name)!r}, expected {expected}")
+
+        require(self.scheme in SCHEMES, "scheme", f"one of {', '.join(SCHEMES)}")
+        require(
+            self.outlier_detector in OUTLIER_DETECTORS, "outlier_detector", f"one of {', '.join(OUTLIER_DETECTORS)}"
+        )
+        require(self.outlier_alignment >= 1, "outlier_alignment", "a positive integer")
+        require(
+            len(self.percentiles) > 0 and all(0.5 < p <= 1 for p in self.percentiles),
+            "percentiles",
+            "at least one number in (0.5, 1]",
+        )
+        weights = self.chunk_weights
+        require(
+            weights in ("published", "uniform")
+            if isinstance(weights, str)
+            else len(weights) > 0 and all(math.isfinite(w) and w > 0 for w in weights),
+            "chunk_weights",
+            "'published', 'uniform' or positive finite numbers, one per chunk",
+        )
+        require(
+            self.calibration_prompts is None
+            or (len(self.calibration_prompts) > 0 and all(p.strip() for p in self.calibration_prompts)),
+            "calibration_prompts",
+            "None or at least one non-empty prompt",
+        )
+        require(self.calibration_chunks >= 1, "calibration_chunks", "a positive integer")
+        require(self.text_encoder in (None, "int8"), "text_encoder", "None or 'int8'")
+
+    @property
+    def resolved_scheme(self) -> Scheme:
+        """The `Scheme` of this config; the reference quantizes 8-bit weights asymmetrically."""
+        scheme = SCHEMES[self.scheme]
+        return dataclasses.replace(scheme, symmetric_weights=False) if self.reference_compat else scheme
+
+    def sensitivity(self, num_chunks: int) -> list[float]:
+        """Weights of `num_chunks` chunks, scaled to mean 1; beyond the given list its last ratio continues."""
+        if num_chunks < 1:
+            raise ValueError(f"num_chunks is {num_chunks}, expected at least 1")
+        if self.chunk_weights == "uniform":
+            return [1.0] * num_chunks
+        given = list(PUBLISHED_SENSITIVITY if self.chunk_weights == "published" else self.chunk_weights)
+        ratio = given[-1] / given[-2] if len(given) > 1 else 1.0
+        while len(given) < num_chunks:
+            given.append(given[-1] * ratio)
+        mean = sum(given[:num_chunks]) / num_chunks
+        return [weight / mean for weight in given[:num_chunks]]
+
+    def replace(self, **changes: Any) -> QARVDConfig:
+        """A copy with the named fields changed and checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def for_checkpoint(self, modules: Mapping[str, QuantizedModule]) -> QARVDConfig:
+        """The config that is stored: names the quantized modules, drops the prompts (they may be private)."""
+        return self.replace(modules=modules, calibration_prompts=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Fields that differ from their defaults, plus the method; diffusers' repr asks for it."""
+        defaults = QARVDConfig().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k == "quant_method" or v != defaults[k]}
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> QARVDConfig | tuple[QARVDConfig, dict[str, Any]]:
+        """Build from a dict such as `config.json`'s `quantization_config`; an unknown key is refused by name."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {**config_dict, **{key: kwargs.pop(key) for key in list(kwargs) if key in known}}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"quantization_config has unknown keys {unknown}; this version knows {sorted(known)}. "
+                "A checkpoint written by a newer version needs a newer qarvd_diffusers."
+            )
+        config = cls(**values)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        raise AttributeError("QARVDConfig is frozen: use config.replace(name=value), which returns a new config")
+
+
+def parse_prompts(lines: Sequence[str], source: str) -> tuple[str, ...]:
+    """Non-empty, stripped lines that do not start with `#`; an empty result is an error that names `source`."""
+    prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not prompts:
+        raise ValueError(f"{source} contains no prompt: one prompt per line is expected")
+    return prompts

@@ -1,0 +1,179 @@
+"""The diffusers side of quantization: how a `qarvd` checkpoint loads through any `ModelMixin.from_pretrained`."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+
+from .config import QARVDConfig, QARVDMethod
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
+logger = logging.getLogger(__name__)
+
+DATA_FREE_SCHEME = "w8a8_dynamic"
+
+
+class QARVDQuantizer(DiffusersQuantizer):
+    """Loads packed checkpoints strictly and bit-exactly; quantizes float ones without data.
+
+    A stored checkpoint names every quantized module (`QARVDConfig.modules`), so its empty modules are built before any
+    tensor is read, and a missing, surplus, misshapen or mistyped tensor is refused by name. A float checkpoint is
+    quantized after it is loaded, with the weights alone: schemes that need calibration become `w8a8_dynamic`, since a
+    model has no prompts; `ARVDPipeline.from_pretrained` calibrates.
+    """
+
+    # Otherwise diffusers ignores the model's own list and norms and modulation tables lose their float32.
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QARVDConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # from_single_file never says pre_quantized: the config does, by naming the modules.
+        self.pre_quantized = quantization_config.modules is not None
+        self._loaded_keys: list[str] = []
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not isinstance(device_map, dict):
+            return
+        if "disk" in map(str, device_map.values()):
+            raise ValueError(
+                "A qarvd model cannot be dispatched to disk: accelerate would cast its float32 scales. Pass a device_map "
+                "without 'disk', or load to the CPU and call enable_group_offload(offload_to_disk_path=...)."
+            )
+        if not self.pre_quantized and len(set(map(str, device_map.values()))) > 1:
+            raise ValueError(
+                "Quantizing while loading over several devices is not supported. Quantize on one device, call "
+                "save_pretrained, and load the saved folder with the device_map."
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        return torch.bfloat16 if torch_dtype is None else torch_dtype
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        return self.pre_quantized
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._loaded_keys = list(loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self,
+        model: ModelMixin,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        keep_in_fp32_modules: list[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        from .serialization import check_keys, install_empty_modules
+
+        if self.pre_quantized:
+            install_empty_modules(model, self.quantization_config.modules)
+            check_keys(model, list(state_dict) if state_dict is not None else self._loaded_keys)
+
+    def check_if_quantized_param(
+        self, model: ModelMixin, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        return self.pre_quantized and param_name.rpartition(".")[0] in self.quantization_config.modules
+
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: torch.Size | torch.Tensor, loaded_param: torch.Tensor
+    ) -> bool:
+        expected = tuple(getattr(current_param, "shape", current_param))
+        if expected != tuple(loaded_param.shape):
+            raise ValueError(
+                f"{param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, expected {expected}: the file does "
+                "not fit its config.json. Download or quantize it again."
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: ModelMixin,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        from .serialization import assign_stored_tensor
+
+        # param_value was already cast to the model's dtype; the state dict still holds the stored bits.
+        assign_stored_tensor(model, param_name, state_dict[param_name], target_device, dtype)
+
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
+        from .calibration.calibrate import apply, quantize_weights
+        from .serialization import check_loaded
+
+        if self.pre_quantized:
+            check_loaded(model)
+            return model
+        config = self.quantization_config
+        if config.resolved_scheme.needs_calibration:
+            logger.warning(
+                "Scheme %s needs calibration prompts, which a model alone does not have: using the data-free scheme %s. "
+                "ARVDPipeline.from_pretrained(..., quantization_config=...) calibrates.",
+                config.scheme,
+                DATA_FREE_SCHEME,
+            )
+            config = config.replace(scheme=DATA_FREE_SCHEME)
+        apply(model, quantize_weights(model, config))
+        attach(model, config)
+        self.quantization_config = model.hf_quantizer.quantization_config
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        adapters = sorted({key.split(".base_layer.")[0] for key in state_dict if ".base_layer." in key})
+        if adapters:
+            raise ValueError(
+                f"{len(adapters)} quantized modules carry a LoRA adapter (first: {adapters[0]}); a checkpoint holds the "
+                "base model alone. Call unload_lora_weights() or delete_adapters() and save again."
+            )
+        return state_dict, {}
+
+    def _dequantize(self, model: ModelMixin) -> ModelMixin:
+        from .calibration.calibrate import dequantize
+
+        dequantize(model)
+        # The base class leaves this entry, and a model saved with it would claim to be quantized.
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: ModelMixin, config: QARVDConfig) -> None:
+    """Mark a model whose Linears were just quantized in memory, so that `save_pretrained` writes what it is."""
+    from .serialization import describe_modules
+
+    stored = config.for_checkpoint(describe_modules(model))
+    model.hf_quantizer = QARVDQuantizer(stored, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = stored.quant_method
+    model.register_to_config(quantization_config=stored)
+
+
+def register() -> None:
+    """Tell diffusers about the method. It has no plugin hook: these two dicts are its registry."""
+    auto.AUTO_QUANTIZER_MAPPING[QARVDMethod.QARVD.value] = QARVDQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QARVDMethod.QARVD.value] = QARVDConfig

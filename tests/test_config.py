@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from qarvd_diffusers.config import PUBLISHED_SENSITIVITY, SCHEMES, QARVDConfig, QuantizedModule, parse_prompts
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_json_round_trip(scheme):
+    config = QARVDConfig(
+        scheme, chunk_weights=[3, 2, 1], calibration_prompts=["a b"], modules_to_not_convert=["blocks.0"]
+    )
+    stored = config.for_checkpoint({"blocks.1.ffn": QuantizedModule(128, 4, "static")})
+    for each in (config, stored):
+        assert QARVDConfig.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+        assert copy.deepcopy(each) == each
+    assert stored.calibration_prompts is None, "prompts may be private and never reach a checkpoint"
+
+
+def test_frozen():
+    config = QARVDConfig()
+    with pytest.raises(AttributeError, match="replace"):
+        config.scheme = "w4a8"
+    with pytest.raises(AttributeError, match="replace"):
+        config.update(scheme="w4a8")
+    assert config.replace(scheme="w4a8").scheme == "w4a8" and config.scheme == "w8a8"
+
+
+def test_unknown_key_is_named():
+    with pytest.raises(ValueError, match="rank"):
+        QARVDConfig.from_dict({"scheme": "w8a8", "rank": 4})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scheme", "w3a8"),
+        ("outlier_detector", "magic"),
+        ("outlier_alignment", 0),
+        ("percentiles", ()),
+        ("percentiles", (1.5,)),
+        ("chunk_weights", (1.0, -1.0)),
+        ("chunk_weights", (float("nan"),)),
+        ("chunk_weights", "guess"),
+        ("calibration_prompts", ()),
+        ("calibration_prompts", ("", "a")),
+        ("calibration_prompts", "one string"),
+        ("calibration_chunks", 0),
+        ("text_encoder", "int3"),
+    ],
+)
+def test_bad_values_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        QARVDConfig(**{field: value})
+
+
+def test_sensitivity_continues_the_last_ratio_and_has_mean_one():
+    weights = QARVDConfig(chunk_weights=(4.0, 2.0)).sensitivity(4)
+    assert weights == pytest.approx([4 / 1.875, 2 / 1.875, 1 / 1.875, 0.5 / 1.875])
+    published = QARVDConfig().sensitivity(7)
+    assert sum(published) / 7 == pytest.approx(1)
+    assert published[1] / published[0] == pytest.approx(PUBLISHED_SENSITIVITY[1] / PUBLISHED_SENSITIVITY[0])
+    assert QARVDConfig(chunk_weights="uniform").sensitivity(3) == [1, 1, 1]
+
+
+def test_reference_compat_is_asymmetric_at_8_bits():
+    assert QARVDConfig("w8a8").resolved_scheme.symmetric_weights
+    assert not QARVDConfig("w8a8", reference_compat=True).resolved_scheme.symmetric_weights
+
+
+def test_prompt_files():
+    assert parse_prompts(["# comment", "", " a cat "], "x.txt") == ("a cat",)
+    with pytest.raises(ValueError, match=r"x\.txt"):
+        parse_prompts(["# only a comment"], "x.txt")
