@@ -1,0 +1,86 @@
+"""Pure tensor functions of affine quantization: `value = (code - zero_point) * scale`, code in `[0, 2**bits - 1]`.
+
+Everything here is float32 in, float32 out, and finite for finite input. Whoever calls knows the layer's name, so the
+callers raise the error about a NaN or an infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Zero-points are stored in 16 bits; a range so far from zero that its zero-point does not fit is treated as degenerate.
+MAX_ZERO_POINT = 2**15 - 1
+TINY = torch.finfo(torch.float32).tiny
+# torch.quantile refuses more than 2**24 elements, and sorts a copy: rows go through it in blocks of this many elements.
+QUANTILE_BLOCK = 2**22
+
+
+def affine_qparams(
+    low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False, clamp: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of the range `[low, high]`.
+
+    Args:
+        low, high: float32, any equal shapes, low <= high.
+        bits: bits of a code.
+        symmetric: zero-point fixed at `2**(bits-1)`, range `[-m, m]` with m the larger magnitude.
+        clamp: extend the range to include zero, which keeps the zero-point a code. False leaves the zero-point free, as
+            the reference implementation does, except where the range is empty or too far from zero to be stored.
+
+    Returns:
+        float32 scale (positive; 1 for the range [0, 0]) and float32 zero-point (an integer), shaped like low.
+    """
+    if symmetric:
+        half = 2 ** (bits - 1)
+        scale = torch.maximum(low.abs(), high.abs()) / (half - 1)
+        return torch.where(scale < TINY, torch.ones_like(scale), scale), torch.full_like(scale, half)
+    levels = 2**bits - 1
+    scale, zero_point = _asymmetric(low.clamp(max=0), high.clamp(min=0), levels)
+    if clamp:
+        return scale, zero_point.clamp(0, levels)
+    free_scale, free_zero_point = _asymmetric(low, high, levels)
+    usable = (high > low) & (free_zero_point.abs() <= MAX_ZERO_POINT)
+    return torch.where(usable, free_scale, scale), torch.where(usable, free_zero_point, zero_point)
+
+
+def _asymmetric(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    scale = (high - low) / levels
+    scale = torch.where(scale < TINY, torch.ones_like(scale), scale)
+    return scale, torch.round(-low / scale)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes of x, as floats: `clamp(round(x / scale) + zero_point, 0, 2**bits - 1)`, ties to even."""
+    return torch.clamp(torch.round(x / scale) + zero_point, 0, 2**bits - 1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """`(codes - zero_point) * scale`."""
+    return (codes - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """x rounded to the grid: `dequantize(quantize(x))`."""
+    return dequantize(quantize(x, scale, zero_point, bits), scale, zero_point)
+
+
+def percentile_ranges(x: Tensor, percentiles: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
+    """For every percentile p the range `[quantile(row, 1 - p), quantile(row, p)]` of every row.
+
+    Args:
+        x: float32 `[rows, columns]`, at least one column.
+        percentiles: numbers in (0.5, 1]; values between two columns are interpolated linearly.
+
+    Returns:
+        one `(low, high)` pair per percentile, each `[rows, 1]`.
+    """
+    points = torch.tensor([q for p in percentiles for q in (1 - p, p)], dtype=x.dtype, device=x.device)
+    block = max(1, QUANTILE_BLOCK // x.shape[1])
+    values = torch.cat([torch.quantile(rows, points, dim=1) for rows in x.split(block)], dim=1)
+    return [(values[2 * i, :, None], values[2 * i + 1, :, None]) for i in range(len(percentiles))]
+
+
+def mean_squared_error(x: Tensor, y: Tensor) -> Tensor:
+    """Per row: `[rows, columns]` twice -> `[rows, 1]`."""
+    return (x - y).square().mean(dim=1, keepdim=True)
