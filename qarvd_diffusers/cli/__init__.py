@@ -1,0 +1,53 @@
+"""`qarvd`: one module per command, each with `add_arguments(parser)` and `run(args) -> dict | None`.
+
+Results go to stdout, as text or with `--json` as one JSON document; progress and logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "quantize the bundled model, save, reload, generate and compare: start here",
+    "convert": "original checkpoint (.pt, .safetensors) to a diffusers folder, or back",
+    "quantize": "calibrate and quantize a model folder",
+    "generate": "stream a video into an mp4",
+    "inspect": "what is in a model folder: layers, bits, outliers, bytes",
+    "info": "versions, devices, and which kernel runs for each operator and why",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qarvd", description="Quantize and stream autoregressive video diffusion models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f".{name}", __name__)
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        command.add_argument("--traceback", action="store_true", help="show where an error arose")
+        command.set_defaults(run=module.run, render=module.render)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `qarvd` script; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except KeyboardInterrupt:
+        print("qarvd: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if args.traceback:
+            raise
+        print(f"qarvd {args.command}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result, indent=2) if args.json else args.render(result))
+    return 0

@@ -1,0 +1,117 @@
+"""Quantize the bundled model to w8a8 and w4a8, save, reload, generate on identical noise, and show what was lost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import table
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_arvd import ARVDPipeline
+
+SCHEMES = ("w8a8", "w4a8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="qarvd_demo", help="folder for videos, pictures and checkpoints")
+    parser.add_argument("--prompts", type=int, default=6, help="held-out prompts to generate (default: 6)")
+    parser.add_argument("--chunks", type=int, default=7, help="chunks per video (default: 7, that is 81 frames)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ..bundled import bundled_model_path
+    from ..config import QARVDConfig
+    from ..evaluation.fidelity import compare, describe, roll_out
+    from ..evaluation.moving_shapes import adherence, held_out_prompts
+    from ..pipelines.pipeline_arvd import ARVDPipeline
+    from ..serialization import atomic_file
+
+    out = Path(args.out)
+    prompts = held_out_prompts(args.prompts, args.seed)
+
+    def judge(frames: Any, prompt: str) -> bool:
+        return adherence(frames, prompt).correct
+
+    def load(path: str | Path) -> ARVDPipeline:
+        pipe = ARVDPipeline.from_pretrained(str(path), torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    _say("float model: generating")
+    reference = load(bundled_model_path())
+    expected = roll_out(reference, prompts, args.chunks, args.seed)
+    report = {"float": describe(reference, expected, prompts, judge)}
+    rollouts = {"float": expected}
+    for scheme in SCHEMES:
+        _say(f"{scheme}: calibrating, saving, reloading, generating")
+        pipe = load(bundled_model_path())
+        pipe.quantize(QARVDConfig(scheme))
+        pipe.save_pretrained(out / scheme)
+        pipe = load(out / scheme)
+        rollouts[scheme] = roll_out(pipe, prompts, args.chunks, args.seed)
+        report[scheme] = describe(pipe, rollouts[scheme], prompts, judge) | compare(expected, rollouts[scheme])
+    for entry in report.values():
+        # What the quantized layers take; for the float model the same layers as bfloat16.
+        entry["bytes"] = entry["quantized_layer_bytes"]
+    report["float"]["bytes"] = report[SCHEMES[0]]["quantized_layer_bytes_as_bfloat16"]
+    report["files"] = _write_pictures(out, rollouts, prompts, report, reference.config.get("fps") or 16)
+    report["files"]["report"] = str(out / "report.json")
+    with atomic_file(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    return report
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write_pictures(
+    out: Path, rollouts: dict[str, Any], prompts: list[str], report: dict[str, Any], fps: int
+) -> dict[str, str]:
+    from ..evaluation.pictures import contact_sheet, write_video
+
+    files = {}
+    for label, rollout in rollouts.items():
+        files[f"{label}_video"] = str(out / f"{label}.mp4")
+        write_video(rollout.video(0), files[f"{label}_video"], fps)
+    files["contact_sheet"] = str(out / "contact_sheet.png")
+    notes = {
+        label: f"{report[label]['bytes'] / 1e6:.2f} MB"
+        + (f", {min(report[label]['psnr_db']):.1f} dB" if "psnr_db" in report[label] else " (bf16)")
+        for label in rollouts
+    }
+    rows = {label: rollout.frames[0] for label, rollout in rollouts.items()}
+    contact_sheet(rows, files["contact_sheet"], f'"{prompts[0]}"', notes)
+    files |= {scheme: str(out / scheme) for scheme in SCHEMES}
+    return files
+
+
+def render(report: dict[str, Any]) -> str:
+    chunks = range(len(report[SCHEMES[0]]["psnr_db"]))
+    rows = []
+    for label in ("float", *SCHEMES):
+        entry = report[label]
+        rows.append(
+            (
+                label,
+                f"{entry['bytes']:,}",
+                f"{entry['bytes'] / report['float']['bytes']:.3f}",
+                f"{entry['adherence']:.0%}",
+                f"{entry['seconds_per_chunk']:.2f}",
+                *(f"{psnr:.1f}" for psnr in entry.get("psnr_db", [])),
+                *([""] * len(chunks) if "psnr_db" not in entry else []),
+            )
+        )
+    header = ("model", "bytes", "of bf16", "adherence", "s/chunk", *(f"dB chunk {c}" for c in chunks))
+    files = "\n".join(f"  {name}: {path}" for name, path in report["files"].items())
+    return (
+        f"{table(header, rows)}\n\nbytes: the quantized layers with their scales (float: the same layers in bfloat16). "
+        f"dB: PSNR of the frames against the float model on identical noise.\n\n{files}"
+    )

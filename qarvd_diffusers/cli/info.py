@@ -1,0 +1,67 @@
+"""Versions, devices, and which implementation runs for each operator and why the others were refused."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .common import table
+
+_PACKAGES = (
+    "qarvd-diffusers",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "optimum-quanto",
+    "safetensors",
+    "huggingface_hub",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    import qarvd_kernels
+
+    devices = [
+        {
+            "name": torch.cuda.get_device_name(i),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(i))),
+            "bytes": torch.cuda.get_device_properties(i).total_memory,
+        }
+        for i in range(torch.cuda.device_count())
+    ]
+    return {
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "devices": devices,
+        "operators": [
+            {"operator": operator, "implementation": implementation, "reason": reason}
+            for operator, implementation, reason in qarvd_kernels.report()
+        ],
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    devices = [(d["name"], d["capability"], f"{d['bytes'] / 2**30:.1f} GiB") for d in result["devices"]]
+    return "\n\n".join(
+        [
+            table(("package", "version"), list(result["versions"].items())),
+            table(("device", "capability", "memory"), devices)
+            if devices
+            else "no CUDA device: everything runs on the CPU",
+            "\n".join(f"{o['operator']}: {o['implementation']} ({o['reason']})" for o in result["operators"]),
+        ]
+    )

@@ -1,0 +1,71 @@
+"""Calibrate and quantize a float model folder or Hub id, measure the result, and save it with its model card."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import add_device_arguments, load_pipeline, read_prompts, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..config import SCHEMES
+
+    parser.add_argument("model", help="float model folder or Hub id")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--scheme", choices=tuple(SCHEMES), default="w8a8")
+    parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one per line (default: bundled ones)")
+    parser.add_argument("--chunks", type=int, default=7, help="chunks per calibration rollout (default: 7)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration noise (default: 0)")
+    parser.add_argument(
+        "--evaluate", type=int, default=1, metavar="N", help="compare N prompts with the float model (default: 1)"
+    )
+    parser.add_argument("--reference-compat", action="store_true", help="reproduce the public reference recipe")
+    parser.add_argument("--text-encoder", choices=("int8",), help="quantize the text encoder's weights when loading")
+    add_device_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from ..config import QARVDConfig
+    from ..evaluation.fidelity import compare, describe, roll_out
+    from ..pipelines.quantization import calibration_prompts, quantize_pipeline
+
+    config = QARVDConfig(
+        args.scheme,
+        reference_compat=args.reference_compat,
+        calibration_prompts=read_prompts(args.prompts),
+        calibration_chunks=args.chunks,
+        calibration_seed=args.seed,
+        text_encoder=args.text_encoder,
+    )
+    pipe = load_pipeline(args.model, args)
+    prompts = calibration_prompts(pipe, config)[-args.evaluate :] if args.evaluate else ()
+    # The evaluation noise is never the calibration noise.
+    seed = args.seed + 10_000
+    expected = roll_out(pipe, prompts, args.chunks, seed) if prompts else None
+    quantize_pipeline(pipe, config)
+    report = None
+    if expected is not None:
+        got = roll_out(pipe, prompts, args.chunks, seed)
+        report = compare(expected, got) | describe(pipe, got, prompts, None)
+        report |= {"prompts": len(prompts), "num_chunks": args.chunks, "seed": seed, "reference_adherence": None}
+    pipe.save_pretrained(args.out, report=report)
+    return {"out": args.out, "scheme": args.scheme, "sizes": _sizes(pipe), "report": report}
+
+
+def _sizes(pipe: Any) -> dict[str, int]:
+    from ..serialization import stored_bytes
+
+    return stored_bytes(pipe.transformer)
+
+
+def render(result: dict[str, Any]) -> str:
+    sizes = result["sizes"]
+    lines = [
+        f"wrote {result['out']} ({result['scheme']}): quantized layers {sizes['quantized']:,} bytes, "
+        f"{sizes['quantized'] / sizes['bfloat16']:.3f} of bfloat16"
+    ]
+    if result["report"]:
+        rows = list(enumerate(f"{psnr:.2f}" for psnr in result["report"]["psnr_db"]))
+        lines.append(table(("chunk", "PSNR dB"), rows))
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""The model card of a quantized checkpoint, written from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .config import QARVDConfig
+
+_UNMEASURED = (
+    "No fidelity was measured for this checkpoint. `qarvd_diffusers.evaluate(float_pipe, pipe, prompts)` does."
+)
+
+
+def _fidelity(report: Mapping[str, Any] | None) -> str:
+    if report is None:
+        return _UNMEASURED
+    rows = "\n".join(
+        f"| {chunk} | {psnr:.2f} | {mse:.3e} |"
+        for chunk, (psnr, mse) in enumerate(zip(report["psnr_db"], report["latent_mse"], strict=True))
+    )
+    text = (
+        f"Against the float model on identical initial noise and re-noise: {report['prompts']} prompts, "
+        f"{report['num_chunks']} chunks, seed {report['seed']}.\n\n"
+        f"| chunk | PSNR (dB) | latent MSE |\n|---|---|---|\n{rows}\n"
+    )
+    if report.get("adherence") is not None:
+        text += f"\nPrompt adherence: {report['adherence']:.1%}, float model {report['reference_adherence']:.1%}.\n"
+    return text
+
+
+def model_card(
+    config: QARVDConfig,
+    sizes: Mapping[str, int],
+    report: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    repo_id: str | None = None,
+) -> ModelCard:
+    """A card that states bits, sizes, fidelity per chunk, base model and licence, and the lines that load the model.
+
+    Args:
+        config: the checkpoint's stored config.
+        sizes: `stored_bytes` of its transformer.
+        report: what `evaluate` returned, or None if nothing was measured.
+        base_model: Hub id of the float model.
+        licence: licence identifier of the base model, which the quantized weights inherit.
+        repo_id: where the card will live; None writes a placeholder.
+    """
+    scheme = config.resolved_scheme
+    activations = {"static": "static 8-bit", "dynamic": "dynamic 8-bit", "none": "float"}[scheme.activation]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=["qarvd", "quantized", "autoregressive-video-diffusion", config.scheme],
+        base_model=base_model,
+        license=licence,
+    )
+    ratio = sizes["quantized"] / sizes["bfloat16"] if sizes["bfloat16"] else 1.0
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {(repo_id or "Autoregressive video diffusion model").split("/")[-1]} ({config.scheme})
+
+{f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "An autoregressive video diffusion model"}
+quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)): {scheme.weight_bits}-bit weights,
+{activations} activations, outlier channels on a scale of their own.
+
+```python
+import qarvd_diffusers  # registers the quantization method; pip install qarvd-diffusers
+pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("{repo_id or "path/to/this/folder"}")
+```
+
+`for chunk in pipe.stream("a prompt"): chunk.frames` yields frames while the next chunk is computed.
+
+## Size
+
+| | bytes |
+|---|---|
+| quantized layers, scales included | {sizes["quantized"]:,} ({ratio:.3f} of bfloat16) |
+| the same layers in bfloat16 | {sizes["bfloat16"]:,} |
+| whole transformer | {sizes["total"]:,} |
+
+## Fidelity
+
+{_fidelity(report)}
+## Licence
+
+{f"`{licence}`, inherited from the base model." if licence else "That of the base model; the quantized weights inherit it."}
+"""
+    return ModelCard(content)

@@ -1,0 +1,181 @@
+"""Quantizing a loaded pipeline: which prompts, on which device, from which cache; the work itself is in calibration/."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import PipelineQuantizationConfig
+from tqdm.auto import tqdm
+
+from ..bundled import bundled_prompts
+from ..calibration.calibrate import apply, calibrate, quantize_weights
+from ..calibration.result import CalibrationResult
+from ..config import QARVDConfig, parse_prompts
+from ..models.pass_info import PassInfo
+from ..quantizer import attach
+from ..serialization import quantized_linears
+
+if TYPE_CHECKING:
+    from .arvd_mixin import ARVDMixin
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_FILE = "calibration_prompts.txt"
+
+
+def split_config(quantization_config: Any) -> tuple[QARVDConfig | None, PipelineQuantizationConfig | None]:
+    """What the user passed as `quantization_config`: our part for the transformer, the rest for diffusers.
+
+    Args:
+        quantization_config: `QARVDConfig`, its dict, a `PipelineQuantizationConfig` (whose `quant_mapping` may hold a
+            `QARVDConfig` for the transformer beside configs of other components), or None.
+    """
+    if isinstance(quantization_config, dict):
+        return QARVDConfig.from_dict(quantization_config), None
+    if isinstance(quantization_config, PipelineQuantizationConfig):
+        mapping = dict(quantization_config.quant_mapping or {})
+        ours = mapping.pop("transformer", None)
+        if not isinstance(ours, QARVDConfig):
+            return None, quantization_config
+        return ours, PipelineQuantizationConfig(quant_mapping=mapping) if mapping else None
+    if quantization_config is None or isinstance(quantization_config, QARVDConfig):
+        return quantization_config, None
+    raise ValueError(
+        f"quantization_config is a {type(quantization_config).__name__}, expected QARVDConfig, its dict, "
+        "PipelineQuantizationConfig or None"
+    )
+
+
+def check_stored_config(stored: QARVDConfig, wanted: QARVDConfig) -> None:
+    """Refuse to load a quantized checkpoint under a config that asks for something else than what is stored."""
+    differing = {
+        name: (getattr(stored, name), getattr(wanted, name))
+        for name in ("scheme", "reference_compat")
+        if getattr(stored, name) != getattr(wanted, name)
+    }
+    if differing:
+        listed = ", ".join(f"{name}: stored {a!r}, asked {b!r}" for name, (a, b) in differing.items())
+        raise ValueError(
+            f"The checkpoint is quantized already and its config differs from the one passed ({listed}). Load it without "
+            "quantization_config, or quantize the float model."
+        )
+
+
+def calibration_prompts(pipe: ARVDMixin, config: QARVDConfig) -> tuple[str, ...]:
+    """The config's prompts, else those in the model's own folder, else the bundled set of general ones."""
+    if config.calibration_prompts is not None:
+        return config.calibration_prompts
+    own = Path(str(pipe.config.get("_name_or_path") or "")) / PROMPTS_FILE
+    if own.is_file():
+        return parse_prompts(own.read_text(encoding="utf-8").splitlines(), str(own))
+    return bundled_prompts()
+
+
+def cache_folder() -> Path:
+    """Where calibration results are kept: `$QARVD_CACHE`, else `qarvd` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qarvd"
+    return Path(os.environ.get("QARVD_CACHE") or default)
+
+
+def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor]) -> str:
+    """Hash of everything a calibration depends on: float weights, config, prompt embeddings, rollout settings.
+
+    Embeddings stand for prompts, tokenizer and text encoder at once.
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    settings = config.replace(calibration_prompts=None, text_encoder=None).to_dict()
+    rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
+    model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    digest.update(json.dumps([settings, rollout, model, torch.__version__], sort_keys=True, default=str).encode())
+    named = [*pipe.transformer.state_dict().items(), *((f"prompt {i}", e) for i, e in enumerate(embeds))]
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def calibrate_pipeline(pipe: ARVDMixin, config: QARVDConfig, use_cache: bool = True) -> CalibrationResult:
+    """Calibrate a float pipeline; nothing of it changes.
+
+    Args:
+        pipe: a float pipeline.
+        config: what to calibrate for.
+        use_cache: take and keep the result in `cache_folder()` under its content hash.
+
+    Returns:
+        The integer weights and quantizer parameters of every quantizable Linear.
+
+    Raises:
+        ValueError: the pipeline is quantized already.
+    """
+    if quantized_linears(pipe.transformer):
+        raise ValueError("The transformer is quantized already; calibrate the float model.")
+    if not config.resolved_scheme.needs_calibration:
+        return quantize_weights(pipe.transformer, config)
+    with torch.no_grad():
+        embeds = [pipe.encode_prompt(prompt) for prompt in calibration_prompts(pipe, config)]
+    path = cache_folder() / "calibration" / f"{content_hash(pipe, config, embeds)}.safetensors"
+    if use_cache and path.is_file():
+        logger.info("Calibration found in %s", path)
+        return CalibrationResult.load(path)
+    with _calibrating(pipe) as step:
+
+        def run(on_pass: Callable[[PassInfo], None]) -> None:
+            def observed(info: PassInfo) -> None:
+                step()
+                on_pass(info)
+
+            for index, prompt_embeds in enumerate(embeds):
+                generator = torch.Generator("cpu").manual_seed(config.calibration_seed + index)
+                for _ in pipe.stream(
+                    prompt_embeds=prompt_embeds,
+                    num_chunks=config.calibration_chunks,
+                    generator=generator,
+                    output_type="latent",
+                    on_pass=observed,
+                ):
+                    pass
+
+        result = calibrate(pipe.transformer, run, config)
+    if use_cache:
+        result.save(path)
+    return result
+
+
+def quantize_pipeline(pipe: ARVDMixin, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
+    """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
+    apply(pipe.transformer, result or calibrate_pipeline(pipe, config))
+    attach(pipe.transformer, config)
+
+
+def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:
+    """Weight-only int8 by optimum-quanto, in place."""
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(text_encoder, weights=qint8)
+    freeze(text_encoder)
+
+
+@contextmanager
+def _calibrating(pipe: ARVDMixin) -> Iterator[Callable[[], Any]]:
+    """One bar over all passes instead of one per rollout; on the GPU if there is one, and back afterwards."""
+    home = pipe.device
+    bar_config = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    if home.type == "cpu" and torch.cuda.is_available():
+        pipe.to("cuda")
+    try:
+        with tqdm(desc="calibrating", unit="pass", disable=bar_config.get("disable")) as bar:
+            yield bar.update
+    finally:
+        pipe.set_progress_bar_config(**bar_config)
+        if pipe.device != home:
+            pipe.to(home)
