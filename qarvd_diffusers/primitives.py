@@ -12,8 +12,8 @@ from torch import Tensor
 # Zero-points are stored in 16 bits; a range so far from zero that its zero-point does not fit is treated as degenerate.
 MAX_ZERO_POINT = 2**15 - 1
 TINY = torch.finfo(torch.float32).tiny
-# torch.quantile refuses more than 2**24 elements, and sorts a copy: rows go through it in blocks of this many elements.
-QUANTILE_BLOCK = 2**22
+# Percentiles sort a copy of their rows: blocks of this many elements bound its memory.
+SORT_BLOCK = 2**22
 
 
 def affine_qparams(
@@ -65,20 +65,35 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
     return dequantize(quantize(x, scale, zero_point, bits), scale, zero_point)
 
 
+def row_quantiles(x: Tensor, q: float) -> Tensor:
+    """Quantile of every row, linear between the two nearest columns: sorted float32 `[rows, columns]` -> `[rows, 1]`.
+
+    The rank is computed in float64 from q rounded to float32, as torch >= 2.15 does and older versions do not: the same
+    weights give the same ranges under every torch.
+    """
+    rank = torch.tensor(q, dtype=torch.float32).item() * (x.shape[1] - 1)
+    below = min(int(rank), x.shape[1] - 1)
+    low, high = (x[:, i, None].to(torch.float64) for i in (below, min(below + 1, x.shape[1] - 1)))
+    return (low + (high - low) * (rank - below)).to(x.dtype)
+
+
 def percentile_ranges(x: Tensor, percentiles: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
     """For every percentile p the range `[quantile(row, 1 - p), quantile(row, p)]` of every row.
 
     Args:
         x: float32 `[rows, columns]`, at least one column.
-        percentiles: numbers in (0.5, 1]; values between two columns are interpolated linearly.
+        percentiles: numbers in (0.5, 1].
 
     Returns:
         one `(low, high)` pair per percentile, each `[rows, 1]`.
     """
-    points = torch.tensor([q for p in percentiles for q in (1 - p, p)], dtype=x.dtype, device=x.device)
-    block = max(1, QUANTILE_BLOCK // x.shape[1])
-    values = torch.cat([torch.quantile(rows, points, dim=1) for rows in x.split(block)], dim=1)
-    return [(values[2 * i, :, None], values[2 * i + 1, :, None]) for i in range(len(percentiles))]
+    points = [q for p in percentiles for q in (1 - p, p)]
+    found = []
+    for rows in x.split(max(1, SORT_BLOCK // x.shape[1])):
+        ordered = rows.sort(dim=1).values
+        found.append(torch.cat([row_quantiles(ordered, q) for q in points], dim=1))
+    columns = torch.cat(found).split(1, dim=1)
+    return list(zip(columns[0::2], columns[1::2], strict=True))
 
 
 def mean_squared_error(x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""Outlier input channels of a linear layer, found from the weight alone (arXiv 2605.21072, part S2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Z_THRESHOLD = 3.5  # modified z-score above which a column is an outlier (Iglewicz and Hoaglin)
+NORMAL_CONSISTENCY = 0.6745  # MAD of a standard normal distribution
+MEDIAN_RATIO = 1.2  # an outlier is also this much above the median
+IQR_RATIO = 1.5
+# Where most norms are equal the MAD is zero and every deviation infinite; this share of the median stands in for it.
+MAD_FLOOR = 1e-3
+REFERENCE_MIN_MAD = 1e-8
+
+
+@dataclass(frozen=True)
+class OutlierSet:
+    """Which input channels are outliers.
+
+    Attributes:
+        channel_order: int32 `[K]` permutation, outliers first; ascending without outliers.
+        num_outliers: how many of them lead.
+        threshold: column norm above which a channel counted as an outlier, before rounding up and capping.
+    """
+
+    channel_order: Tensor
+    num_outliers: int
+    threshold: float
+
+
+def column_norms(weights: Sequence[Tensor]) -> Tensor:
+    """L2 norm per input channel over all rows of the stacked weights, float32 `[K]`, each weight `[N_i, K]`."""
+    squares = [weight.detach().to(torch.float32).norm(dim=0).square() for weight in weights]
+    return squares[0].sqrt() if len(squares) == 1 else torch.stack(squares).sum(0).sqrt()
+
+
+def outlier_threshold(norms: Tensor, method: str, reference_compat: bool = False) -> float | None:
+    """Norm strictly above which a channel is an outlier.
+
+    Args:
+        norms: float32 `[K]`.
+        method: `mad_zscore`: `median + 3.5 MAD / 0.6745`; `iqr`: `q3 + 1.5 (q3 - q1)`; either at least 1.2 medians.
+        reference_compat: give up where the MAD is zero, as the reference implementation does.
+
+    Returns:
+        the threshold, or None where the method looks for none.
+    """
+    if method == "none":
+        return None
+    median = norms.quantile(0.5)
+    if method == "mad_zscore":
+        mad = (norms - median).abs().quantile(0.5)
+        if reference_compat and mad < REFERENCE_MIN_MAD:
+            return None
+        if not reference_compat:
+            mad = torch.maximum(mad, MAD_FLOOR * median)
+        limit = median + Z_THRESHOLD * mad / NORMAL_CONSISTENCY
+    elif method == "iqr":
+        q1, q3 = norms.quantile(0.25), norms.quantile(0.75)
+        limit = q3 + IQR_RATIO * (q3 - q1)
+    else:
+        raise ValueError(f"outlier method is {method!r}, expected 'mad_zscore', 'iqr' or 'none'")
+    return max(limit.item(), (MEDIAN_RATIO * median).item())
+
+
+def aligned_count(count: int, alignment: int, in_features: int) -> int:
+    """Round up to a multiple of `alignment`, then cap at half the channels (the cap wins; 0 stays 0)."""
+    return min(-(-count // alignment) * alignment, in_features // 2)
+
+
+def find_outliers(
+    weights: Sequence[Tensor], method: str, alignment: int = 1, reference_compat: bool = False
+) -> OutlierSet:
+    """Outlier channels shared by all the given weights (layers that read one tensor are given together).
+
+    Args:
+        weights: floats `[N_i, K]`, finite.
+        method: `mad_zscore`, `iqr` or `none`.
+        alignment: the count is rounded up to a multiple, taking the next largest norms, and capped at K // 2.
+        reference_compat: order within the groups by ascending norm (default: by channel), and see `outlier_threshold`.
+    """
+    norms = column_norms(weights)
+    threshold = outlier_threshold(norms, method, reference_compat)
+    found = 0 if threshold is None else int((norms > threshold).sum())
+    count = aligned_count(found, alignment, norms.numel())
+    if count == 0:
+        order = torch.arange(norms.numel(), device=norms.device)
+    else:
+        ascending = norms.argsort(stable=True)
+        outlier, normal = ascending[-count:], ascending[:-count]
+        if not reference_compat:  # neighbours stay neighbours, which keeps the gather of activations local
+            outlier, normal = outlier.sort().values, normal.sort().values
+        order = torch.cat([outlier, normal])
+    return OutlierSet(order.to(torch.int32), count, 0.0 if threshold is None else threshold)
