@@ -1,0 +1,322 @@
+"""Original checkpoints of causal Wan models <-> diffusers folders, exact in both directions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .models import FAMILY_FIELDS, CausalFields, CausalWanTransformer3DModel
+
+PIPELINE_STUB = "from qarvd_diffusers import ARVDPipeline  # noqa: F401\n"
+"""Content of `pipeline.py` beside a saved pipeline, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
+
+NESTINGS = ("generator_ema", "generator", "model")
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+_HEAD_DIM = 128  # of every released Wan model; the one value that tensor shapes do not tell
+
+_TOP = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_BLOCK = {
+    **{f"self_attn.{old}": f"attn1.{new}" for old, new in _ATTENTION.items()},
+    **{f"cross_attn.{old}": f"attn2.{new}" for old, new in _ATTENTION.items()},
+    "norm3": "norm2",  # the norm before cross attention; the other two have no parameters
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
+
+
+def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
+    """The new name of `key`, or None if no rule knows it."""
+    match = re.fullmatch(r"(blocks\.\d+\.)(.+)", key)
+    prefix, rest, table = (match[1], match[2], block) if match else ("", key, top)
+    module, dot, leaf = rest.rpartition(".")
+    if dot and leaf in ("weight", "bias"):
+        return f"{prefix}{table[module]}.{leaf}" if module in table else None
+    return f"{prefix}{table[rest]}" if rest in table else None
+
+
+def _rename_all(
+    state_dict: Mapping[str, torch.Tensor], top: dict, block: dict, layout: str
+) -> dict[str, torch.Tensor]:
+    renamed = {_rename(key, top, block): (key, tensor) for key, tensor in state_dict.items()}
+    unknown = [key for key in state_dict if _rename(key, top, block) is None]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} keys are no keys of a {layout} Wan transformer: {unknown[:5]}; "
+            "merge adapters and drop other networks (VAE, text encoder, critic) before converting"
+        )
+    return {new: tensor for new, (_, tensor) in renamed.items()}
+
+
+def to_diffusers_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename an original state dict (wrapper substrings and a `model.` prefix allowed) to `WanTransformer3DModel` keys.
+
+    Tensors are passed through untouched.
+
+    Raises:
+        ValueError: for keys that no Wan transformer has, or two keys that name the same parameter.
+    """
+    plain: dict[str, torch.Tensor] = {}
+    for key, tensor in state_dict.items():
+        name = _WRAPPERS.sub("", key).removeprefix("model.")
+        if name in plain:
+            raise ValueError(f"key {key!r} and another key both name the parameter {name!r}")
+        plain[name] = tensor
+    return _rename_all(plain, _TOP, _BLOCK, "original")
+
+
+def to_original_keys(state_dict: Mapping[str, torch.Tensor], prefix: str = "model.") -> dict[str, torch.Tensor]:
+    """Inverse of `to_diffusers_keys`: `WanTransformer3DModel` keys to original ones behind `prefix`."""
+    top = {new: old for old, new in _TOP.items()}
+    block = {new: old for old, new in _BLOCK.items()}
+    return {prefix + key: tensor for key, tensor in _rename_all(state_dict, top, block, "diffusers").items()}
+
+
+def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:
+    """Read the state dict of an original checkpoint, memory-mapped where the format allows.
+
+    Args:
+        path: `.pt`, `.pth` (opened with `weights_only=True`, nothing is unpickled) or `.safetensors`.
+        weights: which nested state dict to take (`generator_ema`, `generator`, `model`); None takes the first of these
+            that is present, or the file itself if it is flat.
+
+    Raises:
+        ValueError: for another suffix, an unreadable or truncated file, or one without tensors; names the file.
+    """
+    path = Path(path)
+    loaders = {".pt": _load_torch, ".pth": _load_torch, ".safetensors": load_file}
+    if path.suffix not in loaders:
+        raise ValueError(f"{path}: unknown checkpoint format {path.suffix!r}, expected {', '.join(loaders)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    try:
+        content = loaders[path.suffix](path)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path}: unreadable or truncated ({error}); download the file again") from error
+    except Exception as error:  # pickle errors: torch raises its own class for anything but plain tensors
+        raise ValueError(
+            f"{path}: holds more than plain tensors, which are never unpickled here ({type(error).__name__}); "
+            "save just the state dict with torch.save, or use safetensors"
+        ) from error
+    return _unnest(content, path, weights)
+
+
+def _load_torch(path: Path) -> Any:
+    # Only zip archives can be mapped; the older format is read into memory.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _unnest(content: Any, path: Path, weights: str | None) -> dict[str, torch.Tensor]:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
+    nested = [name for name, value in content.items() if isinstance(value, Mapping)]
+    if weights is not None and weights not in nested:
+        raise ValueError(f"{path}: has no state dict {weights!r}; it holds {nested or 'flat tensors'}")
+    chosen = weights or next((name for name in NESTINGS if name in nested), None)
+    state_dict = content[chosen] if chosen is not None else content
+    strange = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    if strange or not state_dict:
+        found = f"non-tensor entries {strange[:5]}" if strange else "no tensors"
+        raise ValueError(f"{path}: {found}; expected a flat state dict, or one below {', '.join(NESTINGS)}")
+    return dict(state_dict)
+
+
+def load_transformer_config(path: str | Path) -> dict[str, Any]:
+    """Config of a transformer as `WanTransformer3DModel` arguments, from a diffusers or an original `config.json`."""
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    if "attention_head_dim" in values:
+        return {key: value for key, value in values.items() if not key.startswith("_")}
+    names = {
+        "freq_dim": "freq_dim",
+        "ffn_dim": "ffn_dim",
+        "num_heads": "num_attention_heads",
+        "num_layers": "num_layers",
+        "text_dim": "text_dim",
+        "in_dim": "in_channels",
+        "out_dim": "out_channels",
+        "eps": "eps",
+    }
+    config = {new: values[old] for old, new in names.items()}
+    patch_size = tuple(values.get("patch_size", (1, 2, 2)))
+    return {**config, "attention_head_dim": values["dim"] // values["num_heads"], "patch_size": patch_size}
+
+
+def infer_config(state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | None = None) -> dict[str, Any]:
+    """`WanTransformer3DModel` arguments from the shapes of its state dict (diffusers keys).
+
+    Args:
+        state_dict: tensors under diffusers keys.
+        num_attention_heads: heads; None assumes the head size of every released Wan model, 128.
+
+    Raises:
+        ValueError: if a telling tensor is missing or the width does not divide into heads.
+    """
+
+    def shape(key: str) -> torch.Size:
+        if key not in state_dict:
+            raise ValueError(f"the checkpoint lacks {key!r}: it is incomplete, or no Wan transformer")
+        return state_dict[key].shape
+
+    dim, in_channels, *patch_size = shape("patch_embedding.weight")
+    if num_attention_heads is None and dim % _HEAD_DIM:
+        raise ValueError(
+            f"width {dim} is no multiple of head size {_HEAD_DIM}: pass num_attention_heads, or a base folder"
+        )
+    heads = num_attention_heads or dim // _HEAD_DIM
+    if dim % heads:
+        raise ValueError(f"num_attention_heads is {heads}, which does not divide the width {dim}")
+    blocks = {int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")}
+    return {
+        "patch_size": tuple(patch_size),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": in_channels,
+        "out_channels": shape("proj_out.weight")[0] // torch.Size(patch_size).numel(),
+        "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
+        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
+        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
+        "num_layers": max(blocks) + 1,
+        "cross_attn_norm": "blocks.0.norm2.weight" in state_dict,
+    }
+
+
+def build_transformer(
+    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> CausalWanTransformer3DModel:
+    """A transformer of `config` holding the tensors of `state_dict` (diffusers keys), cast to `dtype` if given.
+
+    Raises:
+        ValueError: for missing or unexpected keys and for wrong shapes, named.
+    """
+    with init_empty_weights():
+        model = CausalWanTransformer3DModel(**config)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint does not fit its config: missing {missing[:5]} ({len(missing)} in all), "
+            f"unexpected {unexpected[:5]} ({len(unexpected)} in all)"
+        )
+    wrong = [
+        f"{k}: {tuple(state_dict[k].shape)}, expected {s}" for k, s in expected.items() if state_dict[k].shape != s
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors have a wrong shape: {wrong[:5]}; check num_attention_heads and the base"
+        )
+    model.load_state_dict({k: v.to(dtype) for k, v in state_dict.items()}, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def convert_checkpoint(
+    src: str | Path,
+    out_dir: str | Path,
+    family: str = "self-forcing",
+    *,
+    base: str | Path | None = None,
+    weights: str | None = None,
+    num_attention_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write an original checkpoint as a diffusers folder in the portable layout (stock class names only).
+
+    Args:
+        src: original checkpoint, see `load_checkpoint`.
+        out_dir: folder to create; must not exist yet. It appears only when complete.
+        family: key of `FAMILY_FIELDS`; decides how the model rolls out.
+        base: local diffusers folder of the bidirectional model, which lends VAE, text encoder, tokenizer and the
+            transformer config; None writes the transformer and scheduler alone.
+        weights: see `load_checkpoint`.
+        num_attention_heads: see `infer_config`; not needed with `base`.
+        dtype: cast the weights; None keeps them as stored.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        ValueError: for an unknown family, a checkpoint that does not fit, or a base folder without a needed component.
+        FileExistsError: if `out_dir` exists.
+    """
+    out_dir = Path(out_dir)
+    if family not in FAMILY_FIELDS:
+        raise ValueError(f"family is {family!r}, expected one of {', '.join(FAMILY_FIELDS)}")
+    if out_dir.exists():
+        raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
+    state_dict = to_diffusers_keys(load_checkpoint(src, weights))
+    config = _base_config(base) if base is not None else infer_config(state_dict, num_attention_heads)
+    transformer = build_transformer(state_dict, config, dtype)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        transformer.save_pretrained(staging / "transformer")
+        _write_pipeline(staging, FAMILY_FIELDS[family], _copy_base_components(base, staging))
+        staging.chmod(0o755)  # mkdtemp makes private folders
+        os.replace(staging, out_dir)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return out_dir
+
+
+def _base_config(base: str | Path) -> dict[str, Any]:
+    path = Path(base) / "transformer" / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: base must be a local diffusers folder of a Wan model")
+    return load_transformer_config(path)
+
+
+def _copy_base_components(base: str | Path | None, staging: Path) -> dict[str, list[str | None]]:
+    """Copy what a causal model shares with its base; return their `model_index.json` entries."""
+    names = ("vae", "text_encoder", "tokenizer")
+    if base is None:
+        return {name: [None, None] for name in names}
+    index_path = Path(base) / "model_index.json"
+    if not index_path.is_file():
+        raise ValueError(f"{index_path} is missing: base must be a local diffusers folder of a Wan model")
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    for name in names:
+        if name not in index or not (Path(base) / name).is_dir():
+            raise ValueError(
+                f"{base} has no component {name!r}: base must be a complete diffusers folder of a Wan model"
+            )
+        shutil.copytree(Path(base) / name, staging / name)  # follows links: a hub cache holds links to blobs
+    return {name: index[name] for name in names}
+
+
+def _write_pipeline(folder: Path, fields: CausalFields, components: Mapping[str, list[str | None]]) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=fields.timestep_shift)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "ARVDPipeline",
+        "_diffusers_version": diffusers.__version__,
+        **components,
+        "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
+        "transformer": ["diffusers", WanTransformer3DModel.__name__],
+        **fields.to_dict(),
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "pipeline.py").write_text(PIPELINE_STUB, encoding="utf-8")

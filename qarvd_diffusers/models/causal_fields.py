@@ -1,0 +1,143 @@
+"""`CausalFields`: the few values in which the members of the causal Wan family differ, and the members that are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CausalFields:
+    """How a causal video model rolls out; stored in the pipeline config, checked at construction.
+
+    Attributes:
+        num_frames_per_chunk: latent frames generated together.
+        denoising_timesteps: timesteps of one chunk, falling, in `[0, 1000]`.
+        first_chunk_timesteps: the same for generated chunk 0; None takes `denoising_timesteps`.
+        warp_timesteps: map the timesteps through the shifted noise table before use.
+        timestep_shift: shift of the noise table.
+        context_noise: timestep of the passes that write clean latents into the K/V cache.
+        local_attention_frames: latent frames a chunk can see, sink and the chunk itself included; -1 is all.
+        sink_frames: first latent frames that are never evicted.
+        independent_first_frame: the first chunk of a video (or of its given start) is a single latent frame.
+    """
+
+    num_frames_per_chunk: int = 3
+    denoising_timesteps: tuple[float, ...] = (1000, 750, 500, 250)
+    first_chunk_timesteps: tuple[float, ...] | None = None
+    warp_timesteps: bool = True
+    timestep_shift: float = 5.0
+    context_noise: float = 0
+    local_attention_frames: int = -1
+    sink_frames: int = 0
+    independent_first_frame: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("denoising_timesteps", "first_chunk_timesteps"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        self._check()
+
+    def _check(self) -> None:
+        def require(condition: bool, name: str, expected: str) -> None:
+            if not condition:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+        def falls(steps: tuple[float, ...]) -> bool:
+            pairs = itertools.pairwise(steps)
+            return len(steps) > 0 and all(0 <= t <= 1000 for t in steps) and all(a > b for a, b in pairs)
+
+        require(self.num_frames_per_chunk >= 1, "num_frames_per_chunk", "a positive integer")
+        require(falls(self.denoising_timesteps), "denoising_timesteps", "falling numbers in [0, 1000]")
+        first = self.first_chunk_timesteps
+        require(first is None or falls(first), "first_chunk_timesteps", "None or falling numbers in [0, 1000]")
+        require(self.timestep_shift > 0, "timestep_shift", "a positive number")
+        require(0 <= self.context_noise <= 1000, "context_noise", "a timestep in [0, 1000]")
+        require(self.sink_frames >= 0, "sink_frames", "0 or a positive number of latent frames")
+        least = self.sink_frames + self.num_frames_per_chunk
+        require(
+            self.local_attention_frames == -1 or self.local_attention_frames >= least,
+            "local_attention_frames",
+            f"-1 (all) or at least sink_frames + num_frames_per_chunk = {least}",
+        )
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the fields, in order."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> CausalFields:
+        """Take the fields out of a larger mapping such as a pipeline config; absent ones keep their defaults."""
+        return cls(**{name: config[name] for name in cls.names() if name in config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def timesteps_of_chunk(self, chunk: int) -> tuple[float, ...]:
+        """Un-warped denoising timesteps of generated chunk `chunk`."""
+        first = self.first_chunk_timesteps
+        return first if chunk == 0 and first is not None else self.denoising_timesteps
+
+    def context_pieces(self, num_frames: int) -> list[int]:
+        """Latent frames per context pass for `num_frames` given latent frames.
+
+        Raises:
+            ValueError: if the frames do not split into whole chunks.
+        """
+        lead = [1] if self.independent_first_frame and num_frames > 0 else []
+        chunks, rest = divmod(num_frames - sum(lead), self.num_frames_per_chunk)
+        if rest:
+            shape = f"{'1 + ' if lead else ''}a multiple of num_frames_per_chunk = {self.num_frames_per_chunk}"
+            raise ValueError(f"initial_latents has {num_frames} latent frames, expected {shape}")
+        return lead + [self.num_frames_per_chunk] * chunks
+
+    def chunk_frames(self, chunk: int, context_frames: int = 0) -> int:
+        """Latent frames of generated chunk `chunk` behind `context_frames` given ones."""
+        alone = self.independent_first_frame and chunk == 0 and context_frames == 0
+        return 1 if alone else self.num_frames_per_chunk
+
+    def chunks(self, num_chunks: int | None, context_frames: int = 0) -> Iterator[tuple[int, int, int]]:
+        """`(chunk, frame_offset, num_frames)` of every generated chunk; without end for `num_chunks=None`."""
+        chunk, offset = 0, context_frames
+        while num_chunks is None or chunk < num_chunks:
+            frames = self.chunk_frames(chunk, context_frames)
+            yield chunk, offset, frames
+            chunk, offset = chunk + 1, offset + frames
+
+    def count_chunks(self, num_frames: int, context_frames: int = 0, source: str = "num_frames") -> int:
+        """How many chunks generate `num_frames` latent frames behind `context_frames` given ones.
+
+        Raises:
+            ValueError: if the frames do not split into whole chunks; names `source`.
+        """
+        first = self.chunk_frames(0, context_frames)
+        chunks, rest = divmod(num_frames - first, self.num_frames_per_chunk)
+        if num_frames < first or rest:
+            raise ValueError(
+                f"{source} asks for {num_frames} generated latent frames, which is no whole number of chunks: the first "
+                f"chunk has {first}, every other has {self.num_frames_per_chunk}"
+            )
+        return chunks + 1
+
+
+_FRAMEWISE = CausalFields(num_frames_per_chunk=1)
+
+FAMILY_FIELDS: dict[str, CausalFields] = {
+    "self-forcing": CausalFields(),
+    "causal-forcing": CausalFields(),
+    "causal-forcing-framewise": _FRAMEWISE,
+    "causal-forcing-framewise-2step": dataclasses.replace(
+        _FRAMEWISE, denoising_timesteps=(1000, 500), first_chunk_timesteps=(1000, 750, 500, 250)
+    ),
+    "causal-forcing-framewise-1step": dataclasses.replace(
+        _FRAMEWISE, denoising_timesteps=(1000,), first_chunk_timesteps=(1000, 750, 500, 250)
+    ),
+    "causvid": CausalFields(denoising_timesteps=(1000, 757, 522), warp_timesteps=False, timestep_shift=8.0),
+}
+"""Values of the released inference configurations, per family member whose rollout the chunk loop runs."""

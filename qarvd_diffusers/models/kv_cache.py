@@ -1,0 +1,188 @@
+"""`KVCache`: keys and values of earlier chunks, and of the prompt, for a causal video transformer."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+
+class KVLayerCache:
+    """Keys and values of one transformer block.
+
+    Self-attention K/V live in preallocated `[B, capacity, heads, head_dim]` buffers, in storage order (sink first);
+    `start:stop` are the tokens the current pass writes. Bookkeeping is the `KVCache`'s: `update` only moves tensors, so
+    that it compiles without graph breaks.
+    """
+
+    def __init__(self) -> None:
+        self.key: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+        self.text_key: torch.Tensor | None = None
+        self.text_value: torch.Tensor | None = None
+        self.start = 0
+        self.stop = 0
+
+    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the current chunk's K/V `[B, tokens, heads, head_dim]`; return all K/V that are visible to it.
+
+        With gradients enabled the past is constant and the current chunk's K/V keep their graph.
+        """
+        start, stop = self.start, self.stop
+        self.key[:, start:stop] = key.detach()
+        self.value[:, start:stop] = value.detach()
+        if torch.is_grad_enabled():
+            # Buffers are overwritten by the next pass; autograd must not have saved views of them.
+            past_key, past_value = self.key[:, :start].to(key.dtype), self.value[:, :start].to(value.dtype)
+            return torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
+        return self.key[:, :stop].to(key.dtype), self.value[:, :stop].to(value.dtype)
+
+    def store_text(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep the cross-attention K/V `[B, text_tokens, heads, head_dim]` of the prompt."""
+        self.text_key, self.text_value = key, value
+
+    def get_text(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cross-attention K/V of the prompt, or None before the first pass."""
+        return None if self.text_key is None else (self.text_key, self.text_value)
+
+    def reserve(self, tokens: int, shape: tuple[int, int, int], like: torch.Tensor) -> None:
+        """Make room for `tokens` tokens of `(batch, heads, head_dim)`, keeping what is stored."""
+        batch, heads, head_dim = shape
+        for name in ("key", "value"):
+            old = getattr(self, name)
+            new = like.new_zeros(batch, tokens, heads, head_dim)
+            if old is not None:
+                new[:, : old.shape[1]] = old
+            setattr(self, name, new)
+
+    def drop(self, start: int, stop: int, used: int) -> None:
+        """Forget the tokens `start:stop` of `used`; later ones move up."""
+        for buffer in (self.key, self.value):
+            buffer[:, start : start + used - stop] = buffer[:, stop:used].clone()
+
+    def reset_text(self) -> None:
+        self.text_key = self.text_value = None
+
+
+class KVCache:
+    """State of one rollout: self-attention K/V of the visible latent frames and cross-attention K/V of the prompt.
+
+    Keys are stored after RoPE at their absolute frame index; eviction never re-indexes them. The first pass at a new frame
+    offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
+    rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
+
+    A cache belongs to one stream. It is handed to the model as `kv_cache` and changed by every pass.
+
+    Args:
+        num_layers: number of transformer blocks.
+        local_attention_frames: latent frames kept, sink and current chunk included; -1 keeps all.
+        sink_frames: first latent frames that are never evicted.
+        num_frames: latent frames of the whole rollout, if known: a full cache is then allocated once instead of doubling.
+    """
+
+    def __init__(
+        self, num_layers: int, local_attention_frames: int = -1, sink_frames: int = 0, num_frames: int | None = None
+    ) -> None:
+        if local_attention_frames != -1 and local_attention_frames <= sink_frames:
+            raise ValueError(
+                f"local_attention_frames is {local_attention_frames}, expected -1 (all) or more than "
+                f"sink_frames = {sink_frames}"
+            )
+        self.layers = [KVLayerCache() for _ in range(num_layers)]
+        self.local_attention_frames = local_attention_frames
+        self.sink_frames = sink_frames
+        self.num_frames = num_frames
+        self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
+        self._tokens_per_frame = 0
+        self._capacity = 0  # in frames
+
+    def begin_pass(
+        self, frame_offset: int, num_frames: int, tokens_per_frame: int, heads: tuple[int, int], like: torch.Tensor
+    ) -> None:
+        """Make room for the K/V of frames `frame_offset ... frame_offset + num_frames - 1`.
+
+        Args:
+            frame_offset: absolute index of the first latent frame of the pass.
+            num_frames: latent frames of the pass.
+            tokens_per_frame: tokens of one latent frame.
+            heads: `(number of heads, head_dim)`.
+            like: a tensor `[B, ...]` with the batch size, dtype and device of the pass.
+
+        Raises:
+            ValueError: if the frames neither follow the last ones nor repeat them, if they do not fit the window, or
+                if the pass has another batch size, frame size or device than what is stored.
+        """
+        shape = (like.shape[0], *heads)
+        self._check_layout(shape, tokens_per_frame, like)
+        frames = list(range(frame_offset, frame_offset + num_frames))
+        if not self.frames or frame_offset == self.frames[-1] + 1:
+            self._append(frames, shape, like)
+        elif self.frames[-num_frames:] != frames:
+            raise ValueError(
+                f"a pass over frames {frame_offset}..{frames[-1]} neither follows nor repeats the last cached frames "
+                f"(cached: {self.frames}); run chunks in order, or start from an empty KVCache"
+            )
+        stop = len(self.frames) * tokens_per_frame
+        for layer in self.layers:
+            layer.start, layer.stop = stop - num_frames * tokens_per_frame, stop
+
+    def _check_layout(self, shape: tuple[int, int, int], tokens_per_frame: int, like: torch.Tensor) -> None:
+        if not self._capacity:
+            self._tokens_per_frame = tokens_per_frame
+            return
+        stored = self.layers[0].key
+        expected = (*(stored.shape[0], *stored.shape[2:]), self._tokens_per_frame, stored.device)
+        got = (*shape, tokens_per_frame, like.device)
+        if got != expected:
+            raise ValueError(
+                "this KVCache holds K/V of another layout: (batch, heads, head_dim, tokens per frame, device) is "
+                f"{expected}, the pass has {got}; use one KVCache per stream"
+            )
+
+    def _append(self, frames: list[int], shape: tuple[int, int, int], like: torch.Tensor) -> None:
+        window = self.local_attention_frames
+        if window != -1 and self.sink_frames + len(frames) > window:
+            raise ValueError(
+                f"a pass over {len(frames)} frames and {self.sink_frames} sink frames do not fit into "
+                f"local_attention_frames = {window}"
+            )
+        tokens = self._tokens_per_frame
+        evict = 0 if window == -1 else max(0, len(self.frames) + len(frames) - window)
+        if evict:
+            first, last = self.sink_frames, self.sink_frames + evict
+            for layer in self.layers:
+                layer.drop(first * tokens, last * tokens, len(self.frames) * tokens)
+            del self.frames[first:last]
+        needed = len(self.frames) + len(frames)
+        if needed > self._capacity:
+            known = window if window != -1 else self.num_frames
+            self._capacity = known if known is not None and known >= needed else max(needed, 2 * self._capacity)
+            for layer in self.layers:
+                layer.reserve(self._capacity * tokens, shape, like)
+        self.frames.extend(frames)
+
+    def visible(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stored K and V of a block, `[B, visible tokens, heads, head_dim]`, in storage order (sink first)."""
+        tokens = len(self.frames) * self._tokens_per_frame
+        return self.layers[layer].key[:, :tokens], self.layers[layer].value[:, :tokens]
+
+    def reset_text(self) -> None:
+        """Forget the prompt's K/V; the next pass computes them from its `encoder_hidden_states`."""
+        for layer in self.layers:
+            layer.reset_text()
+
+    def clear(self) -> None:
+        """Forget everything, buffers included."""
+        self.layers = [KVLayerCache() for _ in self.layers]
+        self.frames = []
+        self._capacity = 0
+
+    def clone(self) -> KVCache:
+        """An independent copy, to branch a rollout."""
+        return copy.deepcopy(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all buffers."""
+        tensors = [t for x in self.layers for t in (x.key, x.value, x.text_key, x.text_value) if t is not None]
+        return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,27 @@
+"""`PassInfo`: where in a rollout one transformer pass stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """Position of one transformer pass, handed to `on_pass` right before the pass runs.
+
+    Attributes:
+        chunk: index of the generated chunk; passes over given initial latents carry -1.
+        role: `"denoise"`, `"refresh"` (rewrites the chunk's K/V from its clean latents) or `"context"` (fills the
+            K/V cache from given initial latents).
+        step: index of the denoising step inside the chunk; 0 for `"refresh"` and `"context"`.
+        timestep: timestep the transformer is given.
+        frame_offset: absolute index of the first latent frame of the pass.
+        num_frames: latent frames in the pass.
+    """
+
+    chunk: int
+    role: str
+    step: int
+    timestep: float
+    frame_offset: int
+    num_frames: int

@@ -1,0 +1,339 @@
+"""`CausalWanTransformer3DModel`: diffusers' Wan transformer, run chunk by chunk against a `KVCache`.
+
+Nothing of the stock forward is copied. The parts that a causal pass needs (cache-aware attention processors, RoPE with a
+frame offset, a float64 timestep sinusoid) are installed once; a pass binds its cache and offset to them and lets the stock
+forward run. Without a cache they compute exactly what the stock parts compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
+from torch import nn
+
+from .kv_cache import KVCache, KVLayerCache
+
+
+class CausalTimesteps(Timesteps):
+    """Timestep sinusoid that can be computed in float64.
+
+    The causal Wan models were trained with a float64 sinusoid; the stock float32 one moves their output by up to 3e-5.
+    """
+
+    def __init__(self, stock: Timesteps) -> None:
+        super().__init__(stock.num_channels, stock.flip_sin_to_cos, stock.downscale_freq_shift, stock.scale)
+        self.float64 = False
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """`[N]` timesteps -> `[N, num_channels]` float32."""
+        if not self.float64 or timesteps.device.type == "mps":  # MPS has no float64
+            return super().forward(timesteps)
+        half = self.num_channels // 2
+        exponent = torch.arange(half, dtype=torch.float64, device=timesteps.device) / (
+            half - self.downscale_freq_shift
+        )
+        angle = self.scale * timesteps.double()[:, None] * torch.pow(10000.0, -exponent)[None, :]
+        parts = (angle.cos(), angle.sin()) if self.flip_sin_to_cos else (angle.sin(), angle.cos())
+        return nn.functional.pad(torch.cat(parts, dim=-1), (0, self.num_channels % 2)).float()
+
+
+class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
+    """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module."""
+
+    def __init__(self, stock: WanRotaryPosEmbed) -> None:
+        nn.Module.__init__(self)
+        for name in ("attention_head_dim", "patch_size", "max_seq_len", "t_dim", "h_dim", "w_dim"):
+            setattr(self, name, getattr(stock, name))
+        for name in ("freqs_cos", "freqs_sin"):
+            self.register_buffer(name, getattr(stock, name), persistent=False)
+        self.frame_offset = 0
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`.
+
+        Raises:
+            ValueError: if a position lies beyond the table.
+        """
+        sizes = [size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True)]
+        starts = [self.frame_offset // self.patch_size[0], 0, 0]
+        for axis, start, size in zip(("frame", "row", "column"), starts, sizes, strict=True):
+            if start + size > self.max_seq_len:
+                raise ValueError(
+                    f"{axis} position {start + size - 1} lies beyond the RoPE table of rope_max_seq_len = "
+                    f"{self.max_seq_len} positions: generate fewer chunks, or load the transformer with a larger "
+                    "rope_max_seq_len in its config"
+                )
+        return self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
+
+    def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
+        parts = []
+        for axis, part in enumerate(freqs.split([self.t_dim, self.h_dim, self.w_dim], dim=1)):
+            view = [1, 1, 1, -1]
+            view[axis] = sizes[axis]
+            parts.append(part[starts[axis] : starts[axis] + sizes[axis]].view(view).expand(*sizes, -1))
+        return torch.cat(parts, dim=-1).reshape(1, -1, 1, freqs.shape[1])
+
+
+def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE to interleaved pairs of `[B, tokens, heads, head_dim]`; `cos`, `sin` as from `WanRotaryPosEmbed`."""
+    first, second = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return rotated.flatten(-2).type_as(hidden_states)
+
+
+class CausalWanAttnProcessor(WanAttnProcessor):
+    """Wan attention over the K/V of a bound `KVLayerCache`; the stock processor while none is bound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: KVLayerCache | None = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if self.cache is None or attn.add_k_proj is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if encoder_hidden_states is None:
+            query, key, value = self._project_self(attn, hidden_states, rotary_emb)
+            key, value = self.cache.update(key, value)
+        else:
+            query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+            key, value = self._text(attn, encoder_hidden_states)
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config if encoder_hidden_states is None else None,
+        )
+        hidden_states = hidden_states.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+    @staticmethod
+    def _project_self(
+        attn: WanAttention, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+        return rotate(query, *rotary_emb), rotate(key, *rotary_emb), value
+
+    def _text(self, attn: WanAttention, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Cached tensors would carry a graph that the first backward frees: with gradients they are computed anew.
+        cached = None if torch.is_grad_enabled() else self.cache.get_text()
+        if cached is not None:
+            return cached
+        if attn.fused_projections:
+            key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        else:
+            key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+        value = value.unflatten(2, (attn.heads, -1))
+        if not torch.is_grad_enabled():
+            self.cache.store_text(key, value)
+        return key, value
+
+
+class CausalWanTransformer3DModel(WanTransformer3DModel):
+    """Wan transformer for autoregressive video diffusion: a `WanTransformer3DModel` that can attend to a `KVCache`.
+
+    Parameters, state dict, config and their names on disk are those of `WanTransformer3DModel` (the saved config names that
+    class, so that stock diffusers loads what this class saves). Without `kv_cache` and `frame_offset` the forward equals
+    the stock one bit by bit.
+
+    A pass binds its cache to the model while it runs: one model serves any number of interleaved streams, but not two
+    threads at a time.
+    """
+
+    _skip_keys = ["kv_cache"]  # noqa: RUF012 - accelerate must hand the cache through, not copy it
+
+    @functools.wraps(WanTransformer3DModel.__init__)  # keeps the signature that diffusers reads config keys from
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._install_causal_parts()
+
+    def _install_causal_parts(self) -> None:
+        self.rope = CausalWanRotaryPosEmbed(self.rope)
+        self.condition_embedder.timesteps_proj = CausalTimesteps(self.condition_embedder.timesteps_proj)
+        for block in self.blocks:
+            block.attn1.set_processor(CausalWanAttnProcessor())
+            block.attn2.set_processor(CausalWanAttnProcessor())
+
+    @classmethod
+    def from_transformer(cls, transformer: WanTransformer3DModel) -> CausalWanTransformer3DModel:
+        """Upgrade a loaded (possibly quantized) Wan transformer; all parameters and submodules are shared, not copied.
+
+        The given module's blocks get the attention processors of this class. Do not keep using it in a bidirectional
+        pipeline: whatever is done to one (device, hooks, adapters) is done to both.
+
+        Raises:
+            TypeError: if `transformer` is no `WanTransformer3DModel`.
+        """
+        if isinstance(transformer, cls):
+            return transformer
+        if not isinstance(transformer, WanTransformer3DModel):
+            raise TypeError(f"transformer is a {type(transformer).__name__}, expected a WanTransformer3DModel")
+        model = cls.__new__(cls)
+        # accelerate's hook wraps `forward` of the instance it sits on; it is moved over below.
+        hooked = {"forward", "_old_forward", "_hf_hook"}
+        model.__dict__.update({name: value for name, value in transformer.__dict__.items() if name not in hooked})
+        for name in ("_modules", "_parameters", "_buffers"):
+            model.__dict__[name] = dict(transformer.__dict__[name])
+        model._install_causal_parts()
+        if "_hf_hook" in transformer.__dict__:
+            add_hook_to_module(model, transformer._hf_hook)
+        return model
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        kv_cache: KVCache | None = None,
+        frame_offset: int = 0,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """One pass over one chunk.
+
+        Args:
+            hidden_states: latents `[B, C, F, H, W]` in the model's dtype.
+            timestep: `[B]`, `[B, F]` (one per latent frame) or `[B, tokens]`, in `[0, 1000]`, any real dtype.
+            encoder_hidden_states: text embeddings `[B, text_tokens, text_dim]`. With a cache they are projected to K/V at
+                the first pass only; call `kv_cache.reset_text()` to change the prompt.
+            encoder_hidden_states_image: as in `WanTransformer3DModel`.
+            return_dict: return a `Transformer2DModelOutput` instead of a tuple.
+            attention_kwargs: as in `WanTransformer3DModel` (`scale` of adapters).
+            kv_cache: K/V of earlier frames; this pass attends to them and writes (or overwrites) its own.
+            frame_offset: absolute index of the first latent frame, for RoPE and for the cache.
+
+        Returns:
+            The flow `[B, C, F, H, W]` (noise minus clean latents).
+
+        Raises:
+            ValueError: for a timestep of another shape, a position beyond the RoPE table, or a pass that does not fit the
+                cache.
+        """
+        timestep = self._expand_timestep(timestep, hidden_states)
+        with self._bind(kv_cache, frame_offset, hidden_states):
+            return super().forward(
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_hidden_states_image=encoder_hidden_states_image,
+                return_dict=return_dict,
+                attention_kwargs=attention_kwargs,
+            )
+
+    def _tokens_per_frame(self, hidden_states: torch.Tensor) -> int:
+        _, p_h, p_w = self.config.patch_size
+        return (hidden_states.shape[3] // p_h) * (hidden_states.shape[4] // p_w)
+
+    def _expand_timestep(self, timestep: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The stock model takes one timestep per sample or per token; spread one per frame over its tokens."""
+        batch, frames = hidden_states.shape[0], hidden_states.shape[2] // self.config.patch_size[0]
+        tokens = self._tokens_per_frame(hidden_states)
+        if timestep.shape == (batch, frames):
+            return timestep.repeat_interleave(tokens, dim=1)
+        if timestep.shape not in ((batch,), (batch, frames * tokens)):
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}, expected [{batch}], [{batch}, {frames}] (per latent frame) or "
+                f"[{batch}, {frames * tokens}] (per token)"
+            )
+        return timestep
+
+    @contextmanager
+    def _bind(self, kv_cache: KVCache | None, frame_offset: int, hidden_states: torch.Tensor) -> Iterator[None]:
+        """Hand cache and frame offset to the installed parts for the length of one stock forward."""
+        sinusoid = self.condition_embedder.timesteps_proj
+        processors = [(block.attn1.processor, block.attn2.processor) for block in self.blocks]
+        layers = [None] * len(processors)
+        if kv_cache is not None:
+            self._check_bindable(kv_cache, processors)
+            heads = (self.config.num_attention_heads, self.config.attention_head_dim)
+            frames = hidden_states.shape[2] // self.config.patch_size[0]
+            kv_cache.begin_pass(frame_offset, frames, self._tokens_per_frame(hidden_states), heads, hidden_states)
+            layers = kv_cache.layers
+        try:
+            self.rope.frame_offset = frame_offset
+            sinusoid.float64 = kv_cache is not None
+            for pair, layer in zip(processors, layers, strict=True):
+                for processor in pair:
+                    processor.cache = layer
+            yield
+        finally:
+            self.rope.frame_offset = 0
+            sinusoid.float64 = False
+            for pair in processors:
+                for processor in pair:
+                    processor.cache = None
+
+    def _check_bindable(self, kv_cache: KVCache, processors: list[tuple[Any, Any]]) -> None:
+        if len(kv_cache.layers) != len(processors):
+            raise ValueError(
+                f"kv_cache has {len(kv_cache.layers)} layers, the transformer has {len(processors)} blocks"
+            )
+        foreign = {type(p).__name__ for pair in processors for p in pair if not isinstance(p, CausalWanAttnProcessor)}
+        if foreign:
+            raise ValueError(
+                f"attention processors {sorted(foreign)} cannot read a kv_cache; "
+                "restore them with transformer.set_attn_processor(CausalWanAttnProcessor())"
+            )
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing recomputes blocks after the kv_cache has moved on: call "
+                "disable_gradient_checkpointing(), or run without kv_cache"
+            )
+
+    def to(self, *args: Any, **kwargs: Any) -> CausalWanTransformer3DModel:
+        """Move the model. A quantized model keeps its dtypes: a requested dtype is dropped, the device is honoured."""
+        if not getattr(self, "is_quantized", False):
+            return super().to(*args, **kwargs)
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device=device, non_blocking=non_blocking)
+
+    def fuse_qkv_projections(self) -> None:
+        """Fuse q, k and v; refused on a quantized model, where it would silently bring float weights back."""
+        self._refuse_if_quantized("fuse_qkv_projections", "fuse before quantizing")
+        super().fuse_qkv_projections()
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Fuse adapters; refused on a quantized model, where the adapter would be lost silently."""
+        self._refuse_if_quantized(
+            "fuse_lora", "keep the adapter unfused, or fuse into the float model and quantize that"
+        )
+        super().fuse_lora(*args, **kwargs)
+
+    def _refuse_if_quantized(self, method: str, remedy: str) -> None:
+        if getattr(self, "is_quantized", False):
+            raise ValueError(f"{method}() cannot change packed integer weights of a quantized transformer: {remedy}")
+
+    def to_json_string(self) -> str:
+        """The config as JSON, naming the stock class: what is saved loads with plain diffusers."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = WanTransformer3DModel.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
