@@ -18,6 +18,13 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: bfloat16 on a GPU, float32 on a CPU)")
 
 
+def resolve_model(name: str) -> str:
+    """A model folder or Hub id as given; `bundled` is the model that ships with the package."""
+    from ..bundled import bundled_model_path
+
+    return bundled_model_path() if name == "bundled" else name
+
+
 def load_pipeline(path: str, args: argparse.Namespace, **kwargs: Any) -> ARVDPipeline:
     """Load a float or quantized model folder, or Hub id, onto the asked device."""
     import torch
@@ -26,7 +33,7 @@ def load_pipeline(path: str, args: argparse.Namespace, **kwargs: Any) -> ARVDPip
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    return ARVDPipeline.from_pretrained(path, torch_dtype=dtype, **kwargs).to(device)
+    return ARVDPipeline.from_pretrained(resolve_model(path), torch_dtype=dtype, **kwargs).to(device)
 
 
 def read_prompts(path: str | None) -> tuple[str, ...] | None:

@@ -27,11 +27,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import imageio.v2 as imageio
     import torch
 
-    from ..bundled import bundled_model_path
     from ..evaluation.fidelity import to_uint8
     from ..serialization import atomic_file
 
-    pipe = load_pipeline(bundled_model_path() if args.model == "bundled" else args.model, args)
+    pipe = load_pipeline(args.model, args)
     fps = args.fps or pipe.config.get("fps") or 16
     stream = pipe.stream(
         args.prompt,

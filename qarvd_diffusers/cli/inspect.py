@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from .common import table
+from .common import resolve_model, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from ..bundled import bundled_model_path
     from ..serialization import stored_bytes
 
-    path = bundled_model_path() if args.model == "bundled" else args.model
-    model = WanTransformer3DModel.from_pretrained(path, subfolder="transformer", torch_dtype=torch.bfloat16)
+    model = WanTransformer3DModel.from_pretrained(
+        resolve_model(args.model), subfolder="transformer", torch_dtype=torch.bfloat16
+    )
     layers = list(_layers(model))
     if args.plot:
         plot(layers, args.plot)

@@ -11,7 +11,9 @@ from .common import add_device_arguments, load_pipeline, read_prompts, table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..config import SCHEMES
 
-    parser.add_argument("model", help="float model folder or Hub id")
+    parser.add_argument(
+        "model", help="float model folder or Hub id; `bundled` names the model that ships with the package"
+    )
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--scheme", choices=tuple(SCHEMES), default="w8a8")
     parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one per line (default: bundled ones)")
