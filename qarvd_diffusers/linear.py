@@ -1,0 +1,242 @@
+"""`QARVDLinear`: a linear layer on packed integer weights, in place of `nn.Linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+import qarvd_kernels as ops
+from qarvd_kernels.checks import accumulator
+
+from .config import QuantizedModule
+from .packing import packed_columns
+
+
+@dataclass(frozen=True, eq=False)
+class LinearQParams:
+    """Everything quantization decides about one Linear with K input and N output channels; group 0 holds the outliers.
+
+    Attributes:
+        weight_packed: uint8 `[N, K * bits / 8]`, permuted channel order, see `packing`.
+        weight_scale: float32 `[N, 2]`.
+        weight_zero_point: int16 `[N, 2]`.
+        channel_order: int32 `[K]`; stored channel j is input channel `channel_order[j]`, outliers first.
+        input_scale: float32 `[2]` of a static activation quantizer, else None.
+        input_zero_point: int32 `[2]` likewise, in codes 0..255.
+        description: outlier count, bits and kind of activation.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    channel_order: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    description: QuantizedModule
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, absent ones left out."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "description"}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def stored_tensors(
+    in_features: int, out_features: int, description: QuantizedModule
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of `LinearQParams` for a layer of this size."""
+    specs = {
+        "weight_packed": ((out_features, packed_columns(in_features, description.weight_bits)), torch.uint8),
+        "weight_scale": ((out_features, 2), torch.float32),
+        "weight_zero_point": ((out_features, 2), torch.int16),
+        "channel_order": ((in_features,), torch.int32),
+    }
+    if description.activation == "static":
+        specs |= {"input_scale": ((2,), torch.float32), "input_zero_point": ((2,), torch.int32)}
+    return specs
+
+
+class QARVDLinear(nn.Linear):
+    """A frozen linear layer with packed 4- or 8-bit weights, dual scales and (static or dynamic) int8 activations.
+
+    Parameters are those of `LinearQParams`, all without gradient, and `bias`. Conversions such as `.to(torch.bfloat16)` or
+    `.half()` change the bias, and so the dtype of the layer, but never the precision of scales, codes or zero-points.
+    A subclass of `nn.Linear`, so that adapters (PEFT) and offloading treat it as one; gradients flow through to the input
+    as if the layer were the float layer of its de-quantized weight (straight-through).
+
+    Build it with `empty` (to be filled by a loader) or `from_float`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        description: QuantizedModule,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate a float weight
+        if description.num_outliers > in_features:
+            raise ValueError(f"{description.num_outliers} outlier channels do not fit {in_features} input channels")
+        self.in_features, self.out_features = in_features, out_features
+        self.num_outliers = description.num_outliers
+        self.weight_bits = description.weight_bits
+        self.activation = description.activation
+        self._dtype = dtype or torch.get_default_dtype()
+        for name in ("input_scale", "input_zero_point"):
+            self.register_parameter(name, None)
+        for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
+            self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+        bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
+        self.register_parameter("bias", bias_tensor)
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        description: QuantizedModule,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QARVDLinear:
+        """A layer whose parameters have no values yet; on the meta device it takes no memory.
+
+        Args:
+            description: outlier count, bits and kind of activation.
+            dtype: dtype of bias and de-quantized weight; None takes torch's default.
+
+        Raises:
+            ValueError: an odd number of input channels for 4 bits, or more outliers than channels.
+        """
+        return cls(in_features, out_features, bias, description, device, dtype)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, qparams: LinearQParams) -> QARVDLinear:
+        """The quantized counterpart of `linear`, on its device, with its bias and dtype.
+
+        Raises:
+            ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or zero-points so far out that
+                integer sums could overflow.
+        """
+        layer = cls.empty(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            qparams.description,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        given, device = qparams.tensors(), linear.weight.device
+        for name, (shape, kind) in stored_tensors(
+            linear.in_features, linear.out_features, qparams.description
+        ).items():
+            tensor = given.pop(name, None)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != kind:
+                got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise ValueError(f"{name} is {got}, expected {kind} {shape}")
+            setattr(layer, name, _frozen(tensor.detach().to(device)))
+        if given:
+            raise ValueError(f"{sorted(given)} have no place in a layer with {qparams.description}")
+        if linear.bias is not None:
+            layer.bias = _frozen(linear.bias.detach().clone())
+        layer._check_sums()
+        return layer.train(linear.training)
+
+    def _check_sums(self) -> None:
+        for group, width in enumerate((self.num_outliers, self.in_features - self.num_outliers)):
+            zero_point = None if self.input_zero_point is None else self.input_zero_point[group]
+            accumulator(width, zero_point, self.weight_zero_point[:, group], self.weight_bits)
+
+    @property
+    def description(self) -> QuantizedModule:
+        """What the checkpoint's config says of this layer."""
+        return QuantizedModule(self.num_outliers, self.weight_bits, self.activation)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the bias, and of `weight`."""
+        return self._dtype if self.bias is None else self.bias.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The de-quantized weight `[N, K]` in original channel order: a fresh copy, writing to it changes nothing."""
+        return ops.dequantize_weight(
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.channel_order,
+            self.weight_bits,
+            self.num_outliers,
+            self.dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K]` -> `[..., N]` in the dtype of x."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _StraightThrough.apply(x, self)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
+        if self.activation == "none":
+            return ops.weight_only_linear(
+                x, *weight, self.channel_order, self.bias, self.weight_bits, self.num_outliers
+            )
+        layout = (self.bias, self.weight_bits, self.num_outliers, x.dtype)
+        if self.activation == "dynamic":
+            codes, scale = ops.quantize_dynamic(x, self.channel_order, self.num_outliers)
+            return ops.dual_scale_linear_dynamic(codes, scale, *weight, *layout)
+        quantizer = (self.input_scale, self.input_zero_point)
+        codes = ops.quantize_static(x, self.channel_order, self.num_outliers, *quantizer)
+        return ops.dual_scale_linear_static(codes, *weight, *quantizer, *layout)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QARVDLinear:
+        # Module.to(dtype), half() and layerwise casting all come through here, and would cast the scales.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        if self.bias is None:
+            self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return super()._apply(keep_dtype, recurse)
+
+    def requires_grad_(self, requires_grad: bool = True) -> QARVDLinear:
+        """Refuses True: packed integers cannot be trained."""
+        if requires_grad:
+            raise ValueError(
+                "QARVDLinear is frozen: its packed integer weights take no gradient. Train an adapter on it (LoRA), or the "
+                "float model."
+            )
+        return super().requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Refused: random codes make no layer."""
+        raise RuntimeError("QARVDLinear has no random initialization: load it, or build it with from_float")
+
+    def extra_repr(self) -> str:
+        activation = {"static": "int8 static", "dynamic": "int8 dynamic", "none": "float"}[self.activation]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight_bits={self.weight_bits}, activation={activation}, num_outliers={self.num_outliers}"
+        )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward of the quantized layer, backward of the float layer of its de-quantized weight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QARVDLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._compute(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.weight.to(grad.dtype), None
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,205 @@
+"""QARVDLinear against the float layer it came from, and as a guest of torch, PEFT and the compiler."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from qarvd_diffusers import primitives as P
+from qarvd_diffusers.calibration.outliers import find_outliers
+from qarvd_diffusers.calibration.weights import quantize_weight
+from qarvd_diffusers.config import SCHEMES, QARVDConfig, QuantizedModule
+from qarvd_diffusers.linear import LinearQParams, QARVDLinear
+
+
+def qparams_of(linear, scheme, x=None, alignment=8, **options):
+    """Quantize one layer; the activation quantizer spans the range of x exactly."""
+    config = QARVDConfig(scheme, outlier_alignment=alignment, **options)
+    outliers = find_outliers([linear.weight], config.outlier_detector, alignment, config.reference_compat)
+    count = outliers.num_outliers
+    quantizer = (None, None)
+    if config.resolved_scheme.needs_calibration:
+        x = torch.zeros(1, linear.in_features) if x is None else x.float().reshape(-1, linear.in_features)
+        groups = x[:, outliers.channel_order.long()].tensor_split([count], dim=1)
+        ends = [(g.min(), g.max()) if g.numel() else (x.new_zeros(()),) * 2 for g in groups]
+        scale, zero_point = zip(*(P.affine_qparams(low, high, 8) for low, high in ends), strict=True)
+        quantizer = (torch.stack(scale), torch.stack(zero_point).to(torch.int32))
+    description = QuantizedModule(count, config.resolved_scheme.weight_bits, config.resolved_scheme.activation)
+    packed = quantize_weight(linear.weight, outliers, config)
+    return LinearQParams(*packed, outliers.channel_order, *quantizer, description)
+
+
+def pair(scheme, k=64, n=48, bias=True, outliers=4, dtype=torch.float32, **options):
+    """A float layer with planted outlier columns, its quantized counterpart and an input."""
+    torch.manual_seed(0)
+    linear = nn.Linear(k, n, bias=bias)
+    x = torch.randn(3, 10, k)
+    with torch.no_grad():
+        linear.weight[:, :outliers] *= 20
+    linear, x = linear.to(dtype).requires_grad_(False), x.to(dtype)
+    return linear, QARVDLinear.from_float(linear, qparams_of(linear, scheme, x, **options)), x
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("outliers", (0, 4))
+@pytest.mark.parametrize("bias", (True, False))
+def test_close_to_the_float_layer(scheme, outliers, bias):
+    linear, layer, x = pair(scheme, outliers=outliers, bias=bias)
+    assert layer.num_outliers == (8 if outliers else 0)
+    want, got = linear(x), layer(x)
+    error = (got - want).norm() / want.norm()
+    assert error < (0.12 if "w4" in scheme else 0.012)
+    # what is left after removing the weight error is the activation's
+    exact_weight = nn.functional.linear(x, layer.weight, layer.bias)
+    assert (got - exact_weight).norm() / want.norm() < (1e-6 if scheme.endswith("a16") else 0.012)
+
+
+def test_outlier_group_pays():
+    _, plain, _ = pair("w4a8", outlier_detector="none")
+    linear, dual, _ = pair("w4a8")
+    assert dual.num_outliers == 8 and plain.num_outliers == 0
+    normal = dual.channel_order[8:].long()
+    errors = [(layer.weight - linear.weight)[:, normal].norm() for layer in (dual, plain)]
+    assert errors[0] < 0.1 * errors[1]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bfloat16(scheme):
+    linear, layer, x = pair(scheme, dtype=torch.bfloat16)
+    got = layer(x)
+    assert got.dtype == torch.bfloat16 and layer.weight.dtype == torch.bfloat16
+    assert (got - linear(x)).float().norm() / linear(x).float().norm() < (0.12 if "w4" in scheme else 0.015)
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_reference_compat_equals_fake_quantization(bits):
+    """Asymmetric weights and free zero-points: the integer path is the reference's float path, reordered."""
+    linear, layer, x = pair(f"w{bits}a8", reference_compat=True)
+    order, count = layer.channel_order.long(), layer.num_outliers
+    permuted = x[..., order]
+    total = linear.bias.double().expand(3, 10, -1)
+    for g, part in enumerate((slice(0, count), slice(count, None))):
+        a = P.fake_quantize(permuted[..., part], layer.input_scale[g], layer.input_zero_point[g], 8)
+        total = total + a.double() @ layer.weight[:, order][:, part].double().T
+    torch.testing.assert_close(layer(x).double(), total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", (True, False))
+def test_conversions_move_the_bias_and_nothing_else(bias):
+    _, layer, x = pair("w8a8", bias=bias)
+    before = {name: p.clone() for name, p in layer.named_parameters() if name != "bias"}
+    for convert in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.to(torch.float8_e4m3fn),
+        lambda m: m.to("cpu", torch.bfloat16),
+    ):
+        convert(layer)
+        for name, value in before.items():
+            assert torch.equal(getattr(layer, name), value) and getattr(layer, name).dtype == value.dtype
+    assert layer.dtype == layer.weight.dtype == torch.bfloat16
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_meta_construction_state_dict_and_deepcopy():
+    _, layer, x = pair("w4a8")
+    empty = QARVDLinear.empty(64, 48, True, layer.description, device="meta", dtype=torch.float32)
+    assert all(p.is_meta and not p.requires_grad for p in empty.parameters())
+    assert "weight" not in layer.state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in layer.state_dict().items()
+    }
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty(x), layer(x))
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x)) and twin.weight_packed.data_ptr() != layer.weight_packed.data_ptr()
+    assert empty.to_empty(device="meta").weight.shape == (48, 64)
+
+
+@pytest.mark.parametrize("scheme", ("w8a8", "w4a8", "w8a16", "w4a16", "w8a8_dynamic"))
+@pytest.mark.parametrize(
+    ("size", "limits"), [((192, 192), (0.56, 0.33)), ((1536, 1536), (0.51, 0.26)), ((1536, 8960), (0.51, 0.26))]
+)
+def test_stored_bytes(scheme, size, limits):
+    spec = SCHEMES[scheme]
+    description = QuantizedModule(0, spec.weight_bits, spec.activation)
+    layer = QARVDLinear.empty(*size, True, description, device="meta", dtype=torch.bfloat16)
+    stored = sum(p.nbytes for p in layer.parameters())
+    assert stored <= limits[spec.weight_bits == 4] * 2 * (size[0] * size[1] + size[1])
+
+
+def test_frozen():
+    _, layer, _ = pair("w8a8")
+    with pytest.raises(ValueError, match=r"QARVDLinear is frozen.*LoRA"):
+        layer.requires_grad_()
+    assert layer.requires_grad_(False) is layer
+    with pytest.raises(RuntimeError, match="no random initialization"):
+        layer.reset_parameters()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradient_reaches_the_input(scheme):
+    _, layer, x = pair(scheme)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_lora(scheme):
+    peft = pytest.importorskip("peft")
+    _, first, x = pair(scheme, k=32, n=32)
+    _, second, _ = pair(scheme, k=32, n=32)
+    x = x[..., :32]
+    net = nn.Sequential(first, nn.SiLU(), second)
+    want = net(x)
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=True)
+    net = peft.inject_adapter_in_model(config, net)
+    torch.testing.assert_close(net(x), want)
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    assert len(trainable) == 4
+    net(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
+    assert any(p.grad.any() for name, p in net.named_parameters() if name.startswith("0.") and p.requires_grad)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_compiles_as_one_graph(scheme):
+    _, first, x = pair(scheme, k=32, n=32)
+    _, second, _ = pair(scheme, k=32, n=32, bias=False)
+    net = nn.Sequential(first, nn.SiLU(), second)
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), net(x))
+        torch.testing.assert_close(compiled(x[:1, :3]), net(x[:1, :3]))
+
+
+def test_repr_names_the_scheme():
+    _, layer, _ = pair("w4a8")
+    assert "in_features=64, out_features=48, bias=True, weight_bits=4, activation=int8 static, num_outliers=8" in repr(
+        layer
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": torch.ones(48, 1)}, "weight_scale is torch.float32 (48, 1), expected torch.float32 (48, 2)"),
+        ({"input_scale": None}, "input_scale is missing"),
+        ({"channel_order": torch.arange(64)}, "channel_order is torch.int64 (64,), expected torch.int32"),
+        ({"description": QuantizedModule(0, 8, "none")}, "['input_scale', 'input_zero_point'] have no place"),
+        ({"weight_zero_point": torch.full((48, 2), -32000, dtype=torch.int16)}, "largest integer sum of this layer"),
+    ],
+)  # fmt: skip
+def test_bad_qparams_are_named(change, message):
+    linear = nn.Linear(64, 48)
+    qparams = qparams_of(linear, "w8a8")
+    given = {name: getattr(qparams, name) for name in qparams.__dataclass_fields__} | change
+    if "zero_point" in message or "integer sum" in message:
+        given["input_zero_point"] = torch.full((2,), -1000, dtype=torch.int32)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        QARVDLinear.from_float(linear, LinearQParams(**given))
