@@ -1,0 +1,164 @@
+"""Capture, compute, apply: from a float transformer to quantized Linears, each step alone if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QARVDConfig, QuantizedModule
+from ..linear import LinearQParams, QARVDLinear
+from ..models.pass_info import PassInfo
+from .capture import InputCapture
+from .observers import InputObserver, ReferenceObserver
+from .outliers import OutlierSet, find_outliers
+from .result import CalibrationResult, config_hash
+from .targets import input_groups, quantizable_linears
+from .weights import quantize_weight
+
+# Called with what is being done, how many steps of it are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+Quantizer = tuple[Tensor, Tensor]
+
+
+def calibrate(
+    transformer: nn.Module,
+    run: Callable[[Callable[[PassInfo], None]], None],
+    config: QARVDConfig,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072); it is left as it was.
+
+    Args:
+        transformer: float model.
+        run: performs all calibration rollouts on it, calling its argument right before every transformer pass. Not called
+            for schemes that need no data.
+        config: what to calibrate for; `config.sensitivity` weighs the chunks.
+        progress: called for every layer whose weights are packed.
+
+    Returns:
+        The result; `apply` puts it into the model.
+
+    Raises:
+        ValueError: no layer to quantize, NaN or infinity in a weight or an activation, a chunk that was never reached, or a
+            layer that took no part; each named.
+    """
+    if not config.resolved_scheme.needs_calibration:
+        return quantize_weights(transformer, config, progress)
+    linears = quantizable_linears(transformer, config)
+    groups = input_groups(transformer, linears, config)
+    outliers = _find_outliers(linears, groups, config)
+    observer = ReferenceObserver if config.reference_compat else InputObserver
+    observers = [observer(found) for found in outliers]
+    weights = config.sensitivity(config.calibration_chunks)
+
+    def observe(group: int, x: Tensor, info: PassInfo) -> None:
+        # Given initial latents are read by every chunk: they weigh as much as the first one.
+        observers[group].add(x, weights[min(max(info.chunk, 0), len(weights) - 1)])
+
+    with InputCapture(linears, groups, observe) as capture, torch.no_grad():
+        run(capture.on_pass)
+    capture.check(range(config.calibration_chunks))
+    quantizers = [watched.quantizer(config.percentiles) for watched in observers]
+    return _pack(linears, list(zip(groups, outliers, quantizers, strict=True)), config, progress)
+
+
+def quantize_weights(
+    transformer: nn.Module, config: QARVDConfig, progress: Progress | None = None
+) -> CalibrationResult:
+    """The part of calibration that needs no data; all there is to `w8a8_dynamic`, `w8a16` and `w4a16`.
+
+    Raises:
+        ValueError: the scheme has static activations, there is no layer to quantize, or a weight is not finite.
+    """
+    if config.resolved_scheme.needs_calibration:
+        raise ValueError(f"scheme {config.scheme} needs calibration data: call calibrate, or use w8a8_dynamic")
+    linears = quantizable_linears(transformer, config)
+    groups = input_groups(transformer, linears, config)
+    outliers = _find_outliers(linears, groups, config)
+    none = [(None, None)] * len(groups)
+    return _pack(linears, list(zip(groups, outliers, none, strict=True)), config, progress)
+
+
+def apply(transformer: nn.Module, result: CalibrationResult) -> None:
+    """Replace the Linears named in `result` by quantized ones, in place; nothing is replaced if one does not fit.
+
+    Raises:
+        ValueError: a layer is absent, quantized already, or of another size; named.
+    """
+    quantized = {}
+    for name, qparams in result.layers.items():
+        linear = _submodule(transformer, name)
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QARVDLinear):
+            raise ValueError(
+                f"{name} is a {type(linear).__name__} in this {type(transformer).__name__}, expected a float Linear: the "
+                "calibration result belongs to another model, or was applied already"
+            )
+        try:
+            quantized[name] = QARVDLinear.from_float(linear, qparams)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}. The calibration result belongs to another model.") from error
+    for name, layer in quantized.items():
+        transformer.set_submodule(name, layer)
+
+
+def dequantize(transformer: nn.Module) -> None:
+    """Replace every QARVDLinear by the float Linear of its de-quantized weight, in place."""
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, QARVDLinear):
+            linear = nn.Linear(
+                layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=layer.dtype
+            )
+            linear.weight = nn.Parameter(layer.weight, requires_grad=False)
+            linear.bias = layer.bias
+            transformer.set_submodule(name, linear.train(layer.training))
+
+
+def _submodule(transformer: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return transformer.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _find_outliers(
+    linears: Mapping[str, nn.Linear], groups: Sequence[Sequence[str]], config: QARVDConfig
+) -> list[OutlierSet]:
+    """One outlier set per group, from the stacked weights of its layers."""
+    for name, linear in linears.items():
+        if linear.weight.is_meta:
+            raise ValueError(
+                f"the weight of {name} is on the meta device: remove offloading hooks, quantize, offload again"
+            )
+        if not bool(linear.weight.isfinite().all()):
+            raise ValueError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
+    return [
+        find_outliers(
+            [linears[name].weight for name in group],
+            config.outlier_detector,
+            config.outlier_alignment,
+            config.reference_compat,
+        )
+        for group in groups
+    ]
+
+
+def _pack(
+    linears: Mapping[str, nn.Linear],
+    groups: Sequence[tuple[Sequence[str], OutlierSet, Quantizer | tuple[None, None]]],
+    config: QARVDConfig,
+    progress: Progress | None,
+) -> CalibrationResult:
+    """Quantize the weights of every group; the result lies on the CPU and keeps the order of `linears`."""
+    scheme = config.resolved_scheme
+    layers: dict[str, LinearQParams] = {}
+    for group, outliers, quantizer in groups:
+        description = QuantizedModule(outliers.num_outliers, scheme.weight_bits, scheme.activation)
+        for name in group:
+            packed = quantize_weight(linears[name].weight, outliers, config)
+            tensors = (tensor.cpu() for tensor in (*packed, outliers.channel_order))
+            layers[name] = LinearQParams(*tensors, *quantizer, description)
+            if progress is not None:
+                progress("packing weights", len(layers), len(linears))
+    return CalibrationResult({name: layers[name] for name in linears}, config_hash(config))

@@ -1,0 +1,137 @@
+"""Watching the inputs of layers during rollouts: hooks that live inside a `with`, and the proof that all were seen."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..models.pass_info import PassInfo
+
+
+class InputCapture:
+    """Context manager that hands the input of every group of layers to `observe`, with the pass it belongs to.
+
+    The rollout calls `on_pass` right before every transformer pass. When the block ends the hooks are gone; `check` then
+    says whether every layer took part in every pass it should have.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        groups: Sequence[Sequence[str]],
+        observe: Callable[[int, Tensor, PassInfo], None],
+    ) -> None:
+        """
+        Args:
+            linears: layers by name.
+            groups: names of layers that read the same tensor; the first one's input is observed.
+            observe: called with the index of the group, its input `[..., K]` and the current pass.
+        """
+        self._linears, self._groups, self._observe = linears, groups, observe
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._passes: list[PassInfo] = []
+        self._called: dict[str, list[int]] = {name: [] for name in linears}  # index into _passes, one per call
+
+    def on_pass(self, info: PassInfo) -> None:
+        """Announce the next transformer pass."""
+        self._passes.append(info)
+
+    def __enter__(self) -> InputCapture:
+        for index, group in enumerate(self._groups):
+            last = _Last()
+            for position, name in enumerate(group):
+                hook = self._hook(index, name, last, leads=position == 0)
+                self._handles.append(self._linears[name].register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, index: int, name: str, last: _Last, leads: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else kwargs["input"]
+            if not self._passes:
+                raise RuntimeError(
+                    f"{name} ran before any pass was announced: call on_pass before every transformer pass"
+                )
+            info = self._passes[-1]
+            self._called[name].append(len(self._passes) - 1)
+            if not leads:
+                last.require_same(x, name, self._groups[index][0])
+                return
+            last.set(x)
+            if not bool(x.isfinite().all()):
+                raise ValueError(
+                    f"the input of {name} holds NaN or infinity in {_describe(info)}: the float model itself fails there, "
+                    "try another dtype or seed"
+                )
+            self._observe(index, x, info)
+
+        return hook
+
+    def calls(self, name: str) -> Counter[tuple[int, str]]:
+        """How often a layer ran, by (chunk, role)."""
+        return Counter((self._passes[i].chunk, self._passes[i].role) for i in self._called[name])
+
+    def check(self, chunks: Iterable[int]) -> None:
+        """Refuse a capture with gaps.
+
+        A layer may run in every pass, or only in the first pass of every rollout (it reads the prompt alone and its
+        output is cached); anything between is a gap.
+
+        Raises:
+            ValueError: no pass was announced, one of `chunks` was never reached, or a layer missed a pass; named.
+        """
+        if not self._passes:
+            raise ValueError("calibration ran no pass: run(on_pass) must call on_pass before every transformer pass")
+        reached = {info.chunk for info in self._passes}
+        missing = sorted(set(chunks) - reached)
+        if missing:
+            raise ValueError(
+                f"calibration never reached chunks {missing}, only {sorted(reached)}: generate as many chunks as "
+                "config.calibration_chunks says"
+            )
+        every = set(range(len(self._passes)))
+        first = {i for i, info in enumerate(self._passes) if _starts_rollout(info)}
+        for name, called in self._called.items():
+            if not called:
+                raise ValueError(
+                    f"{name} was never called in {len(every)} calibration passes: add it to modules_to_not_convert if the "
+                    "model does not use it"
+                )
+            gaps = min(every - set(called), first ^ set(called), key=len)
+            if gaps:
+                raise ValueError(
+                    f"{name} was not called as often as it should be: it ran in {len(set(called))} of {len(every)} passes "
+                    f"(expected all, or the first of each of {len(first)} rollouts), first gap in "
+                    f"{_describe(self._passes[min(gaps)])}"
+                )
+
+
+class _Last:
+    """The tensor the leading layer of a group read last, without keeping it alive."""
+
+    def __init__(self) -> None:
+        self._tensor: Callable[[], Tensor | None] = lambda: None
+
+    def set(self, x: Tensor) -> None:
+        self._tensor = weakref.ref(x)
+
+    def require_same(self, x: Tensor, name: str, leader: str) -> None:
+        seen = self._tensor()
+        if seen is not x and (seen is None or seen.data_ptr() != x.data_ptr() or seen.shape != x.shape):
+            raise ValueError(f"{name} does not read the same tensor as {leader}: set tie_inputs=False for this model")
+
+
+def _starts_rollout(info: PassInfo) -> bool:
+    return info.frame_offset == 0 and info.step == 0 and info.role != "refresh"
+
+
+def _describe(info: PassInfo) -> str:
+    return f"chunk {info.chunk}, {info.role} pass, step {info.step} (timestep {info.timestep:g})"

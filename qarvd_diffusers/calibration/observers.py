@@ -1,0 +1,83 @@
+"""What is remembered of the tensors a layer reads, and the activation quantizer that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .outliers import OutlierSet
+from .ranges import RangeHistogram, search_samples
+
+ACTIVATION_BITS = 8
+
+
+class InputObserver:
+    """Watches one input tensor of one or more tied layers; a range per group (0 outliers, 1 normal channels).
+
+    Memory is fixed: two histograms, whatever the number and size of the tensors.
+    """
+
+    def __init__(self, outliers: OutlierSet) -> None:
+        self.outliers = outliers
+        self._histograms: list[RangeHistogram | None] = [None, None]
+
+    def add(self, x: Tensor, weight: float) -> None:
+        """Record one call.
+
+        Args:
+            x: float `[batch, ..., K]` (`[tokens, K]` counts as one sample), finite.
+            weight: weight of the chunk the call belongs to.
+        """
+        samples = x.shape[0] if x.ndim > 2 else 1
+        for g, part in enumerate(self._split(x)):
+            if part.numel():
+                if self._histograms[g] is None:
+                    self._histograms[g] = RangeHistogram(x.device)
+                self._histograms[g].add(part, weight, samples)
+
+    def quantizer(self, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """float32 `[2]` scale and int32 `[2]` zero-point, on the CPU; an empty group gets 1 and 0."""
+        found = [
+            (torch.ones(()), torch.zeros(())) if histogram is None else histogram.search(ACTIVATION_BITS, percentiles)
+            for histogram in self._histograms
+        ]
+        return _stack(found)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        order = self.outliers.channel_order.to(x.device)
+        return x.detach().index_select(-1, order).tensor_split([self.outliers.num_outliers], dim=-1)
+
+
+class ReferenceObserver(InputObserver):
+    """Keeps every tensor and searches as the reference implementation does: memory grows with the rollout.
+
+    Layers with outliers weigh all chunks alike, and zero-points are not clamped.
+    """
+
+    def __init__(self, outliers: OutlierSet) -> None:
+        super().__init__(outliers)
+        self._samples: list[Tensor] = []
+        self._weights: list[float] = []
+
+    def add(self, x: Tensor, weight: float) -> None:
+        samples = x.detach().to("cpu", torch.float32)
+        samples = samples if x.ndim > 2 else samples[None]
+        self._samples.append(samples)
+        self._weights.extend([1.0 if self.outliers.num_outliers else weight] * len(samples))
+
+    def quantizer(self, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        weights = torch.tensor(self._weights)
+        found = [
+            search_samples(part, weights, ACTIVATION_BITS, percentiles, clamp=False)
+            if part.numel()
+            else (torch.ones(()), torch.zeros(()))
+            for part in self._split(torch.cat(self._samples))
+        ]
+        return _stack(found)
+
+
+def _stack(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    scale, zero_point = zip(*found, strict=True)
+    return torch.stack(scale).to(torch.float32), torch.stack(zero_point).to(torch.int32)

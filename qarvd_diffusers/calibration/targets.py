@@ -1,0 +1,86 @@
+"""Which Linears of a transformer are quantized, and which of them read the same tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..config import QARVDConfig
+from ..linear import QARVDLinear
+
+# Outside the blocks, only what embeds the text is quantized: the rest is small, and the whole video depends on it.
+KEEP_FLOAT = ("time_embedder", "time_proj", "image_embedder", "patch_embedding", "norm_out", "proj_out")
+
+
+def _named_by(name: str, pattern: str) -> bool:
+    """Whether `pattern` is the name or some whole dotted parts of it (`attn1`, `blocks.0`, `to_q`)."""
+    return f".{pattern}." in f".{name}."
+
+
+def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str, nn.Linear]:
+    """The Linears that `config` quantizes, by name and in module order.
+
+    That is every Linear but those of `KEEP_FLOAT` (time embedding, output head and the like) and of
+    `config.modules_to_not_convert`.
+
+    Raises:
+        ValueError: there is none, the model is quantized already, an entry of `modules_to_not_convert` names no module,
+            or a layer's odd number of input channels has no 4-bit layout.
+    """
+    names = [name for name, _ in transformer.named_modules() if name]
+    unknown = [p for p in config.modules_to_not_convert if not any(_named_by(name, p) for name in names)]
+    if unknown:
+        raise ValueError(
+            f"modules_to_not_convert names {unknown}, which no module of {type(transformer).__name__} is called; "
+            f"names look like {names[-1]!r} and may be shortened to whole parts of it"
+        )
+    skipped = (*KEEP_FLOAT, *config.modules_to_not_convert)
+    linears = {
+        name: module
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and not any(_named_by(name, pattern) for pattern in skipped)
+    }
+    if not linears:
+        raise ValueError(
+            f"{type(transformer).__name__} has no Linear to quantize beside {list(skipped)}: pass the transformer itself, "
+            "and look at modules_to_not_convert"
+        )
+    done = [name for name, module in linears.items() if isinstance(module, QARVDLinear)]
+    if done:
+        raise ValueError(f"{len(done)} layers are quantized already (first: {done[0]}): quantize the float model")
+    odd = [name for name, module in linears.items() if module.in_features * config.resolved_scheme.weight_bits % 8]
+    if odd:
+        raise ValueError(
+            f"{odd[0]} has {linears[odd[0]].in_features} input channels, an odd number, which has no 4-bit layout: add "
+            f"{odd} to modules_to_not_convert, or use an 8-bit scheme"
+        )
+    return linears
+
+
+def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConfig) -> list[tuple[str, ...]]:
+    """Partition layer names into those that read one tensor: q, k and v of self-attention, k and v of cross-attention.
+
+    Every group shares its outlier channels and its activation quantizer, so that a kernel quantizes the tensor once.
+    Without `config.tie_inputs`, or under `reference_compat` (the reference ties nothing), every layer stands alone.
+    """
+    names = list(names)
+    leader = {name: name for name in names}
+    if config.tie_inputs and not config.reference_compat:
+        for path, module in transformer.named_modules():
+            for attributes in _tied_attributes(module):
+                tied = [name for name in (f"{path}.{a}".lstrip(".") for a in attributes) if name in leader]
+                leader.update(dict.fromkeys(tied, tied[0] if tied else None))
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(leader[name], []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def _tied_attributes(module: nn.Module) -> list[tuple[str, ...]]:
+    """Names of projections that read one tensor, in diffusers' attention modules."""
+    query, key = getattr(module, "to_q", None), getattr(module, "to_k", None)
+    if not isinstance(query, nn.Linear) or not isinstance(key, nn.Linear):
+        return []
+    cross = getattr(module, "is_cross_attention", query.in_features != key.in_features)
+    return [("to_k", "to_v") if cross else ("to_q", "to_k", "to_v"), ("add_k_proj", "add_v_proj")]
