@@ -138,7 +138,7 @@ class QARVDLinear(nn.Linear):
             if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != kind:
                 got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ValueError(f"{name} is {got}, expected {kind} {shape}")
-            setattr(layer, name, _frozen(tensor.detach().to(device)))
+            setattr(layer, name, _frozen(tensor.detach().to(device, copy=True)))  # tied layers share theirs
         if given:
             raise ValueError(f"{sorted(given)} have no place in a layer with {qparams.description}")
         if linear.bias is not None:

@@ -136,12 +136,18 @@ def _find_outliers(
     return [
         find_outliers(
             [linears[name].weight for name in group],
-            config.outlier_detector,
+            _detector(group[0], config),
             config.outlier_alignment,
             config.reference_compat,
         )
         for group in groups
     ]
+
+
+def _detector(name: str, config: QARVDConfig) -> str:
+    """The reference implementation looks for outliers inside the numbered blocks only."""
+    in_block = any(part.isdigit() for part in name.split("."))
+    return config.outlier_detector if in_block or not config.reference_compat else "none"
 
 
 def _pack(
