@@ -333,7 +333,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"{method}() cannot change packed integer weights of a quantized transformer: {remedy}")
 
     def to_json_string(self) -> str:
-        """The config as JSON, naming the stock class: what is saved loads with plain diffusers."""
+        """The config as JSON, naming the stock class (plain diffusers loads what is saved) and no local path."""
         config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
         config["_class_name"] = WanTransformer3DModel.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

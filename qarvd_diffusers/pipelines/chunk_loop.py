@@ -1,0 +1,140 @@
+"""`ChunkLoop`: the one loop that turns noise into a stream of latent chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from ..models.kv_cache import KVCache
+from ..models.pass_info import PassInfo
+from ..schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
+from .inputs import StreamInputs
+
+
+class RunPass(Protocol):
+    """One transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache."""
+
+    def __call__(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        *,
+        kv_cache: KVCache,
+        frame_offset: int,
+    ) -> torch.Tensor: ...
+
+
+class ChunkLoop:
+    """Rollout of one stream, all of whose state lives here and in `cache`.
+
+    For every chunk: draw noise; at each timestep predict the clean latents and (except at the last) add fresh noise; then
+    one more pass on the clean latents at `context_noise` rewrites the chunk's K/V ("refresh"), also behind the last chunk.
+    Noise is drawn in that order, chunk by chunk: starting noise, then one draw per re-noising step. Streams of any length
+    therefore agree as far as they go.
+
+    Args:
+        run_pass: the transformer.
+        scheduler: used by this stream alone.
+        cache: empty K/V cache.
+        inputs: noise, start and length.
+        prompt_embeds: `[B, text_tokens, text_dim]`.
+        device: where the passes run.
+        dtype: dtype of the latents.
+    """
+
+    def __init__(
+        self,
+        run_pass: RunPass,
+        scheduler: FewStepRenoiseScheduler,
+        cache: KVCache,
+        inputs: StreamInputs,
+        prompt_embeds: torch.Tensor,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.cache = cache
+        self.inputs = inputs
+        self.prompt_embeds = prompt_embeds
+        self.on_pass: Callable[[PassInfo], None] | None = None
+        self.on_step: Callable[[int, float, torch.Tensor], torch.Tensor] | None = None
+        self.interrupted: Callable[[], bool] = lambda: False
+        self._run_pass = run_pass
+        self._scheduler = scheduler
+        self._device, self._dtype = device, dtype
+        self._steps_done = 0
+
+    @torch.no_grad()
+    def run(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield `(chunk, clean latents [B, C, F, H, W])`, the given start first as chunk -1.
+
+        An interrupted stream yields the chunk in progress as it stands (its latest latents) and ends.
+
+        Raises:
+            FloatingPointError: if NaN or infinity appears; names chunk and step.
+        """
+        fields, context = self.inputs.fields, self.inputs.context_frames
+        if context:
+            yield -1, self._fill_context()
+        for chunk, offset, frames in fields.chunks(self.inputs.num_chunks, context):
+            if self.interrupted():
+                return
+            latents = self._denoise(chunk, offset, frames)
+            if self.interrupted():
+                yield chunk, latents
+                return
+            refresh = PassInfo(chunk, "refresh", 0, float(fields.context_noise), offset, frames)
+            self._pass(latents, refresh)
+            yield chunk, latents
+
+    def replace_prompt(self, prompt_embeds: torch.Tensor) -> None:
+        """Go on with another prompt; text K/V are computed anew, cached frames stay as they are."""
+        self.prompt_embeds = prompt_embeds
+        self.cache.reset_text()
+
+    def _fill_context(self) -> torch.Tensor:
+        fields = self.inputs.fields
+        latents = self.inputs.initial_latents.to(device=self._device, dtype=self._dtype)
+        offset = 0
+        for piece in latents.split(fields.context_pieces(latents.shape[2]), dim=2):
+            # Clean frames by definition: t = 0, whatever noise the refresh of generated chunks carries.
+            self._pass(piece, PassInfo(-1, "context", 0, 0.0, offset, piece.shape[2]))
+            offset += piece.shape[2]
+        return latents
+
+    def _denoise(self, chunk: int, offset: int, frames: int) -> torch.Tensor:
+        self._scheduler.set_timesteps(chunk_index=chunk)
+        timesteps = self._scheduler.timesteps.tolist()
+        sample = self.inputs.noise(offset, frames, self._device, self._dtype)
+        finite = []
+        for step, timestep in enumerate(timesteps):
+            flow = self._pass(sample, PassInfo(chunk, "denoise", step, timestep, offset, frames))
+            noise = None
+            if step + 1 < len(timesteps):
+                noise = self.inputs.renoise(chunk, step, frames, flow.device, flow.dtype)
+            sample, original = self._scheduler.step(flow, timestep, sample, noise=noise, return_dict=False)
+            finite.append(original.isfinite().all())
+            if self.on_step is not None:
+                sample = self.on_step(self._steps_done, timestep, sample)
+            self._steps_done += 1
+            if self.interrupted():
+                break
+        # One look per chunk: a look per step would stall the device each time.
+        for step, fine in enumerate(torch.stack(finite).tolist()):
+            if not fine:
+                raise FloatingPointError(
+                    f"NaN or infinity in chunk {chunk}, step {step} (timestep {timesteps[step]:g}): run the transformer in "
+                    "bfloat16 or float32, and check prompt_embeds, latents and, if it is quantized, its calibration"
+                )
+        return sample
+
+    def _pass(self, latents: torch.Tensor, info: PassInfo) -> torch.Tensor:
+        if self.on_pass is not None:
+            self.on_pass(info)
+        timestep = torch.full((latents.shape[0],), info.timestep, device=latents.device)
+        return self._run_pass(
+            latents, timestep, self.prompt_embeds, kv_cache=self.cache, frame_offset=info.frame_offset
+        )

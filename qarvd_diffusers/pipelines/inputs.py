@@ -1,0 +1,144 @@
+"""`StreamInputs`: what one stream is started from, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..models.causal_fields import CausalFields
+
+
+@dataclass
+class StreamInputs:
+    """Noise and start of one stream.
+
+    Attributes:
+        fields: how the model rolls out.
+        shape: `(batch, channels, height, width)` of the latents.
+        num_chunks: chunks to generate; None goes on without end.
+        latents: noise of all chunks `[B, C, F, H, W]`, or None to draw it.
+        renoise_latents: noise added between denoising steps, `[num_chunks, num_steps - 1, B, C, frames, H, W]` or a
+            sequence of one tensor per chunk; a smaller first chunk takes the leading frames. None draws it.
+        initial_latents: clean latents `[B, C, F, H, W]` the video starts with, or None.
+        generator: source of the noise that is drawn.
+    """
+
+    fields: CausalFields
+    shape: tuple[int, int, int, int]
+    num_chunks: int | None = None
+    latents: torch.Tensor | None = None
+    renoise_latents: torch.Tensor | Sequence[torch.Tensor] | None = None
+    initial_latents: torch.Tensor | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
+
+    def __post_init__(self) -> None:
+        batch, channels, height, width = self.shape
+        for name in ("latents", "initial_latents"):
+            tensor = getattr(self, name)
+            if tensor is not None and (tensor.ndim != 5 or (*tensor.shape[:2], *tensor.shape[3:]) != self.shape):
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}, expected [{batch}, {channels}, F, {height}, {width}] "
+                    "(batch of the prompt, channels of the transformer)"
+                )
+        self.fields.context_pieces(self.context_frames)  # raises where it does not split
+        self._check_renoise()
+        if isinstance(self.generator, list) and len(self.generator) != batch:
+            raise ValueError(f"{len(self.generator)} generators for a batch of {batch}: give one, or one per sample")
+
+    def _check_renoise(self) -> None:
+        if self.renoise_latents is None:
+            return
+        count = len(self.renoise_latents)
+        if self.num_chunks is None or count < self.num_chunks:
+            raise ValueError(f"renoise_latents has noise for {count} chunks, num_chunks is {self.num_chunks}")
+        batch, channels, height, width = self.shape
+        for chunk, _, frames in self.fields.chunks(self.num_chunks, self.context_frames):
+            got = tuple(self.renoise_latents[chunk].shape)
+            steps = len(self.fields.timesteps_of_chunk(chunk)) - 1
+            fits = len(got) == 6 and got[0] >= steps and got[3] >= frames
+            if not fits or (*got[1:3], *got[4:]) != self.shape:
+                raise ValueError(
+                    f"renoise_latents of chunk {chunk} has shape {list(got)}, expected "
+                    f"[{steps}, {batch}, {channels}, {frames}, {height}, {width}]"
+                )
+
+    @property
+    def context_frames(self) -> int:
+        """Given latent frames."""
+        return 0 if self.initial_latents is None else self.initial_latents.shape[2]
+
+    @property
+    def num_latent_frames(self) -> int | None:
+        """Latent frames of the whole video, the given ones included; None without end."""
+        if self.num_chunks is None:
+            return None
+        generated = sum(frames for _, _, frames in self.fields.chunks(self.num_chunks, self.context_frames))
+        return self.context_frames + generated
+
+    @property
+    def num_steps(self) -> int | None:
+        """Denoising steps of the whole stream; None without end."""
+        if self.num_chunks is None:
+            return None
+        return sum(len(self.fields.timesteps_of_chunk(chunk)) for chunk in range(self.num_chunks))
+
+    def noise(self, offset: int, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Starting noise of the chunk at absolute frame `offset`."""
+        if self.latents is None:
+            return self._draw(frames, device, dtype)
+        start = offset - self.context_frames
+        return self.latents[:, :, start : start + frames].to(device=device, dtype=dtype)
+
+    def renoise(self, chunk: int, step: int, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Noise added after denoising step `step` of generated chunk `chunk`."""
+        if self.renoise_latents is None:
+            return self._draw(frames, device, dtype)
+        return self.renoise_latents[chunk][step][:, :, :frames].to(device=device, dtype=dtype)
+
+    def _draw(self, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        batch, channels, height, width = self.shape
+        shape = (batch, channels, frames, height, width)
+        # Drawn in float32: a seed then means the same noise in every compute dtype.
+        return randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32).to(dtype)
+
+
+def resolve_num_chunks(
+    fields: CausalFields,
+    context_frames: int,
+    *,
+    num_chunks: int | None,
+    num_frames: int | None,
+    latents: torch.Tensor | None,
+    renoise_latents: torch.Tensor | Sequence[torch.Tensor] | None,
+    temporal_scale: int,
+) -> int | None:
+    """The number of chunks that all given arguments agree on; None if nothing says it.
+
+    Args:
+        num_frames: pixel frames of the whole video, given ones included.
+        temporal_scale: pixel frames per latent frame behind the first.
+
+    Raises:
+        ValueError: if they disagree, or a length is no whole number of chunks.
+    """
+    said: dict[str, int] = {}
+    if num_chunks is not None:
+        if num_chunks < 1:
+            raise ValueError(f"num_chunks is {num_chunks}, expected at least 1, or None for an endless stream")
+        said["num_chunks"] = num_chunks
+    if num_frames is not None:
+        latent_frames, rest = divmod(num_frames - 1, temporal_scale)
+        if num_frames < 1 or rest:
+            raise ValueError(f"num_frames is {num_frames}, expected a multiple of {temporal_scale} plus 1, such as 81")
+        source = f"num_frames = {num_frames}"
+        said[source] = fields.count_chunks(latent_frames + 1 - context_frames, context_frames, source)
+    if latents is not None and latents.ndim == 5:
+        said["latents"] = fields.count_chunks(latents.shape[2], context_frames, "latents")
+    if len(set(said.values())) > 1:
+        raise ValueError(f"arguments ask for different numbers of chunks: {said}")
+    if said:
+        return next(iter(said.values()))
+    return None if renoise_latents is None else len(renoise_latents)

@@ -1,0 +1,321 @@
+"""`ARVDPipeline`: text (or a given start) to video, chunk by chunk, for the causal Wan family."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import is_ftfy_available, replace_example_docstring
+from diffusers.video_processor import VideoProcessor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from ..models.causal_fields import CausalFields
+from ..models.kv_cache import KVCache
+from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
+from .arvd_mixin import ARVDMixin
+from .inputs import StreamInputs, resolve_num_chunks
+from .output import ARVDPipelineOutput, concatenate
+from .streaming_vae import StreamingVAEDecoder
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```python
+        >>> import torch
+        >>> from diffusers.utils import export_to_video
+        >>> from qarvd_diffusers import ARVDPipeline, bundled_model_path
+
+        >>> pipe = ARVDPipeline.from_pretrained(bundled_model_path())
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> video = pipe("a red circle moves left", num_chunks=7, generator=generator).frames[0]
+        >>> export_to_video(video, "circle.mp4", fps=pipe.config.fps)
+
+        >>> for chunk in pipe.stream("a red circle moves left"):  # without end
+        ...     show(chunk.frames)
+        ```
+"""
+
+DEFAULT_CHUNKS = 7  # 81 frames, the length the family is trained at
+
+
+def clean_prompt(text: str) -> str:
+    """Repair mojibake (where ftfy is installed), resolve HTML entities, collapse white space, as Wan's pipeline does."""
+    if is_ftfy_available():
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+class ARVDPipeline(ARVDMixin, DiffusionPipeline):
+    """Autoregressive video generation with a causal Wan transformer (Self-Forcing and its family).
+
+    One class serves the family: members differ in the config fields of `CausalFields`. A stock `WanTransformer3DModel` is
+    upgraded to `CausalWanTransformer3DModel` sharing all its parameters, a stock scheduler is replaced by a
+    `FewStepRenoiseScheduler` built from the config. Distilled models need no guidance: there is no negative prompt.
+
+    Args:
+        tokenizer: tokenizer of the text encoder.
+        text_encoder: UMT5 encoder; with None, pass `prompt_embeds`.
+        vae: Wan's VAE; with None, ask for `output_type="latent"`.
+        transformer: the causal transformer, or a stock Wan transformer.
+        scheduler: None or any stock scheduler (both give way to one built from the fields), or a `FewStepRenoiseScheduler`
+            that agrees with the fields.
+        num_frames_per_chunk, denoising_timesteps, first_chunk_timesteps, warp_timesteps, timestep_shift, context_noise,
+            local_attention_frames, sink_frames, independent_first_frame: see `CausalFields`.
+        height: pixels of a frame when a call does not say.
+        width: see `height`.
+        max_sequence_length: text tokens when a call does not say.
+        fps: frames per second the model was trained at; for writing files.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012 - names are diffusers'
+    _optional_components = ["scheduler", "tokenizer", "text_encoder", "vae"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: CausalWanTransformer3DModel | WanTransformer3DModel,
+        scheduler: FewStepRenoiseScheduler | SchedulerMixin | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: UMT5EncoderModel | None = None,
+        vae: AutoencoderKLWan | None = None,
+        num_frames_per_chunk: int = 3,
+        denoising_timesteps: list | tuple = (1000, 750, 500, 250),
+        first_chunk_timesteps: list | tuple | None = None,
+        warp_timesteps: bool = True,
+        timestep_shift: int | float = 5.0,
+        context_noise: int | float = 0,
+        local_attention_frames: int = -1,
+        sink_frames: int = 0,
+        independent_first_frame: bool = False,
+        height: int = 480,
+        width: int = 832,
+        max_sequence_length: int = 512,
+        fps: int = 16,
+    ) -> None:
+        super().__init__()
+        fields = CausalFields(
+            num_frames_per_chunk=num_frames_per_chunk,
+            denoising_timesteps=tuple(denoising_timesteps),
+            first_chunk_timesteps=first_chunk_timesteps,
+            warp_timesteps=warp_timesteps,
+            timestep_shift=timestep_shift,
+            context_noise=context_noise,
+            local_attention_frames=local_attention_frames,
+            sink_frames=sink_frames,
+            independent_first_frame=independent_first_frame,
+        )
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=_few_step_scheduler(scheduler, fields),
+        )
+        self.register_to_config(
+            **fields.to_dict(), height=height, width=width, max_sequence_length=max_sequence_length, fps=fps
+        )
+        vae_config = getattr(vae, "config", None)
+        self.vae_scale_factor_temporal = getattr(vae_config, "scale_factor_temporal", 4)
+        self.vae_scale_factor_spatial = getattr(vae_config, "scale_factor_spatial", 8)
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Covers the constructor, every loader, and `pipe.transformer = model`.
+        if name == "transformer" and isinstance(value, WanTransformer3DModel):
+            value = CausalWanTransformer3DModel.from_transformer(value)
+        super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Text embeddings `[B, max_sequence_length, text_dim]`, zero beyond each prompt.
+
+        Args:
+            prompt: one prompt, or one per sample; longer ones are cut.
+            prompt_embeds: ready embeddings, passed through.
+            max_sequence_length: tokens; None takes the pipeline config's.
+            device: where to put them; None takes the execution device.
+            dtype: None takes the text encoder's.
+        """
+        device = device or self._execution_device
+        if prompt_embeds is not None:
+            return prompt_embeds.to(device=device, dtype=dtype)
+        texts = [clean_prompt(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length",
+            max_length=max_sequence_length or self.config.max_sequence_length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = tokens.attention_mask.to(device)
+        embeds = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
+        return (embeds * mask[..., None].to(embeds.dtype)).to(dtype or embeds.dtype)
+
+    def check_stream_inputs(
+        self,
+        *,
+        prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        height: int | None,
+        width: int | None,
+        output_type: str,
+        **rollout: Any,
+    ) -> StreamInputs:
+        """See `ARVDMixin.check_stream_inputs`."""
+        if (prompt is None) == (prompt_embeds is None):
+            given = "neither" if prompt is None else "both"
+            raise ValueError(f"give either prompt or prompt_embeds, got {given}")
+        if prompt is not None and not isinstance(prompt, str | list):
+            raise ValueError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
+        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError("the pipeline has no text encoder or tokenizer: pass prompt_embeds")
+        if output_type != "latent" and self.vae is None:
+            raise ValueError("the pipeline has no vae: ask for output_type='latent'")
+        if output_type != "latent":
+            self.make_decoder()  # raises where streaming decode cannot work
+        batch = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        start = rollout["latents"] if rollout["latents"] is not None else rollout["initial_latents"]
+        shape = (batch, self.transformer.config.in_channels, *self._latent_size(height, width, start))
+        initial = rollout["initial_latents"]
+        num_chunks = resolve_num_chunks(
+            self.causal_fields,
+            0 if initial is None or initial.ndim != 5 else initial.shape[2],
+            num_chunks=rollout.pop("num_chunks"),
+            num_frames=rollout.pop("num_frames"),
+            latents=rollout["latents"],
+            renoise_latents=rollout["renoise_latents"],
+            temporal_scale=self.vae_scale_factor_temporal,
+        )
+        return StreamInputs(self.causal_fields, shape, num_chunks, **rollout)
+
+    def _latent_size(self, height: int | None, width: int | None, given: torch.Tensor | None) -> tuple[int, int]:
+        """Latent height and width, from pixels, from given latents, or from the config."""
+        scale = self.vae_scale_factor_spatial
+        if given is not None and given.ndim == 5:
+            sizes = tuple(given.shape[-2:])
+            for name, pixels, size in (("height", height, sizes[0]), ("width", width, sizes[1])):
+                if pixels not in (None, size * scale):
+                    raise ValueError(f"{name} is {pixels}, but the given latents are {size * scale} pixels in {name}")
+            return sizes
+        pixels = (height or self.config.height, width or self.config.width)
+        for name, value, patch in zip(("height", "width"), pixels, self.transformer.config.patch_size[1:], strict=True):
+            if value % (scale * patch):
+                raise ValueError(f"{name} is {value}, expected a multiple of {scale * patch}")
+        return pixels[0] // scale, pixels[1] // scale
+
+    def run_pass(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        *,
+        kv_cache: KVCache,
+        frame_offset: int,
+    ) -> torch.Tensor:
+        """See `ARVDMixin.run_pass`."""
+        return self.transformer(
+            hidden_states=latents,
+            timestep=timestep,
+            encoder_hidden_states=prompt_embeds,
+            kv_cache=kv_cache,
+            frame_offset=frame_offset,
+            return_dict=False,
+        )[0]
+
+    def make_cache(self, num_frames: int | None) -> KVCache:
+        """See `ARVDMixin.make_cache`."""
+        return KVCache(
+            self.transformer.config.num_layers,
+            self.config.local_attention_frames,
+            self.config.sink_frames,
+            num_frames,
+        )
+
+    def make_decoder(self) -> StreamingVAEDecoder:
+        """See `ARVDMixin.make_decoder`."""
+        return StreamingVAEDecoder(self.vae)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        prompt_embeds: torch.Tensor | None = None,
+        num_chunks: int | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        latents: torch.Tensor | None = None,
+        renoise_latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        initial_latents: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "np",
+        max_sequence_length: int | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ARVDPipelineOutput | tuple:
+        """Generate a whole video: `stream`, joined.
+
+        Args are those of `stream`; without anything that tells a length, 7 chunks are generated. `initial_latents` are part
+        of the result.
+
+        Examples:
+
+        Returns:
+            `ARVDPipelineOutput`, or a tuple of its one field.
+        """
+        if all(value is None for value in (num_chunks, num_frames, latents, renoise_latents)):
+            num_chunks = DEFAULT_CHUNKS
+        chunks = self.stream(
+            prompt,
+            prompt_embeds=prompt_embeds,
+            num_chunks=num_chunks,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            latents=latents,
+            renoise_latents=renoise_latents,
+            initial_latents=initial_latents,
+            generator=generator,
+            output_type=output_type,
+            max_sequence_length=max_sequence_length,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        frames = concatenate([chunk.frames for chunk in chunks], output_type)
+        return ARVDPipelineOutput(frames=frames) if return_dict else (frames,)
+
+
+def _few_step_scheduler(scheduler: SchedulerMixin | None, fields: CausalFields) -> FewStepRenoiseScheduler:
+    """The given scheduler if it is of our kind and agrees with the pipeline's fields, else one built from the fields."""
+    names = ("denoising_timesteps", "first_chunk_timesteps", "warp_timesteps", "timestep_shift")
+    wanted = FewStepRenoiseScheduler(**{name: getattr(fields, name) for name in names})
+    if not isinstance(scheduler, FewStepRenoiseScheduler):
+        return wanted
+
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list | tuple) else value
+
+    differing = [name for name in names if plain(scheduler.config[name]) != plain(wanted.config[name])]
+    if differing:
+        raise ValueError(
+            f"scheduler and pipeline disagree on {differing}: pass the values to the pipeline, which is what is saved"
+        )
+    return scheduler

@@ -1,0 +1,65 @@
+"""`StreamingVAEDecoder`: decode a video piece by piece, exactly as if it were decoded whole."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+
+class StreamingVAEDecoder:
+    """Decoder of one stream over a shared `AutoencoderKLWan`.
+
+    Wan's VAE decodes frame by frame through causal convolutions that remember their last inputs, but its `decode` forgets
+    them after every call, so that a chunk decoded alone loses frames and starts with a seam. This class keeps that memory
+    per stream: pieces joined equal one `decode` of the whole, and streams over one VAE do not disturb each other.
+
+    Args:
+        vae: the VAE; none of its state is changed.
+
+    Raises:
+        ValueError: if the VAE is of another class or has tiling switched on.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        if not isinstance(vae, AutoencoderKLWan):
+            raise ValueError(f"streaming decode needs an AutoencoderKLWan, got {type(vae).__name__}")
+        if vae.use_tiling:
+            raise ValueError("streaming decode cannot be combined with VAE tiling; call vae.disable_tiling()")
+        self._vae = vae
+        self._memory: list | None = None
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode the next latent frames of the stream.
+
+        Args:
+            latents: normalized latents `[B, C, F, H, W]`, as the transformer sees them.
+
+        Returns:
+            Pixels `[B, 3, frames, height, width]` in [-1, 1]: the first latent frame of a stream gives one frame, every
+            later one `scale_factor_temporal` frames.
+        """
+        vae = self._vae
+        if hasattr(vae, "_hf_hook") and hasattr(vae._hf_hook, "pre_forward"):
+            vae._hf_hook.pre_forward(vae)  # what `vae.decode` does first, so that CPU offload brings the weights in
+        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
+        hidden = vae.post_quant_conv(self._denormalize(latents.to(device or latents.device, vae.dtype)))
+        first = self._memory is None
+        if first:
+            self._memory = [None] * vae._cached_conv_counts["decoder"]
+        pieces = []
+        for frame in hidden.split(1, dim=2):
+            pieces.append(vae.decoder(frame, feat_cache=self._memory, feat_idx=[0], first_chunk=first))
+            first = False
+        pixels = torch.cat(pieces, dim=2)
+        if vae.config.patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
+        return pixels.clamp(-1.0, 1.0)
+
+    def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
+        )
+        return latents * std + mean
