@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .models import FAMILY_FIELDS, CausalFields, CausalWanTransformer3DModel
+from .serialization import atomic_directory
 
 PIPELINE_STUB = "from qarvd_diffusers import ARVDPipeline  # noqa: F401\n"
 """Content of `pipeline.py` beside a saved pipeline, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
@@ -269,16 +268,9 @@ def convert_checkpoint(
     state_dict = to_diffusers_keys(load_checkpoint(src, weights))
     config = _base_config(base) if base is not None else infer_config(state_dict, num_attention_heads)
     transformer = build_transformer(state_dict, config, dtype)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
-        transformer.save_pretrained(staging / "transformer")
-        _write_pipeline(staging, FAMILY_FIELDS[family], _copy_base_components(base, staging))
-        staging.chmod(0o755)  # mkdtemp makes private folders
-        os.replace(staging, out_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with atomic_directory(out_dir) as folder:
+        transformer.save_pretrained(folder / "transformer")
+        _write_pipeline(folder, FAMILY_FIELDS[family], _copy_base_components(base, folder))
     return out_dir
 
 
@@ -289,7 +281,7 @@ def _base_config(base: str | Path) -> dict[str, Any]:
     return load_transformer_config(path)
 
 
-def _copy_base_components(base: str | Path | None, staging: Path) -> dict[str, list[str | None]]:
+def _copy_base_components(base: str | Path | None, folder: Path) -> dict[str, list[str | None]]:
     """Copy what a causal model shares with its base; return their `model_index.json` entries."""
     names = ("vae", "text_encoder", "tokenizer")
     if base is None:
@@ -303,7 +295,7 @@ def _copy_base_components(base: str | Path | None, staging: Path) -> dict[str, l
             raise ValueError(
                 f"{base} has no component {name!r}: base must be a complete diffusers folder of a Wan model"
             )
-        shutil.copytree(Path(base) / name, staging / name)  # follows links: a hub cache holds links to blobs
+        shutil.copytree(Path(base) / name, folder / name)  # follows links: a hub cache holds links to blobs
     return {name: index[name] for name in names}
 
 

@@ -86,7 +86,25 @@ def two_threads():
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per known word, `</s>` appended."""
-    words = "<pad> </s> <unk> a red green blue circle square triangle moves stays left right up down and".split()
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "a",
+        "red",
+        "green",
+        "blue",
+        "circle",
+        "square",
+        "triangle",
+        "moves",
+        "stays",
+        "left",
+        "right",
+        "up",
+        "down",
+        "and",
+    ]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])

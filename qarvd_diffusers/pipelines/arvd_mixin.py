@@ -6,8 +6,6 @@ import copy
 import itertools
 import json
 import os
-import shutil
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,8 @@ from ..conversion import PIPELINE_STUB
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
 from ..models.pass_info import PassInfo
+from ..serialization import atomic_directory
+from .alignment import align_storage
 from .chunk_loop import ChunkLoop
 from .inputs import StreamInputs
 from .output import Chunk, Frames
@@ -180,6 +180,7 @@ class ARVDMixin(ABC):
         self._num_timesteps = inputs.num_steps
         device = self._execution_device
         try:
+            self.align_modules()
             loop = ChunkLoop(
                 self.run_pass,
                 copy.deepcopy(self.scheduler),
@@ -250,6 +251,13 @@ class ARVDMixin(ABC):
     def interrupt(self) -> bool:
         return self._interrupt
 
+    def align_modules(self) -> None:
+        """Make results on the CPU independent of where in a file the weights were mapped from."""
+        if self._execution_device.type == "cpu":
+            for component in self.components.values():
+                if isinstance(component, torch.nn.Module):
+                    align_storage(component)
+
     # Saving: the portable layout.
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -266,42 +274,19 @@ class ARVDMixin(ABC):
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save in the portable layout: stock class names, a stock scheduler, and a `pipeline.py` that imports this class.
 
-        Components appear in `save_directory` only when all of them have been written.
-
         Args:
-            save_directory: folder to write to; components of the same name in it are replaced.
-            push_to_hub: upload afterwards; takes the arguments of `push_to_hub` (`repo_id`, `private`, ...) from `kwargs`.
-            **kwargs: `safe_serialization`, `variant`, `max_shard_size` as in `DiffusionPipeline.save_pretrained`.
+            save_directory: folder to write to; nothing appears in it before all of it has been written.
+            **kwargs: as in `DiffusionPipeline.save_pretrained`.
         """
-        target = Path(save_directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        known = ("safe_serialization", "variant", "max_shard_size", "use_flashpack")
-        save_kwargs = {name: kwargs.pop(name) for name in known if name in kwargs}
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            super().save_pretrained(staging, **save_kwargs)
-            self._write_portable_parts(staging)
-            _move_into(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+        with atomic_directory(save_directory) as folder:
+            super().save_pretrained(folder, **kwargs)
+            self.write_portable_parts(folder)
 
-    def _write_portable_parts(self, folder: Path) -> None:
-        fields = self.causal_fields
-        FlowMatchEulerDiscreteScheduler(shift=fields.timestep_shift).save_pretrained(folder / "scheduler")
+    def write_portable_parts(self, folder: Path) -> None:
+        """Add what the portable layout has beyond `DiffusionPipeline.save_pretrained`."""
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.causal_fields.timestep_shift)
+        scheduler.save_pretrained(folder / "scheduler")
         (folder / "pipeline.py").write_text(PIPELINE_STUB, encoding="utf-8")
-
-
-def _move_into(staging: Path, target: Path) -> None:
-    """Move every entry of `staging` into `target`, replacing entries of the same name."""
-    target.mkdir(exist_ok=True)
-    for entry in sorted(staging.iterdir(), key=lambda path: path.name == "model_index.json"):  # the index comes last
-        old = target / entry.name
-        if old.is_dir():
-            aside = staging / f".old.{entry.name}"
-            os.replace(old, aside)
-        os.replace(entry, old)

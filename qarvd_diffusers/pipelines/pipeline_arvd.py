@@ -153,6 +153,7 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         device = device or self._execution_device
         if prompt_embeds is not None:
             return prompt_embeds.to(device=device, dtype=dtype)
+        self.align_modules()
         texts = [clean_prompt(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
         tokens = self.tokenizer(
             texts,
@@ -213,7 +214,9 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
                     raise ValueError(f"{name} is {pixels}, but the given latents are {size * scale} pixels in {name}")
             return sizes
         pixels = (height or self.config.height, width or self.config.width)
-        for name, value, patch in zip(("height", "width"), pixels, self.transformer.config.patch_size[1:], strict=True):
+        for name, value, patch in zip(
+            ("height", "width"), pixels, self.transformer.config.patch_size[1:], strict=True
+        ):
             if value % (scale * patch):
                 raise ValueError(f"{name} is {value}, expected a multiple of {scale * patch}")
         return pixels[0] // scale, pixels[1] // scale
