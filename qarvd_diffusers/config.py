@@ -97,6 +97,7 @@ class QARVDConfig(QuantizationConfigMixin):
         modules_to_not_convert: names (or their leading or trailing parts) of Linears that stay float, besides the time
             embedding, the patch embedding and the output head.
         text_encoder: `"int8"` quantizes the text encoder's weights with optimum-quanto at load time; None leaves it.
+        base_model: Hub id of the float model; written by quantization.
         modules: written by quantization, read by loading: name -> `QuantizedModule` (or its dict).
     """
 
@@ -112,6 +113,7 @@ class QARVDConfig(QuantizationConfigMixin):
     calibration_seed: int = 0
     modules_to_not_convert: tuple[str, ...] = ()
     text_encoder: str | None = None
+    base_model: str | None = None
     modules: Mapping[str, QuantizedModule] | None = None
     quant_method: str = dataclasses.field(default=QARVDMethod.QARVD, kw_only=True)  # the base puts it first
 

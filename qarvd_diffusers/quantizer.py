@@ -111,10 +111,11 @@ class QARVDQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         from .calibration.calibrate import apply, quantize_weights
-        from .serialization import check_loaded
+        from .serialization import align_float_tensors, check_loaded
 
         if self.pre_quantized:
             check_loaded(model)
+            align_float_tensors(model)
             return model
         config = self.quantization_config
         if config.resolved_scheme.needs_calibration:

@@ -17,7 +17,7 @@ LAYERS = [
     {"hub", "evaluation"},
     {"pipelines"},
     {"quantizer"},
-    {"serialization", "conversion"},
+    {"serialization", "conversion", "model_card"},
     {"calibration"},
     {"linear", "models", "schedulers"},
     {"config", "primitives", "packing", "bundled"},

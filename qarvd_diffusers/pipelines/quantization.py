@@ -73,7 +73,7 @@ def calibration_prompts(pipe: ARVDMixin, config: QARVDConfig) -> tuple[str, ...]
     """The config's prompts, else those in the model's own folder, else the bundled set of general ones."""
     if config.calibration_prompts is not None:
         return config.calibration_prompts
-    own = Path(str(pipe.config.get("_name_or_path") or "")) / PROMPTS_FILE
+    own = Path(pipe.source or "") / PROMPTS_FILE
     if own.is_file():
         return parse_prompts(own.read_text(encoding="utf-8").splitlines(), str(own))
     return bundled_prompts()
@@ -91,7 +91,7 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
     Embeddings stand for prompts, tokenizer and text encoder at once.
     """
     digest = hashlib.blake2b(digest_size=20)
-    settings = config.replace(calibration_prompts=None, text_encoder=None).to_dict()
+    settings = config.replace(calibration_prompts=None, text_encoder=None, base_model=None).to_dict()
     rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
     model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
     digest.update(json.dumps([settings, rollout, model, torch.__version__], sort_keys=True, default=str).encode())
@@ -153,7 +153,8 @@ def calibrate_pipeline(pipe: ARVDMixin, config: QARVDConfig, use_cache: bool = T
 def quantize_pipeline(pipe: ARVDMixin, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
     """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
     apply(pipe.transformer, result or calibrate_pipeline(pipe, config))
-    attach(pipe.transformer, config)
+    hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
+    attach(pipe.transformer, config.replace(base_model=config.base_model or hub_id))
 
 
 def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:

@@ -1,0 +1,222 @@
+"""`QuantizableMixin`: `from_pretrained(..., quantization_config=...)`, `calibrate`, `quantize` and publishing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+
+from ..calibration.result import CalibrationResult
+from ..config import QARVDConfig
+from ..model_card import model_card
+from ..serialization import atomic_directory, stored_bytes
+from .quantization import (
+    calibrate_pipeline,
+    check_stored_config,
+    quantize_pipeline,
+    quantize_text_encoder,
+    split_config,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+REPORT_FILE = "fidelity.json"
+
+
+class QuantizableMixin:
+    """What makes a streaming `DiffusionPipeline` with a `transformer` quantizable, loadable and publishable.
+
+    Put it (through `ARVDMixin`) before `DiffusionPipeline` among the bases.
+
+    Attributes:
+        source: folder or Hub id the pipeline was loaded from, or None.
+    """
+
+    source: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Load a pipeline; a float one is calibrated and quantized if `quantization_config` asks for it.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id, float or quantized.
+            **kwargs: those of `DiffusionPipeline.from_pretrained`. `quantization_config` may be a `QARVDConfig`, its
+                dict, or a `PipelineQuantizationConfig` that maps `transformer` to a `QARVDConfig`. Calibration runs on
+                the GPU if there is one, shows its progress, and is cached by content.
+
+        Raises:
+            ValueError: the repository is quantized with another config, or `quantization_config` names a component the
+                pipeline does not have.
+        """
+        config, rest = split_config(kwargs.pop("quantization_config", None))
+        if rest is not None:
+            kwargs["quantization_config"] = rest
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe.source = str(pretrained_model_name_or_path)
+        unknown = sorted(set(getattr(rest, "quant_mapping", None) or {}) - set(pipe.components))
+        if unknown:
+            raise ValueError(f"quantization_config names {unknown}, the pipeline has {sorted(pipe.components)}")
+        stored = pipe.quantization
+        if stored is not None and config is not None:
+            check_stored_config(stored, config)
+        elif config is not None:
+            pipe.quantize(config)
+        elif stored is not None and stored.text_encoder == "int8":
+            quantize_text_encoder(pipe.text_encoder)
+        return pipe
+
+    @property
+    def quantization(self) -> QARVDConfig | None:
+        """The config the transformer is quantized with, or None if it is float."""
+        config = self.transformer.config.get("quantization_config")
+        if config is None or isinstance(config, QARVDConfig):
+            return config
+        return QARVDConfig.from_dict(config)
+
+    def calibrate(self, config: QARVDConfig, use_cache: bool = True) -> CalibrationResult:
+        """Find integer weights and quantizer parameters for `config`; the pipeline stays float.
+
+        Args:
+            config: scheme, prompts and options.
+            use_cache: reuse and keep the result under a hash of the weights, the config and the prompts.
+        """
+        return calibrate_pipeline(self, config, use_cache)
+
+    def quantize(self, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
+        """Quantize the transformer in place, and the text encoder if the config says so.
+
+        Args:
+            config: scheme, prompts and options.
+            result: what `calibrate(config)` returned; None calibrates now.
+        """
+        quantize_pipeline(self, config, result)
+        if config.text_encoder == "int8":
+            quantize_text_encoder(self.text_encoder)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        report: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save in the portable layout; the folder appears when all of it has been written.
+
+        Stock diffusers classes load every component after `import qarvd_diffusers`. A quantized pipeline gets a model
+        card. An int8 text encoder is stored in float, as it was loaded, and quantized again when loading.
+
+        Args:
+            save_directory: folder to write; files of the same names in it are replaced, others stay.
+            push_to_hub: upload afterwards; `kwargs` are then those of `push_to_hub` too.
+            report: what `evaluate` returned, for the model card.
+            **kwargs: `safe_serialization`, `variant`, `max_shard_size` as in `DiffusionPipeline.save_pretrained`.
+        """
+        publish = {
+            name: kwargs.pop(name)
+            for name in ("repo_id", "private", "token", "commit_message", "create_pr")
+            if name in kwargs
+        }
+        if not push_to_hub and publish:
+            raise ValueError(f"{sorted(publish)} need push_to_hub=True")
+        with atomic_directory(save_directory) as folder:
+            self._write(folder, report, publish.get("repo_id"), **kwargs)
+        if push_to_hub:
+            publish.setdefault("repo_id", Path(save_directory).name)
+            self._upload(Path(save_directory), **publish)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        report: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Publish to the Hub: safetensors, portable layout, a card with the measured report.
+
+        Args:
+            repo_id: `user/name`; created if it does not exist.
+            report: what `evaluate` returned, for the model card.
+            private: of a new repository.
+            token: Hub token; None takes the logged-in one.
+            commit_message: of the upload.
+            create_pr: open a pull request instead of committing.
+            **kwargs: as in `save_pretrained`.
+
+        Returns:
+            Address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            self._write(Path(temporary), report, repo_id, **kwargs)
+            return self._upload(Path(temporary), repo_id, private, token, commit_message, create_pr)
+
+    def _write(self, folder: Path, report: Mapping[str, Any] | None, repo_id: str | None, **kwargs: Any) -> None:
+        super().save_pretrained(folder, **kwargs)
+        self.write_portable_parts(folder)
+        config = self.quantization
+        if config is None:
+            return
+        if config.text_encoder == "int8":
+            _copy_float_files(self.text_encoder.name_or_path, folder / "text_encoder")
+        report = report or self._stored_report()
+        if report is not None:
+            (folder / REPORT_FILE).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        licence = _licence(config.base_model if repo_id else self.source)
+        sizes = stored_bytes(self.transformer)
+        model_card(config, sizes, report, config.base_model, licence, repo_id).save(folder / "README.md")
+
+    def _stored_report(self) -> dict[str, Any] | None:
+        """The report saved beside the checkpoint this pipeline was loaded from."""
+        path = Path(self.source or "") / REPORT_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _upload(
+        self,
+        folder: Path,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+        )
+        return commit.commit_url
+
+
+def _copy_float_files(source: str, target: Path) -> None:
+    """Store an int8 text encoder as the float files it was quantized from: stock classes load those, and bits agree."""
+    if not Path(source).is_dir():
+        raise ValueError(
+            f"The int8 text encoder was loaded from {source!r}, which is no folder, and cannot be stored as int8. Load the "
+            "pipeline from a folder or the Hub, or without text_encoder='int8'."
+        )
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+def _licence(model: str | None) -> str | None:
+    """Licence stated by the card of a folder or Hub model; None where there is no card or no network."""
+    if not model or (Path(model).is_dir() and not (Path(model) / "README.md").is_file()):
+        return None
+    try:
+        card = ModelCard.load(Path(model) / "README.md" if Path(model).is_dir() else model)
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return None
+    return card.data.license
