@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from .capture import InputCapture
 from .observers import InputObserver, ReferenceObserver
 from .outliers import OutlierSet, find_outliers
 from .result import CalibrationResult, config_hash
-from .targets import input_groups, quantizable_linears
+from .targets import input_groups, quantizable_linears, repeated_name
 from .weights import quantize_weight
 
 # Called with what is being done, how many steps of it are done, and how many there are.
@@ -133,14 +134,27 @@ def _find_outliers(
             )
         if not bool(linear.weight.isfinite().all()):
             raise ValueError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-    return [
-        find_outliers(
+
+    def find(group: Sequence[str], at_least: int = 0) -> OutlierSet:
+        return find_outliers(
             [linears[name].weight for name in group],
             _detector(group[0], config),
             config.outlier_alignment,
             config.reference_compat,
+            at_least,
         )
-        for group in groups
+
+    found = [find(group) for group in groups]
+    if config.reference_compat:
+        return found
+    # The same layer of every block gets the largest count of any block: blocks that differ in a number are compiled one by
+    # one, and torch gives up after eight. A few ordinary channels more in the outlier group cost nothing.
+    largest: dict[str, int] = defaultdict(int)
+    for group, outliers in zip(groups, found, strict=True):
+        largest[repeated_name(group[0])] = max(largest[repeated_name(group[0])], outliers.num_outliers)
+    return [
+        outliers if outliers.num_outliers == (count := largest[repeated_name(group[0])]) else find(group, count)
+        for group, outliers in zip(groups, found, strict=True)
     ]
 
 

@@ -73,7 +73,7 @@ def aligned_count(count: int, alignment: int, in_features: int) -> int:
 
 
 def find_outliers(
-    weights: Sequence[Tensor], method: str, alignment: int = 1, reference_compat: bool = False
+    weights: Sequence[Tensor], method: str, alignment: int = 1, reference_compat: bool = False, at_least: int = 0
 ) -> OutlierSet:
     """Outlier channels shared by all the given weights (layers that read one tensor are given together).
 
@@ -82,11 +82,12 @@ def find_outliers(
         method: `mad_zscore`, `iqr` or `none`.
         alignment: the count is rounded up to a multiple, taking the next largest norms, and capped at K // 2.
         reference_compat: order within the groups by ascending norm (default: by channel), and see `outlier_threshold`.
+        at_least: lower bound of the count, before rounding and capping.
     """
     norms = column_norms(weights)
     threshold = outlier_threshold(norms, method, reference_compat)
     found = 0 if threshold is None else int((norms > threshold).sum())
-    count = aligned_count(found, alignment, norms.numel())
+    count = aligned_count(max(found, at_least), alignment, norms.numel())
     if count == 0:
         order = torch.arange(norms.numel(), device=norms.device)
     else:

@@ -77,6 +77,13 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
     return [tuple(group) for group in groups.values()]
 
 
+def repeated_name(name: str) -> str:
+    """The name with its first number, that of the block, left out: equal for the same layer of every block."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return name if number is None else ".".join([*parts[:number], "*", *parts[number + 1 :]])
+
+
 def _tied_attributes(module: nn.Module) -> list[tuple[str, ...]]:
     """Names of projections that read one tensor, in diffusers' attention modules."""
     query, key = getattr(module, "to_q", None), getattr(module, "to_k", None)

@@ -204,6 +204,30 @@ def test_dequantize_keeps_the_function(wan):
     torch.testing.assert_close(forward(wan), want)
 
 
+def test_blocks_share_one_compiled_graph():
+    """Outliers differ from block to block, their count does not: torch would give up after eight different blocks."""
+    wan = make_wan(planted=False, layers=10)
+    with torch.no_grad():
+        for i, block in enumerate(wan.blocks):
+            block.ffn.net[0].proj.weight[:, i : 2 * i] *= 16
+    result = quantize_weights(wan, config_of("w8a8_dynamic"))
+    proj = [layer for name, layer in result.layers.items() if name.endswith("ffn.net.0.proj")]
+    assert [layer.description.num_outliers for layer in proj] == [12] * 10
+    assert all(set(range(i, 2 * i)) <= set(layer.channel_order[:12].tolist()) for i, layer in enumerate(proj))
+    apply(wan, result)
+    want = forward(wan)
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    wan.compile_repeated_blocks(fullgraph=True, backend=count)
+    torch.testing.assert_close(forward(wan), want)
+    assert len(graphs) == 1
+
+
 def test_progress_counts_layers(wan):
     seen = []
     quantize_weights(wan, config_of("w8a16"), progress=lambda *step: seen.append(step))
