@@ -13,7 +13,8 @@ PACKAGE = ROOT / "qarvd_diffusers"
 
 # Top to bottom; a module imports only from layers below its own, or from its own folder.
 LAYERS = [
-    {"__init__", "__main__", "cli"},
+    {"__main__"},
+    {"__init__", "cli"},
     {"hub", "evaluation"},
     {"pipelines"},
     {"quantizer"},

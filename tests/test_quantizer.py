@@ -285,7 +285,7 @@ def test_single_file_with_original_names(tmp_path, folder):
     """A float file in the original naming, quantized on the way in."""
     from qarvd_diffusers.conversion import to_original_keys
 
-    save_file(to_original_keys(float_model().state_dict()), tmp_path / "wan.safetensors")
+    save_file(to_original_keys(float_model().state_dict(), prefix=""), tmp_path / "wan.safetensors")
     float_model().save_pretrained(tmp_path / "config")
     model = WanTransformer3DModel.from_single_file(
         str(tmp_path / "wan.safetensors"),
