@@ -165,8 +165,9 @@ class QARVDQuantizer(DiffusersQuantizer):
 
 def attach(model: ModelMixin, config: QARVDConfig) -> None:
     """Mark a model whose Linears were just quantized in memory, so that `save_pretrained` writes what it is."""
-    from .serialization import describe_modules
+    from .serialization import align_float_tensors, describe_modules
 
+    align_float_tensors(model)
     stored = config.for_checkpoint(describe_modules(model))
     model.hf_quantizer = QARVDQuantizer(stored, pre_quantized=True)
     model.is_quantized = True
