@@ -150,7 +150,7 @@ def test_convert_without_a_base(original, tmp_path):
         tmp_path / "checkpoint.safetensors", tmp_path / "out", num_attention_heads=2, dtype=torch.bfloat16
     )
     assert json.loads((out / "model_index.json").read_text())["vae"] == [None, None]
-    pipe = ARVDPipeline.from_pretrained(out, torch_dtype=torch.bfloat16)
+    pipe = ARVDPipeline.from_pretrained(out, dtype=torch.bfloat16)
     assert pipe.vae is None and pipe.transformer.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="no text encoder"):
         pipe("a red circle")

@@ -7,7 +7,9 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
 from qarvd_diffusers.schedulers import FewStepRenoiseScheduler
@@ -255,3 +257,53 @@ def test_compiled_blocks_match_eager(model, inputs, window):
     for _ in range(2):
         for actual, value in zip(rollout(), expected, strict=True):
             assert_close(actual, value, 2e-6)
+
+
+def rollout(model, inputs):
+    latents, text = inputs
+    cache = KVCache(2, 6, 3)
+    return [run(model, latents[:, :, i : i + 3], text, t, cache, i) for i in (0, 3, 6) for t in (900, 0)]
+
+
+@pytest.mark.parametrize("kind", ["sequential", "block_level", "leaf_level"])
+def test_offloaded_weights_compute_the_same(model, inputs, kind):
+    """The cache must survive hooks that move every argument of a forward."""
+    expected = rollout(model, inputs)
+    cpu = torch.device("cpu")
+    if kind == "sequential":
+        cpu_offload(model, cpu, offload_buffers=True)
+    else:
+        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **blocks)
+    for actual, value in zip(rollout(model, inputs), expected, strict=True):
+        assert torch.equal(actual, value)
+
+
+def test_upgrade_moves_the_hooks_of_a_dispatched_model(model, inputs):
+    expected = rollout(model, inputs)
+    stock = WanTransformer3DModel(**CONFIG).eval()
+    stock.load_state_dict(model.state_dict())
+    cpu_offload(stock, torch.device("cpu"), offload_buffers=True)
+    upgraded = CausalWanTransformer3DModel.from_transformer(stock)
+    for actual, value in zip(rollout(upgraded, inputs), expected, strict=True):
+        assert torch.equal(actual, value)
+
+
+def test_attention_backend_reaches_the_processors(model, inputs):
+    expected = rollout(model, inputs)
+    with attention_backend("_native_math"):
+        for actual, value in zip(rollout(model, inputs), expected, strict=True):
+            assert_close(actual, value, 2e-6)
+    model.set_attention_backend("native")
+    assert {p._attention_backend for p in model.attn_processors.values()} == {AttentionBackendName.NATIVE}
+
+
+def test_adapters_train_on_it(model, inputs):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    latents, text = inputs
+    out = model(latents[:, :, :3], torch.tensor([500.0]), text, kv_cache=KVCache(2), return_dict=False)[0]
+    out.sum().backward()
+    assert model.blocks[0].attn1.to_k.lora_A["default"].weight.grad.abs().sum() > 0

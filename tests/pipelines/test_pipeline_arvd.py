@@ -279,7 +279,7 @@ def test_plain_diffusers_loads_it_in_a_fresh_process(tiny_pipeline, tmp_path):
 def test_reload_is_bit_identical(tiny_pipeline, tmp_path, dtype):
     """Decoded frames too, although weights mapped from a file lie at other addresses."""
     tiny_pipeline.to(dtype).save_pretrained(tmp_path / "model", max_shard_size="20KB")
-    loaded = ARVDPipeline.from_pretrained(tmp_path / "model", torch_dtype=dtype)
+    loaded = ARVDPipeline.from_pretrained(tmp_path / "model", dtype=dtype)
     for name in ("transformer", "vae", "text_encoder"):
         values = getattr(loaded, name).state_dict()
         for key, value in getattr(tiny_pipeline, name).state_dict().items():
