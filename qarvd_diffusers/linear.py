@@ -42,6 +42,18 @@ class LinearQParams:
         named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "description"}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The de-quantized weight `[N, K]` in original channel order."""
+        return ops.dequantize_weight(
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.channel_order,
+            self.description.weight_bits,
+            self.description.num_outliers,
+            dtype,
+        )
+
 
 def stored_tensors(
     in_features: int, out_features: int, description: QuantizedModule

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,6 @@ from .weights import quantize_weight
 
 # Called with what is being done, how many steps of it are done, and how many there are.
 Progress = Callable[[str, int, int], None]
-Quantizer = tuple[Tensor, Tensor]
 
 
 def calibrate(
@@ -36,7 +37,7 @@ def calibrate(
         run: performs all calibration rollouts on it, calling its argument right before every transformer pass. Not called
             for schemes that need no data.
         config: what to calibrate for; `config.sensitivity` weighs the chunks.
-        progress: called for every layer whose weights are packed.
+        progress: called for every layer whose weights are quantized.
 
     Returns:
         The result; `apply` puts it into the model.
@@ -53,16 +54,22 @@ def calibrate(
     observer = ReferenceObserver if config.reference_compat else InputObserver
     observers = [observer(found) for found in outliers]
     weights = config.sensitivity(config.calibration_chunks)
+    packed = _quantize_weights(linears, groups, outliers, config, progress)
+    # The reference watches activations of the model whose weights are rounded already; we watch the float model's.
+    model_under_test = _rounded_weights(linears, packed) if config.reference_compat else nullcontext()
 
     def observe(group: int, x: Tensor, info: PassInfo) -> None:
         # Given initial latents are read by every chunk: they weigh as much as the first one.
         observers[group].add(x, weights[min(max(info.chunk, 0), len(weights) - 1)])
 
-    with InputCapture(linears, groups, observe) as capture, torch.no_grad():
+    with torch.no_grad(), model_under_test, InputCapture(linears, groups, observe) as capture:
         run(capture.on_pass)
     capture.check(range(config.calibration_chunks))
-    quantizers = [watched.quantizer(config.percentiles) for watched in observers]
-    return _pack(linears, list(zip(groups, outliers, quantizers, strict=True)), config, progress)
+    for group, observed in zip(groups, observers, strict=True):
+        scale, zero_point = observed.quantizer(config.percentiles)
+        for name in group:
+            packed[name] = dataclasses.replace(packed[name], input_scale=scale, input_zero_point=zero_point)
+    return CalibrationResult(packed, config_hash(config))
 
 
 def quantize_weights(
@@ -78,8 +85,8 @@ def quantize_weights(
     linears = quantizable_linears(transformer, config)
     groups = input_groups(transformer, linears, config)
     outliers = _find_outliers(linears, groups, config)
-    none = [(None, None)] * len(groups)
-    return _pack(linears, list(zip(groups, outliers, none, strict=True)), config, progress)
+    packed = _quantize_weights(linears, groups, outliers, config, progress)
+    return CalibrationResult(packed, config_hash(config))
 
 
 def apply(transformer: nn.Module, result: CalibrationResult) -> None:
@@ -164,21 +171,34 @@ def _detector(name: str, config: QARVDConfig) -> str:
     return config.outlier_detector if in_block or not config.reference_compat else "none"
 
 
-def _pack(
+def _quantize_weights(
     linears: Mapping[str, nn.Linear],
-    groups: Sequence[tuple[Sequence[str], OutlierSet, Quantizer | tuple[None, None]]],
+    groups: Sequence[Sequence[str]],
+    outliers: Sequence[OutlierSet],
     config: QARVDConfig,
     progress: Progress | None,
-) -> CalibrationResult:
-    """Quantize the weights of every group; the result lies on the CPU and keeps the order of `linears`."""
+) -> dict[str, LinearQParams]:
+    """Integer weights of every layer, on the CPU and in the order of `linears`; input quantizers are still missing."""
     scheme = config.resolved_scheme
+    found = {name: outlier_set for group, outlier_set in zip(groups, outliers, strict=True) for name in group}
     layers: dict[str, LinearQParams] = {}
-    for group, outliers, quantizer in groups:
-        description = QuantizedModule(outliers.num_outliers, scheme.weight_bits, scheme.activation)
-        for name in group:
-            packed = quantize_weight(linears[name].weight, outliers, config)
-            tensors = (tensor.cpu() for tensor in (*packed, outliers.channel_order))
-            layers[name] = LinearQParams(*tensors, *quantizer, description)
-            if progress is not None:
-                progress("packing weights", len(layers), len(linears))
-    return CalibrationResult({name: layers[name] for name in linears}, config_hash(config))
+    for name, linear in linears.items():
+        description = QuantizedModule(found[name].num_outliers, scheme.weight_bits, scheme.activation)
+        tensors = (*quantize_weight(linear.weight, found[name], config), found[name].channel_order)
+        layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)
+        if progress is not None:
+            progress("quantizing weights", len(layers), len(linears))
+    return layers
+
+
+@contextmanager
+def _rounded_weights(linears: Mapping[str, nn.Linear], packed: Mapping[str, LinearQParams]) -> Iterator[None]:
+    """Give the float layers the values of their integer weights for the length of the block."""
+    kept = {name: linear.weight.data for name, linear in linears.items()}
+    try:
+        for name, linear in linears.items():
+            linear.weight.data = packed[name].weight(linear.weight.dtype).to(linear.weight.device)
+        yield
+    finally:
+        for name, linear in linears.items():
+            linear.weight.data = kept[name]

@@ -133,7 +133,8 @@ class RangeHistogram:
         start = math.floor(low / width)
         if self.samples and (width, start) != (self.width, self.start):
             occupied = self.counts.nonzero().flatten()
-            index = (occupied + self.start) // round(width / self.width) - start
+            merged = min(round(width / self.width), 2**62)  # indices stay far below: more merges nothing further
+            index = (occupied + self.start) // merged - start
             for name in ("counts", "weighted"):
                 old = getattr(self, name)
                 setattr(self, name, torch.zeros_like(old).index_add_(0, index, old[occupied]))

@@ -55,6 +55,16 @@ def test_histogram_does_not_depend_on_order_and_merging_loses_nothing():
         torch.testing.assert_close(first.weighted, other.weighted)
 
 
+def test_zeros_before_data_change_nothing():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    first, last = RangeHistogram(), RangeHistogram()
+    for histogram, parts in ((first, (torch.zeros(10), x)), (last, (x, torch.zeros(10)))):
+        for part in parts:
+            histogram.add(part, 1.0)
+    assert (first.width, first.start) == (last.width, last.start)
+    assert torch.equal(first.counts, last.counts)
+
+
 @pytest.mark.parametrize(
     "x", [torch.zeros(10), torch.full((10,), 3.25), torch.tensor([1000.0, 1000.001]), torch.full((3,), 1e-37)]
 )
