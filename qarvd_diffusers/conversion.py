@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from .models import FAMILY_FIELDS, CausalFields, CausalWanTransformer3DModel
 from .serialization import atomic_directory
 
-PIPELINE_STUB = "from qarvd_diffusers import ARVDPipeline  # noqa: F401\n"
+PIPELINE_STUB = "from qarvd_diffusers import ARVDPipeline\n"
 """Content of `pipeline.py` beside a saved pipeline, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
 
 NESTINGS = ("generator_ema", "generator", "model")

@@ -1,11 +1,10 @@
-"""`ARVDMixin`: what makes a causal video pipeline streamable."""
+"""`ARVDMixin`: what makes a causal video pipeline streamable and quantizable."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +19,11 @@ from ..conversion import PIPELINE_STUB
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
 from ..models.pass_info import PassInfo
-from ..serialization import atomic_directory
-from .alignment import align_storage
+from ..serialization import align_float_tensors
 from .chunk_loop import ChunkLoop
 from .inputs import StreamInputs
 from .output import Chunk, Frames
+from .quantizable import QuantizableMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -41,8 +40,8 @@ class Decoder(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
 
 
-class ARVDMixin(ABC):
-    """Streaming for a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
+class ARVDMixin(QuantizableMixin, ABC):
+    """Streaming and quantization for a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
 
     The host pipeline has a `transformer`, a `scheduler` (`FewStepRenoiseScheduler`), a `video_processor`, the fields of
     `CausalFields` in its config, and implements the contract: `encode_prompt`, `check_stream_inputs`, `run_pass`,
@@ -252,11 +251,11 @@ class ARVDMixin(ABC):
         return self._interrupt
 
     def align_modules(self) -> None:
-        """Make results on the CPU independent of where in a file the weights were mapped from."""
+        """Make results on the CPU independent of where in a file float weights were mapped from."""
         if self._execution_device.type == "cpu":
             for component in self.components.values():
                 if isinstance(component, torch.nn.Module):
-                    align_storage(component)
+                    align_float_tensors(component)
 
     # Saving: the portable layout.
 
@@ -273,17 +272,6 @@ class ARVDMixin(ABC):
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save in the portable layout: stock class names, a stock scheduler, and a `pipeline.py` that imports this class.
-
-        Args:
-            save_directory: folder to write to; nothing appears in it before all of it has been written.
-            **kwargs: as in `DiffusionPipeline.save_pretrained`.
-        """
-        with atomic_directory(save_directory) as folder:
-            super().save_pretrained(folder, **kwargs)
-            self.write_portable_parts(folder)
 
     def write_portable_parts(self, folder: Path) -> None:
         """Add what the portable layout has beyond `DiffusionPipeline.save_pretrained`."""
