@@ -203,3 +203,13 @@ def test_bad_qparams_are_named(change, message):
         given["input_zero_point"] = torch.full((2,), -1000, dtype=torch.int32)
     with pytest.raises(ValueError, match=re.escape(message)):
         QARVDLinear.from_float(linear, LinearQParams(**given))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_cuda_equals_cpu(scheme):
+    """Odd sizes on purpose: the integer product of cuBLAS wants multiples of 8 and is padded."""
+    _, layer, x = pair(scheme, k=70, n=46)
+    want = layer(x)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), want, rtol=1e-4, atol=1e-4)
