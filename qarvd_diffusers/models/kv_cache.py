@@ -6,13 +6,14 @@ import copy
 
 import torch
 
+_FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
+
 
 class KVLayerCache:
     """Keys and values of one transformer block.
 
-    Self-attention K/V live in preallocated `[B, capacity, heads, head_dim]` buffers, in storage order (sink first);
-    `start:stop` are the tokens the current pass writes. Bookkeeping is the `KVCache`'s: `update` only moves tensors, so
-    that it compiles without graph breaks.
+    Self-attention K/V live in preallocated `[B, capacity, heads, head_dim]` buffers, in storage order (sink first).
+    Bookkeeping is the `KVCache`'s: `update` only moves tensors, so that it compiles without graph breaks.
     """
 
     def __init__(self) -> None:
@@ -20,15 +21,13 @@ class KVLayerCache:
         self.value: torch.Tensor | None = None
         self.text_key: torch.Tensor | None = None
         self.text_value: torch.Tensor | None = None
-        self.start = 0
-        self.stop = 0
 
-    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the current chunk's K/V `[B, tokens, heads, head_dim]`; return all K/V that are visible to it.
+    def update(self, key: torch.Tensor, value: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the current chunk's K/V `[B, tokens, heads, head_dim]` at token `start`; return all that it can see.
 
         With gradients enabled the past is constant and the current chunk's K/V keep their graph.
         """
-        start, stop = self.start, self.stop
+        stop = start + key.shape[1]
         self.key[:, start:stop] = key.detach()
         self.value[:, start:stop] = value.detach()
         if torch.is_grad_enabled():
@@ -98,7 +97,7 @@ class KVCache:
 
     def begin_pass(
         self, frame_offset: int, num_frames: int, tokens_per_frame: int, heads: tuple[int, int], like: torch.Tensor
-    ) -> None:
+    ) -> int:
         """Make room for the K/V of frames `frame_offset ... frame_offset + num_frames - 1`.
 
         Args:
@@ -107,6 +106,9 @@ class KVCache:
             tokens_per_frame: tokens of one latent frame.
             heads: `(number of heads, head_dim)`.
             like: a tensor `[B, ...]` with the batch size, dtype and device of the pass.
+
+        Returns:
+            The token at which the K/V of this pass start, for `KVLayerCache.update`.
 
         Raises:
             ValueError: if the frames neither follow the last ones nor repeat them, if they do not fit the window, or
@@ -122,9 +124,7 @@ class KVCache:
                 f"a pass over frames {frame_offset}..{frames[-1]} neither follows nor repeats the last cached frames "
                 f"(cached: {self.frames}); run chunks in order, or start from an empty KVCache"
             )
-        stop = len(self.frames) * tokens_per_frame
-        for layer in self.layers:
-            layer.start, layer.stop = stop - num_frames * tokens_per_frame, stop
+        return (len(self.frames) - num_frames) * tokens_per_frame
 
     def _check_layout(self, shape: tuple[int, int, int], tokens_per_frame: int, like: torch.Tensor) -> None:
         if not self._capacity:
@@ -156,7 +156,9 @@ class KVCache:
         needed = len(self.frames) + len(frames)
         if needed > self._capacity:
             known = window if window != -1 else self.num_frames
-            self._capacity = known if known is not None and known >= needed else max(needed, 2 * self._capacity)
+            if known is None or known < needed:
+                known = max(2 * self._capacity, _FIRST_CHUNKS * len(frames))
+            self._capacity = max(needed, known)
             for layer in self.layers:
                 layer.reserve(self._capacity * tokens, shape, like)
         self.frames.extend(frames)

@@ -49,7 +49,11 @@ class CausalTimesteps(Timesteps):
 
 
 class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
-    """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module."""
+    """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module.
+
+    With a `cache_start` bound it is a third output. The stock forward hands RoPE through to every block untouched, and of
+    all values that reach a block only its arguments may change between passes without recompiling it.
+    """
 
     def __init__(self, stock: WanRotaryPosEmbed) -> None:
         nn.Module.__init__(self)
@@ -58,9 +62,10 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         for name in ("freqs_cos", "freqs_sin"):
             self.register_buffer(name, getattr(stock, name), persistent=False)
         self.frame_offset = 0
+        self.cache_start: int | None = None
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`.
+    def forward(self, hidden_states: torch.Tensor) -> tuple:
+        """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`, and the bound `cache_start`.
 
         Raises:
             ValueError: if a position lies beyond the table.
@@ -74,7 +79,8 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
                     f"{self.max_seq_len} positions: generate fewer chunks, or load the transformer with a larger "
                     "rope_max_seq_len in its config"
                 )
-        return self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
+        tables = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
+        return tables if self.cache_start is None else (*tables, self.cache_start)
 
     def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
         parts = []
@@ -106,13 +112,14 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
         if self.cache is None or attn.add_k_proj is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is None:
-            query, key, value = self._project_self(attn, hidden_states, rotary_emb)
-            key, value = self.cache.update(key, value)
+            cos, sin, start = rotary_emb
+            query, key, value = self._project_self(attn, hidden_states, cos, sin)
+            key, value = self.cache.update(key, value, start)
         else:
             query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
             key, value = self._text(attn, encoder_hidden_states)
@@ -131,7 +138,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
 
     @staticmethod
     def _project_self(
-        attn: WanAttention, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
+        attn: WanAttention, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -139,7 +146,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        return rotate(query, *rotary_emb), rotate(key, *rotary_emb), value
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def _text(self, attn: WanAttention, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Cached tensors would carry a graph that the first backward frees: with gradients they are computed anew.
@@ -271,22 +278,23 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Hand cache and frame offset to the installed parts for the length of one stock forward."""
         sinusoid = self.condition_embedder.timesteps_proj
         processors = [(block.attn1.processor, block.attn2.processor) for block in self.blocks]
-        layers = [None] * len(processors)
+        layers, start = [None] * len(processors), None
         if kv_cache is not None:
             self._check_bindable(kv_cache, processors)
             heads = (self.config.num_attention_heads, self.config.attention_head_dim)
             frames = hidden_states.shape[2] // self.config.patch_size[0]
-            kv_cache.begin_pass(frame_offset, frames, self._tokens_per_frame(hidden_states), heads, hidden_states)
+            tokens = self._tokens_per_frame(hidden_states)
+            start = kv_cache.begin_pass(frame_offset, frames, tokens, heads, hidden_states)
             layers = kv_cache.layers
         try:
-            self.rope.frame_offset = frame_offset
+            self.rope.frame_offset, self.rope.cache_start = frame_offset, start
             sinusoid.float64 = kv_cache is not None
             for pair, layer in zip(processors, layers, strict=True):
                 for processor in pair:
                     processor.cache = layer
             yield
         finally:
-            self.rope.frame_offset = 0
+            self.rope.frame_offset, self.rope.cache_start = 0, None
             sinusoid.float64 = False
             for pair in processors:
                 for processor in pair:

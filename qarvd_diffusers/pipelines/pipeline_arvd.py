@@ -165,7 +165,7 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         )
         mask = tokens.attention_mask.to(device)
         embeds = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
-        return (embeds * mask[..., None].to(embeds.dtype)).to(dtype or embeds.dtype)
+        return embeds.masked_fill(mask[..., None] == 0, 0).to(dtype or embeds.dtype)
 
     def check_stream_inputs(
         self,

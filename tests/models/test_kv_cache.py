@@ -13,11 +13,11 @@ TOKENS, HEADS = 2, (1, 1)
 def write(cache, offset, frames, value=None):
     """Write K = V = `value` (or the absolute frame index) for `frames` frames."""
     like = torch.zeros(1, 1)
-    cache.begin_pass(offset, frames, TOKENS, HEADS, like)
+    start = cache.begin_pass(offset, frames, TOKENS, HEADS, like)
     index = torch.arange(offset, offset + frames).repeat_interleave(TOKENS).float() if value is None else None
     key = torch.full((1, frames * TOKENS, 1, 1), float(value)) if index is None else index.view(1, -1, 1, 1)
     with torch.no_grad():
-        return [layer.update(key, key) for layer in cache.layers]
+        return [layer.update(key, key, start) for layer in cache.layers]
 
 
 def frames_in(cache):

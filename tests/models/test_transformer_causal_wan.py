@@ -10,6 +10,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from torch._dynamo.utils import counters
 
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
 from qarvd_diffusers.schedulers import FewStepRenoiseScheduler
@@ -244,19 +245,23 @@ def test_foreign_cache_and_processor_are_refused(model, inputs):
 
 
 @pytest.mark.parametrize("window", [-1, 6])
-def test_compiled_blocks_match_eager(model, inputs, window):
-    latents, text = inputs
+def test_compiled_blocks_match_eager_without_recompiling_per_chunk(model, inputs, window):
+    """One graph each for the first pass, the first chunk and all later ones, shared by all blocks."""
+    text = inputs[1]
+    latents = torch.randn(1, 4, 24, 4, 6, generator=torch.Generator().manual_seed(2))
 
     def rollout():
-        cache = KVCache(2, window, sink_frames=0)
-        return [run(model, latents[:, :, i : i + 3], text, t, cache, i) for i in (0, 3, 6) for t in (900, 0)]
+        cache = KVCache(2, window, sink_frames=0, num_frames=24)
+        return [run(model, latents[:, :, i : i + 3], text, t, cache, i) for i in range(0, 24, 3) for t in (900, 0)]
 
     expected = rollout()
     torch._dynamo.reset()
+    counters.clear()
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     for _ in range(2):
         for actual, value in zip(rollout(), expected, strict=True):
             assert_close(actual, value, 2e-6)
+    assert counters["stats"]["unique_graphs"] <= 3
 
 
 def rollout(model, inputs):

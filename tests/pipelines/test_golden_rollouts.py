@@ -96,8 +96,10 @@ def test_self_forcing(golden, name):
     data, inputs = golden.file(f"{name}.safetensors"), golden.file("A_inputs.safetensors")
     window = re.search(r"local(\d+)_sink(\d+)", name)
     stored = golden.original_config()
+    steps = golden.file("B_scheduler.safetensors")["denoising_step_list_raw"].tolist()
     fields = dataclasses.replace(
         FAMILY_FIELDS["self-forcing"],
+        denoising_timesteps=steps,
         num_frames_per_chunk=stored.get("num_frame_per_block", 3),
         independent_first_frame=stored.get("independent_first_frame", False),
         local_attention_frames=int(window[1]) if window else -1,
@@ -113,7 +115,7 @@ def test_self_forcing(golden, name):
         renoise=rolled(inputs["renoise"], len(inputs["noise"])),
         initial=initial,
     )
-    compare(data, result, FewStepRenoiseScheduler())
+    compare(data, result, FewStepRenoiseScheduler(steps))
 
 
 @pytest.mark.parametrize(

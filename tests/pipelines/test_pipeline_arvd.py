@@ -317,3 +317,7 @@ def test_progress_counts_all_steps(tiny_pipeline, capsys):
     tiny_pipeline.set_progress_bar_config(mininterval=0)
     latents_of(tiny_pipeline, num_chunks=2)
     assert "8/8" in capsys.readouterr().err
+    stream = tiny_pipeline.stream(PROMPT, output_type="latent")  # without end: counts, but towards no total
+    next(stream)
+    stream.close()
+    assert "4it" in capsys.readouterr().err
