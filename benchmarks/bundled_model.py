@@ -23,7 +23,7 @@ from qarvd_diffusers.evaluation.moving_shapes import adherence, held_out_prompts
 
 
 def load() -> ARVDPipeline:
-    pipe = ARVDPipeline.from_pretrained(bundled_model_path(), torch_dtype=torch.float32)
+    pipe = ARVDPipeline.from_pretrained(bundled_model_path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -54,7 +54,7 @@ class QARVDQuantizer(DiffusersQuantizer):
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        return torch.bfloat16 if torch_dtype is None else torch_dtype
+        return torch.float32 if torch_dtype is None else torch_dtype  # what diffusers gives a float model
 
     @property
     def supports_parallel_loading(self) -> bool:

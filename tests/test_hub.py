@@ -15,7 +15,7 @@ from qarvd_diffusers import ARVDPipeline, QARVDConfig
 PUSH = """
 import sys, torch
 from qarvd_diffusers import ARVDPipeline
-pipe = ARVDPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+pipe = ARVDPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
 pipe.push_to_hub("user/tiny-w8a16", private=True)
 """
 PULL = """
@@ -25,9 +25,9 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 def frames(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe("a red circle", num_chunks=1, generator=torch.Generator().manual_seed(5), output_type="latent").frames
-ours = qarvd_diffusers.ARVDPipeline.from_pretrained("user/tiny-w8a16", torch_dtype=torch.float32)
+ours = qarvd_diffusers.ARVDPipeline.from_pretrained("user/tiny-w8a16", dtype=torch.float32)
 generic = DiffusionPipeline.from_pretrained(
-    "user/tiny-w8a16", custom_pipeline="user/tiny-w8a16", trust_remote_code=True, torch_dtype=torch.float32
+    "user/tiny-w8a16", custom_pipeline="user/tiny-w8a16", trust_remote_code=True, dtype=torch.float32
 )
 assert torch.equal(frames(ours), frames(generic))
 WanTransformer3DModel.from_pretrained("user/tiny-w8a16", subfolder="transformer")
@@ -50,7 +50,7 @@ def run(code: str, argument: str, environment: dict[str, str]) -> None:
 def test_push_and_load_back(tiny_pipeline, tmp_path):
     tiny_pipeline.quantize(QARVDConfig("w8a16"))
     tiny_pipeline.save_pretrained(tmp_path / "local")
-    local = ARVDPipeline.from_pretrained(tmp_path / "local", torch_dtype=torch.float32)
+    local = ARVDPipeline.from_pretrained(tmp_path / "local", dtype=torch.float32)
     local.set_progress_bar_config(disable=True)
     expected = local(
         "a red circle", num_chunks=1, generator=torch.Generator().manual_seed(5), output_type="latent"

@@ -32,7 +32,7 @@ def float_model(dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     )
     with tempfile.TemporaryDirectory() as folder:  # .to(dtype) would cast what the model keeps in float32
         model.save_pretrained(folder)
-        return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
+        return WanTransformer3DModel.from_pretrained(folder, dtype=dtype)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ def test_reload_is_bit_identical(tmp_path, dtype, scheme, shard):
     model = quantized_model(scheme, dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
-    reloaded = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    reloaded = WanTransformer3DModel.from_pretrained(tmp_path, dtype=dtype)
     state, expected = reloaded.state_dict(), model.state_dict()
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -99,7 +99,7 @@ def test_float_checkpoint_is_quantized_without_data_and_says_so(tmp_path, caplog
     model.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, logger="qarvd_diffusers"):
         loaded = WanTransformer3DModel.from_pretrained(
-            tmp_path, quantization_config=QARVDConfig("w8a8"), torch_dtype=torch.float32
+            tmp_path, quantization_config=QARVDConfig("w8a8"), dtype=torch.float32
         )
     assert "w8a8_dynamic" in caplog.text
     assert torch.equal(output(loaded), output(quantized_model("w8a8_dynamic")))
@@ -107,14 +107,14 @@ def test_float_checkpoint_is_quantized_without_data_and_says_so(tmp_path, caplog
     assert 0 < error < 0.02
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(
-        output(WanTransformer3DModel.from_pretrained(tmp_path / "again", torch_dtype=torch.float32)), output(loaded)
+        output(WanTransformer3DModel.from_pretrained(tmp_path / "again", dtype=torch.float32)), output(loaded)
     )
 
 
 def test_dict_config(tmp_path):
     float_model().save_pretrained(tmp_path)
     config = {"quant_method": "qarvd", "scheme": "w4a16"}
-    model = WanTransformer3DModel.from_pretrained(tmp_path, quantization_config=config, torch_dtype=torch.float32)
+    model = WanTransformer3DModel.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
     assert torch.equal(output(model), output(quantized_model("w4a16")))
 
 
@@ -183,7 +183,7 @@ def test_disk_device_map_is_refused(folder, tmp_path):
 
 def test_device_map_cpu(folder):
     assert torch.equal(
-        output(WanTransformer3DModel.from_pretrained(folder, device_map={"": "cpu"}, torch_dtype=torch.float32)),
+        output(WanTransformer3DModel.from_pretrained(folder, device_map={"": "cpu"}, dtype=torch.float32)),
         output(quantized_model()),
     )
 
@@ -276,9 +276,7 @@ def test_dequantize_gives_a_plain_model(tmp_path):
     assert not quantized_linears(model)
     assert torch.allclose(output(model), expected, atol=1e-5)
     model.save_pretrained(tmp_path)
-    assert torch.equal(
-        output(WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)), output(model)
-    )
+    assert torch.equal(output(WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.float32)), output(model))
 
 
 def test_single_file_with_original_names(tmp_path, folder):
@@ -291,6 +289,6 @@ def test_single_file_with_original_names(tmp_path, folder):
         str(tmp_path / "wan.safetensors"),
         config=str(tmp_path / "config"),
         quantization_config=QARVDConfig("w8a16"),
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
     )
     assert torch.equal(output(model), output(quantized_model("w8a16")))

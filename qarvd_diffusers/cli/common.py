@@ -33,7 +33,7 @@ def load_pipeline(path: str, args: argparse.Namespace, **kwargs: Any) -> ARVDPip
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    return ARVDPipeline.from_pretrained(resolve_model(path), torch_dtype=dtype, **kwargs).to(device)
+    return ARVDPipeline.from_pretrained(resolve_model(path), dtype=dtype, **kwargs).to(device)
 
 
 def read_prompts(path: str | None) -> tuple[str, ...] | None:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return adherence(frames, prompt).correct
 
     def load(path: str | Path) -> ARVDPipeline:
-        pipe = ARVDPipeline.from_pretrained(str(path), torch_dtype=torch.float32)
+        pipe = ARVDPipeline.from_pretrained(str(path), dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..serialization import stored_bytes
 
     model = WanTransformer3DModel.from_pretrained(
-        resolve_model(args.model), subfolder="transformer", torch_dtype=torch.bfloat16
+        resolve_model(args.model), subfolder="transformer", dtype=torch.bfloat16
     )
     layers = list(_layers(model))
     if args.plot:
@@ -38,8 +38,8 @@ def _quantization(model: Any) -> dict[str, Any] | None:
 
 def _layers(model: Any) -> Iterator[dict[str, Any]]:
     """One entry per quantizable Linear: as stored in a quantized model, as detected in a float one."""
-    from ..calibration.calibrate import quantizable_linears
-    from ..calibration.outliers import detect_outliers
+    from ..calibration.outliers import find_outliers
+    from ..calibration.targets import quantizable_linears
     from ..config import QARVDConfig
     from ..serialization import quantized_linears
 
@@ -60,7 +60,9 @@ def _layers(model: Any) -> Iterator[dict[str, Any]]:
                 "shape": [layer.out_features, layer.in_features],
                 "weight_bits": 8 * layer.weight.element_size(),
                 "activation": "float",
-                "outliers": detect_outliers(layer.weight.float(), config).num_outliers,
+                "outliers": find_outliers(
+                    [layer.weight], config.outlier_detector, config.outlier_alignment
+                ).num_outliers,
                 "bytes": sum(p.nbytes for p in layer.parameters()),
             }
 

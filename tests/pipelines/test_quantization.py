@@ -33,7 +33,7 @@ def config(scheme: str = "w8a8", **changes) -> QARVDConfig:
 
 
 def load(folder, **kwargs) -> ARVDPipeline:
-    pipe = ARVDPipeline.from_pretrained(folder, torch_dtype=torch.float32, **kwargs)
+    pipe = ARVDPipeline.from_pretrained(folder, dtype=torch.float32, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -57,16 +57,14 @@ def test_quantize_save_reload_is_bit_identical(float_folder, tmp_path, scheme):
 def test_other_doors_to_the_same_checkpoint(float_folder, tmp_path):
     pipe = load(float_folder, quantization_config=config())
     pipe.save_pretrained(tmp_path / "quantized")
-    stock = WanTransformer3DModel.from_pretrained(
-        tmp_path / "quantized", subfolder="transformer", torch_dtype=torch.float32
-    )
+    stock = WanTransformer3DModel.from_pretrained(tmp_path / "quantized", subfolder="transformer", dtype=torch.float32)
     for name, tensor in pipe.transformer.state_dict().items():
         assert torch.equal(stock.state_dict()[name], tensor), name
     generic = DiffusionPipeline.from_pretrained(
         str(tmp_path / "quantized"),
         custom_pipeline=str(tmp_path / "quantized"),
         trust_remote_code=True,
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
     )
     generic.set_progress_bar_config(disable=True)
     assert torch.equal(generate(generic), generate(pipe))
