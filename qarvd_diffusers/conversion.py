@@ -212,7 +212,7 @@ def build_transformer(
         ValueError: for missing or unexpected keys and for wrong shapes, named.
     """
     with init_empty_weights():
-        model = CausalWanTransformer3DModel(**config)
+        model = CausalWanTransformer3DModel.from_config(dict(config))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
     if missing or unexpected:

@@ -321,3 +321,14 @@ def test_progress_counts_all_steps(tiny_pipeline, capsys):
     next(stream)
     stream.close()
     assert "4it" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_model_offload_on_cuda_computes_the_same(tiny_pipeline):
+    offloaded = copy.deepcopy(tiny_pipeline)
+    offloaded.enable_model_cpu_offload()
+    tiny_pipeline.to("cuda")
+    frames = [p(PROMPT, num_chunks=2, generator=seeded(), output_type="pt").frames for p in (tiny_pipeline, offloaded)]
+    torch.testing.assert_close(*frames, atol=1e-5, rtol=0)
+    assert offloaded.transformer.device.type == "cpu"  # hooks were freed at the end
