@@ -15,10 +15,10 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from .models import FAMILY_FIELDS, CausalFields, CausalWanTransformer3DModel
-from .serialization import atomic_directory
+from .serialization import atomic_directory, atomic_file
 
 PIPELINE_STUB = "from qarvd_diffusers import ARVDPipeline\n"
 """Content of `pipeline.py` beside a saved pipeline, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
@@ -272,6 +272,28 @@ def convert_checkpoint(
         transformer.save_pretrained(folder / "transformer")
         _write_pipeline(folder, FAMILY_FIELDS[family], _copy_base_components(base, folder))
     return out_dir
+
+
+def export_checkpoint(folder: str | Path, out: str | Path) -> Path:
+    """Write the float transformer of a diffusers folder as one safetensors file under original names (`model.` prefix).
+
+    Raises:
+        ValueError: the folder has no transformer, or a quantized one, or `out` does not end in `.safetensors`.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: expected a file name that ends in .safetensors")
+    config, shards = folder / "transformer" / "config.json", sorted((folder / "transformer").glob("*.safetensors"))
+    if not config.is_file() or not shards:
+        raise ValueError(
+            f"{config.parent} has no config.json or no safetensors: expected a diffusers folder of a Wan model"
+        )
+    if json.loads(config.read_text(encoding="utf-8")).get("quantization_config") is not None:
+        raise ValueError(f"{folder} is quantized: the original layout holds float weights; export the float model")
+    original = to_original_keys({key: tensor for shard in shards for key, tensor in load_file(shard).items()})
+    with atomic_file(out) as temporary:
+        save_file(original, temporary)
+    return out
 
 
 def _base_config(base: str | Path) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import pickle
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qarvd_diffusers.conversion import (
     convert_checkpoint,
+    export_checkpoint,
     infer_config,
     load_checkpoint,
     to_diffusers_keys,
@@ -193,3 +194,20 @@ def test_bad_targets(tiny_pipeline, original, tmp_path):
     with pytest.raises(ValueError, match="has no component 'vae'"):
         convert_checkpoint(tmp_path / "checkpoint.pt", tmp_path / "out", base=tmp_path / "base")
     assert not (tmp_path / "out").exists()
+
+
+def test_folder_back_to_one_file_is_exact(tmp_path):
+    """Original file -> folder -> original file: same names, same bits, whatever the dtype and however it is sharded."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32)
+    original = to_original_keys(model.bfloat16().state_dict())
+    save_file(original, tmp_path / "wan.safetensors")
+    convert_checkpoint(tmp_path / "wan.safetensors", tmp_path / "folder", num_attention_heads=2)
+    export_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[key], original[key]) and back[key].dtype == original[key].dtype for key in original)
+    with pytest.raises(ValueError, match=r"out\.pt"):
+        export_checkpoint(tmp_path / "folder", tmp_path / "out.pt")
+    with pytest.raises(ValueError, match="no safetensors"):
+        export_checkpoint(tmp_path, tmp_path / "out.safetensors")
