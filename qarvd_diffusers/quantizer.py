@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,7 @@ class QARVDQuantizer(DiffusersQuantizer):
         # from_single_file never says pre_quantized: the config does, by naming the modules.
         self.pre_quantized = quantization_config.modules is not None
         self._loaded_keys: list[str] = []
+        self._source = "the checkpoint"  # file, or folder of shards, for error messages
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not isinstance(device_map, dict):
@@ -62,6 +64,8 @@ class QARVDQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._loaded_keys = list(loaded_keys)
+        if checkpoint_files:
+            self._source = os.path.commonpath(list(map(str, checkpoint_files)))
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -75,7 +79,7 @@ class QARVDQuantizer(DiffusersQuantizer):
 
         if self.pre_quantized:
             install_empty_modules(model, self.quantization_config.modules)
-            check_keys(model, list(state_dict) if state_dict is not None else self._loaded_keys)
+            check_keys(model, list(state_dict) if state_dict is not None else self._loaded_keys, self._source)
 
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -88,7 +92,7 @@ class QARVDQuantizer(DiffusersQuantizer):
         expected = tuple(getattr(current_param, "shape", current_param))
         if expected != tuple(loaded_param.shape):
             raise ValueError(
-                f"{param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, expected {expected}: the file does "
+                f"{self._source}: {param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, expected {expected}: the file does "
                 "not fit its config.json. Download or quantize it again."
             )
         return True
@@ -107,14 +111,17 @@ class QARVDQuantizer(DiffusersQuantizer):
         from .serialization import assign_stored_tensor
 
         # param_value was already cast to the model's dtype; the state dict still holds the stored bits.
-        assign_stored_tensor(model, param_name, state_dict[param_name], target_device, dtype)
+        try:
+            assign_stored_tensor(model, param_name, state_dict[param_name], target_device, dtype)
+        except ValueError as error:
+            raise ValueError(f"{self._source}: {error}") from None
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         from .calibration.calibrate import apply, quantize_weights
         from .serialization import align_float_tensors, check_loaded
 
         if self.pre_quantized:
-            check_loaded(model)
+            check_loaded(model, self._source)
             align_float_tensors(model)
             return model
         config = self.quantization_config

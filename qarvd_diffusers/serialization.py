@@ -63,7 +63,7 @@ def install_empty_modules(model: nn.Module, modules: Mapping[str, QuantizedModul
         model.set_submodule(name, empty)
 
 
-def check_keys(model: nn.Module, loaded_keys: list[str]) -> None:
+def check_keys(model: nn.Module, loaded_keys: list[str], source: str) -> None:
     """Refuse a checkpoint whose tensors are not exactly those of `model`, naming what is missing and what is surplus."""
     expected, loaded = set(model.state_dict()), set(loaded_keys)
     faults = [
@@ -73,7 +73,7 @@ def check_keys(model: nn.Module, loaded_keys: list[str]) -> None:
     ]
     if faults:
         raise ValueError(
-            f"The quantized checkpoint does not fit its config.json: tensors {' and '.join(faults)}. The file is "
+            f"{source} does not fit its config.json: tensors {' and '.join(faults)}. The file is "
             "truncated, edited or from another model; download or quantize it again."
         )
 
@@ -98,12 +98,12 @@ def assign_stored_tensor(
     setattr(module, parameter_name, nn.Parameter(stored.to(device), requires_grad=False))
 
 
-def check_loaded(model: nn.Module) -> None:
+def check_loaded(model: nn.Module, source: str) -> None:
     """Refuse a model with tensors that no file supplied; they would fail at the first forward without a name."""
     absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if absent:
         raise ValueError(
-            f"{len(absent)} tensors were not in the checkpoint (first: {absent[0]}). The file is truncated or a shard is "
+            f"{source}: {len(absent)} tensors are missing (first: {absent[0]}). The file is truncated or a shard is "
             "missing; download it again."
         )
 

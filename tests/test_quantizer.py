@@ -146,14 +146,15 @@ Q = "blocks.0.attn1.to_q"
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(folder, change, message):
     edit(folder, change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         WanTransformer3DModel.from_pretrained(folder)
+    assert FILE in str(refusal.value), "the message names the file"
 
 
 def test_truncated_file(folder):
     data = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(data[: len(data) // 2])
-    with pytest.raises(Exception, match=r"(?i)incomplete|safetensors|header|invalid|unable to load"):
+    with pytest.raises(OSError, match=FILE):
         WanTransformer3DModel.from_pretrained(folder)
 
 

@@ -56,9 +56,9 @@ def test_atomic_file(tmp_path):
 
 def test_check_keys_names_missing_and_unexpected():
     model = torch.nn.Linear(2, 2)
-    check_keys(model, ["weight", "bias"])
-    with pytest.raises(ValueError, match=r"1 missing \(bias\) and 1 unexpected \(weihgt\)"):
-        check_keys(model, ["weihgt", "weight"])
+    check_keys(model, ["weight", "bias"], "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors .* 1 missing \(bias\) and 1 unexpected \(weihgt\)"):
+        check_keys(model, ["weihgt", "weight"], "x.safetensors")
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.51), (4, 0.26)])

@@ -55,11 +55,18 @@ class QuantizableMixin:
         Raises:
             ValueError: the repository is quantized with another config, or `quantization_config` names a component the
                 pipeline does not have.
+            OSError: a file is missing, truncated or damaged; named.
         """
         config, rest = split_config(kwargs.pop("quantization_config", None))
         if rest is not None:
             kwargs["quantization_config"] = rest
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.setdefault("use_safetensors", True)  # otherwise a missing file falls back to pickled weights
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            if "Unable to load weights" not in str(error):
+                raise
+            raise OSError(f"{error}. The file is truncated or damaged: download or save it again.") from error
         pipe.source = str(pretrained_model_name_or_path)
         unknown = sorted(set(getattr(rest, "quant_mapping", None) or {}) - set(pipe.components))
         if unknown:

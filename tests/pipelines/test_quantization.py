@@ -176,3 +176,20 @@ def test_int8_text_encoder(float_folder, tmp_path):
     reloaded = load(tmp_path / "quantized")
     assert torch.equal(reloaded.encode_prompt("a red circle"), a)
     assert torch.equal(generate(reloaded), generate(pipe))
+
+
+def test_truncated_weights_are_named_with_the_remedy(float_folder, tmp_path):
+    load(float_folder, quantization_config=config("w8a16")).save_pretrained(tmp_path / "quantized")
+    path = tmp_path / "quantized" / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors.*download or save it again"):
+        load(tmp_path / "quantized")
+
+
+def test_pickled_weights_are_never_the_fallback(float_folder):
+    path = float_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save({}, path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load(float_folder)
