@@ -46,6 +46,7 @@ SCHEMES: dict[str, Scheme] = {
     "w4a16": Scheme(4, "none", symmetric_weights=False),
     "w8a8_dynamic": Scheme(8, "dynamic", symmetric_weights=True),
 }
+ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("mad_zscore", "iqr", "none")
 
 # Published chunk sensitivities of Self-Forcing at W4A8 (arXiv 2605.21072), share of the total error per chunk.
@@ -88,6 +89,15 @@ class QARVDConfig(QuantizationConfigMixin):
         tie_inputs: layers that read the same tensor (q, k and v) share one outlier set and one activation quantizer,
             so that a kernel quantizes their input once.
         percentiles: candidates of the range search.
+        rounding: how weights become integers once their ranges are known. `nearest` needs no data; `gptq` minimises the
+            chunk-weighted output error of every layer in closed form; `adaround` does so by gradient descent and also learns
+            the activation step. `auto` takes `gptq` for 4-bit weights and `nearest` for 8-bit ones; under
+            `reference_compat` it takes `adaround`.
+        rounding_inputs: `float`: layers are rounded for the inputs they get in the float model; `quantized`: for those
+            they get behind the blocks quantized before them.
+        rounding_iterations: steps of `adaround`.
+        rounding_skips: names (or whole parts of them) of layers that are rounded to nearest anyway; None skips none,
+            under `reference_compat` those that read the prompt alone.
         chunk_weights: sensitivity per chunk, any positive scale, weighting every calibration loss; a shorter or longer
             rollout continues the last ratio. `"published"` takes the published numbers, `"uniform"` weighs all alike.
         calibration_prompts: prompts of the calibration rollouts; None takes the set bundled with the package. Never
@@ -107,6 +117,10 @@ class QARVDConfig(QuantizationConfigMixin):
     outlier_alignment: int = 128
     tie_inputs: bool = True
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
+    rounding: str = "auto"
+    rounding_inputs: str = "float"
+    rounding_iterations: int = 2000
+    rounding_skips: tuple[str, ...] | None = None
     chunk_weights: str | tuple[float, ...] = "published"
     calibration_prompts: tuple[str, ...] | None = None
     calibration_chunks: int = 7
@@ -119,7 +133,7 @@ class QARVDConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         self.quant_method = QARVDMethod(self.quant_method)
-        for name in ("percentiles", "calibration_prompts", "modules_to_not_convert"):
+        for name in ("percentiles", "calibration_prompts", "modules_to_not_convert", "rounding_skips"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"QARVDConfig.{name} must be a sequence of values, got the single string {value!r}")
@@ -154,6 +168,9 @@ class QARVDConfig(QuantizationConfigMixin):
             "percentiles",
             "at least one number in (0.5, 1]",
         )
+        require(self.rounding in ROUNDINGS, "rounding", f"one of {', '.join(ROUNDINGS)}")
+        require(self.rounding_inputs in ("float", "quantized"), "rounding_inputs", "'float' or 'quantized'")
+        require(self.rounding_iterations >= 1, "rounding_iterations", "a positive integer")
         weights = self.chunk_weights
         require(
             weights in ("published", "uniform")
@@ -168,6 +185,13 @@ class QARVDConfig(QuantizationConfigMixin):
             "calibration_prompts",
             "None or at least one non-empty prompt",
         )
+        require(
+            self.calibration_prompts is None
+            or len(self.calibration_prompts) == 1
+            or len(set(self.calibration_prompts)) > 1,
+            "calibration_prompts",
+            "prompts that differ (all of them are the same: one is enough)",
+        )
         require(self.calibration_chunks >= 1, "calibration_chunks", "a positive integer")
         require(self.text_encoder in (None, "int8"), "text_encoder", "None or 'int8'")
 
@@ -176,6 +200,27 @@ class QARVDConfig(QuantizationConfigMixin):
         """The `Scheme` of this config; the reference quantizes 8-bit weights asymmetrically."""
         scheme = SCHEMES[self.scheme]
         return dataclasses.replace(scheme, symmetric_weights=False) if self.reference_compat else scheme
+
+    @property
+    def resolved_rounding(self) -> str:
+        """`nearest`, `gptq` or `adaround`."""
+        if self.rounding != "auto":
+            return self.rounding
+        if self.reference_compat:
+            return "adaround"
+        return "gptq" if self.resolved_scheme.weight_bits == 4 else "nearest"
+
+    @property
+    def resolved_rounding_skips(self) -> tuple[str, ...]:
+        """Names, or parts of names, of layers that are always rounded to nearest."""
+        if self.rounding_skips is not None:
+            return self.rounding_skips
+        return ("text_embedder", "attn2.to_k", "attn2.to_v") if self.reference_compat else ()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantization has to run the model."""
+        return self.resolved_scheme.needs_calibration or self.resolved_rounding != "nearest"
 
     def sensitivity(self, num_chunks: int) -> list[float]:
         """Weights of `num_chunks` chunks, scaled to mean 1; beyond the given list its last ratio continues."""

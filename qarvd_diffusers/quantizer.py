@@ -133,6 +133,7 @@ class QARVDQuantizer(DiffusersQuantizer):
                 DATA_FREE_SCHEME,
             )
             config = config.replace(scheme=DATA_FREE_SCHEME)
+        config = config.replace(rounding="nearest")  # a model alone has no data to round by
         apply(model, quantize_weights(model, config))
         attach(model, config)
         self.quantization_config = model.hf_quantizer.quantization_config

@@ -6,7 +6,7 @@ Rounding is relaxed to a soft choice per weight, trained by gradient descent on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ class AdaRoundSettings:
 def adaround(
     weight: Tensor,
     grid: WeightGrid,
-    samples: Tensor,
+    samples: Sequence[Tensor],
     sample_weights: Tensor,
     quantizer: InputQuantizer | None,
     batches: Tensor,
@@ -57,7 +57,7 @@ def adaround(
     Args:
         weight: float32 `[N, K]`, columns in permuted order.
         grid: its scales and zero-points, which stay as they are.
-        samples: float `[S, T, K]`, the layer's inputs in permuted order.
+        samples: S floats `[T_i, K]` on any device, the layer's inputs in permuted order.
         sample_weights: float32 `[S]`, factor of each sample's squared error.
         quantizer: quantizer of the inputs, or None for float activations.
         batches: integers `[iterations, batch]`, the samples of every step.
@@ -68,19 +68,19 @@ def adaround(
         Codes uint8 `[N, K]`, and the quantizer with its learned step.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        weight, samples = weight.detach().clone(), samples.clone() if samples.is_inference() else samples
+        weight = weight.detach().clone()
         rounding = _SoftRounding(weight, grid)
         optimizers, schedules = [torch.optim.Adam([rounding.alpha], lr=settings.weight_lr)], []
         if quantizer is not None:
-            quantizer = quantizer.clone()
+            quantizer = quantizer.to(weight.device)
             if settings.input_lr:
                 optimizers.append(torch.optim.Adam([quantizer.scale.requires_grad_()], lr=settings.input_lr))
                 schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], len(batches)))
-        for step, batch in enumerate(batches.to(samples.device, torch.int64), start=1):
-            x = samples[batch].to(torch.float32)
+        for step, batch in enumerate(batches.tolist(), start=1):
+            x, row_weights = _rows([samples[i] for i in batch], sample_weights[batch], weight.device)
             seen = x if quantizer is None else quantizer.straight_through(x)
             error = x @ weight.T - seen @ rounding.soft_weight().T
-            loss = (error.square().sum(1) * sample_weights[batch, None]).mean()
+            loss = (error.square() * row_weights).sum() / (len(batch) * len(weight))
             penalty = settings.regularizer * rounding.softness(_temperature(step, len(batches), settings))
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -90,6 +90,13 @@ def adaround(
             if on_step is not None:
                 on_step(step, loss.item())
         return rounding.codes(), None if quantizer is None else quantizer.detach()
+
+
+def _rows(samples: Sequence[Tensor], weights: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All rows of some samples, float32 `[R, K]`, and the weight of each, `[R, 1]`."""
+    counts = torch.tensor([len(sample) for sample in samples])
+    rows = torch.cat([sample.to(device, torch.float32) for sample in samples])
+    return rows, weights.cpu().repeat_interleave(counts)[:, None].to(device)
 
 
 def _temperature(step: int, steps: int, settings: AdaRoundSettings) -> float | None:

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from ..config import QARVDConfig, QuantizedModule
 from ..linear import LinearQParams, QARVDLinear
 from ..models.pass_info import PassInfo
+from ..packing import pack
+from .blocks import round_blocks
 from .capture import InputCapture
+from .groups import LayerGroup
+from .inputs import InputQuantizer
 from .observers import InputObserver, ReferenceObserver
 from .outliers import OutlierSet, find_outliers
 from .result import CalibrationResult, config_hash
-from .targets import input_groups, quantizable_linears, repeated_name
+from .resume import ResumeFolder
+from .targets import input_groups, quantizable_linears, repeated_name, skips_rounding
 from .weights import quantize_weight
 
 # Called with what is being done, how many steps of it are done, and how many there are.
@@ -29,15 +34,20 @@ def calibrate(
     run: Callable[[Callable[[PassInfo], None]], None],
     config: QARVDConfig,
     progress: Progress | None = None,
+    folder: ResumeFolder | None = None,
 ) -> CalibrationResult:
     """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072); it is left as it was.
+
+    First the ranges: of the weights from the weights, of the activations from one set of rollouts. Then, unless weights are
+    rounded to nearest, the integer weights, block by block and from another set of rollouts every few blocks.
 
     Args:
         transformer: float model.
         run: performs all calibration rollouts on it, calling its argument right before every transformer pass. Not called
             for schemes that need no data.
         config: what to calibrate for; `config.sensitivity` weighs the chunks.
-        progress: called for every layer whose weights are quantized.
+        progress: called for every layer whose weights are quantized, and for every step of rounding.
+        folder: keeps what is finished; a calibration that finds it there goes on from it, to the same result.
 
     Returns:
         The result; `apply` puts it into the model.
@@ -46,17 +56,42 @@ def calibrate(
         ValueError: no layer to quantize, NaN or infinity in a weight or an activation, a chunk that was never reached, or a
             layer that took no part; each named.
     """
-    if not config.resolved_scheme.needs_calibration:
+    if not config.needs_calibration:
         return quantize_weights(transformer, config, progress)
     linears = quantizable_linears(transformer, config)
     groups = input_groups(transformer, linears, config)
     outliers = _find_outliers(linears, groups, config)
+    layers = folder.load("ranges", linears) if folder is not None else None
+    if layers is None:
+        layers = _quantize_weights(linears, groups, outliers, config, progress)
+        if config.resolved_scheme.needs_calibration:
+            layers = _observe_inputs(linears, groups, outliers, layers, run, config)
+        if folder is not None:
+            folder.save("ranges", layers)
+    if config.resolved_rounding != "nearest":
+        rounded = [
+            _layer_group(names, linears, found, layers)
+            for names, found in zip(groups, outliers, strict=True)
+            if not skips_rounding(names[0], config)
+        ]
+        layers = round_blocks(transformer, rounded, layers, run, config, folder, progress)
+    return CalibrationResult(layers, config_hash(config))
+
+
+def _observe_inputs(
+    linears: Mapping[str, nn.Linear],
+    groups: Sequence[Sequence[str]],
+    outliers: Sequence[OutlierSet],
+    layers: Mapping[str, LinearQParams],
+    run: Callable[[Callable[[PassInfo], None]], None],
+    config: QARVDConfig,
+) -> dict[str, LinearQParams]:
+    """Watch one set of rollouts and add a static input quantizer to every layer."""
     observer = ReferenceObserver if config.reference_compat else InputObserver
     observers = [observer(found) for found in outliers]
     weights = config.sensitivity(config.calibration_chunks)
-    packed = _quantize_weights(linears, groups, outliers, config, progress)
     # The reference watches activations of the model whose weights are rounded already; we watch the float model's.
-    model_under_test = _rounded_weights(linears, packed) if config.reference_compat else nullcontext()
+    model_under_test = _rounded_weights(linears, layers) if config.reference_compat else nullcontext()
 
     def observe(group: int, x: Tensor, info: PassInfo) -> None:
         # Given initial latents are read by every chunk: they weigh as much as the first one.
@@ -65,17 +100,27 @@ def calibrate(
     with torch.no_grad(), model_under_test, InputCapture(linears, groups, observe) as capture:
         run(capture.on_pass)
     capture.check(range(config.calibration_chunks))
-    for group, observed in zip(groups, observers, strict=True):
-        scale, zero_point = observed.quantizer(config.percentiles)
+    observed = dict(layers)
+    for group, watched in zip(groups, observers, strict=True):
+        scale, zero_point = watched.quantizer(config.percentiles)
         for name in group:
-            packed[name] = dataclasses.replace(packed[name], input_scale=scale, input_zero_point=zero_point)
-    return CalibrationResult(packed, config_hash(config))
+            observed[name] = dataclasses.replace(observed[name], input_scale=scale, input_zero_point=zero_point)
+    return observed
+
+
+def _layer_group(
+    names: Sequence[str], linears: Mapping[str, nn.Linear], outliers: OutlierSet, layers: Mapping[str, LinearQParams]
+) -> LayerGroup:
+    first, quantizer = layers[names[0]], None
+    if first.input_scale is not None:
+        quantizer = InputQuantizer(first.input_scale, first.input_zero_point, outliers.num_outliers)
+    return LayerGroup({name: linears[name] for name in names}, outliers, quantizer)
 
 
 def quantize_weights(
     transformer: nn.Module, config: QARVDConfig, progress: Progress | None = None
 ) -> CalibrationResult:
-    """The part of calibration that needs no data; all there is to `w8a8_dynamic`, `w8a16` and `w4a16`.
+    """The part of calibration that needs no data: rounding to nearest, whatever `config.rounding` says.
 
     Raises:
         ValueError: the scheme has static activations, there is no layer to quantize, or a weight is not finite.
@@ -184,7 +229,8 @@ def _quantize_weights(
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
         description = QuantizedModule(found[name].num_outliers, scheme.weight_bits, scheme.activation)
-        tensors = (*quantize_weight(linear.weight, found[name], config), found[name].channel_order)
+        codes, grid = quantize_weight(linear.weight, found[name], config)
+        tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), found[name].channel_order)
         layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)
         if progress is not None:
             progress("quantizing weights", len(layers), len(linears))

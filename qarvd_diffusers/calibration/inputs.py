@@ -44,8 +44,11 @@ class InputQuantizer:
             found.append((codes - self.zero_point[g]) * self.scale[g])
         return torch.cat(found, dim=-1)
 
-    def clone(self) -> InputQuantizer:
-        return InputQuantizer(self.scale.detach().clone(), self.zero_point.clone(), self.num_outliers)
+    def to(self, device: torch.device) -> InputQuantizer:
+        """A copy on a device, without gradient."""
+        scale, zero_point = (each.detach().to(device, copy=True) for each in (self.scale, self.zero_point))
+        return InputQuantizer(scale, zero_point, self.num_outliers)
 
     def detach(self) -> InputQuantizer:
+        """The same values, without gradient."""
         return InputQuantizer(self.scale.detach(), self.zero_point, self.num_outliers)

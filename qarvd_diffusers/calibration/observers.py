@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .inputs import ACTIVATION_BITS
 from .outliers import OutlierSet
 from .ranges import RangeHistogram, search_samples
-
-ACTIVATION_BITS = 8
 
 
 class InputObserver:

@@ -77,6 +77,11 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
     return [tuple(group) for group in groups.values()]
 
 
+def skips_rounding(name: str, config: QARVDConfig) -> bool:
+    """Whether a layer is rounded to nearest whatever `config.rounding` says."""
+    return any(_named_by(name, pattern) for pattern in config.resolved_rounding_skips)
+
+
 def repeated_name(name: str) -> str:
     """The name with its first number, that of the block, left out: equal for the same layer of every block."""
     parts = name.split(".")

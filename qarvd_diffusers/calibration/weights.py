@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .. import primitives as P
 from ..config import QARVDConfig
-from ..packing import pack
+from .grid import WeightGrid
 from .outliers import OutlierSet
 from .ranges import search_rows
 
 
-class PackedWeight(NamedTuple):
-    """`weight_packed`, `weight_scale` and `weight_zero_point` of `linear.LinearQParams`."""
-
-    weight_packed: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-
-
-def quantize_weight(weight: Tensor, outliers: OutlierSet, config: QARVDConfig) -> PackedWeight:
+def quantize_weight(weight: Tensor, outliers: OutlierSet, config: QARVDConfig) -> tuple[Tensor, WeightGrid]:
     """Quantize a weight by range search and rounding to nearest; no data needed.
 
     Args:
@@ -31,24 +20,20 @@ def quantize_weight(weight: Tensor, outliers: OutlierSet, config: QARVDConfig) -
         config: scheme, percentiles and `reference_compat` (zero-points free instead of clamped).
 
     Returns:
-        The packed codes in permuted channel order, scales and zero-points.
+        Codes uint8 `[N, K]`, columns in permuted order, and the grid they are on.
     """
     scheme = config.resolved_scheme
     permuted = weight.detach().to(torch.float32)[:, outliers.channel_order.long()]
-    codes, scales, zero_points = [], [], []
-    for group in permuted.tensor_split([outliers.num_outliers], dim=1):
-        scale, zero_point = search_rows(
+    found = [
+        search_rows(
             group,
             scheme.weight_bits,
             config.percentiles,
             symmetric=scheme.symmetric_weights,
             clamp=not config.reference_compat,
         )
-        codes.append(P.quantize(group, scale, zero_point, scheme.weight_bits).to(torch.uint8))
-        scales.append(scale)
-        zero_points.append(zero_point)
-    return PackedWeight(
-        pack(torch.cat(codes, dim=1), scheme.weight_bits),
-        torch.cat(scales, dim=1),
-        torch.cat(zero_points, dim=1).to(torch.int16),
-    )
+        for group in permuted.tensor_split([outliers.num_outliers], dim=1)
+    ]
+    scale, zero_point = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    grid = WeightGrid(scale, zero_point, outliers.num_outliers, scheme.weight_bits)
+    return grid.quantize(permuted).to(torch.uint8), grid

@@ -88,14 +88,18 @@ class QuantizableMixin:
             return config
         return QARVDConfig.from_dict(config)
 
-    def calibrate(self, config: QARVDConfig, use_cache: bool = True) -> CalibrationResult:
+    def calibrate(
+        self, config: QARVDConfig, use_cache: bool = True, resume: str | os.PathLike[str] | None = None
+    ) -> CalibrationResult:
         """Find integer weights and quantizer parameters for `config`; the pipeline stays float.
 
         Args:
             config: scheme, prompts and options.
             use_cache: reuse and keep the result under a hash of the weights, the config and the prompts.
+            resume: folder for finished parts: an interrupted calibration with the same folder goes on where it stopped,
+                to the same result. None keeps them in the cache, or nowhere without `use_cache`.
         """
-        return calibrate_pipeline(self, config, use_cache)
+        return calibrate_pipeline(self, config, use_cache, resume)
 
     def quantize(self, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
         """Quantize the transformer in place, and the text encoder if the config says so.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,9 @@ from diffusers import PipelineQuantizationConfig
 from tqdm.auto import tqdm
 
 from ..bundled import bundled_prompts
-from ..calibration.calibrate import apply, calibrate, quantize_weights
+from ..calibration.calibrate import Progress, apply, calibrate, quantize_weights
 from ..calibration.result import CalibrationResult
+from ..calibration.resume import ResumeFolder
 from ..config import QARVDConfig, parse_prompts
 from ..models.pass_info import PassInfo
 from ..quantizer import attach
@@ -102,30 +104,38 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
     return digest.hexdigest()
 
 
-def calibrate_pipeline(pipe: ARVDMixin, config: QARVDConfig, use_cache: bool = True) -> CalibrationResult:
+def calibrate_pipeline(
+    pipe: ARVDMixin, config: QARVDConfig, use_cache: bool = True, resume: str | os.PathLike[str] | None = None
+) -> CalibrationResult:
     """Calibrate a float pipeline; nothing of it changes.
 
     Args:
         pipe: a float pipeline.
         config: what to calibrate for.
         use_cache: take and keep the result in `cache_folder()` under its content hash.
+        resume: folder for finished parts, so that an interrupted calibration goes on where it stopped; None takes one in
+            `cache_folder()` that is removed at the end, or none without `use_cache`.
 
     Returns:
         The integer weights and quantizer parameters of every quantizable Linear.
 
     Raises:
-        ValueError: the pipeline is quantized already.
+        ValueError: the pipeline is quantized already, or `resume` was made with another model, config or prompts.
     """
     if quantized_linears(pipe.transformer):
         raise ValueError("The transformer is quantized already; calibrate the float model.")
-    if not config.resolved_scheme.needs_calibration:
+    if not config.needs_calibration:
         return quantize_weights(pipe.transformer, config)
     with torch.no_grad():
         embeds = [pipe.encode_prompt(prompt) for prompt in calibration_prompts(pipe, config)]
-    path = cache_folder() / "calibration" / f"{content_hash(pipe, config, embeds)}.safetensors"
+    fingerprint = content_hash(pipe, config, embeds)
+    path = cache_folder() / "calibration" / f"{fingerprint}.safetensors"
     if use_cache and path.is_file():
         logger.info("Calibration found in %s", path)
         return CalibrationResult.load(path)
+    unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
+    parts = unfinished or resume
+    folder = None if parts is None else ResumeFolder(parts, fingerprint)
     with _calibrating(pipe) as step:
 
         def run(on_pass: Callable[[PassInfo], None]) -> None:
@@ -144,10 +154,25 @@ def calibrate_pipeline(pipe: ARVDMixin, config: QARVDConfig, use_cache: bool = T
                 ):
                     pass
 
-        result = calibrate(pipe.transformer, run, config)
+        with _rounding_bar(pipe) as progress:
+            result = calibrate(pipe.transformer, run, config, progress, folder)
     if use_cache:
         result.save(path)
+    if unfinished is not None:
+        shutil.rmtree(unfinished)
     return result
+
+
+@contextmanager
+def _rounding_bar(pipe: ARVDMixin) -> Iterator[Progress]:
+    """A bar that counts the groups of layers that are rounded and shows what is being done."""
+    with tqdm(desc="layers", unit="group", disable=getattr(pipe, "_progress_bar_config", {}).get("disable")) as bar:
+
+        def progress(text: str, step: int, steps: int) -> None:
+            bar.set_postfix_str(f"{text} ({step}/{steps})", refresh=False)
+            bar.update(step == steps)
+
+        yield progress
 
 
 def quantize_pipeline(pipe: ARVDMixin, config: QARVDConfig, result: CalibrationResult | None = None) -> None:

@@ -79,7 +79,9 @@ def test_edges(inference):
     with torch.inference_mode(inference):
         g = torch.Generator().manual_seed(0)
         weight, samples = torch.randn(6, 8, generator=g), torch.randn(5, 16, 8, generator=g)
-        samples = samples @ torch.randn(8, 8, generator=g)  # rounding errors can only cancel across correlated channels
+        samples = samples @ torch.randn(
+            8, 8, generator=g
+        )  # rounding errors can only cancel across correlated channels
         weight[2] = 0
         grid = WeightGrid(torch.full((6, 2), 0.3), torch.full((6, 2), 8.0), 0, 4)
         batches = torch.randint(5, (200, 2), generator=g)

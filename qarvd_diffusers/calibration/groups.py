@@ -1,0 +1,74 @@
+"""`LayerGroup`: layers that read one tensor, and so are calibrated as one layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..linear import LinearQParams
+from ..packing import pack
+from .grid import WeightGrid
+from .inputs import InputQuantizer
+from .outliers import OutlierSet
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGroup:
+    """Linears by name whose weights, stacked, are one weight `[N, K]` with its columns in permuted order.
+
+    Attributes:
+        linears: the float layers.
+        outliers: their common outlier channels.
+        quantizer: of their common input; None for float activations.
+    """
+
+    linears: Mapping[str, nn.Linear]
+    outliers: OutlierSet
+    quantizer: InputQuantizer | None
+
+    @property
+    def name(self) -> str:
+        """That of the first layer."""
+        return next(iter(self.linears))
+
+    @property
+    def device(self) -> torch.device:
+        return self.linears[self.name].weight.device
+
+    def weight(self) -> Tensor:
+        """Float32 `[N, K]`."""
+        return self.permute(torch.cat([linear.weight.detach() for linear in self.linears.values()]).to(torch.float32))
+
+    def permute(self, x: Tensor) -> Tensor:
+        """Put the channels `[..., K]` into permuted order."""
+        return x.index_select(-1, self.outliers.channel_order.to(x.device))
+
+    def packed(
+        self, codes: Tensor, grid: WeightGrid, quantizer: InputQuantizer | None, like: Mapping[str, LinearQParams]
+    ) -> dict[str, LinearQParams]:
+        """Split uint8 codes `[N, K]` and their grid among the layers; all else is taken from `like`."""
+        sizes = [linear.out_features for linear in self.linears.values()]
+        parts = zip(codes.split(sizes), grid.scale.split(sizes), grid.zero_point.split(sizes), strict=True)
+        return {
+            name: dataclasses.replace(
+                like[name],
+                weight_packed=pack(rows.cpu(), grid.bits),
+                weight_scale=scale.cpu().clone(),
+                weight_zero_point=zero_point.cpu().to(torch.int16),
+                input_scale=None if quantizer is None else quantizer.scale.cpu(),
+                input_zero_point=None if quantizer is None else quantizer.zero_point.cpu(),
+            )
+            for name, (rows, scale, zero_point) in zip(self.linears, parts, strict=True)
+        }
+
+
+def stored_grid(group: LayerGroup, layers: Mapping[str, LinearQParams]) -> WeightGrid:
+    """The grid that a group's packed weights are on, on the device of the group."""
+    stored = [layers[name] for name in group.linears]
+    scale = torch.cat([layer.weight_scale for layer in stored]).to(group.device)
+    zero_point = torch.cat([layer.weight_zero_point for layer in stored]).to(group.device, torch.float32)
+    return WeightGrid(scale, zero_point, stored[0].description.num_outliers, stored[0].description.weight_bits)

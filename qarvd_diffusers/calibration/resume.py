@@ -1,0 +1,66 @@
+"""`ResumeFolder`: finished parts of a calibration on disk, so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..linear import LinearQParams
+from .result import CalibrationResult
+
+MANIFEST = "manifest.json"
+
+
+class ResumeFolder:
+    """One file per finished part, each written whole or not at all.
+
+    Args:
+        path: folder, made if absent.
+        fingerprint: of everything the calibration depends on: model, config, prompts.
+
+    Raises:
+        ValueError: the folder belongs to a calibration with another fingerprint, or its manifest is unreadable; nothing in
+            it is touched.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
+        self.path, self.fingerprint = Path(path), fingerprint
+        manifest = self.path / MANIFEST
+        if manifest.is_file():
+            try:
+                found = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{manifest} is no manifest of a calibration: pass another folder") from error
+            if found != fingerprint:
+                raise ValueError(
+                    f"{self.path} holds a calibration of another model, config or prompts (fingerprint {found[:12]}, "
+                    f"expected {fingerprint[:12]}): pass another folder, or remove this one"
+                )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = manifest.with_name(f".{MANIFEST}.{os.getpid()}")
+        temporary.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+        os.replace(temporary, manifest)
+
+    def load(self, part: str, names: Iterable[str]) -> Mapping[str, LinearQParams] | None:
+        """The layers of a finished part; None if it is not there.
+
+        Raises:
+            ValueError: its file is damaged or holds other layers; named.
+        """
+        path = self._file(part)
+        if not path.is_file():
+            return None
+        result = CalibrationResult.load(path)
+        if result.config_hash != self.fingerprint or set(result.layers) != set(names):
+            raise ValueError(f"{path} belongs to another calibration: remove it")
+        return result.layers
+
+    def save(self, part: str, layers: Mapping[str, LinearQParams]) -> None:
+        """Store a finished part."""
+        CalibrationResult(layers, self.fingerprint).save(self._file(part))
+
+    def _file(self, part: str) -> Path:
+        return self.path / f"{part}.safetensors"
