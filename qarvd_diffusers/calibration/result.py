@@ -17,7 +17,8 @@ from torch import Tensor
 from ..config import QARVDConfig, QuantizedModule
 from ..linear import LinearQParams, stored_tensors
 
-FORMAT = "qarvd-calibration-1"
+FORMAT = "qarvd-calibration-2"
+METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results shall be equal files
 
 
 def config_hash(config: QARVDConfig) -> str:
@@ -51,7 +52,8 @@ class CalibrationResult:
             for key, tensor in layer.tensors().items()
         }
         described = {name: dataclasses.asdict(description) for name, description in self.modules().items()}
-        metadata = {"format": FORMAT, "config_hash": self.config_hash, "layers": json.dumps(described)}
+        described = {"format": FORMAT, "config_hash": self.config_hash, "layers": described}
+        metadata = {METADATA: json.dumps(described)}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -78,9 +80,9 @@ class CalibrationResult:
             raise FileNotFoundError(f"{path}: no such calibration result")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is truncated or no safetensors file ({error}): calibrate again") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}: calibrate again")
@@ -88,7 +90,7 @@ class CalibrationResult:
             raise ValueError(
                 f"{path} was calibrated with another config: calibrate again, or pass the config it was made with"
             )
-        described = {name: QuantizedModule(**value) for name, value in json.loads(metadata["layers"]).items()}
+        described = {name: QuantizedModule(**value) for name, value in metadata["layers"].items()}
         layers = {name: _layer(path, name, description, tensors) for name, description in described.items()}
         if tensors:
             raise ValueError(f"{path} holds unexpected tensors {sorted(tensors)[:5]}: calibrate again")

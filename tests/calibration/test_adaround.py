@@ -15,11 +15,16 @@ from qarvd_diffusers.calibration.inputs import InputQuantizer
 C4 = "C4_adaround_layer_reconstruction"
 
 
-@pytest.fixture(scope="module")
-def golden_layer():
+def golden_folder():
     folder = Path(os.environ.get("QARVD_GOLDEN_DIR", Path(__file__).parents[1] / "data" / "golden"))
     if not (folder / f"{C4}.safetensors").is_file():
         pytest.skip(f"{C4} is not in {folder}; set QARVD_GOLDEN_DIR to the full set")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def golden_layer():
+    folder = golden_folder()
     return load_file(folder / f"{C4}.safetensors"), json.loads((folder / f"{C4}.json").read_text())
 
 

@@ -108,7 +108,7 @@ def test_calibration_is_deterministic_and_weighted_by_chunk(wan):
 @pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
 def test_reference_compat(wan, scheme):
     want = forward(wan)
-    config = config_of(scheme, reference_compat=True)
+    config = config_of(scheme, reference_compat=True, rounding_iterations=20)
     result = calibrate(wan, make_run(wan), config)
     assert result.layers["condition_embedder.text_embedder.linear_1"].description.num_outliers == 0
     apply(wan, result)
@@ -118,7 +118,7 @@ def test_reference_compat(wan, scheme):
 def test_reference_watches_the_rounded_model_and_puts_it_back(wan):
     """The first layer of a block reads what rounded layers before it wrote; afterwards the weights are the old ones."""
     before = copy.deepcopy(wan.state_dict())
-    result = calibrate(wan, make_run(wan), config_of("w4a8", reference_compat=True))
+    result = calibrate(wan, make_run(wan), config_of("w4a8", reference_compat=True, rounding="nearest"))
     assert all(torch.equal(value, before[key]) for key, value in wan.state_dict().items())
     for name, layer in result.layers.items():
         wan.get_submodule(name).weight.data = layer.weight(torch.float32)
@@ -148,10 +148,10 @@ def test_save_load_round_trip(wan, tmp_path):
 def damage(change):
     def write(path):
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            metadata = json.loads(file.metadata()["qarvd"])
         tensors = load_file(path)
         change(tensors, metadata)
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, {"qarvd": json.dumps(metadata)})
 
     return write
 

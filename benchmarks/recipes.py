@@ -1,0 +1,236 @@
+"""Ways to quantize the bundled model, against its float output: last-chunk latent error, adherence, calibration time.
+
+    python benchmarks/recipes.py --scheme w4a8 --prompts 16 --seeds 0 1 2 --json runs/recipes.json
+
+All recipes get the same held-out prompts, noise and re-noise, and calibrate on the same other prompts. A seed decides prompts
+and noise, and the calibration noise too. `--plant 8` scales some rows of v down and columns of o up by 8 (and likewise
+norm2 -> cross-attention q) before anything else: the model stays the same function but gets outlier channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path
+from qarvd_diffusers.calibration.calibrate import apply
+from qarvd_diffusers.calibration.inputs import InputQuantizer
+from qarvd_diffusers.calibration.targets import quantizable_linears
+from qarvd_diffusers.evaluation.fidelity import roll_out
+from qarvd_diffusers.evaluation.moving_shapes import adherence, held_out_prompts, sample_scene
+from qarvd_diffusers.linear import QARVDLinear
+
+ALIGNMENT = 16  # the bundled model is 256 wide: the default of 128 would call half of all channels outliers
+
+
+def load(plant: float | None) -> ARVDPipeline:
+    pipe = ARVDPipeline.from_pretrained(bundled_model_path(), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if plant:
+        plant_outliers(pipe.transformer, plant)
+    return pipe
+
+
+@torch.no_grad()
+def plant_outliers(transformer: nn.Module, factor: float, share: float = 0.03) -> None:
+    """Make some input channels of o and of cross-attention q outliers, without changing the model's function."""
+    generator = torch.Generator().manual_seed(0)
+    for block in transformer.blocks:
+        attention = [(each.to_v, each.to_out[0]) for each in (block.attn1, block.attn2)]
+        for before, after in (*attention, (block.norm2, block.attn2.to_q)):
+            count = max(1, int(share * after.in_features))
+            channels = torch.randperm(after.in_features, generator=generator)[:count]
+            before.weight[channels] /= factor
+            before.bias[channels] /= factor
+            after.weight[:, channels] *= factor
+
+
+def calibration_prompts(seed: int, count: int = 8) -> tuple[str, ...]:
+    """Prompts of the training grammar, none of them held out."""
+    rng = np.random.default_rng(1000 + seed)
+    return tuple(sample_scene(rng, held_out=False).prompt for _ in range(count))
+
+
+def qarvd(pipe: ARVDPipeline, scheme: str, seed: int, **options) -> None:
+    """A recipe of this package."""
+    prompts = calibration_prompts(seed)
+    options = {"outlier_alignment": ALIGNMENT, "calibration_seed": 10_000 + seed, **options}
+    config = QARVDConfig(scheme, calibration_prompts=prompts, **options)
+    apply(pipe.transformer, pipe.calibrate(config, use_cache=False))
+
+
+def smooth_quant(pipe: ARVDPipeline, scheme: str, seed: int) -> None:
+    """Move half of each channel's magnitude from activations to weights (arXiv 2211.10438), then round to nearest.
+
+    The division is done at run time here; a deployment would fold it into the layer before.
+    """
+    options = {"rounding": "nearest", "outlier_detector": "none", "chunk_weights": "uniform", "tie_inputs": False}
+    linears = quantizable_linears(pipe.transformer, QARVDConfig(scheme))
+    peaks: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            peak = args[0].detach().flatten(0, -2).abs().amax(0)
+            peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+
+        return hook
+
+    with hooked({name: watch(name) for name in linears}, pipe.transformer):
+        for i, prompt in enumerate(calibration_prompts(seed)):
+            roll_out_latents(pipe, [prompt], 7, 10_000 + seed + i)
+    factors = {}
+    for name, linear in linears.items():
+        weight = linear.weight.detach().abs().amax(0).clamp_min(1e-5)
+        factors[name] = (peaks[name].clamp_min(1e-5) / weight).sqrt()
+        linear.weight.data *= factors[name]
+
+    def divide(name: str) -> Callable:
+        return lambda module, args: (args[0] / factors[name],)
+
+    divisions = {name: divide(name) for name in linears}
+    with hooked(divisions, pipe.transformer):
+        qarvd(pipe, scheme, seed, **options)
+    for name, division in divisions.items():  # for good: the layers are others now
+        pipe.transformer.get_submodule(name).register_forward_pre_hook(division)
+
+
+@contextmanager
+def hooked(hooks: Mapping[str, Callable], module: nn.Module) -> Iterator[None]:
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def quanto(pipe: ARVDPipeline, scheme: str, seed: int, weights: str) -> None:
+    """Weight-only quantization of the same layers by optimum-quanto: groups of up to 128 channels at 4 bits."""
+    from optimum.quanto import freeze, qtypes, quantize
+
+    for name in quantizable_linears(pipe.transformer, QARVDConfig(scheme)):
+        parent, _, child = name.rpartition(".")
+        quantize(pipe.transformer.get_submodule(parent), weights=qtypes[weights], include=child)
+    freeze(pipe.transformer)
+
+
+PLAIN = {"outlier_detector": "none", "chunk_weights": "uniform"}
+RECIPES: dict[str, Callable[[ARVDPipeline, str, int], None]] = {
+    "round to nearest": lambda *a: qarvd(*a, rounding="nearest", **PLAIN),
+    "round to nearest, dual scale and chunk weights": lambda *a: qarvd(*a, rounding="nearest"),
+    "SmoothQuant, round to nearest": smooth_quant,
+    "optimum-quanto qint8, weights only": lambda *a: quanto(*a, "qint8"),
+    "optimum-quanto qint4, weights only": lambda *a: quanto(*a, "qint4"),
+    "reference (AdaRound)": lambda *a: qarvd(*a, reference_compat=True, outlier_alignment=32),
+    "AdaRound, dual scale and chunk weights": lambda *a: qarvd(*a, rounding="adaround"),
+    "closed form": lambda *a: qarvd(*a, rounding="gptq", **PLAIN),
+    "closed form, chunk weights": lambda *a: qarvd(*a, rounding="gptq", outlier_detector="none"),
+    "closed form, dual scale": lambda *a: qarvd(*a, rounding="gptq", chunk_weights="uniform"),
+    "closed form, both": lambda *a: qarvd(*a, rounding="gptq"),
+    "closed form, both, alignment 128": lambda *a: qarvd(*a, rounding="gptq", outlier_alignment=128),
+    "closed form, both, quantized inputs": lambda *a: qarvd(*a, rounding="gptq", rounding_inputs="quantized"),
+    "default": lambda *a: qarvd(*a),
+}
+
+
+class Simulated(nn.Module):
+    """A quantized layer computed in floats on its de-quantized values: on a CPU faster than integers, equal up to rounding."""
+
+    def __init__(self, layer: QARVDLinear) -> None:
+        super().__init__()
+        self.bias, weight = layer.bias, layer.weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.order, self.quantizer = layer.channel_order.long(), None
+        if layer.activation == "static":
+            self.quantizer = InputQuantizer(layer.input_scale, layer.input_zero_point, layer.num_outliers)
+            weight = weight[:, self.order].contiguous()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.quantizer is None else self.quantizer(x[..., self.order])
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def simulate(transformer: nn.Module) -> None:
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, QARVDLinear):
+            simulated = Simulated(layer)
+            simulated._forward_pre_hooks = layer._forward_pre_hooks
+            transformer.set_submodule(name, simulated)
+
+
+def roll_out_latents(pipe: ARVDPipeline, prompts: list[str], num_chunks: int, seed: int) -> Tensor:
+    """As `roll_out`, undecoded: `[prompts, chunks, C, F, H, W]`."""
+    videos = []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator("cpu").manual_seed(seed + i)
+        chunks = pipe.stream(prompt, num_chunks=num_chunks, generator=generator, output_type="latent")
+        videos.append(torch.stack([chunk.latents[0] for chunk in chunks]))
+    return torch.stack(videos)
+
+
+def judge(frames: np.ndarray, prompt: str) -> bool:
+    return adherence(frames, prompt).correct
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scheme", default="w4a8")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--chunks", type=int, default=7)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--plant", type=float, help="factor of planted outliers")
+    parser.add_argument("--adherence", action="store_true", help="decode and judge the videos too")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
+    parser.add_argument("--json", type=Path, help="append the numbers here, a line per recipe and seed")
+    args = parser.parse_args()
+
+    print(
+        "| scheme | recipe | seed | last-chunk latent MSE | all chunks | adherence | calibration s |\n|" + "---|" * 7
+    )
+    for seed in args.seeds:
+        prompts = held_out_prompts(args.prompts, seed)
+        expected = roll_out_latents(load(args.plant), prompts, args.chunks, seed)
+        for name in args.recipes:
+            pipe = load(args.plant)
+            start = time.perf_counter()
+            RECIPES[name](pipe, args.scheme, seed)
+            row = {"scheme": args.scheme, "recipe": name, "seed": seed, "plant": args.plant, "prompts": args.prompts}
+            row["seconds"] = time.perf_counter() - start
+            simulate(pipe.transformer)
+            got = roll_out_latents(pipe, prompts, args.chunks, seed)
+            row["latent_mse"] = (got - expected).square().mean(dim=(0, 2, 3, 4, 5)).tolist()
+            row["adherence"] = share(pipe, prompts, args.chunks, seed) if args.adherence else None
+            report(row)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                with args.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def share(pipe: ARVDPipeline, prompts: list[str], num_chunks: int, seed: int) -> float:
+    """Share of the videos that show what their prompt asks for."""
+    videos = roll_out(pipe, prompts, num_chunks, seed)
+    return float(np.mean([judge(videos.video(i), prompt) for i, prompt in enumerate(prompts)]))
+
+
+def report(row: Mapping) -> None:
+    errors = row["latent_mse"]
+    adherence = "" if row["adherence"] is None else f"{row['adherence']:.1%}"
+    print(
+        f"| {row['scheme']} | {row['recipe']} | {row['seed']} | {errors[-1]:.5f} | {np.mean(errors):.5f} | {adherence} | "
+        f"{row['seconds']:.0f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
