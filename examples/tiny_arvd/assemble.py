@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from causal import CHUNK_FRAMES, DENOISING_TIMESTEPS, LOCAL_ATTENTION_FRAMES, SINK_FRAMES, TIMESTEP_SHIFT
 from diffusers import AutoencoderKLWan
-from qarvd_diffusers import ARVDPipeline
-from qarvd_diffusers.evaluation.moving_shapes import FRAME_SIZE
 from text import MAX_SEQUENCE_LENGTH, build_tokenizer
 from train_transformer import CONFIG, Generator, load_tensors
+
+from qarvd_diffusers import ARVDPipeline
+from qarvd_diffusers.evaluation.moving_shapes import FRAME_SIZE
 
 
 def load_generator(folder: Path) -> Generator:
