@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from causal import CHUNK_FRAMES, DENOISING_TIMESTEPS, LOCAL_ATTENTION_FRAMES, SINK_FRAMES, TIMESTEP_SHIFT
 from diffusers import AutoencoderKLWan
-from qarvd_diffusers import ARVDPipeline
-from qarvd_diffusers.evaluation.moving_shapes import FRAME_SIZE
 from text import MAX_SEQUENCE_LENGTH, build_tokenizer
 from train_transformer import CONFIG, Generator, load_tensors
+
+from qarvd_diffusers import ARVDPipeline
+from qarvd_diffusers.evaluation.moving_shapes import FRAME_SIZE
 
 
 def load_generator(folder: Path) -> Generator:
@@ -58,13 +59,14 @@ def main() -> None:
     parser.add_argument("--transformer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out {args.out} exists; name a new folder")
     temporary = args.out.with_name(args.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline = assemble(args.vae, args.transformer)
     pipeline.transformer.to(torch.bfloat16)
     pipeline.vae.to(torch.bfloat16)
     pipeline.save_pretrained(temporary)
-    shutil.rmtree(args.out, ignore_errors=True)
     temporary.rename(args.out)
     size = sum(path.stat().st_size for path in args.out.rglob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.2f} MB of weights")

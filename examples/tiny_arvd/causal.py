@@ -141,7 +141,9 @@ class StreamSelfAttention:
         visible = visible_chunks(self.chunk)
         self.cache = {c: kv for c, kv in self.cache.items() if c in visible}
         self.cache[self.chunk] = (k, v)
-        k, v = (torch.cat(parts, dim=1) for parts in zip(*(self.cache[c] for c in (*visible, self.chunk)), strict=True))
+        k, v = (
+            torch.cat(parts, dim=1) for parts in zip(*(self.cache[c] for c in (*visible, self.chunk)), strict=True)
+        )
         return attn.to_out[0](_attend(q, k, v).to(hidden_states.dtype))
 
 

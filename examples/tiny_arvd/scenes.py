@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+
 from qarvd_diffusers.evaluation.moving_shapes import (
     BACKGROUNDS,
     COLORS,

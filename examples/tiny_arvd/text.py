@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from qarvd_diffusers.evaluation.moving_shapes import vocabulary
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from qarvd_diffusers.evaluation.moving_shapes import vocabulary
 
 MAX_SEQUENCE_LENGTH = 24
 

@@ -33,16 +33,16 @@ from scenes import NUM_STATES, SceneBatch, render, sample_scenes
 from text import build_text_encoder, build_tokenizer, encode, tokenize
 from torch import nn
 
-CONFIG = dict(
-    num_attention_heads=4,
-    attention_head_dim=64,
-    in_channels=16,
-    out_channels=16,
-    text_dim=64,
-    freq_dim=256,
-    ffn_dim=576,
-    num_layers=6,
-)
+CONFIG = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 64,
+    "freq_dim": 256,
+    "ffn_dim": 576,
+    "num_layers": 6,
+}
 LEVELS = sigmas()
 
 
@@ -218,89 +218,108 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
     return peak * min(1.0, (step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+class Trainer:
+    """One training run: models, data, optimizer, and the clock that sets the schedule."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.begun = args, time.time()
+        device, self.on_gpu = args.device, args.device.startswith("cuda")
+        self.vae = AutoencoderKLWan.from_pretrained(args.vae).to(device).requires_grad_(False)
+        self.size = 64 // self.vae.config.scale_factor_spatial
+        self.tokenizer = build_tokenizer()
+        self.model = Generator(CONFIG, len(self.tokenizer)).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        plain = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8, fused=self.on_gpu)
+        self.progress = {"steps": 0, "seconds": 0.0}
+        if (args.out / "progress.json").exists():
+            self.progress = load_checkpoint(args.out, self.model, self.ema, self.optimizer)
+        seed = 2 * self.progress["steps"] + 1  # a resumed run sees new clips
+        self.long = build_bank(self.vae, self.tokenizer, args.long_bank, args.chunks, seed, 32)
+        self.short = build_bank(self.vae, self.tokenizer, args.short_bank, 1, seed + 1, 1024)
+        self.rollouts: dict[str, Rollouts] = {}
+        self.layout = Layout(args.clips, args.chunks, args.singles)
+        make_parallel(self.model.transformer, self.layout, self.size)
+        if args.compile:
+            self.model.transformer.compile_repeated_blocks()
+        print(
+            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters; {len(self.long.state)} clips,"
+        )
+        print(
+            f"{len(self.short.state)} first chunks after {time.time() - self.begun:.0f}s; {self.progress}", flush=True
+        )
+
+    @property
+    def done(self) -> float:
+        """Share of the whole training that is over."""
+        return self.progress["seconds"] / (60 * self.args.minutes)
+
+    def autocast(self):
+        return torch.autocast(self.args.device.split(":")[0], torch.bfloat16, enabled=self.on_gpu)
+
+    def step(self) -> torch.Tensor:
+        """One optimizer step; returns the losses of pairs and singles, [2]."""
+        args, steps = self.args, self.progress["steps"]
+        own_share = 0.0 if self.done < 0.12 else 0.5 if self.done < 0.4 else 0.75
+        if own_share and (not self.rollouts or steps % args.refresh == 0):
+            self.rollouts["long"] = roll_out(self.ema, self.long, args.rollouts[0], self.autocast)
+            self.rollouts["short"] = roll_out(self.ema, self.short, args.rollouts[1], self.autocast)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(args.lr, steps, self.done)
+        with self.autocast():
+            losses = training_loss(self.model, self.long, self.short, self.rollouts, self.layout, own_share)
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            decay = min(0.999, (steps + 1) / (steps + 20))
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        self.progress["steps"] += 1
+        return torch.stack(losses).detach()
+
+    def train(self) -> None:
+        """Steps until the training or this run's time is over; prints losses, evaluates, saves once a minute."""
+        stop_at = self.begun + 60 * self.args.stop_after
+        last = shown = evaluated = saved = time.time()
+        losses = []
+        while self.done < 1 and time.time() < stop_at:
+            losses.append(self.step())
+            if len(losses) == 200:
+                pairs, singles = torch.stack(losses).mean(dim=0).tolist()
+                state = f"{self.progress['seconds']:6.1f}s step {self.progress['steps']}"
+                print(f"{state} pairs {pairs:.4f} chunk0 {singles:.4f} ({time.time() - shown:.1f}s)", flush=True)
+                losses, shown = [], time.time()
+            if time.time() - evaluated > self.args.eval_every:
+                print("  ", self.evaluate(self.args.eval_prompts, 7), flush=True)
+                evaluated = time.time()
+            if time.time() - saved > 60:
+                self.save()
+                saved = time.time()
+            self.progress["seconds"] += time.time() - last
+            last = time.time()
+        self.save()
+
+    def save(self) -> None:
+        save_checkpoint(self.args.out, self.model, self.ema, self.optimizer, self.progress)
+
+    def evaluate(self, count: int, num_chunks: int, sheet: Path | None = None) -> dict[str, float]:
+        chunks = min(num_chunks, self.args.chunks)
+        with self.autocast():
+            return evaluate(self.ema, self.tokenizer, self.vae, count, chunks, sheet)
+
+
 def main() -> None:
     args = parse_args()
-    begun = time.time()
-    stop_at = begun + 60 * args.stop_after
-    torch.manual_seed(int(begun))
+    torch.manual_seed(time.time_ns() % 2**32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    device, on_gpu = args.device, args.device.startswith("cuda")
-
-    def autocast():
-        return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu)
-
-    vae = AutoencoderKLWan.from_pretrained(args.vae).to(device).requires_grad_(False)
-    size = 64 // vae.config.scale_factor_spatial
-    tokenizer = build_tokenizer()
-    model = Generator(CONFIG, len(tokenizer)).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8, fused=on_gpu)
-    progress = {"steps": 0, "seconds": 0.0}
-    if (args.out / "progress.json").exists():
-        progress = load_checkpoint(args.out, model, ema, optimizer)
-    long = build_bank(vae, tokenizer, args.long_bank, args.chunks, progress["steps"] * 2 + 1, 32)
-    short = build_bank(vae, tokenizer, args.short_bank, 1, progress["steps"] * 2 + 2, 1024)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; banks {tuple(long.latents.shape)}, ")
-    print(f"{tuple(short.latents.shape)} in {time.time() - begun:.0f}s; resumed at {progress}", flush=True)
-
-    layout = Layout(args.clips, args.chunks, args.singles)
-    make_parallel(model.transformer, layout, size)
-    if args.compile:
-        model.transformer.compile_repeated_blocks()
-    total, first_step, rollouts = 60 * args.minutes, progress["steps"], {}
-    last, shown, evaluated, saved = time.time(), time.time(), time.time(), time.time()
-    sums, counted = torch.zeros(2, device=device), 0
-    while progress["seconds"] < total and time.time() < stop_at:
-        done = progress["seconds"] / total
-        own_share = 0.0 if done < 0.12 else 0.5 if done < 0.4 else 0.75
-        if own_share and (not rollouts or progress["steps"] % args.refresh == 0):
-            rollouts = {
-                "long": roll_out(ema, long, args.rollouts[0], autocast),
-                "short": roll_out(ema, short, args.rollouts[1], autocast),
-            }
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args.lr, progress["steps"], done)
-        with autocast():
-            pair_loss, lone_loss = training_loss(model, long, short, rollouts, layout, own_share)
-        optimizer.zero_grad(set_to_none=True)
-        (pair_loss + lone_loss).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(0.999, (progress["steps"] + 1) / (progress["steps"] + 20))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            sums += torch.stack([pair_loss.detach(), lone_loss.detach()])
-        progress["steps"] += 1
-        counted += 1
-        run_steps = progress["steps"] - first_step
-        if run_steps in (1, 10, 50) or run_steps % 200 == 0:
-            pair, lone = (sums / counted).tolist()
-            print(
-                f"{progress['seconds']:6.1f}s step {progress['steps']} pairs {pair:.4f} chunk0 {lone:.4f} "
-                f"norm {norm:.2f} ({(time.time() - shown):.1f}s)",
-                flush=True,
-            )
-            sums.zero_()
-            counted = 0
-            shown = time.time()
-        if time.time() - evaluated > args.eval_every:
-            with autocast():
-                print("  ", evaluate(ema, tokenizer, vae, args.eval_prompts, min(7, args.chunks)), flush=True)
-            evaluated = time.time()
-        if time.time() - saved > 60:
-            saved = time.time()
-            save_checkpoint(args.out, model, ema, optimizer, progress)
-        progress["seconds"] += time.time() - last
-        last = time.time()
-
-    save_checkpoint(args.out, model, ema, optimizer, progress)
-    with autocast():
-        print("7 chunks:", evaluate(ema, tokenizer, vae, 2 * args.eval_prompts, min(7, args.chunks)))
-        print("stream:", evaluate(ema, tokenizer, vae, args.eval_prompts, args.chunks, args.out / "sheet.png"))
-    print(f"finished: {progress}", flush=True)
+    trainer = Trainer(args)
+    trainer.train()
+    print("7 chunks:", trainer.evaluate(2 * args.eval_prompts, 7))
+    print("stream:", trainer.evaluate(args.eval_prompts, args.chunks, args.out / "sheet.png"))
+    print(f"finished: {trainer.progress}", flush=True)
 
 
 if __name__ == "__main__":

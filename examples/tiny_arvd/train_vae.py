@@ -24,14 +24,14 @@ from parallel_vae import decode_video, encode_moments
 from safetensors.torch import load_file, save_file
 from scenes import NUM_STATES, SceneBatch, render, sample_scenes
 
-CONFIG = dict(
-    base_dim=8,
-    decoder_base_dim=16,
-    z_dim=16,
-    dim_mult=[1, 2, 4, 4],
-    num_res_blocks=1,
-    temperal_downsample=[False, True, True],
-)
+CONFIG = {
+    "base_dim": 8,
+    "decoder_base_dim": 16,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}
 LATENT_NOISE = 0.1  # of a channel's standard deviation
 LOG_VARIANCE = -6.0
 
@@ -65,7 +65,9 @@ def _pixel_loss(decoded, video, background, margin: int, gain: float) -> torch.T
     error = decoded - video
     foreground = ((video - background[:, :, None, None, None]).abs().amax(dim=1, keepdim=True) > 0.05).float()
     if margin:
-        foreground = F.max_pool3d(foreground, (1, 2 * margin + 1, 2 * margin + 1), stride=1, padding=(0, margin, margin))
+        foreground = F.max_pool3d(
+            foreground, (1, 2 * margin + 1, 2 * margin + 1), stride=1, padding=(0, margin, margin)
+        )
     return ((error.abs() + 2 * error.square()) * (1 + gain * foreground)).mean()
 
 
@@ -102,10 +104,12 @@ def save(folder: Path, ema: AutoencoderKLWan, raw: AutoencoderKLWan, seconds: fl
     (folder / "progress.json").write_text(json.dumps({"seconds": seconds}))
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=6.0, help="length of the whole training, resumed parts included")
+    parser.add_argument(
+        "--minutes", type=float, default=6.0, help="length of the whole training, resumed parts included"
+    )
     parser.add_argument("--long-fraction", type=float, default=0.4, help="share of the time spent on long clips")
     parser.add_argument("--short", type=int, nargs=2, default=(24, 17), metavar=("CLIPS", "FRAMES"))
     parser.add_argument("--long", type=int, nargs=2, default=(6, 89), metavar=("CLIPS", "FRAMES"))
@@ -119,72 +123,93 @@ def main() -> None:
         action="store_true",
         help="sharpen the decoder of the VAE in --out; its latents stay as they are, so a transformer stays valid",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+class Trainer:
+    """One training run of the VAE, or of its decoder alone."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device, self.done = args, args.device, 0.0
+        self.on_gpu = args.device.startswith("cuda")
+        if args.decoder_only:
+            self.vae = AutoencoderKLWan.from_pretrained(args.out).to(args.device)
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        else:
+            self.vae = build_vae(CONFIG).to(args.device)
+            if (args.out / "raw.safetensors").exists():
+                self.vae.load_state_dict(load_file(args.out / "raw.safetensors"))
+                self.done = json.loads((args.out / "progress.json").read_text())["seconds"]
+        self.ema = copy.deepcopy(self.vae).requires_grad_(False)
+        self.trained = [p for p in self.vae.parameters() if p.requires_grad]
+        pairs = zip(self.ema.parameters(), self.vae.parameters(), strict=True)
+        self.averaged = [mean for mean, p in pairs if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=self.on_gpu
+        )
+        self.pool = SceneBatch.from_scenes(sample_scenes(args.pool, seed=1)).to(args.device)
+        self.held_out = SceneBatch.from_scenes(sample_scenes(args.eval_clips, seed=2, held_out=True)).to(args.device)
+        state = torch.randn(args.eval_clips, NUM_STATES, generator=torch.Generator().manual_seed(3))
+        self.held_out_state = state.to(args.device)
+        self.plain_loss = decoder_loss if args.decoder_only else reconstruction_loss
+        self.short_loss = torch.compile(self.plain_loss) if args.compile else self.plain_loss
+        self.steps = 0
+
+    def step(self, progress: float) -> torch.Tensor:
+        """One optimizer step at `progress` in [0, 1] of the whole training; returns the loss."""
+        long = progress > 1 - self.args.long_fraction and not self.args.decoder_only
+        clips, frames = self.args.long if long else self.args.short
+        loss_fn = self.plain_loss if long else self.short_loss  # compiling for a second shape would cost a minute
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * min(1.0, (self.steps + 1) / 200) * max(0.02, 1 - progress)
+        chosen = torch.randint(len(self.pool), (clips,), device=self.device)
+        video = render(self.pool[chosen], torch.randn(clips, NUM_STATES, device=self.device), frames)
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.on_gpu):
+            loss = loss_fn(self.vae, video, self.pool.background[chosen])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            decay = min(0.998, self.steps / (self.steps + 20))
+            torch._foreach_lerp_(self.averaged, self.trained, 1 - decay)
+        self.steps += 1
+        return loss.detach()
+
+    def train(self) -> None:
+        """Steps until the time is over; prints, evaluates, saves once a minute, and leaves the averaged VAE."""
+        total, begun, saved = 60 * self.args.minutes, time.time(), time.time()
+        while (elapsed := self.done + time.time() - begun) < total:
+            loss = self.step(elapsed / total)
+            if self.steps % 500 == 0:
+                print(f"{elapsed:6.1f}s step {self.steps} loss {loss.item():.4f}", flush=True)
+            if self.steps % 2000 == 0:
+                frames_db = psnr_per_frame(self.ema, self.held_out, self.held_out_state, 41)
+                print(f"   psnr {frames_db.mean():.2f} dB, last frame {frames_db[-1]:.2f} dB", flush=True)
+            if time.time() - saved > 60:
+                saved = time.time()
+                save(self.args.out, self.ema, self.vae, elapsed)
+        if not self.args.decoder_only:
+            state = torch.randn(len(self.pool), NUM_STATES, device=self.device)
+            with_latent_statistics(self.ema, self.pool[:64], state[:64])
+        save(self.args.out, self.ema, self.vae, elapsed)
+
+    def report(self) -> None:
+        frames_db = psnr_per_frame(self.ema, self.held_out, self.held_out_state, 161 if self.on_gpu else 17)
+        print(f"{self.steps} steps; PSNR {frames_db.mean():.2f} dB; of single frames:")
+        print({i: round(frames_db[i].item(), 2) for i in (0, 8, 16, 40, 80, 120, 160) if i < len(frames_db)})
+
+
+def main() -> None:
+    args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
-    device, on_gpu = args.device, args.device.startswith("cuda")
-    args.out.mkdir(parents=True, exist_ok=True)
-    vae, done = build_vae(CONFIG).to(device), 0.0
-    if args.decoder_only:
-        vae = AutoencoderKLWan.from_pretrained(args.out).to(device)
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-        args.long_fraction = 0.0
-    elif (args.out / "raw.safetensors").exists():
-        vae.load_state_dict(load_file(args.out / "raw.safetensors"))
-        done = json.loads((args.out / "progress.json").read_text())["seconds"]
-    ema = copy.deepcopy(vae).requires_grad_(False)
-    trained = [p for p in vae.parameters() if p.requires_grad]
-    averaged = [e for e, p in zip(ema.parameters(), vae.parameters(), strict=True) if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=on_gpu)
-    pool = SceneBatch.from_scenes(sample_scenes(args.pool, seed=1)).to(device)
-    held_out = SceneBatch.from_scenes(sample_scenes(args.eval_clips, seed=2, held_out=True)).to(device)
-    held_out_state = torch.randn(args.eval_clips, NUM_STATES, generator=torch.Generator().manual_seed(3)).to(device)
-    print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters, {len(pool)} scenes", flush=True)
-
-    plain_loss = decoder_loss if args.decoder_only else reconstruction_loss
-    loss_fn = torch.compile(plain_loss) if args.compile else plain_loss
-    total, step, begun, saved, stage = 60 * args.minutes, 0, time.time(), time.time(), None
-    while (elapsed := done + time.time() - begun) < total:
-        progress = elapsed / total
-        long = progress > 1 - args.long_fraction
-        if long != stage:
-            stage = long
-            loss_fn = plain_loss if long else loss_fn  # one shape is compiled; the second would cost a minute
-        clips, frames = args.long if long else args.short
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 200) * max(0.02, 1 - progress)
-        chosen = torch.randint(len(pool), (clips,), device=device)
-        state = torch.randn(clips, NUM_STATES, device=device)
-        video = render(pool[chosen], state, frames)
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=on_gpu):
-            loss = loss_fn(vae, video, pool.background[chosen])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(0.998, step / (step + 20))
-            torch._foreach_lerp_(averaged, trained, 1 - decay)
-        step += 1
-        if step % 500 == 0 or step in (10, 100):
-            print(f"{elapsed:6.1f}s step {step} {'long' if long else 'short'} loss {loss.item():.4f}", flush=True)
-        if step % 2000 == 0:
-            frames_db = psnr_per_frame(ema, held_out, held_out_state, 41)
-            print(f"   psnr {frames_db.mean():.2f} dB, last frame {frames_db[-1]:.2f} dB", flush=True)
-        if time.time() - saved > 60:
-            saved = time.time()
-            save(args.out, ema, vae, elapsed)
-
-    if not args.decoder_only:
-        with_latent_statistics(ema, pool[:64], torch.randn(len(pool), NUM_STATES, device=device)[:64])
-    save(args.out, ema, vae, elapsed)
-    frames_db = psnr_per_frame(ema.float(), held_out, held_out_state, 161 if on_gpu else 17)
-    print(f"done: {step} steps, {elapsed:.0f}s; PSNR {frames_db.mean():.2f} dB; frames 0/8/40/80/120/160:")
-    print([round(frames_db[i].item(), 2) for i in (0, 8, 16, 40, 80, 120, 160) if i < len(frames_db)])
-    print("latents std", [round(s, 2) for s in ema.config.latents_std], flush=True)
+    trainer = Trainer(args)
+    trainer.train()
+    trainer.report()
 
 
 if __name__ == "__main__":
