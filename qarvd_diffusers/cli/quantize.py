@@ -9,7 +9,7 @@ from .common import add_device_arguments, load_pipeline, read_prompts, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..config import SCHEMES
+    from ..config import ROUNDINGS, SCHEMES
 
     parser.add_argument(
         "model", help="float model folder or Hub id; `bundled` names the model that ships with the package"
@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate", type=int, default=1, metavar="N", help="compare N prompts with the float model (default: 1)"
     )
     parser.add_argument("--reference-compat", action="store_true", help="reproduce the public reference recipe")
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS, default="auto", help="how weights become integers (default: by scheme)"
+    )
     parser.add_argument("--text-encoder", choices=("int8",), help="quantize the text encoder's weights when loading")
     add_device_arguments(parser)
 
@@ -35,6 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = QARVDConfig(
         args.scheme,
         reference_compat=args.reference_compat,
+        rounding=args.rounding,
         calibration_prompts=read_prompts(args.prompts),
         calibration_chunks=args.chunks,
         calibration_seed=args.seed,

@@ -71,9 +71,9 @@ def test_other_doors_to_the_same_checkpoint(float_folder, tmp_path):
 
 
 def test_config_forms(float_folder):
-    expected = generate(load(float_folder, quantization_config=config("w4a16")))
-    as_dict = {"quant_method": "qarvd", "scheme": "w4a16"}
-    mapped = PipelineQuantizationConfig(quant_mapping={"transformer": config("w4a16")})
+    expected = generate(load(float_folder, quantization_config=config("w8a16")))
+    as_dict = {"quant_method": "qarvd", "scheme": "w8a16"}
+    mapped = PipelineQuantizationConfig(quant_mapping={"transformer": config("w8a16")})
     for form in (as_dict, mapped):
         assert torch.equal(generate(load(float_folder, quantization_config=form)), expected)
     with pytest.raises(ValueError, match="str"):
