@@ -44,7 +44,11 @@ class CalibrationResult:
         return {name: layer.description for name, layer in self.layers.items()}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file, whole or not at all; folders are made."""
+        """Write one safetensors file, whole or not at all; folders are made.
+
+        Raises:
+            OSError: the disk is full, or the path cannot be written; named.
+        """
         path = Path(path)
         tensors = {
             f"{name}.{key}": tensor.contiguous().cpu()
@@ -59,6 +63,8 @@ class CalibrationResult:
         try:
             save_file(_unshared(tensors), temporary, metadata)
             os.replace(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error}): free some space and calibrate again") from error
         finally:
             temporary.unlink(missing_ok=True)
         return path

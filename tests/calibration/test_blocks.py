@@ -186,3 +186,18 @@ def test_an_error_leaves_the_folder_usable(tmp_path):
     got = calibrate(wan, make_run(wan), config, folder=ResumeFolder(tmp_path / "a", "one"))
     wan = make_wan()
     assert same(got, calibrate(wan, make_run(wan), config))
+
+
+def test_a_full_disk_is_named_and_leaves_the_folder_usable(tmp_path):
+    resource = pytest.importorskip("resource")  # a limit on file sizes stands in for the full disk
+    config = config_of(modules_to_not_convert=("blocks.1", "text_embedder"))
+    wan, before = make_wan(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = ResumeFolder(tmp_path / "a", "one")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"ranges.safetensors could not be written"):
+            calibrate(wan, make_run(wan), config, folder=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in folder.path.iterdir()] == ["manifest.json"]
+    assert same(calibrate(wan, make_run(wan), config, folder=folder), calibrate(wan, make_run(wan), config))
