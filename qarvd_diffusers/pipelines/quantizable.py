@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
 from ..calibration.result import CalibrationResult
+from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
 from ..model_card import model_card
 from ..serialization import atomic_directory, stored_bytes
@@ -24,6 +25,7 @@ from .quantization import (
     quantize_text_encoder,
     split_config,
 )
+from .sensitivity import measure_sensitivity
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,6 +98,16 @@ class QuantizableMixin:
             use_cache: reuse and keep the result under a hash of the weights, the config and the prompts.
         """
         return calibrate_pipeline(self, config, use_cache)
+
+    def measure_sensitivity(self, config: QARVDConfig, prompts: Sequence[str], **options: Any) -> SensitivityResult:
+        """How much the error of the whole video grows when one chunk is generated quantized; the pipeline stays float.
+
+        Args:
+            config: scheme and calibration of the quantized passes.
+            prompts: one rollout of every kind each.
+            **options: `num_chunks`, `seed`, `result`, `path` of `pipelines.sensitivity.measure_sensitivity`.
+        """
+        return measure_sensitivity(self, config, prompts, **options)
 
     def quantize(self, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
         """Quantize the transformer in place, and the text encoder if the config says so.
