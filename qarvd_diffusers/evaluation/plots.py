@@ -23,11 +23,12 @@ def require_matplotlib() -> None:
 
 
 def plot_chunks(values: Sequence[float | None], path: str | os.PathLike[str], title: str, log: bool = False) -> None:
-    """One metric over chunks; missing and infinite values leave a gap."""
+    """One metric over chunks; missing and infinite values leave a gap. `log` takes effect from a factor of ten on."""
     figure, axes = _figure(title, len(values))
     finite = [math.nan if v is None or not math.isfinite(v) else v for v in values]
     axes.plot(range(len(values)), finite, marker="o", color="tab:blue")
-    if log and any(v > 0 for v in finite):
+    positive = [v for v in finite if v > 0]
+    if log and positive and max(positive) > 10 * min(positive):
         axes.set_yscale("log")
     _write(figure, path)
 
