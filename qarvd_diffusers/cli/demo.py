@@ -18,7 +18,7 @@ SCHEMES = ("w8a8", "w4a8")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="qarvd_demo", help="folder for videos, pictures and checkpoints")
-    parser.add_argument("--prompts", type=int, default=6, help="held-out prompts to generate (default: 6)")
+    parser.add_argument("--prompts", type=int, default=4, help="held-out prompts to generate (default: 4)")
     parser.add_argument("--chunks", type=int, default=7, help="chunks per video (default: 7, that is 81 frames)")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise")
 
@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..serialization import atomic_file
 
     out = Path(args.out)
-    prompts = held_out_prompts(args.prompts, args.seed)
+    # The picture shows the first prompt: two objects show more than one.
+    prompts = sorted(held_out_prompts(args.prompts, args.seed, pair_probability=0.5), key=lambda p: " above " not in p)
 
     def judge(frames: Any, prompt: str) -> bool:
         return adherence(frames, prompt).correct

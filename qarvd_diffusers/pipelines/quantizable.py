@@ -182,6 +182,7 @@ class QuantizableMixin:
     def _write(self, folder: Path, report: Mapping[str, Any] | None, repo_id: str | None, **kwargs: Any) -> None:
         super().save_pretrained(folder, **kwargs)
         self.write_portable_parts(folder)
+        _forget_local_paths(folder)
         config = self.quantization
         if config is None:
             return
@@ -234,6 +235,14 @@ class QuantizableMixin:
             create_pr=create_pr,
         )
         return commit.commit_url
+
+
+def _forget_local_paths(folder: Path) -> None:
+    """diffusers notes in every component's config where it was loaded from; a published folder should not tell."""
+    for path in folder.glob("*/*config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _copy_float_files(source: str, target: Path) -> None:

@@ -42,7 +42,7 @@ def test_demo(tmp_path, monkeypatch):
     files = {name: tmp_path / path for name, path in report["files"].items()}
     assert all(path.exists() for path in files.values())
     for name in ("float_video", "w8a8_video", "w4a8_video"):
-        frames = np.stack(list(imageio.imiter(files[name])))
+        frames = np.stack(imageio.mimread(files[name]))
         assert len(frames) == 81 and frames.std() > 10, "81 frames, not blank"
     sheet = Image.open(files["contact_sheet"])
     assert sheet.width > 7 * 64 and sheet.height > 3 * 64
@@ -82,7 +82,7 @@ def test_quantize_generate_inspect(capsys, tmp_path, monkeypatch):
     video = str(tmp_path / "x.mp4")
     prompt = prompts.read_text().strip()
     assert main(["generate", out, "--prompt", prompt, "--chunks", "2", "--out", video, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["frames"] == 21 == len(list(imageio.imiter(video)))
+    assert json.loads(capsys.readouterr().out)["frames"] == 21 == len(imageio.mimread(video))
     assert main(["inspect", out, "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert {layer["weight_bits"] for layer in layers} == {4}

@@ -123,11 +123,12 @@ def test_quantized_checkpoint_with_another_config(float_folder, tmp_path):
         load(tmp_path / "quantized").quantize(QARVDConfig("w8a8"))
 
 
-def test_checkpoint_does_not_hold_prompts(float_folder, tmp_path):
+def test_checkpoint_holds_neither_prompts_nor_local_paths(float_folder, tmp_path):
     load(float_folder, quantization_config=config()).save_pretrained(tmp_path / "quantized")
     for path in (tmp_path / "quantized").rglob("*"):
         if path.is_file():
-            assert b"a blue square" not in path.read_bytes(), path
+            content = path.read_bytes()
+            assert b"a blue square" not in content and str(tmp_path).encode() not in content, path
 
 
 def test_portable_layout_and_card(float_folder, tmp_path):

@@ -1,0 +1,1 @@
+from qarvd_diffusers import ARVDPipeline
