@@ -88,11 +88,8 @@ def find_lpips() -> tuple[Distance | None, str]:
     try:
         from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
         from torchvision.models import AlexNet_Weights
-    except ImportError as error:
-        return (
-            None,
-            f"LPIPS was not measured: {error.name or error} is not installed (pip install torchmetrics torchvision)",
-        )
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        return None, f"LPIPS was not measured: {error} (pip install torchmetrics torchvision)"
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.IMAGENET1K_V1.url).name
     if not file.is_file():
         return None, f"LPIPS was not measured: {AlexNet_Weights.IMAGENET1K_V1.url} is not at {file}"

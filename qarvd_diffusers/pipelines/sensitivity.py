@@ -212,5 +212,7 @@ def _naming(where: str) -> Iterator[None]:
     """Say where in the measurement a rollout failed."""
     try:
         yield
-    except (FloatingPointError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from error
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

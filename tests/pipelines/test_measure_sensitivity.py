@@ -182,6 +182,7 @@ print(len(passes))
 """
 
 
+@pytest.mark.slow
 def test_killed_and_continued(tiny_pipeline, tmp_path):
     """kill -9 in the middle: the second run only does the rest, and the file is the same byte for byte."""
     tiny_pipeline.save_pretrained(tmp_path / "model")
