@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _WINDOW, _SIGMA = 11, 1.5  # pixels
 _C1, _C2 = 0.01**2, 0.03**2  # for intensities in [0, 1]
@@ -32,19 +31,27 @@ def ssim(reference: np.ndarray, frames: np.ndarray) -> float:
         )
     offsets = torch.arange(_WINDOW) - _WINDOW // 2
     window = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
-    window = (window / window.sum()).view(1, 1, 1, -1)
+    window = (window / window.sum()).tolist()
     # Frame by frame: five filtered maps of a whole video would not fit beside it.
     return float(np.mean([_ssim(_unit(a), _unit(b), window) for a, b in zip(reference, frames, strict=True)]))
 
 
 def _unit(frame: np.ndarray) -> Tensor:
-    """uint8 `[H, W, 3]` -> float32 `[3, 1, H, W]` in [0, 1]."""
-    return torch.from_numpy(frame).permute(2, 0, 1)[:, None].float() / 255
+    """uint8 `[H, W, 3]` -> float32 `[3, H, W]` in [0, 1]."""
+    return torch.from_numpy(frame).permute(2, 0, 1).float() / 255
 
 
-def _ssim(x: Tensor, y: Tensor, window: Tensor) -> float:
-    maps = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 1)
-    maps = F.conv2d(F.conv2d(maps, window), window.transpose(2, 3)).unflatten(0, (5, -1))
+def _blur(maps: Tensor, window: list[float], dim: int) -> Tensor:
+    """Weighted sum of shifted maps: several times faster on the CPU than a convolution of one channel."""
+    size = maps.shape[dim] - len(window) + 1
+    total = maps.narrow(dim, 0, size) * window[0]
+    for shift, weight in enumerate(window[1:], start=1):
+        total.add_(maps.narrow(dim, shift, size), alpha=weight)
+    return total
+
+
+def _ssim(x: Tensor, y: Tensor, window: list[float]) -> float:
+    maps = _blur(_blur(torch.stack([x, y, x * x, y * y, x * y]), window, 3), window, 2)
     mean_x, mean_y = maps[0], maps[1]
     var_x, var_y, cov = maps[2] - mean_x**2, maps[3] - mean_y**2, maps[4] - mean_x * mean_y
     values = (2 * mean_x * mean_y + _C1) * (2 * cov + _C2)
@@ -95,7 +102,7 @@ def find_lpips() -> tuple[Distance | None, str]:
         return None, f"LPIPS was not measured: {AlexNet_Weights.IMAGENET1K_V1.url} is not at {file}"
 
     def lpips(reference: np.ndarray, frames: np.ndarray) -> float:
-        a, b = (torch.cat([_unit(frame).transpose(0, 1) for frame in video]) for video in (reference, frames))
+        a, b = (torch.stack([_unit(frame) for frame in video]) for video in (reference, frames))
         with torch.no_grad():
             return float(distance(a, b, net_type="alex", normalize=True))
 
