@@ -25,11 +25,14 @@ _PUBLIC = {
     "calibrate": "calibration.calibrate",
     "convert_checkpoint": "conversion",
     "evaluate": "evaluation.fidelity",
+    "measure_sensitivity": "pipelines.sensitivity",
+    "SensitivityResult": "calibration.sensitivity",
 }
 
 if TYPE_CHECKING:
     from .bundled import bundled_model_path
     from .calibration.calibrate import calibrate
+    from .calibration.sensitivity import SensitivityResult
     from .config import QARVDConfig
     from .conversion import convert_checkpoint
     from .evaluation.fidelity import evaluate
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from .models.transformer_causal_wan import CausalWanTransformer3DModel
     from .pipelines.arvd_mixin import ARVDMixin
     from .pipelines.pipeline_arvd import ARVDPipeline
+    from .pipelines.sensitivity import measure_sensitivity
     from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
 
 __all__ = [
@@ -48,10 +52,12 @@ __all__ = [
     "KVCache",
     "QARVDConfig",
     "QARVDLinear",
+    "SensitivityResult",
     "bundled_model_path",
     "calibrate",
     "convert_checkpoint",
     "evaluate",
+    "measure_sensitivity",
 ]
 
 

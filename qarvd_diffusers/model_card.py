@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,19 +13,33 @@ from .config import QARVDConfig
 _UNMEASURED = (
     "No fidelity was measured for this checkpoint. `qarvd_diffusers.evaluate(float_pipe, pipe, prompts)` does."
 )
+# Metric of a report -> title and format of its column.
+_COLUMNS = {
+    "psnr_db": ("PSNR (dB)", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "latent_mse": ("latent MSE", ".3e"),
+    "lpips": ("LPIPS", ".4f"),
+}
+
+
+def _number(value: float | None, form: str) -> str:
+    # JSON has no infinity: the PSNR of equal videos may come back as None.
+    return "identical" if value is None or math.isinf(value) else format(value, form)
 
 
 def _fidelity(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return _UNMEASURED
+    columns = {name: form for name, form in _COLUMNS.items() if report.get(name) is not None}
     rows = "\n".join(
-        f"| {chunk} | {psnr:.2f} | {mse:.3e} |"
-        for chunk, (psnr, mse) in enumerate(zip(report["psnr_db"], report["latent_mse"], strict=True))
+        f"| {chunk} | " + " | ".join(_number(report[name][chunk], form) for name, (_, form) in columns.items()) + " |"
+        for chunk in range(report["num_chunks"])
     )
+    header = " | ".join(title for title, _ in columns.values())
     text = (
         f"Against the float model on identical initial noise and re-noise: {report['prompts']} prompts, "
         f"{report['num_chunks']} chunks, seed {report['seed']}.\n\n"
-        f"| chunk | PSNR (dB) | latent MSE |\n|---|---|---|\n{rows}\n"
+        f"| chunk | {header} |\n|---{'|---' * len(columns)}|\n{rows}\n"
     )
     if report.get("adherence") is not None:
         text += f"\nPrompt adherence: {report['adherence']:.1%}, float model {report['reference_adherence']:.1%}.\n"

@@ -138,6 +138,16 @@ def apply(transformer: nn.Module, result: CalibrationResult) -> None:
     """Replace the Linears named in `result` by quantized ones, in place; nothing is replaced if one does not fit.
 
     Raises:
+        ValueError: see `quantized_layers`.
+    """
+    for name, layer in quantized_layers(transformer, result).items():
+        transformer.set_submodule(name, layer)
+
+
+def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[str, QARVDLinear]:
+    """The quantized Linears that `apply` puts into a transformer, by name; the transformer is left as it was.
+
+    Raises:
         ValueError: a layer is absent, quantized already, or of another size; named.
     """
     quantized = {}
@@ -152,8 +162,7 @@ def apply(transformer: nn.Module, result: CalibrationResult) -> None:
             quantized[name] = QARVDLinear.from_float(linear, qparams)
         except ValueError as error:
             raise ValueError(f"{name}: {error}. The calibration result belongs to another model.") from error
-    for name, layer in quantized.items():
-        transformer.set_submodule(name, layer)
+    return quantized
 
 
 def dequantize(transformer: nn.Module) -> None:

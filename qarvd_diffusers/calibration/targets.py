@@ -11,6 +11,7 @@ from ..linear import QARVDLinear
 
 # Outside the blocks, only what embeds the text is quantized: the rest is small, and the whole video depends on it.
 KEEP_FLOAT = ("time_embedder", "time_proj", "image_embedder", "patch_embedding", "norm_out", "proj_out")
+_TEXT_EMBEDDING = "text_embedder"
 
 
 def _named_by(name: str, pattern: str) -> bool:
@@ -82,6 +83,19 @@ def skips_rounding(name: str, config: QARVDConfig) -> bool:
     return any(_named_by(name, pattern) for pattern in config.resolved_rounding_skips)
 
 
+def prompt_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of `names` that read the prompt alone: text embedding and the K/V of cross-attention.
+
+    What they compute is cached in the first pass of a rollout and read in every later one: it belongs to no chunk.
+    """
+    found = {name for name in names if _named_by(name, _TEXT_EMBEDDING)}
+    for path, module in transformer.named_modules():
+        if isinstance(getattr(module, "to_q", None), nn.Linear) and _reads_prompt(module):
+            attributes = ("to_k", "to_v", "add_k_proj", "add_v_proj")
+            found |= {f"{path}.{attribute}".lstrip(".") for attribute in attributes}
+    return found & set(names)
+
+
 def repeated_name(name: str) -> str:
     """The name with its first number, that of the block, left out: equal for the same layer of every block."""
     parts = name.split(".")
@@ -94,5 +108,9 @@ def _tied_attributes(module: nn.Module) -> list[tuple[str, ...]]:
     query, key = getattr(module, "to_q", None), getattr(module, "to_k", None)
     if not isinstance(query, nn.Linear) or not isinstance(key, nn.Linear):
         return []
-    cross = getattr(module, "is_cross_attention", query.in_features != key.in_features)
-    return [("to_k", "to_v") if cross else ("to_q", "to_k", "to_v"), ("add_k_proj", "add_v_proj")]
+    return [("to_k", "to_v") if _reads_prompt(module) else ("to_q", "to_k", "to_v"), ("add_k_proj", "add_v_proj")]
+
+
+def _reads_prompt(attention: nn.Module) -> bool:
+    """Whether K and V of a diffusers attention module come from the prompt."""
+    return getattr(attention, "is_cross_attention", attention.to_q.in_features != attention.to_k.in_features)

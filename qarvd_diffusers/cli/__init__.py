@@ -15,6 +15,8 @@ COMMANDS = {
     "demo": "quantize the bundled model, save, reload, generate and compare: start here",
     "convert": "original checkpoint (.pt, .safetensors) to a diffusers folder, or back",
     "quantize": "calibrate and quantize a model folder",
+    "sensitivity": "measure how much each chunk's quantization costs the whole video",
+    "evaluate": "compare a quantized model with its float model: metrics per chunk, plots, one HTML page",
     "generate": "stream a video into an mp4",
     "inspect": "what is in a model folder: layers, bits, outliers, bytes",
     "info": "versions, devices, and which kernel runs for each operator and why",
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qarvd: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if args.traceback:
             raise
         print(f"qarvd {args.command}: {error}", file=sys.stderr)

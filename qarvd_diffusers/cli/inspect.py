@@ -69,16 +69,14 @@ def _layers(model: Any) -> Iterator[dict[str, Any]]:
 
 def plot(layers: list[dict[str, Any]], path: str) -> None:
     """Bar per layer: share of its input channels that are outliers."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install 'qarvd-diffusers[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    from ..evaluation.plots import require_matplotlib
     from ..serialization import atomic_file
 
-    figure, axes = pyplot.subplots(figsize=(9, 0.16 * len(layers) + 1.2), layout="constrained")
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.16 * len(layers) + 1.2), layout="constrained")
+    axes = figure.subplots()
     axes.barh([layer["name"] for layer in layers], [layer["outliers"] / layer["shape"][1] for layer in layers])
     axes.invert_yaxis()
     axes.margins(y=0.01)
@@ -86,7 +84,6 @@ def plot(layers: list[dict[str, Any]], path: str) -> None:
     axes.set_xlabel("share of input channels that are outliers")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=130)
-    pyplot.close(figure)
 
 
 def render(result: dict[str, Any]) -> str:

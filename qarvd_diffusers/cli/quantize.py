@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--scheme", choices=tuple(SCHEMES), default="w8a8")
     parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one per line (default: bundled ones)")
+    parser.add_argument("--sensitivity", metavar="JSON", help="chunk weights: a file of `qarvd sensitivity`")
     parser.add_argument("--chunks", type=int, default=7, help="chunks per calibration rollout (default: 7)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the calibration noise (default: 0)")
     parser.add_argument(
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from ..calibration.sensitivity import SensitivityResult
     from ..config import QARVDConfig
     from ..evaluation.fidelity import compare, describe, roll_out
     from ..pipelines.quantization import calibration_prompts, quantize_pipeline
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.scheme,
         reference_compat=args.reference_compat,
         rounding=args.rounding,
+        chunk_weights=SensitivityResult.load(args.sensitivity).chunk_weights if args.sensitivity else "published",
         calibration_prompts=read_prompts(args.prompts),
         calibration_chunks=args.chunks,
         calibration_seed=args.seed,

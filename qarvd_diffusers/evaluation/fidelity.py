@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from ..serialization import stored_bytes
+from . import metrics
 
 if TYPE_CHECKING:
     from ..pipelines.arvd_mixin import ARVDMixin
@@ -28,11 +30,14 @@ class Rollout:
         latents: per prompt and chunk, float32 `[C, F, H, W]`.
         frames: per prompt and chunk, uint8 `[frames, height, width, 3]`.
         seconds: per prompt and chunk, denoising and decoding.
+        peak_memory_bytes: on a GPU the most that was allocated there during the rollouts; on the CPU the most that the
+            process has ever occupied, all that was loaded earlier included; None where the system does not say.
     """
 
     latents: list[list[torch.Tensor]]
     frames: list[list[np.ndarray]]
     seconds: list[list[float]]
+    peak_memory_bytes: int | None = None
 
     def video(self, prompt: int) -> np.ndarray:
         """All frames of a prompt, uint8 `[frames, height, width, 3]`."""
@@ -48,6 +53,8 @@ def roll_out(
 ) -> Rollout:
     """Stream every prompt with its own seed; noise and re-noise depend on seed and prompt index alone, not on the model."""
     rollout = Rollout([], [], [])
+    if on_gpu := torch.cuda.is_available() and pipe.transformer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for index, prompt in enumerate(prompts):
         chunks = []
         generator = torch.Generator("cpu").manual_seed(seed + index)
@@ -61,7 +68,17 @@ def roll_out(
         rollout.latents.append(list(latents))
         rollout.frames.append(list(frames))
         rollout.seconds.append(list(seconds))
+    rollout.peak_memory_bytes = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
     return rollout
+
+
+def _resident_peak() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
@@ -78,29 +95,45 @@ def psnr_db(reference: Sequence[np.ndarray], frames: Sequence[np.ndarray]) -> fl
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
-def compare(reference: Rollout, rollout: Rollout) -> dict[str, list[float]]:
-    """Per chunk, over all prompts: `psnr_db` of the frames and `latent_mse`."""
-    num_chunks = len(reference.frames[0])
-    pairs = list(zip(reference.latents, rollout.latents, strict=True))
-    return {
-        "psnr_db": [
-            psnr_db([video[c] for video in reference.frames], [video[c] for video in rollout.frames])
-            for c in range(num_chunks)
-        ],
-        "latent_mse": [
-            float(np.mean([torch.mean((a[c] - b[c]) ** 2).item() for a, b in pairs])) for c in range(num_chunks)
-        ],
+def compare(reference: Rollout, rollout: Rollout, lpips: metrics.Distance | None = None) -> dict[str, Any]:
+    """Per chunk, over all prompts.
+
+    Returns:
+        `psnr_db`, `ssim` of the frames, `latent_mse`, `flicker_error` and `motion_energy_error` (see `metrics`; None where
+        a chunk has a single frame, or nothing moves) and `lpips` (None without `lpips`).
+    """
+    chunks = range(len(reference.frames[0]))
+    latents = list(zip(reference.latents, rollout.latents, strict=True))
+    videos = list(zip(reference.frames, rollout.frames, strict=True))
+    report: dict[str, Any] = {
+        "psnr_db": [psnr_db([a[c] for a, _ in videos], [b[c] for _, b in videos]) for c in chunks],
+        "latent_mse": [float(np.mean([torch.mean((a[c] - b[c]) ** 2).item() for a, b in latents])) for c in chunks],
+        "ssim": [float(np.mean([metrics.ssim(a[c], b[c]) for a, b in videos])) for c in chunks],
+        "lpips": lpips and [float(np.mean([lpips(a[c], b[c]) for a, b in videos])) for c in chunks],
+        "flicker_error": [],
+        "motion_energy_error": [],
     }
+    for c in chunks:
+        changes = [(metrics.frame_changes(a, c), metrics.frame_changes(b, c)) for a, b in videos]
+        flicker = energy = None
+        if len(changes[0][0]):
+            flicker = float(np.mean([metrics.flicker_error(a, b) for a, b in changes]))
+            energy = metrics.motion_energy_error(*([metrics.motion_energy(v[i]) for v in changes] for i in (0, 1)))
+        report["flicker_error"].append(flicker)
+        report["motion_energy_error"].append(energy)
+    return report
 
 
 def describe(pipe: ARVDMixin, rollout: Rollout, prompts: Sequence[str], judge: Judge | None) -> dict[str, Any]:
-    """What one rollout says of its pipeline: bytes of the transformer, median seconds per chunk, adherence if judged."""
+    """What one rollout says of its pipeline: bytes of the transformer, seconds, peak memory, adherence if judged."""
     sizes = stored_bytes(pipe.transformer)
     report: dict[str, Any] = {
         "bytes": sizes["total"],
         "quantized_layer_bytes": sizes["quantized"],
         "quantized_layer_bytes_as_bfloat16": sizes["bfloat16"],
         "seconds_per_chunk": float(np.median(rollout.seconds)),
+        "seconds": float(np.sum(rollout.seconds)),
+        "peak_memory_bytes": rollout.peak_memory_bytes,
         "adherence": None,
     }
     if judge is not None:
@@ -127,10 +160,25 @@ def evaluate(
         judge: adherence of a finished video to its prompt; None where there is no such detector.
 
     Returns:
-        `psnr_db` and `latent_mse` per chunk, `bytes`, `seconds_per_chunk`, `adherence` (share of prompts, or None),
-        `reference_adherence`, and `prompts`, `num_chunks`, `seed` of the comparison.
+        See `join`.
     """
     expected, got = (roll_out(each, prompts, num_chunks, seed) for each in (reference, pipe))
-    report = compare(expected, got) | describe(pipe, got, prompts, judge)
-    report["reference_adherence"] = describe(reference, expected, prompts, judge)["adherence"]
-    return report | {"prompts": len(prompts), "num_chunks": num_chunks, "seed": seed}
+    described = (describe(reference, expected, prompts, judge), describe(pipe, got, prompts, judge))
+    return join(expected, got, *described, seed)
+
+
+def join(
+    expected: Rollout, got: Rollout, of_reference: dict[str, Any], of_pipe: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """The report of two rollouts on identical noise, which need not have been in memory together with both models.
+
+    Returns:
+        The metrics of `compare` per chunk; what `describe` says of the quantized pipeline and, as `reference_*`, of the
+        float one; `lpips_note` (why LPIPS is there or not); `prompts`, `num_chunks`, `seed`.
+    """
+    lpips, note = metrics.find_lpips()
+    report = compare(expected, got, lpips) | of_pipe
+    for name in ("adherence", "bytes", "seconds_per_chunk", "seconds", "peak_memory_bytes"):
+        report[f"reference_{name}"] = of_reference[name]
+    counts = {"prompts": len(got.frames), "num_chunks": len(got.frames[0]), "seed": seed}
+    return report | {"lpips_note": note} | counts

@@ -177,18 +177,8 @@ class ARVDMixin(QuantizableMixin, ABC):
     ) -> Iterator[Chunk]:
         self._interrupt = False
         self._num_timesteps = inputs.num_steps
-        device = self._execution_device
         try:
-            self.align_modules()
-            loop = ChunkLoop(
-                self.run_pass,
-                copy.deepcopy(self.scheduler),
-                self.make_cache(inputs.num_latent_frames),
-                inputs,
-                self.encode_prompt(**text, device=device, dtype=self.transformer.dtype),
-                device=device,
-                dtype=self.transformer.dtype,
-            )
+            loop = self.make_loop(inputs, **text)
             loop.on_pass = on_pass
             loop.interrupted = lambda: self._interrupt
             decoder = None if output_type == "latent" else self.make_decoder()
@@ -198,6 +188,20 @@ class ARVDMixin(QuantizableMixin, ABC):
         finally:
             self._current_timestep = None
             self.maybe_free_model_hooks()
+
+    def make_loop(self, inputs: StreamInputs, **text: Any) -> ChunkLoop:
+        """A loop at the start of a stream; `text` are the arguments of `encode_prompt` that tell the prompt."""
+        self.align_modules()
+        device, dtype = self._execution_device, self.transformer.dtype
+        return ChunkLoop(
+            self.run_pass,
+            copy.deepcopy(self.scheduler),
+            self.make_cache(inputs.num_latent_frames),
+            inputs,
+            self.encode_prompt(**text, device=device, dtype=dtype),
+            device=device,
+            dtype=dtype,
+        )
 
     def _chunks(self, loop: ChunkLoop, decoder: Decoder | None, output_type: str) -> Iterator[Chunk]:
         """Drive the loop, decode, and time each chunk without the time its consumer takes."""

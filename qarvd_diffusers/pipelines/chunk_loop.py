@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -35,6 +37,8 @@ class ChunkLoop:
     Noise is drawn in that order, chunk by chunk: starting noise, then one draw per re-noising step. Streams of any length
     therefore agree as far as they go.
 
+    `run` goes on from where the loop stands; `branch`, between two chunks, gives a second loop that stands at the same place.
+
     Args:
         run_pass: the transformer.
         scheduler: used by this stream alone.
@@ -66,6 +70,23 @@ class ChunkLoop:
         self._scheduler = scheduler
         self._device, self._dtype = device, dtype
         self._steps_done = 0
+        self._context_done = not inputs.context_frames
+        self._next_chunk = 0
+
+    def branch(self) -> ChunkLoop:
+        """An independent loop over the same noise, with a copy of the cache and without this one's callbacks.
+
+        Raises:
+            ValueError: if the noise is still to be drawn, so that one loop would take the other's.
+        """
+        if self.inputs.latents is None or self.inputs.renoise_latents is None:
+            raise ValueError(
+                "a loop that draws its noise cannot branch: build it from StreamInputs.with_drawn_noise()"
+            )
+        other = copy.copy(self)
+        other.cache, other._scheduler = self.cache.clone(), copy.deepcopy(self._scheduler)
+        other.on_pass, other.on_step, other.interrupted = None, None, lambda: False
+        return other
 
     @torch.no_grad()
     def run(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -77,9 +98,13 @@ class ChunkLoop:
             FloatingPointError: if NaN or infinity appears; names chunk and step.
         """
         fields, context = self.inputs.fields, self.inputs.context_frames
-        if context:
-            yield -1, self._fill_context()
-        for chunk, offset, frames in fields.chunks(self.inputs.num_chunks, context):
+        if not self._context_done:
+            latents = self._fill_context()
+            self._context_done = True
+            yield -1, latents
+        for chunk, offset, frames in itertools.islice(
+            fields.chunks(self.inputs.num_chunks, context), self._next_chunk, None
+        ):
             if self.interrupted():
                 return
             latents = self._denoise(chunk, offset, frames)
@@ -88,6 +113,7 @@ class ChunkLoop:
                 return
             refresh = PassInfo(chunk, "refresh", 0, float(fields.context_noise), offset, frames)
             self._pass(latents, refresh)
+            self._next_chunk = chunk + 1
             yield chunk, latents
 
     def replace_prompt(self, prompt_embeds: torch.Tensor) -> None:

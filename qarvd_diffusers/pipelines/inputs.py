@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -97,6 +97,22 @@ class StreamInputs:
         if self.renoise_latents is None:
             return self._draw(frames, device, dtype)
         return self.renoise_latents[chunk][step][:, :, :frames].to(device=device, dtype=dtype)
+
+    def with_drawn_noise(self, device: torch.device, dtype: torch.dtype) -> StreamInputs:
+        """The same inputs with all noise drawn, in the order in which a stream draws it.
+
+        Raises:
+            ValueError: if the stream has no end.
+        """
+        if self.num_chunks is None:
+            raise ValueError("an endless stream needs endless noise: give num_chunks")
+        starts, renoise = [], []
+        for chunk, offset, frames in self.fields.chunks(self.num_chunks, self.context_frames):
+            starts.append(self.noise(offset, frames, device, dtype))
+            steps = len(self.fields.timesteps_of_chunk(chunk)) - 1
+            drawn = [self.renoise(chunk, step, frames, device, dtype) for step in range(steps)]
+            renoise.append(torch.stack(drawn) if drawn else starts[-1].new_empty(0, *starts[-1].shape))
+        return replace(self, latents=torch.cat(starts, dim=2), renoise_latents=renoise, generator=None)
 
     def _draw(self, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         batch, channels, height, width = self.shape

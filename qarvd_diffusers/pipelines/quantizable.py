@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
 from ..calibration.result import CalibrationResult
+from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
 from ..model_card import model_card
-from ..serialization import atomic_directory, stored_bytes
+from ..serialization import atomic_directory, atomic_file, stored_bytes
 from .quantization import (
     calibrate_pipeline,
     check_stored_config,
@@ -24,6 +25,7 @@ from .quantization import (
     quantize_text_encoder,
     split_config,
 )
+from .sensitivity import measure_sensitivity
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,6 +102,16 @@ class QuantizableMixin:
                 to the same result. None keeps them in the cache, or nowhere without `use_cache`.
         """
         return calibrate_pipeline(self, config, use_cache, resume)
+
+    def measure_sensitivity(self, config: QARVDConfig, prompts: Sequence[str], **options: Any) -> SensitivityResult:
+        """How much the error of the whole video grows when one chunk is generated quantized; the pipeline stays float.
+
+        Args:
+            config: scheme and calibration of the quantized passes.
+            prompts: one rollout of every kind each.
+            **options: `num_chunks`, `seed`, `result`, `path` of `pipelines.sensitivity.measure_sensitivity`.
+        """
+        return measure_sensitivity(self, config, prompts, **options)
 
     def quantize(self, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
         """Quantize the transformer in place, and the text encoder if the config says so.
@@ -180,12 +192,29 @@ class QuantizableMixin:
             return
         if config.text_encoder == "int8":
             _copy_float_files(self.text_encoder.name_or_path, folder / "text_encoder")
-        report = report or self._stored_report()
-        if report is not None:
-            (folder / REPORT_FILE).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        self.write_card(folder, report or self._stored_report(), repo_id)
+
+    def write_card(
+        self, folder: str | os.PathLike[str], report: Mapping[str, Any] | None = None, repo_id: str | None = None
+    ) -> None:
+        """Write the model card of the quantized pipeline, and the report it shows, into a folder.
+
+        Args:
+            folder: a folder this pipeline was, or is being, saved into.
+            report: what `evaluate` returned; None says that nothing was measured.
+            repo_id: where the card will live on the Hub.
+        """
+        config = self.quantization
+        if config is None:
+            raise ValueError("write_card describes a quantized pipeline, this one is float")
         licence = _licence(config.base_model if repo_id else self.source)
-        sizes = stored_bytes(self.transformer)
-        model_card(config, sizes, report, config.base_model, licence, repo_id).save(folder / "README.md")
+        card = model_card(config, stored_bytes(self.transformer), report, config.base_model, licence, repo_id)
+        texts = {"README.md": str(card)}
+        if report is not None:
+            texts[REPORT_FILE] = json.dumps(report, indent=2)
+        for name, text in texts.items():
+            with atomic_file(Path(folder) / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def _stored_report(self) -> dict[str, Any] | None:
         """The report saved beside the checkpoint this pipeline was loaded from."""

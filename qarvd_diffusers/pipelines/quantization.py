@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,11 +97,16 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
     rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
     model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
     digest.update(json.dumps([settings, rollout, model, torch.__version__], sort_keys=True, default=str).encode())
-    named = [*pipe.transformer.state_dict().items(), *((f"prompt {i}", e) for i, e in enumerate(embeds))]
+    hash_tensors(digest, pipe.transformer.state_dict().items())
+    hash_tensors(digest, ((f"prompt {i}", e) for i, e in enumerate(embeds)))
+    return digest.hexdigest()
+
+
+def hash_tensors(digest: hashlib.blake2b, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Add names, dtypes, shapes and bits of tensors to a hash."""
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def calibrate_pipeline(
@@ -136,7 +141,7 @@ def calibrate_pipeline(
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
     parts = unfinished or resume
     folder = None if parts is None else ResumeFolder(parts, fingerprint)
-    with _calibrating(pipe) as step:
+    with at_work(pipe, "calibrating", "pass") as step:
 
         def run(on_pass: Callable[[PassInfo], None]) -> None:
             def observed(info: PassInfo) -> None:
@@ -191,15 +196,15 @@ def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _calibrating(pipe: ARVDMixin) -> Iterator[Callable[[], Any]]:
-    """One bar over all passes instead of one per rollout; on the GPU if there is one, and back afterwards."""
+def at_work(pipe: ARVDMixin, what: str, unit: str, total: int | None = None) -> Iterator[Callable[[], Any]]:
+    """One bar over all rollouts instead of one for each; on the GPU if there is one, and back afterwards."""
     home = pipe.device
     bar_config = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     if home.type == "cpu" and torch.cuda.is_available():
         pipe.to("cuda")
     try:
-        with tqdm(desc="calibrating", unit="pass", disable=bar_config.get("disable")) as bar:
+        with tqdm(desc=what, unit=unit, total=total, disable=bar_config.get("disable")) as bar:
             yield bar.update
     finally:
         pipe.set_progress_bar_config(**bar_config)

@@ -1,0 +1,186 @@
+"""`SensitivityResult`: how much each chunk's quantization costs the whole video, as a value and as one JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+FORMAT = "qarvd-sensitivity-1"
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Least-squares fit of `s_k = amplitude * exp(-rate * k)` to the logarithms of the sensitivities.
+
+    Attributes:
+        amplitude: fitted sensitivity of chunk 0.
+        rate: per chunk; negative if later chunks are more sensitive.
+        r_squared: share of the variance of `log s` that the fit explains.
+    """
+
+    amplitude: float
+    rate: float
+    r_squared: float
+
+
+@dataclass(frozen=True)
+class SensitivityResult:
+    """Chunk sensitivity (arXiv 2605.21072): the error of the video when a single chunk is generated quantized.
+
+    Attributes:
+        measured: what was measured (model, config, prompts, noise), as JSON values; two measurements may be joined only if
+            they agree in all of it.
+        num_prompts: prompts of the whole measurement.
+        frames: latent frames of every chunk.
+        errors: per prompt measured so far a matrix whose entry `[k][c]` is the mean squared latent error of chunk `c` with
+            only chunk `k` quantized; zero for `c < k`.
+    """
+
+    measured: Mapping[str, Any]
+    num_prompts: int
+    frames: tuple[int, ...]
+    errors: tuple[Matrix, ...] = ()
+
+    def with_prompt(self, errors: Sequence[Sequence[float]]) -> SensitivityResult:
+        """The result with one more prompt."""
+        return replace(self, errors=(*self.errors, tuple(map(tuple, errors))))
+
+    @property
+    def complete(self) -> bool:
+        return len(self.errors) == self.num_prompts
+
+    @property
+    def sensitivity(self) -> tuple[float, ...]:
+        """`s_k`, one per chunk: mean over all final latents and all prompts measured so far."""
+        if not self.errors:
+            raise ValueError("no prompt has been measured yet")
+        total = sum(self.frames)
+        return tuple(
+            math.fsum(f * e for matrix in self.errors for f, e in zip(self.frames, matrix[k], strict=True))
+            / (total * len(self.errors))
+            for k in range(len(self.frames))
+        )
+
+    @property
+    def chunk_weights(self) -> tuple[float, ...]:
+        """`s_k / mean(s)`, for `QARVDConfig.chunk_weights`.
+
+        Raises:
+            ValueError: quantizing some chunk changed nothing.
+        """
+        sensitivity = self.sensitivity
+        zero = [k for k, s in enumerate(sensitivity) if s <= 0]
+        if zero:
+            raise ValueError(
+                f"quantizing chunks {zero} alone changed nothing, so they have no weight: the quantized layers are exact, "
+                "or take no part in these chunks"
+            )
+        mean = math.fsum(sensitivity) / len(sensitivity)
+        return tuple(s / mean for s in sensitivity)
+
+    @property
+    def decay(self) -> Decay | None:
+        """The fitted exponential; None for fewer than three chunks or a sensitivity of zero."""
+        values = self.sensitivity
+        if len(values) < 3 or min(values) <= 0:
+            return None
+        logs, middle = [math.log(s) for s in values], (len(values) - 1) / 2
+        mean = math.fsum(logs) / len(logs)
+        slope = math.fsum((k - middle) * y for k, y in enumerate(logs))
+        slope /= math.fsum((k - middle) ** 2 for k in range(len(logs)))
+        residual = math.fsum((y - mean - slope * (k - middle)) ** 2 for k, y in enumerate(logs))
+        spread = math.fsum((y - mean) ** 2 for y in logs)
+        return Decay(math.exp(mean - slope * middle), -slope, 1 - residual / spread if spread else 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; sensitivity, weights and decay are there for readers and follow from the errors."""
+        known = bool(self.errors) and min(self.sensitivity) > 0
+        return {
+            "format": FORMAT,
+            "complete": self.complete,
+            "num_prompts": self.num_prompts,
+            "sensitivity": self.sensitivity if self.errors else None,
+            "chunk_weights": self.chunk_weights if known else None,
+            "decay": asdict(self.decay) if known and self.decay else None,
+            "measured": dict(self.measured),
+            "frames": self.frames,
+            "errors": self.errors,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one JSON file, whole or not at all; folders are made."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], partial: bool = False) -> SensitivityResult:
+        """Read a file of `save`.
+
+        Args:
+            path: the file.
+            partial: take a measurement that was interrupted, too.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, of another format, or not complete; the file is named.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such sensitivity file; `qarvd sensitivity` writes one")
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise ValueError(f"format is {values['format']!r}, expected {FORMAT!r}")
+            errors = tuple(tuple(tuple(map(float, row)) for row in matrix) for matrix in values["errors"])
+            result = cls(values["measured"], int(values["num_prompts"]), tuple(values["frames"]), errors)
+            result._check_shape()
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no sensitivity file ({error}): delete it and measure again") from error
+        if not (partial or result.complete):
+            raise ValueError(
+                f"{path} holds {len(result.errors)} of {result.num_prompts} prompts: run the measurement again, it continues"
+            )
+        return result
+
+    def _check_shape(self) -> None:
+        chunks = len(self.frames)
+        for matrix in self.errors:
+            if len(matrix) != chunks or any(len(row) != chunks for row in matrix):
+                raise ValueError(f"an error matrix is not {chunks} x {chunks}")
+        if not chunks or len(self.errors) > self.num_prompts:
+            raise ValueError(f"{len(self.errors)} of {self.num_prompts} prompts over {chunks} chunks")
+
+    def require_same_measurement(self, measured: Mapping[str, Any], source: object) -> None:
+        """Refuse to continue the measurement stored in `source` as another one; what differs is named.
+
+        Raises:
+            ValueError: they differ.
+        """
+        differing = [
+            f"{name}: stored {_shown(self.measured.get(name))}, now {_shown(measured.get(name))}"
+            for name in sorted({*self.measured, *measured})
+            if self.measured.get(name) != measured.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{source} holds another measurement ({'; '.join(differing)}): choose another file, or delete this one to "
+                "start over"
+            )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,41 @@
+"""`QuantizationSwitch`: quantized Linears in some passes, float ones in the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+
+class QuantizationSwitch:
+    """Context manager in which a transformer's Linears can be exchanged between two passes; it starts and ends float.
+
+    Args:
+        transformer: float model.
+        layers: the other Linears, by the names of those they stand in for.
+    """
+
+    def __init__(self, transformer: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._transformer, self._layers = transformer, layers
+        self._kept: dict[str, nn.Module] = {}
+        self._on = False
+
+    def __enter__(self) -> QuantizationSwitch:
+        self._kept = {name: self._transformer.get_submodule(name) for name in self._layers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.set(False)
+        self._kept = {}
+
+    def set(self, on: bool) -> None:
+        """Quantized from now on, or float."""
+        if on == self._on:
+            return
+        leaving, coming = (self._kept, self._layers) if on else (self._layers, self._kept)
+        for name, layer in coming.items():
+            device = next(leaving[name].parameters()).device
+            if next(layer.parameters()).device != device:
+                layer.to(device)  # offloading moves only what is installed
+            self._transformer.set_submodule(name, layer)
+        self._on = on

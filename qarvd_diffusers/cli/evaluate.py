@@ -1,0 +1,124 @@
+"""Compare a quantized model folder with its float model on identical noise: report.json, plots, report.html."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import add_device_arguments, load_pipeline, read_prompts, table
+
+if TYPE_CHECKING:
+    from ..evaluation.fidelity import Judge, Rollout
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "float", help="float model folder or Hub id; `bundled` names the model that ships with the package"
+    )
+    parser.add_argument("quantized", help="quantized model folder or Hub id")
+    parser.add_argument("--prompts", metavar="FILE", required=True, help="prompts, one per line, one video each")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--chunks", type=int, default=7, help="chunks per video (default: 7)")
+    parser.add_argument("--seed", type=int, default=0, help="prompt i draws its noise from seed + i (default: 0)")
+    parser.add_argument("--videos", type=int, default=4, help="prompts whose videos go into the page (default: 4)")
+    parser.add_argument("--card", action="store_true", help="write the result into the quantized folder's model card")
+    add_device_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from ..evaluation.fidelity import join
+    from ..evaluation.plots import require_matplotlib
+    from ..evaluation.report import strict_json, write_report
+
+    require_matplotlib()
+    prompts = read_prompts(args.prompts)
+    if args.card and not Path(args.quantized).is_dir():
+        raise ValueError(f"--card rewrites a local folder, {args.quantized} is none: download it, or leave --card out")
+    # The quantized model first: peak memory of the process only grows, and the float model takes more.
+    got, of_quantized, _ = _roll_out(args.quantized, prompts, args, quantized=True)
+    expected, of_float, fps = _roll_out(args.float, prompts, args, quantized=False)
+    report = strict_json(join(expected, got, of_float, of_quantized, args.seed))
+    files = write_report(Path(args.out), report, expected, got, prompts, fps, args.videos)
+    if args.card:
+        load_pipeline(args.quantized, args).write_card(args.quantized, report)
+    return {**report, "files": files}
+
+
+def _roll_out(
+    model: str, prompts: tuple[str, ...], args: argparse.Namespace, quantized: bool
+) -> tuple[Rollout, dict[str, Any], int]:
+    """Load one model, generate, describe it, and let go of it."""
+    from tqdm.auto import tqdm
+
+    from ..evaluation.fidelity import describe, roll_out
+
+    pipe = load_pipeline(model, args)
+    if (pipe.quantization is not None) != quantized:
+        found, wanted = ("quantized", "float") if pipe.quantization is not None else ("float", "quantized")
+        raise ValueError(f"{model} is {found}, expected a {wanted} model: the order is FLOAT QUANTIZED")
+    pipe.set_progress_bar_config(disable=True)
+    what = "quantized model" if quantized else "float model"
+    with tqdm(desc=what, unit="chunk", total=len(prompts) * args.chunks, disable=None) as bar:
+        rollout = roll_out(pipe, prompts, args.chunks, args.seed, bar.update)
+    described = describe(pipe, rollout, prompts, _judge(rollout, prompts))
+    fps = pipe.config.get("fps") or 16
+    del pipe
+    gc.collect()
+    return rollout, described, fps
+
+
+def _judge(rollout: Rollout, prompts: tuple[str, ...]) -> Judge | None:
+    """The moving-shapes judge, if all prompts are sentences of its grammar and the frames are of its size."""
+    from ..evaluation.moving_shapes import FRAME_SIZE, Scene, adherence
+
+    try:
+        for prompt in prompts:
+            Scene.from_prompt(prompt)
+    except ValueError:
+        return None
+    video = rollout.video(0)
+    if video.shape[1:3] != (FRAME_SIZE, FRAME_SIZE) or len(video) < 8:
+        return None
+    return lambda frames, prompt: adherence(frames, prompt).correct
+
+
+def render(report: dict[str, Any]) -> str:
+    columns = {
+        "latent_mse": ".3e",
+        "psnr_db": ".2f",
+        "ssim": ".4f",
+        "flicker_error": ".4f",
+        "motion_energy_error": ".4f",
+    }
+    if report["lpips"] is not None:
+        columns["lpips"] = ".4f"
+    rows = [
+        (
+            chunk,
+            *(
+                "" if report[name][chunk] is None else format(report[name][chunk], form)
+                for name, form in columns.items()
+            ),
+        )
+        for chunk in range(report["num_chunks"])
+    ]
+    models = [
+        (
+            label,
+            f"{report[f'{prefix}bytes']:,}",
+            f"{report[f'{prefix}seconds_per_chunk']:.3f}",
+            f"{(report[f'{prefix}peak_memory_bytes'] or 0) / 1e6:,.0f}",
+            None if report[f"{prefix}adherence"] is None else f"{report[f'{prefix}adherence']:.1%}",
+        )
+        for label, prefix in (("float", "reference_"), ("quantized", ""))
+    ]
+    return "\n\n".join(
+        [
+            table(("chunk", *columns), rows),
+            table(("model", "bytes", "s/chunk", "peak MB", "adherence"), models),
+            report["lpips_note"],
+            f"wrote {report['files']['page']}",
+        ]
+    )
