@@ -33,7 +33,7 @@ def config(scheme="w4a8", **options):
 
 def naive(pipe, config, prompt, seed, num_chunks):
     """A whole rollout per chunk, straight through the public stream."""
-    layers = quantized_layers(pipe.transformer, pipe.calibrate(config.replace(chunk_weights="uniform")))
+    layers = quantized_layers(pipe.transformer, pipe.calibrate(config.replace(chunk_weights="uniform", rounding="nearest")))
     if not config.reference_compat:
         layers = {k: v for k, v in layers.items() if k not in prompt_linears(pipe.transformer, layers)}
 
@@ -174,7 +174,7 @@ torch.set_num_threads(int(sys.argv[3]))
 pipe = ARVDPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
 config = QARVDConfig("w4a8", calibration_prompts=("a green triangle",), calibration_chunks=3)
 prompts = [f"a {color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square", "triangle")]
-pipe.calibrate(config.replace(chunk_weights="uniform"))
+pipe.calibrate(config.replace(chunk_weights="uniform", rounding="nearest"))
 passes, run_pass = [], pipe.run_pass
 pipe.run_pass = lambda *args, **kwargs: passes.append(1) or run_pass(*args, **kwargs)
 pipe.measure_sensitivity(config, prompts, num_chunks=3, path=sys.argv[2])
@@ -240,6 +240,7 @@ def reference_rollouts(golden):
             reference_compat=True,
             outlier_alignment=32,
             chunk_weights="uniform",
+            rounding="nearest",  # sensitivity comes before rounding
             calibration_chunks=4,
             **options,
         )
