@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--chunks", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--json", help="also write the numbers here")
     args = parser.parse_args()
 
