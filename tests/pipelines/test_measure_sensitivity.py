@@ -33,7 +33,9 @@ def config(scheme="w4a8", **options):
 
 def naive(pipe, config, prompt, seed, num_chunks):
     """A whole rollout per chunk, straight through the public stream."""
-    layers = quantized_layers(pipe.transformer, pipe.calibrate(config.replace(chunk_weights="uniform", rounding="nearest")))
+    layers = quantized_layers(
+        pipe.transformer, pipe.calibrate(config.replace(chunk_weights="uniform", rounding="nearest"))
+    )
     if not config.reference_compat:
         layers = {k: v for k, v in layers.items() if k not in prompt_linears(pipe.transformer, layers)}
 
