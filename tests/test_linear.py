@@ -12,6 +12,7 @@ from qarvd_diffusers.calibration.outliers import find_outliers
 from qarvd_diffusers.calibration.weights import quantize_weight
 from qarvd_diffusers.config import SCHEMES, QARVDConfig, QuantizedModule
 from qarvd_diffusers.linear import LinearQParams, QARVDLinear
+from qarvd_diffusers.packing import pack
 
 
 def qparams_of(linear, scheme, x=None, alignment=8, **options):
@@ -27,7 +28,8 @@ def qparams_of(linear, scheme, x=None, alignment=8, **options):
         scale, zero_point = zip(*(P.affine_qparams(low, high, 8) for low, high in ends), strict=True)
         quantizer = (torch.stack(scale), torch.stack(zero_point).to(torch.int32))
     description = QuantizedModule(count, config.resolved_scheme.weight_bits, config.resolved_scheme.activation)
-    packed = quantize_weight(linear.weight, outliers, config)
+    codes, grid = quantize_weight(linear.weight, outliers, config)
+    packed = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16))
     return LinearQParams(*packed, outliers.channel_order, *quantizer, description)
 
 
