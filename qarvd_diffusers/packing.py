@@ -1,6 +1,7 @@
 """Bit layout of stored weight codes.
 
-8 bits: one code per byte. 4 bits: two neighbouring input channels per byte, the even channel in the low nibble. An odd
+8 bits: one code per byte with its top bit flipped, so that the byte read as int8 is `code - 128`: the operand of an integer
+matrix product, needing neither copy nor conversion. 4 bits: two neighbouring input channels per byte, the even channel in the low nibble. An odd
 number of channels has no 4-bit layout and is refused: padding would make the shape on disk depend on the scheme twice.
 """
 
@@ -40,7 +41,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes have dtype {codes.dtype}, expected torch.uint8")
     if bits == 8:
-        return codes.clone()
+        return codes ^ 128
     if codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"a code of {int(codes.max())} does not fit 4 bits, expected 0 to 15")
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

@@ -20,7 +20,7 @@ def make_layer(m, k, n, bits, seed=0):
         a[0] = -128
     codes = torch.randint(0, levels, (n, k), generator=g, dtype=torch.uint8)
     codes[0], codes[-1] = 0, levels - 1
-    packed = codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+    packed = codes ^ 128 if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
     zero_point = torch.randint(0, levels, (n, 2), generator=g, dtype=torch.int16)
     zero_point[0], zero_point[-1] = levels - 1, 0
     scale = torch.rand(n, 2, generator=g) + 0.1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# 8-bit codes are stored without sign, integer matrix products take signed bytes: the difference between the two.
+# 8-bit codes count without sign, integer matrix products take signed bytes: the difference between the two.
 CODE_OFFSET = 128
 DYNAMIC_LEVELS = 127
 
@@ -47,9 +47,12 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unpack_weight(weight_packed: Tensor, bits: int) -> Tensor:
-    """uint8 `[N, K * bits / 8]` -> uint8 codes `[N, K]`; of two 4-bit codes in a byte the low nibble comes first."""
+    """uint8 `[N, K * bits / 8]` -> uint8 codes `[N, K]`.
+
+    An 8-bit code is stored with its top bit flipped; of two 4-bit codes in a byte the low nibble comes first.
+    """
     if bits == 8:
-        return weight_packed.clone()
+        return weight_packed ^ CODE_OFFSET
     return torch.stack([weight_packed & 15, weight_packed >> 4], dim=-1).flatten(-2)
 
 
@@ -59,14 +62,14 @@ def integer_weight(
     """Weights as signed bytes, and what is left of the zero-point.
 
     A 4-bit code minus its zero-point fits a signed byte, so nothing is left as long as the zero-point is a code; an 8-bit
-    code is moved by 128, which leaves `zero_point - 128` (zero for symmetric weights).
+    code is stored moved by 128, which leaves `zero_point - 128` (zero for symmetric weights).
 
     Returns:
         int8 `[N, K]` operand and int32 `[N, 2]` remainder, with `code - zero_point == operand - remainder`.
     """
     zero_point = weight_zero_point.to(torch.int32)
     if bits == 8:
-        return (weight_packed ^ CODE_OFFSET).view(torch.int8), zero_point - CODE_OFFSET
+        return weight_packed.view(torch.int8), zero_point - CODE_OFFSET
     codes = unpack_weight(weight_packed, bits).view(torch.int8)
     offset = zero_point.clamp(0, 15)
     return codes - spread(offset.to(torch.int8), codes.shape[1], num_outliers), zero_point - offset
