@@ -229,7 +229,8 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         *,
         kv_cache: KVCache,
         frame_offset: int,
-    ) -> torch.Tensor:
+        cache_only: bool = False,
+    ) -> torch.Tensor | None:
         """See `ARVDMixin.run_pass`."""
         return self.transformer(
             hidden_states=latents,
@@ -237,6 +238,7 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
             encoder_hidden_states=prompt_embeds,
             kv_cache=kv_cache,
             frame_offset=frame_offset,
+            cache_only=cache_only,
             return_dict=False,
         )[0]
 
