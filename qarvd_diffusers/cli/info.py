@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **environment(),
         "operators": [
-            {"operator": operator, "implementation": implementation, "reason": reason}
-            for operator, implementation, reason in qarvd_kernels.report()
+            {"operator": operator, "implementation": implementation, "refused": dict(refused)}
+            for operator, implementation, refused in qarvd_kernels.report()
         ],
     }
 
@@ -69,6 +69,22 @@ def render(result: dict[str, Any]) -> str:
             table(("device", "capability", "memory"), devices)
             if devices
             else "no CUDA device: everything runs on the CPU",
-            "\n".join(f"{o['operator']}: {o['implementation']} ({o['reason']})" for o in result["operators"]),
+            *operators(result["operators"]),
         ]
     )
+
+
+def operators(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of operators and implementations, and the reasons against the others, each said once."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for other, reason in row["refused"].items():
+            reasons.setdefault(f"{other}: {reason}", []).append(row["operator"])
+    return [
+        table(("operator", "implementation"), [(row["operator"], row["implementation"]) for row in rows]),
+        "not used:\n"
+        + "\n".join(
+            f"  {reason} ({'all operators' if len(names) == len(rows) else ', '.join(names)})"
+            for reason, names in reasons.items()
+        ),
+    ]
