@@ -244,14 +244,14 @@ def test_foreign_cache_and_processor_are_refused(model, inputs):
         run(model, latents[:, :, :3], text, 0, KVCache(2))
 
 
-@pytest.mark.parametrize("window", [-1, 6])
-def test_compiled_blocks_match_eager_without_recompiling_per_chunk(model, inputs, window):
+@pytest.mark.parametrize(("window", "storage"), [(-1, "auto"), (6, "auto"), (6, "int8")])
+def test_compiled_blocks_match_eager_without_recompiling_per_chunk(model, inputs, window, storage):
     """One graph each for the first pass, the first chunk and all later ones, shared by all blocks."""
     text = inputs[1]
     latents = torch.randn(1, 4, 24, 4, 6, generator=torch.Generator().manual_seed(2))
 
     def rollout():
-        cache = KVCache(2, window, sink_frames=0, num_frames=24)
+        cache = KVCache(2, window, sink_frames=0, num_frames=24, storage=storage)
         return [run(model, latents[:, :, i : i + 3], text, t, cache, i) for i in range(0, 24, 3) for t in (900, 0)]
 
     expected = rollout()
@@ -260,7 +260,9 @@ def test_compiled_blocks_match_eager_without_recompiling_per_chunk(model, inputs
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     for _ in range(2):
         for actual, value in zip(rollout(), expected, strict=True):
-            assert_close(actual, value, 2e-6)
+            assert_close(
+                actual, value, 2e-6 if storage == "auto" else 2e-3
+            )  # a last bit may round a code the other way
     assert counters["stats"]["unique_graphs"] <= 3
 
 
