@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 
@@ -73,6 +74,17 @@ class KVLayerCache:
             scale, old = fit_scale(tensor, self.key.dtype, _SCALE_MARGIN), getattr(self, name)
             setattr(self, name, scale if old is None else torch.maximum(old, scale))
 
+    def turn_back(self, cos: torch.Tensor, sin: torch.Tensor, stop: int) -> None:
+        """Rotate the stored keys up to token `stop` back by an angle per pair; `cos`, `sin` `[pairs]` of the first pairs.
+
+        Codes are decoded, turned and stored under the same scale.
+        """
+        width = 2 * len(cos)
+        keys = decode(self.key[:, :stop], self.key_scale, torch.float32)
+        first, second = keys[..., :width].unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((first * cos + second * sin, second * cos - first * sin), dim=-1).flatten(-2)
+        self.key[:, :stop] = encode(torch.cat([turned, keys[..., width:]], dim=-1), self.key_scale, self.key.dtype)
+
     def store_text(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep the cross-attention K/V `[B, text_tokens, heads, head_dim]` of the prompt."""
         self.text_key, self.text_value = key, value
@@ -103,7 +115,9 @@ class KVLayerCache:
 class KVCache:
     """State of one rollout: self-attention K/V of the visible latent frames and cross-attention K/V of the prompt.
 
-    Keys are stored after RoPE at their absolute frame index; eviction never re-indexes them. The first pass at a new frame
+    Keys are stored after RoPE at their absolute frame index; eviction never re-indexes them. Where the RoPE table ends, all
+    positions move down together and the stored keys turn with them (`reindex`): attention depends on differences alone, so
+    that a stream without end computes what a table without end would give. The first pass at a new frame
     offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
     rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
 
@@ -137,6 +151,7 @@ class KVCache:
         self.num_frames = num_frames
         self.storage = check_storage(storage)
         self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
+        self.origin = 0  # absolute latent frame whose RoPE position is 0
         self._tokens_per_frame = 0
         self._capacity = 0  # in frames
 
@@ -170,6 +185,34 @@ class KVCache:
                 f"(cached: {self.frames}); run chunks in order, or start from an empty KVCache"
             )
         return (len(self.frames) - num_frames) * tokens_per_frame
+
+    def reindex(
+        self, num_frames: int, positions: int, turn: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    ) -> int:
+        """Position of the first frame of the pass just begun, in a RoPE table of `positions` rows.
+
+        Args:
+            num_frames: latent frames of the pass.
+            positions: rows of the table. If the pass leaves it, `origin` moves to the oldest frame that the window can
+                still need again, and the stored keys turn by as much; the sink may then stand at negative positions.
+            turn: number of positions -> cos and sin `[pairs]` of the temporal pairs of a head.
+        """
+        first, last = self.frames[-num_frames], self.frames[-1]
+        if 0 <= first - self.origin and last - self.origin < positions:
+            return first - self.origin
+        oldest = first
+        for frame in reversed(self.frames[:-num_frames]):
+            if frame != oldest - 1:
+                break
+            oldest = frame
+        origin = min(first, max(oldest, last + 1 - max(positions // 2, self.local_attention_frames)))
+        if len(self.frames) > num_frames:
+            cos, sin = turn(abs(origin - self.origin))
+            sin = sin if origin > self.origin else -sin
+            for layer in self.layers:
+                layer.turn_back(cos, sin, (len(self.frames) - num_frames) * self._tokens_per_frame)
+        self.origin = origin
+        return first - origin
 
     def _check_layout(self, shape: tuple[int, int, int], tokens_per_frame: int, like: torch.Tensor) -> None:
         if not self._capacity:
@@ -235,6 +278,7 @@ class KVCache:
         """Forget everything, buffers included."""
         self.layers = [KVLayerCache() for _ in self.layers]
         self.frames = []
+        self.origin = 0
         self._capacity = 0
 
     def clone(self) -> KVCache:
