@@ -198,7 +198,7 @@ class KVCache:
             turn: number of positions -> cos and sin `[pairs]` of the temporal pairs of a head.
         """
         first, last = self.frames[-num_frames], self.frames[-1]
-        if 0 <= first - self.origin and last - self.origin < positions:
+        if first - self.origin >= 0 and last - self.origin < positions:
             return first - self.origin
         oldest = first
         for frame in reversed(self.frames[:-num_frames]):
