@@ -79,11 +79,19 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
             if start + size > self.max_seq_len:
                 raise ValueError(
                     f"{axis} position {start + size - 1} lies beyond the RoPE table of rope_max_seq_len = "
-                    f"{self.max_seq_len} positions: generate fewer chunks, or load the transformer with a larger "
-                    "rope_max_seq_len in its config"
+                    f"{self.max_seq_len} positions: choose a smaller picture or local_attention_frames, or load the "
+                    "transformer with a larger rope_max_seq_len in its config"
                 )
         tables = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
         return tables if self.cache_start is None else (*tables, self.cache_start)
+
+    def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ; up to twice the table."""
+        rows = [min(frames, self.max_seq_len - 1), max(0, frames - self.max_seq_len + 1)]
+        cos, sin = (table[rows, : self.t_dim].cpu().double() for table in (self.freqs_cos, self.freqs_sin))
+        turned = torch.complex(cos[:, 0::2], sin[:, 1::2]).prod(dim=0)
+        device = self.freqs_cos.device
+        return turned.real.float().to(device), turned.imag.float().to(device)
 
     def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
         parts = []
@@ -313,7 +321,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Hand cache and frame offset to the installed parts for the length of one stock forward."""
         sinusoid = self.condition_embedder.timesteps_proj
         processors = [(block.attn1.processor, block.attn2.processor) for block in self.blocks]
-        layers, start = [None] * len(processors), None
+        layers, start, position = [None] * len(processors), None, frame_offset
         if kv_cache is not None:
             self._check_bindable(kv_cache, processors)
             heads = (self.config.num_attention_heads, self.config.attention_head_dim)
@@ -321,8 +329,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             tokens = self._tokens_per_frame(hidden_states)
             start = kv_cache.begin_pass(frame_offset, frames, tokens, heads, hidden_states)
             layers = kv_cache.layers
+            position = kv_cache.reindex(frames, self.rope.max_seq_len, self.rope.turn)
         try:
-            self.rope.frame_offset, self.rope.cache_start = frame_offset, start
+            self.rope.frame_offset, self.rope.cache_start = position, start
             sinusoid.float64 = kv_cache is not None
             for pair, layer in zip(processors, layers, strict=True):
                 for processor in pair:

@@ -18,6 +18,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..conversion import PIPELINE_STUB
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
+from ..models.kv_storage import check_storage
 from ..models.pass_info import PassInfo
 from ..serialization import align_float_tensors
 from .chunk_loop import ChunkLoop
@@ -49,7 +50,12 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     A stream owns all of its state (K/V cache, scheduler copy, decoder memory): any number of streams can be interleaved
     on one pipeline, and one that is closed early or fails leaves nothing behind.
+
+    Attributes:
+        kv_cache: storage of keys and values when a call does not say, see `KVCache`; a run-time choice that is not saved.
     """
+
+    kv_cache: str = "auto"
 
     @abstractmethod
     def encode_prompt(
@@ -83,8 +89,8 @@ class ARVDMixin(QuantizableMixin, ABC):
         """
 
     @abstractmethod
-    def make_cache(self, num_frames: int | None) -> KVCache:
-        """An empty K/V cache for a rollout of `num_frames` latent frames (None: unknown)."""
+    def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
+        """An empty K/V cache for a rollout of `num_frames` latent frames (None: unknown); `storage` as in `KVCache`."""
 
     @abstractmethod
     def make_decoder(self) -> Decoder:
@@ -110,6 +116,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
         max_sequence_length: int | None = None,
+        kv_cache: str | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         on_pass: Callable[[PassInfo], None] | None = None,
@@ -132,6 +139,8 @@ class ARVDMixin(QuantizableMixin, ABC):
                 re-noising step, so that streams of different lengths agree.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, see `Frames`.
             max_sequence_length: text tokens; None takes the pipeline config's.
+            kv_cache: dtype in which keys and values of earlier frames are kept: `"auto"` (the model's), `"bf16"`, `"int8"`
+                or `"fp8"`; None takes the pipeline's `kv_cache`.
             callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every denoising step; `step` counts
                 over all chunks. May return replaced tensors, and may set `pipeline._interrupt = True` to end the stream.
             callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to hand to the callback.
@@ -153,6 +162,7 @@ class ARVDMixin(QuantizableMixin, ABC):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
             )
+        storage = check_storage(kv_cache or self.kv_cache)
         inputs = self.check_stream_inputs(
             prompt=prompt,
             prompt_embeds=prompt_embeds,
@@ -168,7 +178,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         )
         text = {"prompt": prompt, "prompt_embeds": prompt_embeds, "max_sequence_length": max_sequence_length}
         callback = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        return self._stream(inputs, text, output_type, callback, on_pass)
+        return self._stream(inputs, text | {"kv_cache": storage}, output_type, callback, on_pass)
 
     @torch.no_grad()
     def _stream(
@@ -193,14 +203,16 @@ class ARVDMixin(QuantizableMixin, ABC):
             self._current_timestep = None
             self.maybe_free_model_hooks()
 
-    def make_loop(self, inputs: StreamInputs, **text: Any) -> ChunkLoop:
+    def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:
         """A loop at the start of a stream; `text` are the arguments of `encode_prompt` that tell the prompt."""
         self.align_modules()
+        storage = kv_cache or self.kv_cache
         device, dtype = self._execution_device, self.transformer.dtype
         return ChunkLoop(
             self.run_pass,
             copy.deepcopy(self.scheduler),
-            self.make_cache(inputs.num_latent_frames),
+            # A cache of its own kind need not know about storage until somebody asks for another one.
+            self.make_cache(inputs.num_latent_frames, **({} if storage == "auto" else {"storage": storage})),
             inputs,
             self.encode_prompt(**text, device=device, dtype=dtype),
             device=device,

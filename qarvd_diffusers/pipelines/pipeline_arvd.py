@@ -242,13 +242,14 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
             return_dict=False,
         )[0]
 
-    def make_cache(self, num_frames: int | None) -> KVCache:
+    def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
         """See `ARVDMixin.make_cache`."""
         return KVCache(
             self.transformer.config.num_layers,
             self.config.local_attention_frames,
             self.config.sink_frames,
             num_frames,
+            storage,
         )
 
     def make_decoder(self) -> StreamingVAEDecoder:
@@ -272,6 +273,7 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
         max_sequence_length: int | None = None,
+        kv_cache: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -301,6 +303,7 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
             generator=generator,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
+            kv_cache=kv_cache,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
