@@ -48,10 +48,13 @@ def bench_attention(shape: Shape, device: torch.device, repeats: int = 20) -> li
     for length in LENGTHS if device.type == "cuda" else (64,):
         tokens = CHUNK_TOKENS if device.type == "cuda" else 32
         query, key, value = (
-            torch.randn(1, size, shape.heads, 128, device=device, dtype=torch.bfloat16) for size in (tokens, length, length)
+            torch.randn(1, size, shape.heads, 128, device=device, dtype=torch.bfloat16)
+            for size in (tokens, length, length)
         )
         some = query[:, :64].float()  # a sample of rows: the truth needs the whole score matrix
-        truth = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (some, key, value))).transpose(1, 2)
+        truth = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (some, key, value))).transpose(
+            1, 2
+        )
         row: dict[str, Any] = {"keys": length, "us": {}, "relative_error": {}}
         for name, call in _candidates(query, key, value).items():
             try:

@@ -52,7 +52,10 @@ def random_transformer(
     torch.manual_seed(0)
     with torch.device(device):
         model = CausalWanTransformer3DModel(
-            num_attention_heads=shape.heads, ffn_dim=shape.ffn, num_layers=shape.layers, text_dim=4096 if shape.heads > 1 else 64
+            num_attention_heads=shape.heads,
+            ffn_dim=shape.ffn,
+            num_layers=shape.layers,
+            text_dim=4096 if shape.heads > 1 else 64,
         )
     if planted_outliers:
         with torch.no_grad():

@@ -19,7 +19,16 @@ from .timing import median_ms
 
 TIMESTEP = 750.0
 # Names of what can be measured -> whether it is made from the float model by us.
-VARIANTS = ("bf16", "bf16-compiled", "torchao-fp8", "torchao-int8", "w8a8", "w4a8", "w8a8-attention8", "w4a8-attention8")
+VARIANTS = (
+    "bf16",
+    "bf16-compiled",
+    "torchao-fp8",
+    "torchao-int8",
+    "w8a8",
+    "w4a8",
+    "w8a8-attention8",
+    "w4a8-attention8",
+)
 
 
 class PassRunner:

@@ -21,8 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--shape", choices=tuple(SHAPES), default="1.3b", help="model size (default: 1.3b)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="passes (default: all)")
-    parser.add_argument("--chunks", nargs="+", type=int, default=[1, 4, 7], help="chunks of the passes (default: 1 4 7)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="passes (default: all)"
+    )
+    parser.add_argument(
+        "--chunks", nargs="+", type=int, default=[1, 4, 7], help="chunks of the passes (default: 1 4 7)"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="runs the median is taken of (default: 10)")
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--out", metavar="JSON", help="file to write, after every part and variant")
@@ -76,7 +80,10 @@ def render(result: dict[str, Any]) -> str:
         if rows:
             columns = list(dict.fromkeys(column for row in rows for column in row[unit]))
             body = [
-                (f"{row['N']} x {row['K']}" if name == "gemm" else row["keys"], *(_rounded(row[unit].get(c)) for c in columns))
+                (
+                    f"{row['N']} x {row['K']}" if name == "gemm" else row["keys"],
+                    *(_rounded(row[unit].get(c)) for c in columns),
+                )
                 for row in rows
             ]
             parts.append(f"{name}, microseconds\n" + table((label, *columns), body))
@@ -92,7 +99,10 @@ def render(result: dict[str, Any]) -> str:
         width = len(chunks) + 2
         parts.append(
             "one transformer pass, milliseconds\n"
-            + table(("variant", *(f"chunk {c}" for c in chunks), "mean"), [(*row, *[""] * (width - len(row))) for row in body])
+            + table(
+                ("variant", *(f"chunk {c}" for c in chunks), "mean"),
+                [(*row, *[""] * (width - len(row))) for row in body],
+            )
         )
     return "\n\n".join(parts)
 
