@@ -18,17 +18,6 @@ from .shapes import CHUNK_FRAMES, Shape, random_inputs, random_transformer
 from .timing import median_ms
 
 TIMESTEP = 750.0
-# Names of what can be measured -> whether it is made from the float model by us.
-VARIANTS = (
-    "bf16",
-    "bf16-compiled",
-    "torchao-fp8",
-    "torchao-int8",
-    "w8a8",
-    "w4a8",
-    "w8a8-attention8",
-    "w4a8-attention8",
-)
 
 
 class PassRunner:

@@ -1,4 +1,4 @@
-"""Measure speed on this machine: matrix products, attention, whole transformer passes; ours beside what else there is."""
+"""Measure speed on this machine: matrix products, attention, transformer passes, whole videos; ours beside what else there is."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ PARTS = ("gemm", "attention", "passes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..bench.shapes import SHAPES
-    from ..bench.transformer import VARIANTS
+    from ..bench import PASS_VARIANTS, SHAPE_NAMES, VIDEO_VARIANTS
 
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="1.3b", help="model size (default: 1.3b)")
+    names = tuple(dict.fromkeys((*PASS_VARIANTS, *VIDEO_VARIANTS)))
+    parser.add_argument("--shape", choices=SHAPE_NAMES, default="1.3b", help="model size (default: 1.3b)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="passes (default: all)"
-    )
+    parser.add_argument("--variants", nargs="+", choices=names, help="of passes or videos (default: all)")
     parser.add_argument(
         "--chunks", nargs="+", type=int, default=[1, 4, 7], help="chunks of the passes (default: 1 4 7)"
+    )
+    parser.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="time whole videos of 81 and 321 frames, text encoder and VAE included",
     )
     parser.add_argument("--repeats", type=int, default=10, help="runs the median is taken of (default: 10)")
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
@@ -35,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from ..bench import PASS_VARIANTS, VIDEO_VARIANTS
     from ..bench.attention import bench_attention
+    from ..bench.end_to_end import bench_end_to_end
     from ..bench.gemm import bench_gemm
     from ..bench.shapes import SHAPES
     from ..bench.transformer import bench_passes
@@ -57,19 +62,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
             os.replace(partial, args.out)
 
+    done: list[dict[str, Any]] = []
+
+    def on_result(one: dict[str, Any]) -> None:
+        done.append(one)
+        print(f"{one['name']}: {one}", file=sys.stderr)
+        keep("end_to_end" if args.end_to_end else "passes", done)
+
+    if args.end_to_end:
+        bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, on_result=on_result)
+        return result
     if "gemm" in args.parts:
         keep("gemm", bench_gemm(shape, device, 3 * args.repeats))
     if "attention" in args.parts:
         keep("attention", bench_attention(shape, device, 2 * args.repeats))
     if "passes" in args.parts:
-        done: list[dict[str, Any]] = []
-
-        def on_result(one: dict[str, Any]) -> None:
-            done.append(one)
-            print(f"{one['name']}: {one.get('mean_ms', one.get('error'))}", file=sys.stderr)
-            keep("passes", done)
-
-        bench_passes(shape, args.variants, device, [chunk - 1 for chunk in args.chunks], args.repeats, on_result)
+        bench_passes(
+            shape,
+            args.variants or PASS_VARIANTS,
+            device,
+            [chunk - 1 for chunk in args.chunks],
+            args.repeats,
+            on_result,
+        )
     return result
 
 
@@ -104,7 +119,22 @@ def render(result: dict[str, Any]) -> str:
                 [(*row, *[""] * (width - len(row))) for row in body],
             )
         )
+    videos = result.get("end_to_end")
+    if videos:
+        parts.append("whole videos\n" + _videos(videos))
     return "\n\n".join(parts)
+
+
+def _videos(results: list[dict[str, Any]]) -> str:
+    header = ("variant", "frames", "frames/s", "first frame s", "chunk p50 s", "chunk p95 s", "peak GB")
+    rows = []
+    for one in results:
+        if "error" in one:
+            rows.append((one["name"], one["error"][:60], "", "", "", "", ""))
+        for timed in (value for value in one.values() if isinstance(value, dict)):
+            numbers = (timed[key] for key in ("frames_per_second", "first_frame_s", "chunk_p50_s", "chunk_p95_s"))
+            rows.append((one["name"], timed["frames"], *map(_rounded, numbers), _rounded(timed["peak_bytes"] / 1e9)))
+    return table(header, rows)
 
 
 def _rounded(value: float | None) -> str:
