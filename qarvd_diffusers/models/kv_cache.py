@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from .kv_storage import STORAGES, check_storage, decode, encode, fit_scale, is_q
 
 _FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
 _SCALE_MARGIN = 1.25  # room above the first chunk's largest value: see benchmarks/kv_cache.py
+_FACTS = ("frames", "origin", "_next_frame", "_tokens_per_frame", "_capacity")  # bookkeeping of a saved cache
 
 
 class KVLayerCache:
@@ -152,6 +154,7 @@ class KVCache:
         self.storage = check_storage(storage)
         self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
         self.origin = 0  # absolute latent frame whose RoPE position is 0
+        self._next_frame: int | None = None  # where a rewound cache goes on
         self._tokens_per_frame = 0
         self._capacity = 0  # in frames
 
@@ -177,7 +180,8 @@ class KVCache:
         shape = (like.shape[0], *heads)
         self._check_layout(shape, tokens_per_frame, like)
         frames = list(range(frame_offset, frame_offset + num_frames))
-        if not self.frames or frame_offset == self.frames[-1] + 1:
+        follows = self.frames[-1] + 1 if self.frames and self._next_frame is None else self._next_frame
+        if not self.frames or frame_offset == follows:
             self._append(frames, shape, like)
         elif self.frames[-num_frames:] != frames:
             raise ValueError(
@@ -229,15 +233,16 @@ class KVCache:
 
     def _append(self, frames: list[int], shape: tuple[int, int, int], like: torch.Tensor) -> None:
         window = self.local_attention_frames
-        if window != -1 and self.sink_frames + len(frames) > window:
+        sink = min(self.sink_frames, len(self.frames))
+        if window != -1 and sink + len(frames) > window:
             raise ValueError(
-                f"a pass over {len(frames)} frames and {self.sink_frames} sink frames do not fit into "
+                f"a pass over {len(frames)} frames and {sink} sink frames do not fit into "
                 f"local_attention_frames = {window}"
             )
         tokens = self._tokens_per_frame
         evict = 0 if window == -1 else max(0, len(self.frames) + len(frames) - window)
         if evict:
-            first, last = self.sink_frames, self.sink_frames + evict
+            first, last = sink, sink + evict
             for layer in self.layers:
                 layer.drop(first * tokens, last * tokens, len(self.frames) * tokens)
             del self.frames[first:last]
@@ -250,6 +255,12 @@ class KVCache:
             for layer in self.layers:
                 layer.reserve(self._capacity * tokens, shape, like.device, STORAGES[self.storage] or like.dtype)
         self.frames.extend(frames)
+        self._next_frame = None
+
+    def rewind(self, num_frames: int, next_frame: int) -> None:
+        """Forget all but the first `num_frames` stored frames; the next pass appends frame `next_frame` behind them."""
+        del self.frames[num_frames:]
+        self._next_frame = next_frame
 
     def visible(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a block, `[B, visible tokens, heads, head_dim]`, in storage order (sink first); 8 bits as float32."""
@@ -274,11 +285,41 @@ class KVCache:
         for layer in self.layers:
             layer.reset_text()
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What is stored, as tensors and JSON types, for `load_state` of a cache made with the same arguments.
+
+        The prompt's K/V are left out: the next pass computes them again.
+        """
+        tokens, tensors = len(self.frames) * self._tokens_per_frame, {}
+        for index, layer in enumerate(self.layers):
+            for name in ("key", "value", "key_scale", "value_scale"):
+                if (tensor := getattr(layer, name)) is not None:
+                    tensors[f"{index}.{name}"] = tensor if name.endswith("scale") else tensor[:, :tokens]
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return tensors, facts | {"scales_given": self.layers[0].scales_given}
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
+        """Go on where the cache stood that `state` was called on; buffers are allocated on `device`."""
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+        for index, layer in enumerate(self.layers):
+            layer.scales_given = facts["scales_given"]
+            for name in ("key_scale", "value_scale"):
+                if (scale := tensors.get(f"{index}.{name}")) is not None:
+                    setattr(layer, name, scale.to(device))
+            if (stored := tensors.get(f"{index}.key")) is None:
+                continue
+            shape = (stored.shape[0], *stored.shape[2:])
+            layer.reserve(self._capacity * self._tokens_per_frame, shape, device, stored.dtype)
+            for name in ("key", "value"):
+                getattr(layer, name)[:, : stored.shape[1]] = tensors[f"{index}.{name}"].to(device)
+
     def clear(self) -> None:
         """Forget everything, buffers included."""
         self.layers = [KVLayerCache() for _ in self.layers]
         self.frames = []
         self.origin = 0
+        self._next_frame = None
         self._capacity = 0
 
     def clone(self) -> KVCache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -66,6 +68,28 @@ class StreamingVAEDecoder:
         size = self._frames_at_once or (1 if hidden.device.type == "cpu" else max(rest, 1))
         full, left = divmod(rest, size)
         return [1] * int(first) + [size] * full + [left] * bool(left)
+
+    def reset(self) -> None:
+        """Forget earlier frames: the next ones start a video."""
+        self._memory = None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the convolutions remember; an empty tensor is the mark that stands for repeated first frames."""
+        memory = self._memory or []
+        return {
+            str(index): entry if isinstance(entry, torch.Tensor) else torch.empty(0)
+            for index, entry in enumerate(memory)
+            if entry is not None
+        }
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on where the decoder stood that `state_dict` was called on."""
+        if not state:
+            return self.reset()
+        entries: list[torch.Tensor | str | None] = [None] * self._vae._cached_conv_counts["decoder"]
+        for index, entry in state.items():
+            entries[int(index)] = entry.to(self._vae.device) if entry.numel() else "Rep"
+        self._memory = entries
 
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = (

@@ -77,8 +77,9 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="local_attention_frames is 3"):
         KVCache(1, 3, 3)
     cache = KVCache(1, 4, 2)
+    write(cache, 0, 2)
     with pytest.raises(ValueError, match="do not fit into local_attention_frames = 4"):
-        write(cache, 0, 3)
+        write(cache, 2, 3)
     cache = KVCache(1)
     write(cache, 0, 3)
     with pytest.raises(ValueError, match="neither follows nor repeats"):
