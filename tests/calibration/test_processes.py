@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_wan import CHUNKS, make_run, make_wan
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
-from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.calibration.processes import ALONE, Processes
-from qarvd_diffusers.calibration.result import CalibrationResult
 
 PROMPTS = ("a red circle", "a blue square moves left", "a green circle stays")
-CALIBRATION = {"calibration_prompts": ("a green triangle", "a red square moves up", "a blue circle"), "calibration_chunks": 2}
+CALIBRATION = {
+    "calibration_prompts": ("a green triangle", "a red square moves up", "a blue circle"),
+    "calibration_chunks": 2,
+}
 SCHEMES = {
     "gptq": QARVDConfig("w4a8", outlier_alignment=8, **CALIBRATION),
     "sequential": QARVDConfig("w4a8", outlier_alignment=8, rounding_inputs="quantized", **CALIBRATION),
@@ -61,7 +61,12 @@ def launch(folder, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(script), str(Path(__file__).parent), str(folder / "model"), str(folder), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QARVD_CACHE": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "QARVD_CACHE": str(folder / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
@@ -111,5 +116,5 @@ def test_shares_are_consecutive_and_whole():
     for count in (1, 2, 3, 5):
         for items in ([], [1], [1, 2, 3, 4, 5, 6, 7]):
             shares = [Processes(count, index).share(items) for index in range(count)]
-            assert sum(shares, []) == items
+            assert [item for share in shares for item in share] == items
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
