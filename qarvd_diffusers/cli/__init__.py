@@ -52,5 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qarvd {args.command}: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result, indent=2) if args.json else args.render(result))
+    if result is not None:  # of several processes one has something to say
+        print(json.dumps(result, indent=2) if args.json else args.render(result))
     return 0
