@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,134 +12,17 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .models import FAMILY_FIELDS, CausalFields, CausalWanTransformer3DModel
-from .serialization import atomic_directory, atomic_file
+from ..models import FAMILY_FIELDS, CausalFields, CausalWanTransformer3DModel
+from ..serialization import atomic_directory, atomic_file
+from .checkpoint import load_checkpoint
+from .names import to_diffusers_keys, to_original_keys
 
 PIPELINE_STUB = "from qarvd_diffusers import ARVDPipeline\n"
 """Content of `pipeline.py` beside a saved pipeline, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
 
-NESTINGS = ("generator_ema", "generator", "model")
-_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _HEAD_DIM = 128  # of every released Wan model; the one value that tensor shapes do not tell
-
-_TOP = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.modulation": "scale_shift_table",
-    "head.head": "proj_out",
-}
-_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
-_BLOCK = {
-    **{f"self_attn.{old}": f"attn1.{new}" for old, new in _ATTENTION.items()},
-    **{f"cross_attn.{old}": f"attn2.{new}" for old, new in _ATTENTION.items()},
-    "norm3": "norm2",  # the norm before cross attention; the other two have no parameters
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-    "modulation": "scale_shift_table",
-}
-
-
-def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
-    """The new name of `key`, or None if no rule knows it."""
-    match = re.fullmatch(r"(blocks\.\d+\.)(.+)", key)
-    prefix, rest, table = (match[1], match[2], block) if match else ("", key, top)
-    module, dot, leaf = rest.rpartition(".")
-    if dot and leaf in ("weight", "bias"):
-        return f"{prefix}{table[module]}.{leaf}" if module in table else None
-    return f"{prefix}{table[rest]}" if rest in table else None
-
-
-def _rename_all(
-    state_dict: Mapping[str, torch.Tensor], top: dict, block: dict, layout: str
-) -> dict[str, torch.Tensor]:
-    renamed = {_rename(key, top, block): (key, tensor) for key, tensor in state_dict.items()}
-    unknown = [key for key in state_dict if _rename(key, top, block) is None]
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} keys are no keys of a {layout} Wan transformer: {unknown[:5]}; "
-            "merge adapters and drop other networks (VAE, text encoder, critic) before converting"
-        )
-    return {new: tensor for new, (_, tensor) in renamed.items()}
-
-
-def to_diffusers_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename an original state dict (wrapper substrings and a `model.` prefix allowed) to `WanTransformer3DModel` keys.
-
-    Tensors are passed through untouched.
-
-    Raises:
-        ValueError: for keys that no Wan transformer has, or two keys that name the same parameter.
-    """
-    plain: dict[str, torch.Tensor] = {}
-    for key, tensor in state_dict.items():
-        name = _WRAPPERS.sub("", key).removeprefix("model.")
-        if name in plain:
-            raise ValueError(f"key {key!r} and another key both name the parameter {name!r}")
-        plain[name] = tensor
-    return _rename_all(plain, _TOP, _BLOCK, "original")
-
-
-def to_original_keys(state_dict: Mapping[str, torch.Tensor], prefix: str = "model.") -> dict[str, torch.Tensor]:
-    """Inverse of `to_diffusers_keys`: `WanTransformer3DModel` keys to original ones behind `prefix`."""
-    top = {new: old for old, new in _TOP.items()}
-    block = {new: old for old, new in _BLOCK.items()}
-    return {prefix + key: tensor for key, tensor in _rename_all(state_dict, top, block, "diffusers").items()}
-
-
-def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:
-    """Read the state dict of an original checkpoint, memory-mapped where the format allows.
-
-    Args:
-        path: `.pt`, `.pth` (opened with `weights_only=True`, nothing is unpickled) or `.safetensors`.
-        weights: which nested state dict to take (`generator_ema`, `generator`, `model`); None takes the first of these
-            that is present, or the file itself if it is flat.
-
-    Raises:
-        ValueError: for another suffix, an unreadable or truncated file, or one without tensors; names the file.
-    """
-    path = Path(path)
-    loaders = {".pt": _load_torch, ".pth": _load_torch, ".safetensors": load_file}
-    if path.suffix not in loaders:
-        raise ValueError(f"{path}: unknown checkpoint format {path.suffix!r}, expected {', '.join(loaders)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file")
-    try:
-        content = loaders[path.suffix](path)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{path}: unreadable or truncated ({error}); download the file again") from error
-    except Exception as error:  # pickle errors: torch raises its own class for anything but plain tensors
-        raise ValueError(
-            f"{path}: holds more than plain tensors, which are never unpickled here ({type(error).__name__}); "
-            "save just the state dict with torch.save, or use safetensors"
-        ) from error
-    return _unnest(content, path, weights)
-
-
-def _load_torch(path: Path) -> Any:
-    # Only zip archives can be mapped; the older format is read into memory.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def _unnest(content: Any, path: Path, weights: str | None) -> dict[str, torch.Tensor]:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
-    nested = [name for name, value in content.items() if isinstance(value, Mapping)]
-    if weights is not None and weights not in nested:
-        raise ValueError(f"{path}: has no state dict {weights!r}; it holds {nested or 'flat tensors'}")
-    chosen = weights or next((name for name in NESTINGS if name in nested), None)
-    state_dict = content[chosen] if chosen is not None else content
-    strange = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
-    if strange or not state_dict:
-        found = f"non-tensor entries {strange[:5]}" if strange else "no tensors"
-        raise ValueError(f"{path}: {found}; expected a flat state dict, or one below {', '.join(NESTINGS)}")
-    return dict(state_dict)
 
 
 def load_transformer_config(path: str | Path) -> dict[str, Any]:
