@@ -1,115 +1,28 @@
-"""Original checkpoints of causal Wan models <-> diffusers folders, exact in both directions."""
+"""Original checkpoints of causal Wan models <-> diffusers folders, exact in both directions, in bounded memory."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
 
-from ..models import FAMILY_FIELDS, CausalFields, CausalWanTransformer3DModel
+from ..models import CausalWanTransformer3DModel
 from ..serialization import atomic_directory, atomic_file
-from .checkpoint import load_checkpoint
+from ..tensor_files import TensorSpec, write_shards, write_tensors
+from .checkpoint import LORA_NESTINGS, Checkpoint, open_checkpoint
+from .detect import Detected, detect_checkpoint
+from .folder import base_config, copy_base_components, write_pipeline
+from .lora import LoraLayer, check_fit, merge_lora, read_lora
 from .names import to_diffusers_keys, to_original_keys
+from .network import empty_transformer, infer_config
 
-PIPELINE_STUB = "from qarvd_diffusers import ARVDPipeline\n"
-"""Content of `pipeline.py` beside a saved pipeline, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
+logger = logging.getLogger(__name__)
 
-_HEAD_DIM = 128  # of every released Wan model; the one value that tensor shapes do not tell
-
-
-def load_transformer_config(path: str | Path) -> dict[str, Any]:
-    """Config of a transformer as `WanTransformer3DModel` arguments, from a diffusers or an original `config.json`."""
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
-    if "attention_head_dim" in values:
-        return {key: value for key, value in values.items() if not key.startswith("_")}
-    names = {
-        "freq_dim": "freq_dim",
-        "ffn_dim": "ffn_dim",
-        "num_heads": "num_attention_heads",
-        "num_layers": "num_layers",
-        "text_dim": "text_dim",
-        "in_dim": "in_channels",
-        "out_dim": "out_channels",
-        "eps": "eps",
-    }
-    config = {new: values[old] for old, new in names.items()}
-    patch_size = tuple(values.get("patch_size", (1, 2, 2)))
-    return {**config, "attention_head_dim": values["dim"] // values["num_heads"], "patch_size": patch_size}
-
-
-def infer_config(state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | None = None) -> dict[str, Any]:
-    """`WanTransformer3DModel` arguments from the shapes of its state dict (diffusers keys).
-
-    Args:
-        state_dict: tensors under diffusers keys.
-        num_attention_heads: heads; None assumes the head size of every released Wan model, 128.
-
-    Raises:
-        ValueError: if a telling tensor is missing or the width does not divide into heads.
-    """
-
-    def shape(key: str) -> torch.Size:
-        if key not in state_dict:
-            raise ValueError(f"the checkpoint lacks {key!r}: it is incomplete, or no Wan transformer")
-        return state_dict[key].shape
-
-    dim, in_channels, *patch_size = shape("patch_embedding.weight")
-    if num_attention_heads is None and dim % _HEAD_DIM:
-        raise ValueError(
-            f"width {dim} is no multiple of head size {_HEAD_DIM}: pass num_attention_heads, or a base folder"
-        )
-    heads = num_attention_heads or dim // _HEAD_DIM
-    if dim % heads:
-        raise ValueError(f"num_attention_heads is {heads}, which does not divide the width {dim}")
-    blocks = {int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")}
-    return {
-        "patch_size": tuple(patch_size),
-        "num_attention_heads": heads,
-        "attention_head_dim": dim // heads,
-        "in_channels": in_channels,
-        "out_channels": shape("proj_out.weight")[0] // torch.Size(patch_size).numel(),
-        "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
-        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
-        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
-        "num_layers": max(blocks) + 1,
-        "cross_attn_norm": "blocks.0.norm2.weight" in state_dict,
-    }
-
-
-def build_transformer(
-    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype | None = None
-) -> CausalWanTransformer3DModel:
-    """A transformer of `config` holding the tensors of `state_dict` (diffusers keys), cast to `dtype` if given.
-
-    Raises:
-        ValueError: for missing or unexpected keys and for wrong shapes, named.
-    """
-    with init_empty_weights():
-        model = CausalWanTransformer3DModel.from_config(dict(config))
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"the checkpoint does not fit its config: missing {missing[:5]} ({len(missing)} in all), "
-            f"unexpected {unexpected[:5]} ({len(unexpected)} in all)"
-        )
-    wrong = [
-        f"{k}: {tuple(state_dict[k].shape)}, expected {s}" for k, s in expected.items() if state_dict[k].shape != s
-    ]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} tensors have a wrong shape: {wrong[:5]}; check num_attention_heads and the base"
-        )
-    model.load_state_dict({k: v.to(dtype) for k, v in state_dict.items()}, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+SHARD_BYTES = 10_000_000_000  # what diffusers writes into one file
+STEM = "diffusion_pytorch_model"
 
 
 def convert_checkpoint(
@@ -119,40 +32,125 @@ def convert_checkpoint(
     *,
     base: str | Path | None = None,
     weights: str | None = None,
+    lora: str | Path | None = None,
     num_attention_heads: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write an original checkpoint as a diffusers folder in the portable layout (stock class names only).
 
+    Everything is checked before the first byte is written. Tensors are then copied one by one from the mapped file: memory
+    beyond the mapping is that of the largest tensor.
+
     Args:
-        src: original checkpoint, see `load_checkpoint`.
+        src: original checkpoint, a file or a folder of shards; see `open_checkpoint`.
         out_dir: folder to create; must not exist yet. It appears only when complete.
-        family: key of `FAMILY_FIELDS`; decides how the model rolls out.
+        family: key of `PRESETS`, which decides how the model rolls out, or `auto`: by the file's size and name.
         base: local diffusers folder of the bidirectional model, which lends VAE, text encoder, tokenizer and the
             transformer config; None writes the transformer and scheduler alone.
-        weights: see `load_checkpoint`.
+        weights: which nested state dict to take; None takes the one the family is meant to use.
+        lora: LoRA file to merge, in any layout that `read_lora` knows; None merges `lora.pt` beside the checkpoint if the
+            family's release consists of both, `"none"` merges nothing.
         num_attention_heads: see `infer_config`; not needed with `base`.
-        dtype: cast the weights; None keeps them as stored.
+        dtype: cast the weights, except those that the model keeps in float32; None keeps all as stored.
 
     Returns:
         `out_dir`.
 
     Raises:
-        ValueError: for an unknown family, a checkpoint that does not fit, or a base folder without a needed component.
+        ValueError: for an unknown family or one that cannot run, a checkpoint or LoRA that does not fit, or a base folder
+            without a needed component.
         FileExistsError: if `out_dir` exists.
     """
     out_dir = Path(out_dir)
-    if family not in FAMILY_FIELDS:
-        raise ValueError(f"family is {family!r}, expected one of {', '.join(FAMILY_FIELDS)}")
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
-    state_dict = to_diffusers_keys(load_checkpoint(src, weights))
-    config = _base_config(base) if base is not None else infer_config(state_dict, num_attention_heads)
-    transformer = build_transformer(state_dict, config, dtype)
+    found = detect_checkpoint(src, family, weights)
+    config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
+    model = empty_transformer(found.specs, config)
+    adapters = _read_adapters(found, lora)
+    for reason in found.reasons:
+        logger.info("%s: %s", src, reason)
     with atomic_directory(out_dir) as folder:
-        transformer.save_pretrained(folder / "transformer")
-        _write_pipeline(folder, FAMILY_FIELDS[family], _copy_base_components(base, folder))
+        write_pipeline(folder, found.preset.fields.to_dict(), copy_base_components(base, folder))
+        model.save_config(folder / "transformer")
+        _write_transformer(folder / "transformer", found.checkpoint, adapters, dtype)
     return out_dir
+
+
+def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLayer]:
+    """The adapter to merge, checked against the checkpoint; empty if there is none."""
+    if lora == "none":
+        return {}
+    path = lora or found.lora
+    if path is None:
+        if found.preset.has_lora:
+            raise ValueError(
+                f"{found.family} is released as a base and a LoRA ({found.preset.source}): pass the LoRA file with lora=, "
+                "put it beside the checkpoint as lora.pt, or pass lora='none' to convert the base alone"
+            )
+        return {}
+    weights = found.checkpoint.weights or "generator"
+    file = open_checkpoint(path, None, (f"{weights}_lora", *LORA_NESTINGS))
+    if (file.weights or "").startswith("generator") and file.weights != f"{weights}_lora":
+        raise ValueError(
+            f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain weights "
+            "must not be mixed; name the others with weights="
+        )
+    tensors = {key: tensor for shard in file.shards for key, tensor in shard.load().items()}
+    adapters = read_lora(tensors, str(path))
+    sizes = {
+        key.removesuffix(".weight"): spec.shape
+        for key, spec in found.specs.items()
+        if key.endswith(".weight") and len(spec.shape) == 2
+    }
+    check_fit(adapters, sizes, str(path))
+    return adapters
+
+
+class _Tensors:
+    """Tensors of a checkpoint under diffusers names, one shard open at a time, adapters merged and cast."""
+
+    def __init__(self, checkpoint: Checkpoint, adapters: Mapping[str, LoraLayer], dtype: torch.dtype | None) -> None:
+        self._adapters, self._dtype = adapters, dtype
+        self._shards = {key: shard for shard in checkpoint.shards for key in to_diffusers_keys(shard.specs)}
+        self._open, self._tensors = None, {}
+
+    def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
+        kept = CausalWanTransformer3DModel._keep_in_fp32_modules
+        cast = self._dtype is not None and not any(part in kept for part in name.split("."))
+        return TensorSpec(stored.shape, self._dtype) if cast else stored
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if (shard := self._shards[name]) is not self._open:
+            self._tensors.clear()  # the mapping of the last shard goes with it
+            self._open, self._tensors = shard, to_diffusers_keys(shard.load())
+        tensor = self._tensors[name]
+        module, _, leaf = name.rpartition(".")
+        if (adapter := self._adapters.get(module)) is not None and leaf == "weight":
+            tensor, _ = merge_lora(tensor, tensor.new_zeros(tensor.shape[0]), adapter)
+        elif adapter is not None and leaf == "bias" and adapter.bias is not None:
+            tensor = (tensor.float() + adapter.bias.float()).to(tensor.dtype)
+        return tensor.to(self.spec(name, TensorSpec.of(tensor)).dtype)
+
+
+def _write_transformer(
+    folder: Path, checkpoint: Checkpoint, adapters: Mapping[str, LoraLayer], dtype: torch.dtype | None
+) -> None:
+    tensors = _Tensors(checkpoint, adapters, dtype)
+    stored = [to_diffusers_keys(shard.specs) for shard in checkpoint.shards]
+    if sum(spec.nbytes for shard in stored for spec in shard.values()) <= SHARD_BYTES:
+        stored = [{name: spec for shard in stored for name, spec in shard.items()}]
+    groups: list[dict[str, TensorSpec]] = []
+    for shard in stored:  # never across two shards, so that each is opened once
+        size = SHARD_BYTES + 1
+        for name, spec in shard.items():
+            spec = tensors.spec(name, spec)
+            if size + spec.nbytes > SHARD_BYTES:
+                groups.append({})
+                size = 0
+            groups[-1][name] = spec
+            size += spec.nbytes
+    write_shards(folder, STEM, groups, tensors)
 
 
 def export_checkpoint(folder: str | Path, out: str | Path) -> Path:
@@ -164,54 +162,33 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> Path:
     folder, out = Path(folder), Path(out)
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: expected a file name that ends in .safetensors")
-    config, shards = folder / "transformer" / "config.json", sorted((folder / "transformer").glob("*.safetensors"))
-    if not config.is_file() or not shards:
+    config = folder / "transformer" / "config.json"
+    if not config.is_file() or not list(config.parent.glob("*.safetensors")):
         raise ValueError(
             f"{config.parent} has no config.json or no safetensors: expected a diffusers folder of a Wan model"
         )
     if json.loads(config.read_text(encoding="utf-8")).get("quantization_config") is not None:
         raise ValueError(f"{folder} is quantized: the original layout holds float weights; export the float model")
-    original = to_original_keys({key: tensor for shard in shards for key, tensor in load_file(shard).items()})
+    specs, fetch = folder_tensors(config.parent)
+    original = to_original_keys({name: name for name in specs})
     with atomic_file(out) as temporary:
-        save_file(original, temporary)
+        write_tensors(
+            temporary, {key: specs[name] for key, name in original.items()}, lambda key: fetch(original[key])
+        )
     return out
 
 
-def _base_config(base: str | Path) -> dict[str, Any]:
-    path = Path(base) / "transformer" / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: base must be a local diffusers folder of a Wan model")
-    return load_transformer_config(path)
+def folder_tensors(folder: Path) -> tuple[dict[str, TensorSpec], Callable[[str], torch.Tensor]]:
+    """What a folder of safetensors shards holds, and a function that maps a tensor from them."""
+    checkpoint = open_checkpoint(folder, nestings=())
+    loaded = {shard.path: shard for shard in checkpoint.shards}
+    where = {key: shard.path for shard in checkpoint.shards for key in shard.specs}
+    tensors: dict[Path, dict[str, torch.Tensor]] = {}
 
+    def fetch(name: str) -> torch.Tensor:
+        if where[name] not in tensors:
+            tensors.clear()
+            tensors[where[name]] = loaded[where[name]].load()
+        return tensors[where[name]][name]
 
-def _copy_base_components(base: str | Path | None, folder: Path) -> dict[str, list[str | None]]:
-    """Copy what a causal model shares with its base; return their `model_index.json` entries."""
-    names = ("vae", "text_encoder", "tokenizer")
-    if base is None:
-        return {name: [None, None] for name in names}
-    index_path = Path(base) / "model_index.json"
-    if not index_path.is_file():
-        raise ValueError(f"{index_path} is missing: base must be a local diffusers folder of a Wan model")
-    index = json.loads(index_path.read_text(encoding="utf-8"))
-    for name in names:
-        if name not in index or not (Path(base) / name).is_dir():
-            raise ValueError(
-                f"{base} has no component {name!r}: base must be a complete diffusers folder of a Wan model"
-            )
-        shutil.copytree(Path(base) / name, folder / name)  # follows links: a hub cache holds links to blobs
-    return {name: index[name] for name in names}
-
-
-def _write_pipeline(folder: Path, fields: CausalFields, components: Mapping[str, list[str | None]]) -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=fields.timestep_shift)
-    scheduler.save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "ARVDPipeline",
-        "_diffusers_version": diffusers.__version__,
-        **components,
-        "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
-        "transformer": ["diffusers", WanTransformer3DModel.__name__],
-        **fields.to_dict(),
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "pipeline.py").write_text(PIPELINE_STUB, encoding="utf-8")
+    return checkpoint.specs, fetch

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
-import torch
+T = TypeVar("T")
 
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
@@ -42,8 +43,8 @@ LEAVES = (
 
 
 def plain_key(key: str) -> str:
-    """An original key without the traces of training wrappers and without its `model.` prefix."""
-    return _WRAPPERS.sub("", key).removeprefix("model.")
+    """An original key without the traces of training wrappers and without the prefix under which a file keeps the model."""
+    return _WRAPPERS.sub("", key).removeprefix("model.").removeprefix("diffusion_model.")
 
 
 def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
@@ -56,9 +57,7 @@ def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str |
     return f"{prefix}{table[rest]}" if rest in table else None
 
 
-def _rename_all(
-    state_dict: Mapping[str, torch.Tensor], top: dict, block: dict, layout: str
-) -> dict[str, torch.Tensor]:
+def _rename_all(state_dict: Mapping[str, T], top: dict, block: dict, layout: str) -> dict[str, T]:
     renamed = {_rename(key, top, block): (key, tensor) for key, tensor in state_dict.items()}
     unknown = [key for key in state_dict if _rename(key, top, block) is None]
     if unknown:
@@ -69,15 +68,15 @@ def _rename_all(
     return {new: tensor for new, (_, tensor) in renamed.items()}
 
 
-def to_diffusers_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_diffusers_keys(state_dict: Mapping[str, T]) -> dict[str, T]:
     """Rename an original state dict (wrapper substrings and a `model.` prefix allowed) to `WanTransformer3DModel` keys.
 
-    Tensors, packed ones of quantized layers included, are passed through untouched.
+    Tensors (packed ones of quantized layers included, or what stands for them) are passed through untouched.
 
     Raises:
         ValueError: for keys that no Wan transformer has, or two keys that name the same parameter.
     """
-    plain: dict[str, torch.Tensor] = {}
+    plain: dict[str, T] = {}
     for key, tensor in state_dict.items():
         name = plain_key(key)
         if name in plain:
@@ -86,7 +85,7 @@ def to_diffusers_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch
     return _rename_all(plain, _TOP, _BLOCK, "original")
 
 
-def to_original_keys(state_dict: Mapping[str, torch.Tensor], prefix: str = "model.") -> dict[str, torch.Tensor]:
+def to_original_keys(state_dict: Mapping[str, T], prefix: str = "model.") -> dict[str, T]:
     """Inverse of `to_diffusers_keys`: `WanTransformer3DModel` keys to original ones behind `prefix`."""
     top = {new: old for old, new in _TOP.items()}
     block = {new: old for old, new in _BLOCK.items()}

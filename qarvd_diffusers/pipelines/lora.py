@@ -12,9 +12,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from torch import nn
 
 from ..calibration.targets import base_linears
-from ..conversion import check_fit, load_checkpoint, read_lora, to_peft
-
-_LORA_NESTINGS = ("generator_lora", "generator_ema_lora", "lora", "generator", "model")
+from ..conversion import LORA_NESTINGS, check_fit, load_checkpoint, read_lora, to_peft
 
 
 class LoraMixin(WanLoraLoaderMixin):
@@ -42,7 +40,7 @@ class LoraMixin(WanLoraLoaderMixin):
         given = pretrained_model_name_or_path_or_dict
         source = "the LoRA" if isinstance(given, dict) else str(given)
         if not isinstance(given, dict) and Path(given).is_file() and Path(given).suffix in (".pt", ".pth"):
-            given = load_checkpoint(given, nestings=_LORA_NESTINGS)
+            given = load_checkpoint(given, nestings=LORA_NESTINGS)
         tensors, metadata = _fetch(given, **kwargs)
         if metadata is None:
             tensors, metadata = to_peft(read_lora(tensors, source))
