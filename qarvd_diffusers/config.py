@@ -108,6 +108,8 @@ class QARVDConfig(QuantizationConfigMixin):
             embedding, the patch embedding and the output head.
         text_encoder: `"int8"` quantizes the text encoder's weights with optimum-quanto at load time; None leaves it.
         base_model: Hub id of the float model; written by quantization.
+        calibration_adapters: name -> scale of the adapters (LoRA) that were active in the calibration rollouts; written by
+            quantization. The checkpoint holds the base model alone: load them again to get what was calibrated.
         modules: written by quantization, read by loading: name -> `QuantizedModule` (or its dict).
     """
 
@@ -128,6 +130,7 @@ class QARVDConfig(QuantizationConfigMixin):
     modules_to_not_convert: tuple[str, ...] = ()
     text_encoder: str | None = None
     base_model: str | None = None
+    calibration_adapters: Mapping[str, float] | None = None
     modules: Mapping[str, QuantizedModule] | None = None
     quant_method: str = dataclasses.field(default=QARVDMethod.QARVD, kw_only=True)  # the base puts it first
 

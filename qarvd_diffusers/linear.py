@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -209,7 +210,14 @@ class QARVDLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The de-quantized weight `[N, K]` in original channel order: a fresh copy, writing to it changes nothing."""
+        """The de-quantized weight `[N, K]` in original channel order: a fresh copy that refuses to be written to.
+
+        Merging an adapter writes to the weight of its base layer; into this copy it would go, and be lost.
+        """
+        return self.dequantized().as_subclass(_ReadOnlyWeight)
+
+    def dequantized(self) -> Tensor:
+        """The weight as an ordinary tensor `[N, K]`, in original channel order and in the layer's dtype."""
         return self._in_natural_order(self._stored_weight(), 0)
 
     def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
@@ -297,7 +305,33 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.weight.to(grad.dtype), None
+        return grad @ ctx.layer.dequantized().to(grad.dtype), None
+
+
+_WRITES = re.compile(
+    r"__(i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|setitem)__|[a-z]\w*[a-z0-9]_"
+)
+
+
+class _ReadOnlyWeight(Tensor):
+    """What `QARVDLinear.weight` returns: an ordinary tensor to read, an error to write to."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        writes = func == Tensor.data.__set__ or _WRITES.fullmatch(getattr(func, "__name__", ""))
+        if writes and args and isinstance(args[0], cls) and func is not Tensor.requires_grad_:
+            raise ValueError(
+                f"the weight {tuple(args[0].shape)} of a QARVDLinear is packed integers: what is written to its "
+                "de-quantized copy (merging or fusing an adapter does that) would be lost. Keep the adapter unmerged, or "
+                "merge it into the float model and quantize that."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def base_layer_name(model: nn.Module, name: str) -> str:
+    """Where the layer called `name` really is: adapters (PEFT) put it into a module of their own, as `base_layer`."""
+    return f"{name}.base_layer" if hasattr(model.get_submodule(name), "base_layer") else name
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

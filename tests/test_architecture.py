@@ -19,9 +19,9 @@ LAYERS = [
     {"pipelines"},
     {"quantizer"},
     {"serialization", "conversion", "model_card"},
-    {"calibration"},
+    {"calibration", "presets"},
     {"linear", "models", "schedulers"},
-    {"config", "primitives", "packing", "bundled"},
+    {"config", "primitives", "packing", "bundled", "tensor_files"},
 ]
 RANK = {name: len(LAYERS) - depth for depth, names in enumerate(LAYERS) for name in names}
 # The root registers with diffusers; type checking and lazy names reach everything.

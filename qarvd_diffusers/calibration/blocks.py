@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig
-from ..linear import LinearQParams, QARVDLinear
+from ..linear import LinearQParams, QARVDLinear, base_layer_name
 from ..models.pass_info import PassInfo
 from .capture import InputCapture
 from .groups import LayerGroup, stored_grid
@@ -148,6 +148,7 @@ def _quantized(transformer: nn.Module) -> Iterator[Callable[[Mapping[str, Linear
 
     def quantize(layers: Mapping[str, LinearQParams]) -> None:
         for name, qparams in layers.items():
+            name = base_layer_name(transformer, name)
             kept[name] = transformer.get_submodule(name)
             transformer.set_submodule(name, QARVDLinear.from_float(kept[name], qparams))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig, QuantizedModule
-from ..linear import LinearQParams, QARVDLinear
+from ..linear import LinearQParams, QARVDLinear, base_layer_name
 from ..models.pass_info import PassInfo
 from ..packing import pack
 from .blocks import round_blocks
@@ -150,7 +150,7 @@ def apply(transformer: nn.Module, result: CalibrationResult) -> None:
         ValueError: see `quantized_layers`.
     """
     for name, layer in quantized_layers(transformer, result).items():
-        transformer.set_submodule(name, layer)
+        transformer.set_submodule(base_layer_name(transformer, name), layer)
 
 
 def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[str, QARVDLinear]:
@@ -181,14 +181,14 @@ def dequantize(transformer: nn.Module) -> None:
             linear = nn.Linear(
                 layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=layer.dtype
             )
-            linear.weight = nn.Parameter(layer.weight, requires_grad=False)
+            linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
             linear.bias = layer.bias
             transformer.set_submodule(name, linear.train(layer.training))
 
 
 def _submodule(transformer: nn.Module, name: str) -> nn.Module | None:
     try:
-        return transformer.get_submodule(name)
+        return transformer.get_submodule(base_layer_name(transformer, name))
     except AttributeError:
         return None
 

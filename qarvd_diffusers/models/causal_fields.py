@@ -1,4 +1,4 @@
-"""`CausalFields`: the few values in which the members of the causal Wan family differ, and the members that are known."""
+"""`CausalFields`: the few values in which the members of the causal Wan family differ."""
 
 from __future__ import annotations
 
@@ -134,20 +134,3 @@ class CausalFields:
                 f"chunk has {first}, every other has {self.num_frames_per_chunk}"
             )
         return chunks + 1
-
-
-_FRAMEWISE = CausalFields(num_frames_per_chunk=1)
-
-FAMILY_FIELDS: dict[str, CausalFields] = {
-    "self-forcing": CausalFields(),
-    "causal-forcing": CausalFields(),
-    "causal-forcing-framewise": _FRAMEWISE,
-    "causal-forcing-framewise-2step": dataclasses.replace(
-        _FRAMEWISE, denoising_timesteps=(1000, 500), first_chunk_timesteps=(1000, 750, 500, 250)
-    ),
-    "causal-forcing-framewise-1step": dataclasses.replace(
-        _FRAMEWISE, denoising_timesteps=(1000,), first_chunk_timesteps=(1000, 750, 500, 250)
-    ),
-    "causvid": CausalFields(denoising_timesteps=(1000, 757, 522), warp_timesteps=False, timestep_shift=8.0),
-}
-"""Values of the released inference configurations, per family member whose rollout the chunk loop runs."""

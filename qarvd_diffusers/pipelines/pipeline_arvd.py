@@ -20,6 +20,7 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
 from .arvd_mixin import ARVDMixin
 from .inputs import StreamInputs, resolve_num_chunks
+from .lora import LoraMixin
 from .output import ARVDPipelineOutput, concatenate
 from .streaming_vae import StreamingVAEDecoder
 
@@ -52,7 +53,7 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-class ARVDPipeline(ARVDMixin, DiffusionPipeline):
+class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
     """Autoregressive video generation with a causal Wan transformer (Self-Forcing and its family).
 
     One class serves the family: members differ in the config fields of `CausalFields`. A stock `WanTransformer3DModel` is

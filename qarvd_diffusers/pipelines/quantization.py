@@ -27,6 +27,7 @@ from ..config import QARVDConfig, parse_prompts
 from ..models.pass_info import PassInfo
 from ..quantizer import attach
 from ..serialization import quantized_linears
+from .lora import adapter_scales
 
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
@@ -96,7 +97,12 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
     Embeddings stand for prompts, tokenizer and text encoder at once.
     """
     digest = hashlib.blake2b(digest_size=20)
-    settings = config.replace(calibration_prompts=None, text_encoder=None, base_model=None).to_dict()
+    settings = config.replace(
+        calibration_prompts=None,
+        text_encoder=None,
+        base_model=None,
+        calibration_adapters=adapter_scales(pipe.transformer) or None,
+    ).to_dict()
     rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
     model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
     digest.update(json.dumps([settings, rollout, model, torch.__version__], sort_keys=True, default=str).encode())
@@ -212,7 +218,9 @@ def quantize_pipeline(pipe: ARVDMixin, config: QARVDConfig, result: CalibrationR
     """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
     apply(pipe.transformer, result or calibrate_pipeline(pipe, config))
     hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
-    attach(pipe.transformer, config.replace(base_model=config.base_model or hub_id))
+    adapters = adapter_scales(pipe.transformer) if config.needs_calibration else {}
+    config = config.replace(base_model=config.base_model or hub_id, calibration_adapters=adapters or None)
+    attach(pipe.transformer, config)
 
 
 def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:
