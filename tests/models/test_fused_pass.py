@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from qarvd_diffusers.bench.shapes import SHAPES, random_transformer
+from qarvd_diffusers.bench.transformer import PassRunner
+from qarvd_diffusers.bench.transformer import quantized as quantized_by_one_pass
 from qarvd_diffusers.calibration.calibrate import apply, calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.linear import QARVDLinear
@@ -188,3 +191,19 @@ def test_rows_in_another_order_change_nothing():
     layer.store_rows_in(order.flip(0))
     layer.load_state_dict(state)
     assert torch.equal(layer.weight_packed, stored) and torch.equal(layer(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
+@pytest.mark.parametrize("storage", ("auto", "fp8", "int8"))
+def test_on_the_gpu(scheme, storage):
+    """Compiled kernels against the layer-by-layer model, in the dtype that users run."""
+    device, shape = torch.device("cuda"), SHAPES["toy"]
+    model = quantized_by_one_pass(random_transformer(shape, device, torch.bfloat16), shape, scheme)
+    flows = []
+    for fused in (False, True):
+        model.fused_pass = fused
+        runner = PassRunner(model, shape, storage)
+        flows.append(torch.stack([runner(chunk) for chunk in range(3)]).float())
+    assert relative(flows[1], flows[0]) < (0.02 if storage == "auto" else 0.06)
