@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -178,7 +179,8 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         """See `ARVDMixin.check_prompt`."""
         got = super().check_prompt(prompt, prompt_embeds, batch)
         if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
-            raise ValueError("the pipeline has no text encoder or tokenizer: pass prompt_embeds")
+            gone = " any more (text_encoder_offload is 'free')" if self.text_encoder_offload == "free" else ""
+            raise ValueError(f"the pipeline has no text encoder or tokenizer{gone}: pass prompt_embeds")
         expected = self.transformer.config.text_dim
         if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != expected):
             raise ValueError(f"prompt_embeds has shape {list(prompt_embeds.shape)}, expected [B, tokens, {expected}]")
@@ -308,7 +310,7 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
         num_chunks: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
