@@ -197,7 +197,7 @@ class QuantizableMixin:
         config = self.quantization
         if config is None:
             return
-        if config.text_encoder == "int8":
+        if config.text_encoder == "int8" and self.text_encoder is not None:
             _copy_float_files(self.text_encoder.name_or_path, folder / "text_encoder")
         self.write_card(folder, report or self._stored_report(), repo_id)
 
