@@ -26,6 +26,9 @@ _PUBLIC = {
     "convert_checkpoint": "conversion",
     "evaluate": "evaluation.fidelity",
     "measure_sensitivity": "pipelines.sensitivity",
+    "quantized_linears": "serialization",
+    "stored_bytes": "serialization",
+    "to_original_keys": "conversion",
     "SensitivityResult": "calibration.sensitivity",
 }
 
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.sensitivity import SensitivityResult
     from .config import QARVDConfig
-    from .conversion import convert_checkpoint
+    from .conversion import convert_checkpoint, to_original_keys
     from .evaluation.fidelity import evaluate
     from .linear import QARVDLinear
     from .models.kv_cache import KVCache
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_arvd import ARVDPipeline
     from .pipelines.sensitivity import measure_sensitivity
     from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
+    from .serialization import quantized_linears, stored_bytes
 
 __all__ = [
     "ARVDMixin",
@@ -58,6 +62,9 @@ __all__ = [
     "convert_checkpoint",
     "evaluate",
     "measure_sensitivity",
+    "quantized_linears",
+    "stored_bytes",
+    "to_original_keys",
 ]
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "compare a quantized model with its float model: metrics per chunk, plots, one HTML page",
     "generate": "stream a video into an mp4",
     "inspect": "what is in a model folder: layers, bits, outliers, bytes",
+    "bench": "measure kernels and transformer passes on this machine, beside other quantizers",
     "info": "versions, devices, and which kernel runs for each operator and why",
 }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,11 @@ def hash_tensors(digest: hashlib.blake2b, named: Iterable[tuple[str, torch.Tenso
 
 
 def calibrate_pipeline(
-    pipe: ARVDMixin, config: QARVDConfig, use_cache: bool = True, resume: str | os.PathLike[str] | None = None
+    pipe: ARVDMixin,
+    config: QARVDConfig,
+    use_cache: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> CalibrationResult:
     """Calibrate a float pipeline; nothing of it changes.
 
@@ -126,6 +131,7 @@ def calibrate_pipeline(
         use_cache: take and keep the result in `cache_folder()` under its content hash.
         resume: folder for finished parts, so that an interrupted calibration goes on where it stopped; None takes one in
             `cache_folder()` that is removed at the end, or none without `use_cache`.
+        progress: called, besides the bars, for every pass and every step of rounding; what it raises ends the calibration.
 
     Returns:
         The integer weights and quantizer parameters of every quantizable Linear.
@@ -138,7 +144,7 @@ def calibrate_pipeline(
     if quantized_linears(pipe.transformer):
         raise ValueError("The transformer is quantized already; calibrate the float model.")
     if not config.needs_calibration:
-        return quantize_weights(pipe.transformer, config)
+        return quantize_weights(pipe.transformer, config, progress)
     processes = Processes.launched()
     with torch.no_grad():
         embeds = [pipe.encode_prompt(prompt) for prompt in calibration_prompts(pipe, config)]
@@ -156,9 +162,15 @@ def calibrate_pipeline(
     rollouts = list(enumerate(embeds))
     with at_work(pipe, "calibrating", "pass") as step:
 
-        def run(on_pass: Callable[[PassInfo], None], chosen: Iterable[tuple[int, torch.Tensor]] = rollouts) -> None:
+        def run(on_pass: Callable[[PassInfo], None], chosen: Sequence[tuple[int, torch.Tensor]] = rollouts) -> None:
+            fields, passes = pipe.causal_fields, itertools.count(1)
+            chunks = range(config.calibration_chunks)
+            total = len(chosen) * sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in chunks)
+
             def observed(info: PassInfo) -> None:
                 step()
+                if progress is not None:
+                    progress("running the model", next(passes), total)
                 on_pass(info)
 
             for index, prompt_embeds in chosen:
@@ -172,9 +184,9 @@ def calibrate_pipeline(
                 ):
                     pass
 
-        with _rounding_bar(pipe) as progress:
+        with _rounding_bar(pipe, progress) as report:
             run_share = partial(run, chosen=processes.share(rollouts))
-            result = calibrate(pipe.transformer, run, config, progress, folder, processes, run_share)
+            result = calibrate(pipe.transformer, run, config, report, folder, processes, run_share)
     if processes.is_main and use_cache:
         result.save(path)
     if processes.is_main and unfinished is not None:
@@ -183,13 +195,15 @@ def calibrate_pipeline(
 
 
 @contextmanager
-def _rounding_bar(pipe: ARVDMixin) -> Iterator[Progress]:
-    """A bar that counts the groups of layers that are rounded and shows what is being done."""
+def _rounding_bar(pipe: ARVDMixin, also: Progress | None) -> Iterator[Progress]:
+    """A bar that counts the groups of layers that are rounded and shows what is being done; `also` is told the same."""
     with tqdm(desc="layers", unit="group", disable=_hidden(pipe)) as bar:
 
         def progress(text: str, step: int, steps: int) -> None:
             bar.set_postfix_str(f"{text} ({step}/{steps})", refresh=False)
             bar.update(step == steps)
+            if also is not None:
+                also(text, step, steps)
 
         yield progress
 
