@@ -25,7 +25,9 @@ _PUBLIC = {
     "calibrate": "calibration.calibrate",
     "convert_checkpoint": "conversion",
     "evaluate": "evaluation.fidelity",
+    "export_int8_tensorwise": "conversion",
     "measure_sensitivity": "pipelines.sensitivity",
+    "save_single_file": "conversion",
     "SensitivityResult": "calibration.sensitivity",
 }
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.sensitivity import SensitivityResult
     from .config import QARVDConfig
-    from .conversion import convert_checkpoint
+    from .conversion import convert_checkpoint, export_int8_tensorwise, save_single_file
     from .evaluation.fidelity import evaluate
     from .linear import QARVDLinear
     from .models.kv_cache import KVCache
@@ -57,7 +59,9 @@ __all__ = [
     "calibrate",
     "convert_checkpoint",
     "evaluate",
+    "export_int8_tensorwise",
     "measure_sensitivity",
+    "save_single_file",
 ]
 
 

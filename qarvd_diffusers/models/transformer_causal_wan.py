@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +25,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import nn
 
 from .kv_cache import KVCache, KVLayerCache
+from .single_file import read_single_file
 
 
 class CausalTimesteps(Timesteps):
@@ -335,6 +338,35 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             "fuse_lora", "keep the adapter unfused, or fuse into the float model and quantize that"
         )
         super().fuse_lora(*args, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path_or_dict: Any, **kwargs: Any
+    ) -> CausalWanTransformer3DModel:
+        """As in diffusers; a file that Q-ARVD wrote tells its config and quantization itself, so that no other is needed.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: file with original key names.
+            **kwargs: those of diffusers, such as `dtype` and, for a file of another origin, `config`.
+
+        Raises:
+            ValueError: the file is truncated, or does not hold exactly the tensors that its header tells.
+        """
+        given = pretrained_model_link_or_path_or_dict
+        local = isinstance(given, str | os.PathLike) and os.path.isfile(given) and str(given).endswith(".safetensors")
+        header = read_single_file(given) if local and not {"config", "quantization_config"} & kwargs.keys() else None
+        source = str(given) if local else given
+        if header is None:
+            return super().from_single_file(source, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+                json.dump({"_class_name": cls.__name__, **header.transformer}, file)
+            kwargs |= {"config": folder, "quantization_config": header.quantization}
+            model = super().from_single_file(source, **kwargs)
+        model.register_to_config(_name_or_path=str(given))
+        if header.quantization is not None:
+            model.register_to_config(quantization_config=header.quantization)
+        return model
 
     def _refuse_if_quantized(self, method: str, remedy: str) -> None:
         if getattr(self, "is_quantized", False):

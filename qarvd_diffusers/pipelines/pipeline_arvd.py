@@ -22,6 +22,7 @@ from .arvd_mixin import ARVDMixin
 from .inputs import StreamInputs, resolve_num_chunks
 from .lora import LoraMixin
 from .output import ARVDPipelineOutput, concatenate
+from .single_file import SingleFileMixin
 from .streaming_vae import StreamingVAEDecoder
 
 EXAMPLE_DOC_STRING = """
@@ -53,7 +54,7 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
+class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Autoregressive video generation with a causal Wan transformer (Self-Forcing and its family).
 
     One class serves the family: members differ in the config fields of `CausalFields`. A stock `WanTransformer3DModel` is
