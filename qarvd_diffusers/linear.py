@@ -100,6 +100,7 @@ class QARVDLinear(nn.Linear):
         self.weight_bits = description.weight_bits
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
+        self._row_order: Tensor | None = None
         for name in ("input_scale", "input_zero_point"):
             self.register_parameter(name, None)
         for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
@@ -165,6 +166,38 @@ class QARVDLinear(nn.Linear):
             zero_point = None if self.input_zero_point is None else self.input_zero_point[group]
             accumulator(width, zero_point, self.weight_zero_point[:, group], self.weight_bits)
 
+    def store_rows_in(self, order: Tensor | None) -> None:
+        """Keep the output channels in another order in memory; result, `weight` and state dict stay what they are.
+
+        For kernels that hand their output on in the order of the next layer (`channel_order`).
+
+        Args:
+            order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural order.
+        """
+        if self._row_order is not None:
+            self._permute_rows(_inverse(self._row_order))
+        self._row_order = None if order is None else order.detach().clone()
+        if order is not None:
+            self._permute_rows(order)
+
+    def _permute_rows(self, order: Tensor) -> None:
+        for name in PER_ROW:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor.data = tensor.data.index_select(0, order)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._row_order is not None:
+            natural = _inverse(self._row_order)
+            for name in PER_ROW:
+                if prefix + name in destination:
+                    destination[prefix + name] = destination[prefix + name].index_select(0, natural)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.store_rows_in(None)
+        super()._load_from_state_dict(*args)
+
     @property
     def description(self) -> QuantizedModule:
         """What the checkpoint's config says of this layer."""
@@ -185,6 +218,12 @@ class QARVDLinear(nn.Linear):
 
     def dequantized(self) -> Tensor:
         """The weight as an ordinary tensor `[N, K]`, in original channel order and in the layer's dtype."""
+        return self._in_natural_order(self._stored_weight(), 0)
+
+    def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor if self._row_order is None else tensor.index_select(dim, _inverse(self._row_order))
+
+    def _stored_weight(self) -> Tensor:
         return ops.dequantize_weight(
             self.weight_packed,
             self.weight_scale,
@@ -199,7 +238,7 @@ class QARVDLinear(nn.Linear):
         """`[..., K]` -> `[..., N]` in the dtype of x."""
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightThrough.apply(x, self)
-        return self._compute(x)
+        return self._in_natural_order(self._compute(x), -1)
 
     def _compute(self, x: Tensor) -> Tensor:
         weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
@@ -223,6 +262,8 @@ class QARVDLinear(nn.Linear):
 
         if self.bias is None:
             self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        if self._row_order is not None:
+            self._row_order = keep_dtype(self._row_order)
         return super()._apply(keep_dtype, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> QARVDLinear:
@@ -246,13 +287,21 @@ class QARVDLinear(nn.Linear):
         )
 
 
+# Parameters with one entry per output channel.
+PER_ROW = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.argsort(order)
+
+
 class _StraightThrough(torch.autograd.Function):
     """Forward of the quantized layer, backward of the float layer of its de-quantized weight."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: QARVDLinear) -> Tensor:
         ctx.layer = layer
-        return layer._compute(x)
+        return layer._in_natural_order(layer._compute(x), -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

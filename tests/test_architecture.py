@@ -15,7 +15,7 @@ PACKAGE = ROOT / "qarvd_diffusers"
 LAYERS = [
     {"__main__"},
     {"__init__", "cli"},
-    {"hub", "evaluation"},
+    {"hub", "evaluation", "bench"},
     {"pipelines"},
     {"quantizer"},
     {"serialization", "conversion", "model_card"},
@@ -32,6 +32,7 @@ SAME_LAYER = {
     ("hub", "evaluation"),
     ("conversion", "serialization"),
     ("conversion", "model_card"),
+    ("models", "linear"),
 }
 
 

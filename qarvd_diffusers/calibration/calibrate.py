@@ -20,6 +20,7 @@ from .groups import LayerGroup
 from .inputs import InputQuantizer
 from .observers import InputObserver, ReferenceObserver
 from .outliers import OutlierSet, find_outliers
+from .processes import ALONE, Processes
 from .result import CalibrationResult, config_hash
 from .resume import ResumeFolder
 from .targets import input_groups, quantizable_linears, repeated_name, skips_rounding
@@ -35,6 +36,8 @@ def calibrate(
     config: QARVDConfig,
     progress: Progress | None = None,
     folder: ResumeFolder | None = None,
+    processes: Processes = ALONE,
+    run_share: Callable[[Callable[[PassInfo], None]], None] | None = None,
 ) -> CalibrationResult:
     """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072); it is left as it was.
 
@@ -48,6 +51,9 @@ def calibrate(
         config: what to calibrate for; `config.sensitivity` weighs the chunks.
         progress: called for every layer whose weights are quantized, and for every step of rounding.
         folder: keeps what is finished; a calibration that finds it there goes on from it, to the same result.
+        processes: those that call this together, with the same model and config; all get the result.
+        run_share: as `run`, for this process's share of the rollouts: ranges are searched in shares, whereas in rounding
+            every process runs all rollouts and watches its own layers. Needed with more than one process.
 
     Returns:
         The result; `apply` puts it into the model.
@@ -61,12 +67,12 @@ def calibrate(
     linears = quantizable_linears(transformer, config)
     groups = input_groups(transformer, linears, config)
     outliers = _find_outliers(linears, groups, config)
-    layers = folder.load("ranges", linears) if folder is not None else None
+    layers = processes.from_main(folder.load("ranges", linears) if folder is not None and processes.is_main else None)
     if layers is None:
         layers = _quantize_weights(linears, groups, outliers, config, progress)
         if config.resolved_scheme.needs_calibration:
-            layers = _observe_inputs(linears, groups, outliers, layers, run, config)
-        if folder is not None:
+            layers = _observe_inputs(linears, groups, outliers, layers, run_share or run, config, processes)
+        if folder is not None and processes.is_main:
             folder.save("ranges", layers)
     if config.resolved_rounding != "nearest":
         rounded = [
@@ -74,7 +80,7 @@ def calibrate(
             for names, found in zip(groups, outliers, strict=True)
             if not skips_rounding(names[0], config)
         ]
-        layers = round_blocks(transformer, rounded, layers, run, config, folder, progress)
+        layers = round_blocks(transformer, rounded, layers, run, config, folder, progress, processes)
     return CalibrationResult(layers, config_hash(config))
 
 
@@ -85,6 +91,7 @@ def _observe_inputs(
     layers: Mapping[str, LinearQParams],
     run: Callable[[Callable[[PassInfo], None]], None],
     config: QARVDConfig,
+    processes: Processes,
 ) -> dict[str, LinearQParams]:
     """Watch one set of rollouts and add a static input quantizer to every layer."""
     observer = ReferenceObserver if config.reference_compat else InputObserver
@@ -99,9 +106,11 @@ def _observe_inputs(
 
     with torch.no_grad(), model_under_test, InputCapture(linears, groups, observe) as capture:
         run(capture.on_pass)
-    capture.check(range(config.calibration_chunks))
+    if capture.ran or processes.count == 1:  # of many processes some may have had no prompt
+        capture.check(range(config.calibration_chunks))
     observed = dict(layers)
     for group, watched in zip(groups, observers, strict=True):
+        watched.join(processes)
         scale, zero_point = watched.quantizer(config.percentiles)
         for name in group:
             observed[name] = dataclasses.replace(observed[name], input_scale=scale, input_zero_point=zero_point)

@@ -8,6 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+PROMPT_SWITCHES = ("keep", "recache", "new_text_only")
+"""What becomes of cached frames when the prompt changes. `keep`: they stay as they are, the picture goes on and follows
+slowly. `recache`: the frames in the window are encoded anew under the new prompt (LongLive, arXiv 2509.22622).
+`new_text_only`: they are forgotten, which cuts to a new scene."""
+
 
 @dataclass(frozen=True)
 class CausalFields:
@@ -23,6 +28,8 @@ class CausalFields:
         local_attention_frames: latent frames a chunk can see, sink and the chunk itself included; -1 is all.
         sink_frames: first latent frames that are never evicted.
         independent_first_frame: the first chunk of a video (or of its given start) is a single latent frame.
+        on_prompt_switch: what a new prompt does to the cached frames when a call does not say, one of `PROMPT_SWITCHES`.
+        global_sink: re-caching leaves the sink as it was encoded under the first prompt, once the window has moved on.
     """
 
     num_frames_per_chunk: int = 3
@@ -34,6 +41,8 @@ class CausalFields:
     local_attention_frames: int = -1
     sink_frames: int = 0
     independent_first_frame: bool = False
+    on_prompt_switch: str = "keep"
+    global_sink: bool = True
 
     def __post_init__(self) -> None:
         for name in ("denoising_timesteps", "first_chunk_timesteps"):
@@ -56,6 +65,7 @@ class CausalFields:
         require(first is None or falls(first), "first_chunk_timesteps", "None or falling numbers in [0, 1000]")
         require(self.timestep_shift > 0, "timestep_shift", "a positive number")
         require(0 <= self.context_noise <= 1000, "context_noise", "a timestep in [0, 1000]")
+        require(self.on_prompt_switch in PROMPT_SWITCHES, "on_prompt_switch", f"one of {', '.join(PROMPT_SWITCHES)}")
         require(self.sink_frames >= 0, "sink_frames", "0 or a positive number of latent frames")
         least = self.sink_frames + self.num_frames_per_chunk
         require(

@@ -24,6 +24,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 from torch import nn
 
+import qarvd_kernels as ops
+
+from .fused_pass import FusedPass, refusal
 from .kv_cache import KVCache, KVLayerCache
 from .single_file import read_single_file
 
@@ -79,11 +82,19 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
             if start + size > self.max_seq_len:
                 raise ValueError(
                     f"{axis} position {start + size - 1} lies beyond the RoPE table of rope_max_seq_len = "
-                    f"{self.max_seq_len} positions: generate fewer chunks, or load the transformer with a larger "
-                    "rope_max_seq_len in its config"
+                    f"{self.max_seq_len} positions: choose a smaller picture or local_attention_frames, or load the "
+                    "transformer with a larger rope_max_seq_len in its config"
                 )
         tables = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
         return tables if self.cache_start is None else (*tables, self.cache_start)
+
+    def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ; up to twice the table."""
+        rows = [min(frames, self.max_seq_len - 1), max(0, frames - self.max_seq_len + 1)]
+        cos, sin = (table[rows, : self.t_dim].cpu().double() for table in (self.freqs_cos, self.freqs_sin))
+        turned = torch.complex(cos[:, 0::2], sin[:, 1::2]).prod(dim=0)
+        device = self.freqs_cos.device
+        return turned.real.float().to(device), turned.imag.float().to(device)
 
     def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
         parts = []
@@ -125,7 +136,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             key, value = self.cache.update(key, value, start)
         else:
             query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-            key, value = self._text(attn, encoder_hidden_states)
+            key, value = self.text(attn, encoder_hidden_states)
         hidden_states = dispatch_attention_fn(
             query,
             key,
@@ -151,7 +162,8 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
-    def _text(self, attn: WanAttention, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def text(self, attn: WanAttention, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-attention K/V `[B, text_tokens, heads, head_dim]`: the cached ones, or projected and cached now."""
         # Cached tensors would carry a graph that the first backward frees: with gradients they are computed anew.
         cached = None if torch.is_grad_enabled() else self.cache.get_text()
         if cached is not None:
@@ -176,6 +188,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     A pass binds its cache to the model while it runs: one model serves any number of interleaved streams, but not two
     threads at a time.
+
+    Attributes:
+        fused_pass: whether cached passes of a statically quantized model run on fused integer kernels (`FusedPass`); None,
+            the default, means wherever kernels for the device exist.
     """
 
     _skip_keys = ["kv_cache"]  # noqa: RUF012 - accelerate must hand the cache through, not copy it
@@ -186,6 +202,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         self._install_causal_parts()
 
     def _install_causal_parts(self) -> None:
+        self.fused_pass: bool | None = None
+        self._fused_pass: FusedPass | None = None
         self.rope = CausalWanRotaryPosEmbed(self.rope)
         self.condition_embedder.timesteps_proj = CausalTimesteps(self.condition_embedder.timesteps_proj)
         for block in self.blocks:
@@ -227,6 +245,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
         kv_cache: KVCache | None = None,
         frame_offset: int = 0,
+        cache_only: bool = False,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """One pass over one chunk.
 
@@ -240,6 +259,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             attention_kwargs: as in `WanTransformer3DModel` (`scale` of adapters).
             kv_cache: K/V of earlier frames; this pass attends to them and writes (or overwrites) its own.
             frame_offset: absolute index of the first latent frame, for RoPE and for the cache.
+            cache_only: the pass is made for its K/V alone; what it returns is unspecified, and may not be computed.
 
         Returns:
             The flow `[B, C, F, H, W]` (noise minus clean latents).
@@ -248,8 +268,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             ValueError: for a timestep of another shape, a position beyond the RoPE table, or a pass that does not fit the
                 cache.
         """
-        timestep = self._expand_timestep(timestep, hidden_states)
+        fused = None
+        if kv_cache is not None and encoder_hidden_states_image is None and not attention_kwargs:
+            fused = self._fused(timestep, hidden_states)
+        timestep = self._expand_timestep(timestep, hidden_states) if fused is None else timestep
         with self._bind(kv_cache, frame_offset, hidden_states):
+            if fused is not None:
+                flow = fused(self, hidden_states, timestep, encoder_hidden_states, kv_cache, cache_only)
+                return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
             return super().forward(
                 hidden_states,
                 timestep,
@@ -258,6 +284,23 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 return_dict=return_dict,
                 attention_kwargs=attention_kwargs,
             )
+
+    def _fused(self, timestep: torch.Tensor, hidden_states: torch.Tensor) -> FusedPass | None:
+        """The fused form of this pass, if there is one and it is wanted."""
+        wanted = self.fused_pass if self.fused_pass is not None else ops.accelerated(hidden_states.device)
+        if not wanted or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        batch, frames = hidden_states.shape[0], hidden_states.shape[2] // self.config.patch_size[0]
+        if timestep.shape not in ((batch,), (batch, frames)) or self.fusion_refusal is not None:
+            return None
+        if self._fused_pass is None or not self._fused_pass.fits(self):
+            self._fused_pass = FusedPass(self)
+        return self._fused_pass
+
+    @property
+    def fusion_refusal(self) -> str | None:
+        """Why no pass of this model can run on fused integer kernels; None if nothing in the model stands against it."""
+        return refusal(self)
 
     def _tokens_per_frame(self, hidden_states: torch.Tensor) -> int:
         _, p_h, p_w = self.config.patch_size
@@ -281,7 +324,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Hand cache and frame offset to the installed parts for the length of one stock forward."""
         sinusoid = self.condition_embedder.timesteps_proj
         processors = [(block.attn1.processor, block.attn2.processor) for block in self.blocks]
-        layers, start = [None] * len(processors), None
+        layers, start, position = [None] * len(processors), None, frame_offset
         if kv_cache is not None:
             self._check_bindable(kv_cache, processors)
             heads = (self.config.num_attention_heads, self.config.attention_head_dim)
@@ -289,8 +332,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             tokens = self._tokens_per_frame(hidden_states)
             start = kv_cache.begin_pass(frame_offset, frames, tokens, heads, hidden_states)
             layers = kv_cache.layers
+            position = kv_cache.reindex(frames, self.rope.max_seq_len, self.rope.turn)
         try:
-            self.rope.frame_offset, self.rope.cache_start = frame_offset, start
+            self.rope.frame_offset, self.rope.cache_start = position, start
             sinusoid.float64 = kv_cache is not None
             for pair, layer in zip(processors, layers, strict=True):
                 for processor in pair:

@@ -69,7 +69,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         scheduler: None or any stock scheduler (both give way to one built from the fields), or a `FewStepRenoiseScheduler`
             that agrees with the fields.
         num_frames_per_chunk, denoising_timesteps, first_chunk_timesteps, warp_timesteps, timestep_shift, context_noise,
-            local_attention_frames, sink_frames, independent_first_frame: see `CausalFields`.
+            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink: see `CausalFields`.
         height: pixels of a frame when a call does not say.
         width: see `height`.
         max_sequence_length: text tokens when a call does not say.
@@ -96,6 +96,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         local_attention_frames: int = -1,
         sink_frames: int = 0,
         independent_first_frame: bool = False,
+        on_prompt_switch: str = "keep",
+        global_sink: bool = True,
         height: int = 480,
         width: int = 832,
         max_sequence_length: int = 512,
@@ -112,6 +114,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             local_attention_frames=local_attention_frames,
             sink_frames=sink_frames,
             independent_first_frame=independent_first_frame,
+            on_prompt_switch=on_prompt_switch,
+            global_sink=global_sink,
         )
         self.register_modules(
             tokenizer=tokenizer,
@@ -169,6 +173,18 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         embeds = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
         return embeds.masked_fill(mask[..., None] == 0, 0).to(dtype or embeds.dtype)
 
+    def check_prompt(
+        self, prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None, batch: int | None = None
+    ) -> int:
+        """See `ARVDMixin.check_prompt`."""
+        got = super().check_prompt(prompt, prompt_embeds, batch)
+        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError("the pipeline has no text encoder or tokenizer: pass prompt_embeds")
+        expected = self.transformer.config.text_dim
+        if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != expected):
+            raise ValueError(f"prompt_embeds has shape {list(prompt_embeds.shape)}, expected [B, tokens, {expected}]")
+        return got
+
     def check_stream_inputs(
         self,
         *,
@@ -180,18 +196,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         **rollout: Any,
     ) -> StreamInputs:
         """See `ARVDMixin.check_stream_inputs`."""
-        if (prompt is None) == (prompt_embeds is None):
-            given = "neither" if prompt is None else "both"
-            raise ValueError(f"give either prompt or prompt_embeds, got {given}")
-        if prompt is not None and not isinstance(prompt, str | list):
-            raise ValueError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
-        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
-            raise ValueError("the pipeline has no text encoder or tokenizer: pass prompt_embeds")
+        batch = self.check_prompt(prompt, prompt_embeds)
         if output_type != "latent" and self.vae is None:
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
             self.make_decoder()  # raises where streaming decode cannot work
-        batch = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
         start = rollout["latents"] if rollout["latents"] is not None else rollout["initial_latents"]
         shape = (batch, self.transformer.config.in_channels, *self._latent_size(height, width, start))
         initial = rollout["initial_latents"]
@@ -231,7 +240,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         *,
         kv_cache: KVCache,
         frame_offset: int,
-    ) -> torch.Tensor:
+        cache_only: bool = False,
+    ) -> torch.Tensor | None:
         """See `ARVDMixin.run_pass`."""
         return self.transformer(
             hidden_states=latents,
@@ -239,16 +249,18 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             encoder_hidden_states=prompt_embeds,
             kv_cache=kv_cache,
             frame_offset=frame_offset,
+            cache_only=cache_only,
             return_dict=False,
         )[0]
 
-    def make_cache(self, num_frames: int | None) -> KVCache:
+    def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
         """See `ARVDMixin.make_cache`."""
         return KVCache(
             self.transformer.config.num_layers,
             self.config.local_attention_frames,
             self.config.sink_frames,
             num_frames,
+            storage,
         )
 
     def make_decoder(self) -> StreamingVAEDecoder:
@@ -272,6 +284,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
         max_sequence_length: int | None = None,
+        kv_cache: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -301,6 +314,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             generator=generator,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
+            kv_cache=kv_cache,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )

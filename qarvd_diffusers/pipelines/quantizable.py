@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
+from ..calibration.calibrate import Progress
 from ..calibration.result import CalibrationResult
 from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
@@ -95,7 +96,11 @@ class QuantizableMixin:
         return QARVDConfig.from_dict(config)
 
     def calibrate(
-        self, config: QARVDConfig, use_cache: bool = True, resume: str | os.PathLike[str] | None = None
+        self,
+        config: QARVDConfig,
+        use_cache: bool = True,
+        resume: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
     ) -> CalibrationResult:
         """Find integer weights and quantizer parameters for `config`; the pipeline stays float.
 
@@ -104,8 +109,10 @@ class QuantizableMixin:
             use_cache: reuse and keep the result under a hash of the weights, the config and the prompts.
             resume: folder for finished parts: an interrupted calibration with the same folder goes on where it stopped,
                 to the same result. None keeps them in the cache, or nowhere without `use_cache`.
+            progress: called with a text, the steps done and how many there are, at least once per transformer pass; what it
+                raises ends the calibration and comes out here.
         """
-        return calibrate_pipeline(self, config, use_cache, resume)
+        return calibrate_pipeline(self, config, use_cache, resume, progress)
 
     def measure_sensitivity(self, config: QARVDConfig, prompts: Sequence[str], **options: Any) -> SensitivityResult:
         """How much the error of the whole video grows when one chunk is generated quantized; the pipeline stays float.
