@@ -69,7 +69,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         scheduler: None or any stock scheduler (both give way to one built from the fields), or a `FewStepRenoiseScheduler`
             that agrees with the fields.
         num_frames_per_chunk, denoising_timesteps, first_chunk_timesteps, warp_timesteps, timestep_shift, context_noise,
-            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink: see `CausalFields`.
+            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink, rope_mode,
+            sink_ema: see `CausalFields`.
         height: pixels of a frame when a call does not say.
         width: see `height`.
         max_sequence_length: text tokens when a call does not say.
@@ -98,6 +99,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         independent_first_frame: bool = False,
         on_prompt_switch: str = "keep",
         global_sink: bool = True,
+        rope_mode: str = "absolute",
+        sink_ema: float | None = None,
         height: int = 480,
         width: int = 832,
         max_sequence_length: int = 512,
@@ -116,6 +119,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             independent_first_frame=independent_first_frame,
             on_prompt_switch=on_prompt_switch,
             global_sink=global_sink,
+            rope_mode=rope_mode,
+            sink_ema=sink_ema,
         )
         self.register_modules(
             tokenizer=tokenizer,
@@ -261,6 +266,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             self.config.sink_frames,
             num_frames,
             storage,
+            self.causal_fields.rope_mode,
+            self.causal_fields.sink_ema,
         )
 
     def make_decoder(self) -> StreamingVAEDecoder:
