@@ -303,10 +303,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if not wanted or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         batch, frames = hidden_states.shape[0], hidden_states.shape[2] // self.config.patch_size[0]
-        if timestep.shape not in ((batch,), (batch, frames)) or self.fusion_refusal is not None:
+        if timestep.shape not in ((batch,), (batch, frames)):
             return None
         if self._fused_pass is None or not self._fused_pass.fits(self):
-            self._fused_pass = FusedPass(self)
+            self._fused_pass = None if self.fusion_refusal is not None else FusedPass(self)
         return self._fused_pass
 
     @property

@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -28,6 +28,10 @@ from .stream import Stream
 from .stream_run import run_stream
 from .stream_session import StreamSession
 from .stream_state import SavedStream
+from .text_encoder import load_prompt_embeds, offload_text_encoder, text_encoder_at_work
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -50,9 +54,11 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     Attributes:
         kv_cache: storage of keys and values when a call does not say, see `KVCache`; a run-time choice that is not saved.
+        text_encoder_offload: where the text encoder waits, see `offload_text_encoder`.
     """
 
     kv_cache: str = "auto"
+    text_encoder_offload: str = "keep"
 
     @abstractmethod
     def encode_prompt(
@@ -102,7 +108,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         self,
         prompt: str | list[str] | None = None,
         *,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
         num_chunks: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -124,7 +130,7 @@ class ARVDMixin(QuantizableMixin, ABC):
 
         Args:
             prompt: one prompt, or one per sample.
-            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`.
+            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
             num_chunks: chunks to generate; None (and nothing else that tells a length) goes on without end.
             num_frames: length of the whole video in pixel frames instead of `num_chunks`; must give whole chunks.
             height: pixels; None takes the size of `latents` or `initial_latents`, else the pipeline config's.
@@ -165,6 +171,7 @@ class ARVDMixin(QuantizableMixin, ABC):
                 f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
             )
         storage = check_storage(kv_cache or self.kv_cache)
+        prompt_embeds = load_prompt_embeds(prompt_embeds)
         inputs = self.check_stream_inputs(
             prompt=prompt,
             prompt_embeds=prompt_embeds,
@@ -222,8 +229,36 @@ class ARVDMixin(QuantizableMixin, ABC):
         )
 
     def embed_prompt(self, **text: Any) -> torch.Tensor:
-        """`encode_prompt` as a stream needs it: on the transformer's device, in its dtype."""
-        return self.encode_prompt(**text, device=self._execution_device, dtype=self.transformer.dtype)
+        """`encode_prompt` as a stream needs it: on the transformer's device, in its dtype, the text encoder offloaded."""
+        text = {**text, "device": self._execution_device, "dtype": self.transformer.dtype}
+        if text.get("prompt_embeds") is not None:
+            return self.encode_prompt(**text)
+        with text_encoder_at_work(self):
+            return self.encode_prompt(**text)
+
+    def offload_text_encoder(self, mode: str, device: torch.device | str | None = None) -> None:
+        """Choose where the text encoder waits between prompts.
+
+        Args:
+            mode: `"keep"` with the other components; `"cpu"` in host memory, as a whole; `"stream"` in host memory, its
+                layers coming one by one while it works; `"free"` nowhere: it is given up after the first prompt.
+            device: where a streamed encoder works; None takes the pipeline's device.
+        """
+        offload_text_encoder(self, mode, device)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `DiffusionPipeline.to`; a text encoder that waits on the CPU stays there."""
+        waiting = getattr(self, "text_encoder", None) if self.text_encoder_offload in ("cpu", "free") else None
+        if waiting is None:
+            return super().to(*args, **kwargs)
+        self.__dict__["text_encoder"] = None  # not by assignment, which would take it out of the config
+        try:
+            super().to(*args, **kwargs)
+        finally:
+            self.__dict__["text_encoder"] = waiting
+        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        waiting.to(dtype=dtype)
+        return self
 
     def check_prompt(
         self, prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None, batch: int | None = None

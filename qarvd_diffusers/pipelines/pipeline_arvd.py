@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from .lora import LoraMixin
 from .output import ARVDPipelineOutput, concatenate
 from .single_file import SingleFileMixin
 from .streaming_vae import StreamingVAEDecoder
+from .video_start import Picture, encode_pixels, fit_length, start_pixels
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -184,7 +186,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         """See `ARVDMixin.check_prompt`."""
         got = super().check_prompt(prompt, prompt_embeds, batch)
         if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
-            raise ValueError("the pipeline has no text encoder or tokenizer: pass prompt_embeds")
+            gone = " any more (text_encoder_offload is 'free')" if self.text_encoder_offload == "free" else ""
+            raise ValueError(f"the pipeline has no text encoder or tokenizer{gone}: pass prompt_embeds")
         expected = self.transformer.config.text_dim
         if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != expected):
             raise ValueError(f"prompt_embeds has shape {list(prompt_embeds.shape)}, expected [B, tokens, {expected}]")
@@ -198,14 +201,20 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         height: int | None,
         width: int | None,
         output_type: str,
+        image: Picture | None = None,
+        video: Any = None,
         **rollout: Any,
     ) -> StreamInputs:
-        """See `ARVDMixin.check_stream_inputs`."""
+        """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
         batch = self.check_prompt(prompt, prompt_embeds)
         if output_type != "latent" and self.vae is None:
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
             self.make_decoder()  # raises where streaming decode cannot work
+        if image is not None or video is not None:
+            if rollout["initial_latents"] is not None:
+                raise ValueError("give either initial_latents or an image or video as a start, got both")
+            rollout["initial_latents"] = self.encode_start(image, video, height, width, batch)
         start = rollout["latents"] if rollout["latents"] is not None else rollout["initial_latents"]
         shape = (batch, self.transformer.config.in_channels, *self._latent_size(height, width, start))
         initial = rollout["initial_latents"]
@@ -219,6 +228,38 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             temporal_scale=self.vae_scale_factor_temporal,
         )
         return StreamInputs(self.causal_fields, shape, num_chunks, **rollout)
+
+    def encode_start(
+        self,
+        image: Picture | None = None,
+        video: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+    ) -> torch.Tensor:
+        """Initial latents `[B, C, F, h, w]` of a picture or a clip.
+
+        Args:
+            image: a picture. Where the model has no single first frame, it stands still for one chunk.
+            video: a clip; as much of its end is taken as makes whole chunks.
+            height: pixels; pictures are resized to it. None takes the pipeline config's.
+            width: see `height`.
+            batch: samples; one start serves all.
+
+        Raises:
+            ValueError: if there is no VAE, the clip is too short, or starts and samples differ in number.
+        """
+        if self.vae is None:
+            raise ValueError("the pipeline has no vae to encode a start with: pass initial_latents")
+        scale = self.vae_scale_factor_spatial
+        size = [scale * pixels for pixels in self._latent_size(height, width, None)]
+        pixels = start_pixels(image, video, self.video_processor, tuple(size))
+        if len(pixels) not in (1, batch):
+            raise ValueError(f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample")
+        pixels = fit_length(pixels, self.causal_fields, self.vae_scale_factor_temporal)
+        self.align_modules()
+        latents = encode_pixels(self.vae, pixels, self._execution_device)
+        return latents.expand(batch, -1, -1, -1, -1)
 
     def _latent_size(self, height: int | None, width: int | None, given: torch.Tensor | None) -> tuple[int, int]:
         """Latent height and width, from pixels, from given latents, or from the config."""
@@ -280,7 +321,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
         num_chunks: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -292,14 +333,16 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         output_type: str = "np",
         max_sequence_length: int | None = None,
         kv_cache: str | None = None,
+        overlap_decoding: bool = True,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **start: Any,
     ) -> ARVDPipelineOutput | tuple:
         """Generate a whole video: `stream`, joined.
 
-        Args are those of `stream`; without anything that tells a length, 7 chunks are generated. `initial_latents` are part
-        of the result.
+        Args are those of `stream`, `image` and `video` (see `encode_start`) included; without anything that tells a length,
+        7 chunks are generated. What the video starts with is part of the result.
 
         Examples:
 
@@ -322,8 +365,10 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             output_type=output_type,
             max_sequence_length=max_sequence_length,
             kv_cache=kv_cache,
+            overlap_decoding=overlap_decoding,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            **start,
         )
         frames = concatenate([chunk.frames for chunk in chunks], output_type)
         return ARVDPipelineOutput(frames=frames) if return_dict else (frames,)

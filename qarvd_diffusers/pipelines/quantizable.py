@@ -202,7 +202,7 @@ class QuantizableMixin:
         if config is None:
             _copy_card(self.source, folder)
             return
-        if config.text_encoder == "int8":
+        if config.text_encoder == "int8" and self.text_encoder is not None:
             _copy_float_files(self.text_encoder.name_or_path, folder / "text_encoder")
         self.write_card(folder, report or self._stored_report(), repo_id)
 
