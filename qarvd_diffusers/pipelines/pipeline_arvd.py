@@ -27,6 +27,7 @@ from .memory import apply_choice, choose
 from .model_shapes import ModelShapes
 from .output import ARVDPipelineOutput, concatenate
 from .quantization import split_config
+from .single_file import SingleFileMixin
 from .streaming_vae import StreamingVAEDecoder
 from .video_start import Picture, encode_pixels, fit_length, start_pixels
 
@@ -62,7 +63,7 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
+class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Autoregressive video generation with a causal Wan transformer (Self-Forcing and its family).
 
     One class serves the family: members differ in the config fields of `CausalFields`. A stock `WanTransformer3DModel` is
@@ -77,7 +78,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         scheduler: None or any stock scheduler (both give way to one built from the fields), or a `FewStepRenoiseScheduler`
             that agrees with the fields.
         num_frames_per_chunk, denoising_timesteps, first_chunk_timesteps, warp_timesteps, timestep_shift, context_noise,
-            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink: see `CausalFields`.
+            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink, rope_mode,
+            sink_ema: see `CausalFields`.
         height: pixels of a frame when a call does not say.
         width: see `height`.
         max_sequence_length: text tokens when a call does not say.
@@ -106,6 +108,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         independent_first_frame: bool = False,
         on_prompt_switch: str = "keep",
         global_sink: bool = True,
+        rope_mode: str = "absolute",
+        sink_ema: float | None = None,
         height: int = 480,
         width: int = 832,
         max_sequence_length: int = 512,
@@ -124,6 +128,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
             independent_first_frame=independent_first_frame,
             on_prompt_switch=on_prompt_switch,
             global_sink=global_sink,
+            rope_mode=rope_mode,
+            sink_ema=sink_ema,
         )
         self.register_modules(
             tokenizer=tokenizer,
@@ -335,7 +341,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
         """See `ARVDMixin.make_cache`."""
         fields, layers = self.causal_fields, self.transformer.config.num_layers
-        return KVCache(layers, fields.local_attention_frames, fields.sink_frames, num_frames, storage)
+        window = (fields.local_attention_frames, fields.sink_frames)
+        return KVCache(layers, *window, num_frames, storage, fields.rope_mode, fields.sink_ema)
 
     def make_decoder(self) -> StreamingVAEDecoder:
         """See `ARVDMixin.make_decoder`."""
