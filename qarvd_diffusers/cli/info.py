@@ -31,10 +31,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions and devices of this machine."""
     import torch
-
-    import qarvd_kernels
 
     devices = [
         {
@@ -47,6 +46,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "versions": {package: _version(package) for package in _PACKAGES},
         "devices": devices,
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    import qarvd_kernels
+
+    return {
+        **environment(),
         "operators": [
             {"operator": operator, "implementation": implementation, "refused": dict(refused)}
             for operator, implementation, refused in qarvd_kernels.report()

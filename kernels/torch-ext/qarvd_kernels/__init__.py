@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import dispatch
+from .attention_backends import attention, attention_fp8
 from .operator import OPERATORS as _OPERATORS
 from .ops.attention import attention_int8, qk_norm_rope_append
 from .ops.gemm import dual_scale_gemm, dual_scale_gemm_gelu, dual_scale_gemm_residual, expand_int4
@@ -42,12 +43,20 @@ def report(device: torch.device | str | None = None) -> list[tuple[str, str, lis
     return [(name, choice.backend, list(choice.refused)) for name, choice in choices]
 
 
+def accelerated(device: torch.device | str) -> bool:
+    """Whether compiled kernels of the integer matrix product run on this device."""
+    return dispatch.choose("dual_scale_gemm", "gemm", torch.device(device)).backend != "reference"
+
+
 __all__ = [
     "OPERATORS",
     "LayerRefused",
     "PreparedLinear",
+    "accelerated",
     "add_gated",
     "add_norm_quantize",
+    "attention",
+    "attention_fp8",
     "attention_int8",
     "dequantize_weight",
     "dual_scale_gemm",
