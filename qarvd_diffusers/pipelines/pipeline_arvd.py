@@ -26,7 +26,7 @@ from .memory import apply_choice, choose
 from .model_shapes import ModelShapes
 from .output import ARVDPipelineOutput, concatenate
 from .quantization import split_config
-from .streaming_vae import StreamingVAEDecoder
+from .streaming_vae import StreamingVAEDecoder, compile_decoder
 from .video_start import Picture, encode_pixels, fit_length, start_pixels
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012 - names are diffusers'
     _optional_components = ["scheduler", "tokenizer", "text_encoder", "vae"]  # noqa: RUF012
+    _compiled_decoder: tuple[AutoencoderKLWan, Callable[..., torch.Tensor]] | None = None
 
     def __init__(
         self,
@@ -336,7 +337,17 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
 
     def make_decoder(self) -> StreamingVAEDecoder:
         """See `ARVDMixin.make_decoder`."""
-        return StreamingVAEDecoder(self.vae)
+        vae, decode_frame = self._compiled_decoder or (None, None)
+        return StreamingVAEDecoder(self.vae, decode_frame if vae is self.vae else None)
+
+    def compile_decoder(self, channels_last: bool = True, **options: Any) -> None:
+        """Compile the VAE's decoder for all streams begun from now on.
+
+        Args:
+            channels_last: lay its weights out with the channels last.
+            **options: those of `torch.compile`, such as `mode`.
+        """
+        self._compiled_decoder = self.vae, compile_decoder(self.vae, channels_last, **options)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

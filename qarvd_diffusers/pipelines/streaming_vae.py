@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -18,17 +19,19 @@ class StreamingVAEDecoder:
 
     Args:
         vae: the VAE; none of its state is changed.
+        decode_frame: `vae.decoder`, or what `compile_decoder` made of it.
 
     Raises:
         ValueError: if the VAE is of another class or has tiling switched on.
     """
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan, decode_frame: Callable[..., torch.Tensor] | None = None) -> None:
         if not isinstance(vae, AutoencoderKLWan):
             raise ValueError(f"streaming decode needs an AutoencoderKLWan, got {type(vae).__name__}")
         if vae.use_tiling:
             raise ValueError("streaming decode cannot be combined with VAE tiling; call vae.disable_tiling()")
         self._vae = vae
+        self._decode_frame = vae.decoder if decode_frame is None else decode_frame
         self._memory: list | None = None
 
     @torch.no_grad()
@@ -52,7 +55,7 @@ class StreamingVAEDecoder:
             self._memory = [None] * vae._cached_conv_counts["decoder"]
         pieces = []
         for frame in hidden.split(1, dim=2):
-            pieces.append(vae.decoder(frame, feat_cache=self._memory, feat_idx=[0], first_chunk=first))
+            pieces.append(self._decode_frame(frame, feat_cache=self._memory, feat_idx=[0], first_chunk=first))
             first = False
         pixels = torch.cat(pieces, dim=2)
         if vae.config.patch_size is not None:
@@ -87,3 +90,19 @@ class StreamingVAEDecoder:
             for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
         )
         return latents * std + mean
+
+
+def compile_decoder(vae: AutoencoderKLWan, channels_last: bool = True, **options: Any) -> Callable[..., torch.Tensor]:
+    """The VAE's decoder compiled for streaming: one graph each for the first, the second and all later frames of a video.
+
+    Args:
+        vae: stays as it is, but for the memory layout of its decoder's weights.
+        channels_last: lay convolution weights out with the channels last, which GPUs convolve faster.
+        **options: those of `torch.compile`; `dynamic=False, fullgraph=True` unless said otherwise.
+    """
+    if channels_last:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in vae.decoder.parameters():
+            if parameter.ndim in formats:
+                parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+    return torch.compile(vae.decoder, **{"dynamic": False, "fullgraph": True, **options})
