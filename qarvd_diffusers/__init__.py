@@ -25,7 +25,12 @@ _PUBLIC = {
     "calibrate": "calibration.calibrate",
     "convert_checkpoint": "conversion",
     "evaluate": "evaluation.fidelity",
+    "export_int8_tensorwise": "conversion",
     "measure_sensitivity": "pipelines.sensitivity",
+    "save_single_file": "conversion",
+    "quantized_linears": "serialization",
+    "stored_bytes": "serialization",
+    "to_original_keys": "conversion",
     "SensitivityResult": "calibration.sensitivity",
 }
 
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.sensitivity import SensitivityResult
     from .config import QARVDConfig
-    from .conversion import convert_checkpoint
+    from .conversion import convert_checkpoint, export_int8_tensorwise, save_single_file, to_original_keys
     from .evaluation.fidelity import evaluate
     from .linear import QARVDLinear
     from .models.kv_cache import KVCache
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_arvd import ARVDPipeline
     from .pipelines.sensitivity import measure_sensitivity
     from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
+    from .serialization import quantized_linears, stored_bytes
 
 __all__ = [
     "ARVDMixin",
@@ -57,7 +63,12 @@ __all__ = [
     "calibrate",
     "convert_checkpoint",
     "evaluate",
+    "export_int8_tensorwise",
     "measure_sensitivity",
+    "quantized_linears",
+    "save_single_file",
+    "stored_bytes",
+    "to_original_keys",
 ]
 
 

@@ -21,7 +21,7 @@ class KVLayerCache:
     Bookkeeping is the `KVCache`'s: `update` only moves tensors, so that it compiles without graph breaks.
 
     Attributes:
-        key: keys after RoPE, preallocated `[B, capacity, heads, head_dim]` in storage order (sink first), in the storage
+        key: keys after RoPE (before it in window mode), preallocated `[B, capacity, heads, head_dim]` in storage order (sink first), in the storage
             dtype; None before the first pass.
         value: see `key`.
         key_scale: `[heads]` float32 if the storage has 8 bits, value = code * scale; else None.
@@ -87,6 +87,12 @@ class KVLayerCache:
         turned = torch.stack((first * cos + second * sin, second * cos - first * sin), dim=-1).flatten(-2)
         self.key[:, :stop] = encode(torch.cat([turned, keys[..., width:]], dim=-1), self.key_scale, self.key.dtype)
 
+    def fold(self, sink: int, start: int, keep: float) -> None:
+        """Average the first `sink` tokens with as many from `start` on: `keep` of the old, the rest of the others."""
+        for buffer, scale in ((self.key, self.key_scale), (self.value, self.value_scale)):
+            old, new = (decode(buffer[:, at : at + sink], scale, torch.float32) for at in (0, start))
+            buffer[:, :sink] = encode(keep * old + (1 - keep) * new, scale, buffer.dtype)
+
     def store_text(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep the cross-attention K/V `[B, text_tokens, heads, head_dim]` of the prompt."""
         self.text_key, self.text_value = key, value
@@ -123,6 +129,9 @@ class KVCache:
     offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
     rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
 
+    With `rope_mode="window"` keys are stored before RoPE and a frame's position is its slot in the window, counted anew in
+    every pass (Infinity-RoPE); `sink_ema` then lets evicted frames live on in the sink as a moving average (Reward Forcing).
+
     A cache belongs to one stream. It is handed to the model as `kv_cache` and changed by every pass.
 
     Args:
@@ -132,6 +141,8 @@ class KVCache:
         num_frames: latent frames of the whole rollout, if known: a full cache is then allocated once instead of doubling.
         storage: dtype of the stored K/V: `"auto"` (that of the passes), `"bf16"`, or in 8 bits `"int8"` or `"fp8"`
             (float8 e4m3), with static scales per head that the first chunk sets, or `set_scales`.
+        rope_mode: `"absolute"` or `"window"`.
+        sink_ema: share of the old sink when evicted frames are averaged into it; None keeps the sink as it is.
     """
 
     def __init__(
@@ -141,6 +152,8 @@ class KVCache:
         sink_frames: int = 0,
         num_frames: int | None = None,
         storage: str = "auto",
+        rope_mode: str = "absolute",
+        sink_ema: float | None = None,
     ) -> None:
         if local_attention_frames != -1 and local_attention_frames <= sink_frames:
             raise ValueError(
@@ -152,6 +165,8 @@ class KVCache:
         self.sink_frames = sink_frames
         self.num_frames = num_frames
         self.storage = check_storage(storage)
+        self.rope_mode = rope_mode
+        self.sink_ema = sink_ema
         self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
         self.origin = 0  # absolute latent frame whose RoPE position is 0
         self._next_frame: int | None = None  # where a rewound cache goes on
@@ -243,7 +258,13 @@ class KVCache:
         evict = 0 if window == -1 else max(0, len(self.frames) + len(frames) - window)
         if evict:
             first, last = sink, sink + evict
+            if self.sink_ema is not None and evict != sink:
+                raise ValueError(
+                    f"{evict} frames leave the window at once and cannot be averaged into {sink} sink frames"
+                )
             for layer in self.layers:
+                if self.sink_ema is not None:
+                    layer.fold(sink * tokens, first * tokens, self.sink_ema)
                 layer.drop(first * tokens, last * tokens, len(self.frames) * tokens)
             del self.frames[first:last]
         needed = len(self.frames) + len(frames)

@@ -87,8 +87,12 @@ class ARVDMixin(QuantizableMixin, ABC):
         *,
         kv_cache: KVCache,
         frame_offset: int,
-    ) -> torch.Tensor:
-        """One transformer pass over a chunk: flow of `latents [B, C, F, H, W]` at `timestep [B]`."""
+        cache_only: bool = False,
+    ) -> torch.Tensor | None:
+        """One transformer pass over a chunk: flow of `latents [B, C, F, H, W]` at `timestep [B]`.
+
+        With `cache_only` nobody reads the flow, and it need not be computed.
+        """
 
     @abstractmethod
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:

@@ -18,7 +18,9 @@ _FACTS = ("_steps_done", "_context_done", "_next_chunk", "_frames_done")  # wher
 
 
 class RunPass(Protocol):
-    """One transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache."""
+    """One transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache.
+
+    With `cache_only` the cache is all that is asked for."""
 
     def __call__(
         self,
@@ -28,7 +30,8 @@ class RunPass(Protocol):
         *,
         kv_cache: KVCache,
         frame_offset: int,
-    ) -> torch.Tensor: ...
+        cache_only: bool,
+    ) -> torch.Tensor | None: ...
 
 
 class ChunkLoop:
@@ -215,5 +218,10 @@ class ChunkLoop:
             self.on_pass(info)
         timestep = torch.full((latents.shape[0],), info.timestep, device=latents.device)
         return self._run_pass(
-            latents, timestep, self.prompt_embeds, kv_cache=self.cache, frame_offset=info.frame_offset
+            latents,
+            timestep,
+            self.prompt_embeds,
+            kv_cache=self.cache,
+            frame_offset=info.frame_offset,
+            cache_only=info.role != "denoise",
         )

@@ -22,11 +22,13 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
 from .arvd_mixin import ARVDMixin
 from .inputs import StreamInputs, resolve_num_chunks
+from .lora import LoraMixin
 from .memory import apply_choice, choose
 from .model_shapes import ModelShapes
 from .output import ARVDPipelineOutput, concatenate
 from .quantization import split_config
-from .streaming_vae import StreamingVAEDecoder, compile_decoder
+from .single_file import SingleFileMixin
+from .streaming_vae import StreamingVAEDecoder
 from .video_start import Picture, encode_pixels, fit_length, start_pixels
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-class ARVDPipeline(ARVDMixin, DiffusionPipeline):
+class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Autoregressive video generation with a causal Wan transformer (Self-Forcing and its family).
 
     One class serves the family: members differ in the config fields of `CausalFields`. A stock `WanTransformer3DModel` is
@@ -76,17 +78,21 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         scheduler: None or any stock scheduler (both give way to one built from the fields), or a `FewStepRenoiseScheduler`
             that agrees with the fields.
         num_frames_per_chunk, denoising_timesteps, first_chunk_timesteps, warp_timesteps, timestep_shift, context_noise,
-            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink: see `CausalFields`.
+            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink, rope_mode,
+            sink_ema: see `CausalFields`.
         height: pixels of a frame when a call does not say.
         width: see `height`.
         max_sequence_length: text tokens when a call does not say.
         fps: frames per second the model was trained at; for writing files.
+
+    Attributes:
+        vae_frames_at_once: see `StreamingVAEDecoder`; 1 takes least memory.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012 - names are diffusers'
     _optional_components = ["scheduler", "tokenizer", "text_encoder", "vae"]  # noqa: RUF012
-    _compiled_decoder: tuple[AutoencoderKLWan, Callable[..., torch.Tensor]] | None = None
+    vae_frames_at_once: int | None = None
 
     def __init__(
         self,
@@ -106,6 +112,8 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         independent_first_frame: bool = False,
         on_prompt_switch: str = "keep",
         global_sink: bool = True,
+        rope_mode: str = "absolute",
+        sink_ema: float | None = None,
         height: int = 480,
         width: int = 832,
         max_sequence_length: int = 512,
@@ -124,6 +132,8 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
             independent_first_frame=independent_first_frame,
             on_prompt_switch=on_prompt_switch,
             global_sink=global_sink,
+            rope_mode=rope_mode,
+            sink_ema=sink_ema,
         )
         self.register_modules(
             tokenizer=tokenizer,
@@ -319,7 +329,8 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
         *,
         kv_cache: KVCache,
         frame_offset: int,
-    ) -> torch.Tensor:
+        cache_only: bool = False,
+    ) -> torch.Tensor | None:
         """See `ARVDMixin.run_pass`."""
         return self.transformer(
             hidden_states=latents,
@@ -327,27 +338,19 @@ class ARVDPipeline(ARVDMixin, DiffusionPipeline):
             encoder_hidden_states=prompt_embeds,
             kv_cache=kv_cache,
             frame_offset=frame_offset,
+            cache_only=cache_only,
             return_dict=False,
         )[0]
 
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
         """See `ARVDMixin.make_cache`."""
         fields, layers = self.causal_fields, self.transformer.config.num_layers
-        return KVCache(layers, fields.local_attention_frames, fields.sink_frames, num_frames, storage)
+        window = (fields.local_attention_frames, fields.sink_frames)
+        return KVCache(layers, *window, num_frames, storage, fields.rope_mode, fields.sink_ema)
 
     def make_decoder(self) -> StreamingVAEDecoder:
         """See `ARVDMixin.make_decoder`."""
-        vae, decode_frame = self._compiled_decoder or (None, None)
-        return StreamingVAEDecoder(self.vae, decode_frame if vae is self.vae else None)
-
-    def compile_decoder(self, channels_last: bool = True, **options: Any) -> None:
-        """Compile the VAE's decoder for all streams begun from now on.
-
-        Args:
-            channels_last: lay its weights out with the channels last.
-            **options: those of `torch.compile`, such as `mode`.
-        """
-        self._compiled_decoder = self.vae, compile_decoder(self.vae, channels_last, **options)
+        return StreamingVAEDecoder(self.vae, self.vae_frames_at_once)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

@@ -96,17 +96,15 @@ def test_unfit_decoders_are_refused(tiny_pipeline, tmp_path):
         running.save_state(tmp_path / "s.safetensors")
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_compiled_decoder_is_the_decoder_in_three_graphs(tiny_pipeline, channels_last):
+def test_compiled_decoder_is_the_decoder_in_three_graphs(tiny_pipeline):
+    """One each for the first, the second and all later frames of a video, without a break."""
     expected = frames(stream(tiny_pipeline))
     torch._dynamo.reset()
     counters.clear()
-    tiny_pipeline.compile_decoder(channels_last, backend="aot_eager")
+    tiny_pipeline.vae.decoder.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         torch.testing.assert_close(frames(stream(tiny_pipeline)), expected, atol=1e-5, rtol=0)
     assert counters["stats"]["unique_graphs"] == 3
-    plain = tiny_pipeline.vae.decode(torch.zeros(1, 4, 2, 4, 6)).sample  # the VAE itself still decodes as ever
-    assert plain.shape == (1, 3, 5, 32, 48)
 
 
 def test_overlap_changes_nothing_on_the_cpu(tiny_pipeline):

@@ -1,0 +1,354 @@
+"""The node that generates, chunk by chunk, and shows each one when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..compat import NodeError, schema, stop_if_interrupted, widget, work
+from ..handles import PipelineHandle, PipelineType, StateType, StreamState
+from ..latents import denormalize, encode_start, normalize
+from ..preview import ChunkFeed, LatentPreview, picture, video
+
+PREVIEWS = ["video", "frames", "off"]
+ACTIVATION_CHUNKS = 16  # working memory of a pass, in units of one chunk's hidden states
+
+
+class QARVDStreamGenerate(io.ComfyNode):
+    """Prompt to video, streamed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="QARVDStreamGenerate",
+            display_name="Q-ARVD Stream Generate",
+            description="Generates a video chunk by chunk with a rolling K/V cache. Every finished chunk plays in this node "
+            "while the next one is computed. Connect state to another one to go on, with the same prompt or another.",
+            search_aliases=[
+                "sampler",
+                "self-forcing",
+                "autoregressive",
+                "streaming video",
+                "text to video",
+                "rollout",
+            ],
+            inputs=[
+                PipelineType.Input("pipeline", tooltip="A float or quantized pipeline."),
+                io.Conditioning.Input(
+                    "positive", tooltip="From Q-ARVD Encode Prompt, or CLIP Text Encode with Wan's umt5 encoder."
+                ),
+                widget(
+                    io.Int,
+                    "num_chunks",
+                    default=7,
+                    min=1,
+                    max=340,
+                    tooltip="Chunks to generate: 7 chunks of 3 latent frames are 81 frames, what the family is trained at.",
+                ),
+                widget(
+                    io.Int,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Noise; not used when going on from a state.",
+                ),
+                widget(
+                    io.Int,
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    optional=True,
+                    tooltip="Pixels; 0 takes the size the model was made for.",
+                ),
+                widget(io.Int, "height", default=0, min=0, max=8192, step=8, optional=True, tooltip="See width."),
+                widget(
+                    io.Combo,
+                    "preview",
+                    options=PREVIEWS,
+                    default="video",
+                    optional=True,
+                    tooltip="video: chunks play in this node. frames: a picture per chunk, for every client. off: none.",
+                ),
+                widget(
+                    io.Float,
+                    "fps",
+                    default=0.0,
+                    min=0.0,
+                    max=240.0,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Frames per second of previews and of the video output; 0 takes the model's.",
+                ),
+                widget(
+                    io.String,
+                    "timesteps",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Denoising timesteps such as 1000, 750, 500, 250; empty takes the model's.",
+                ),
+                widget(
+                    io.Int,
+                    "kv_window",
+                    default=0,
+                    min=-1,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Latent frames the model looks at, sink and current chunk included: less memory, less context. "
+                    "0 takes the model's, -1 keeps all.",
+                ),
+                widget(
+                    io.Int,
+                    "sink",
+                    default=-1,
+                    min=-1,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="First latent frames that are never forgotten; -1 takes the model's.",
+                ),
+                io.Image.Input(
+                    "start_image",
+                    optional=True,
+                    tooltip="A picture or clip the video starts with (image to video). A single picture is held for one "
+                    "chunk.",
+                ),
+                io.Latent.Input(
+                    "start_latent", optional=True, tooltip="The same as latents, in the VAE's own (raw) space."
+                ),
+                StateType.Input("state", optional=True, tooltip="Go on where another stream stands."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images"),
+                io.Latent.Output(display_name="latent"),
+                io.Video.Output(display_name="video"),
+                StateType.Output(display_name="state"),
+                io.String.Output(display_name="stats"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    @work
+    def execute(
+        cls,
+        pipeline: PipelineHandle,
+        positive: list,
+        num_chunks: int,
+        seed: int,
+        width: int = 0,
+        height: int = 0,
+        preview: str = "video",
+        fps: float = 0.0,
+        timesteps: str = "",
+        kv_window: int = 0,
+        sink: int = -1,
+        **start: Any,
+    ) -> io.NodeOutput:
+        if preview not in PREVIEWS:
+            raise NodeError(f"preview is {preview!r}.", f"Choose one of: {', '.join(PREVIEWS)}.")
+        if pipeline.pipe.vae is None:
+            raise NodeError(f"{pipeline.name} has no VAE.", "Convert or save the model together with its VAE.")
+        pipe = _streaming_pipeline(pipeline, timesteps, kv_window, sink)
+        embeds = _prompt_embeds(pipeline, positive)
+        size = _check_size(pipeline, width, height)
+        fps = fps or float(pipe.config.fps)
+        frames = pipe.causal_fields.num_frames_per_chunk * (num_chunks + 1)
+        pipeline.load("transformer", "vae", memory=_working_bytes(pipe, size, frames))
+        initial = _start(pipeline, size, **start)
+        generator = torch.Generator("cpu").manual_seed(seed % 2**63)
+        if start.get("state") is not None:
+            generator.set_state(start["state"].generator)
+        watch = _Watch(cls.hidden.unique_id, pipe, num_chunks, fps, preview)
+        stream = pipe.stream(
+            prompt_embeds=embeds,
+            num_chunks=num_chunks,
+            height=None if initial is not None else size[1],
+            width=None if initial is not None else size[0],
+            initial_latents=initial,
+            generator=generator,
+            output_type="pt",
+            on_pass=watch.on_pass,
+            callback_on_step_end=watch.on_step,
+        )
+        images, latents = watch.collect(stream, skip_start=start.get("state") is not None)
+        everything = latents if start.get("state") is None else torch.cat([start["state"].latents, latents], dim=2)
+        state = StreamState(pipeline.name, everything, generator.get_state())
+        return io.NodeOutput(
+            images,
+            {"samples": denormalize(pipe.vae, latents)},
+            video(images, fps),
+            state,
+            watch.stats(),
+            ui={"qarvd_chunks": watch.shown},
+        )
+
+
+class _Watch:
+    """Follows one run: progress and stop button before every pass, previews after steps and chunks, times."""
+
+    def __init__(self, node_id: str, pipe: Any, num_chunks: int, fps: float, preview: str) -> None:
+        self._pipe, self._preview = pipe, preview
+        fields = pipe.causal_fields
+        passes = sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in range(num_chunks))
+        self._bar = comfy.utils.ProgressBar(passes, node_id=node_id)
+        self._feed = ChunkFeed(node_id, num_chunks, fps) if preview == "video" else None
+        self._latent_preview = LatentPreview()
+        self._fps = fps
+        self._chunk_seconds: list[float] = []
+        self._first_after = 0.0
+        self._frames = 0
+
+    @property
+    def shown(self) -> list[dict[str, Any]]:
+        """The chunks as the browser was told of them."""
+        return self._feed.shown if self._feed is not None else []
+
+    def on_pass(self, info: Any) -> None:
+        stop_if_interrupted()
+        if info.role != "context":
+            self._bar.update(1)
+
+    def on_step(self, pipe: Any, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> dict:
+        if self._feed is not None:
+            image = self._latent_preview.image(tensors["latents"])
+            if image is not None:
+                self._feed.step(image)
+        return {}
+
+    def collect(self, stream: Iterator, skip_start: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the stream to its end: images `[frames, height, width, 3]` and normalized latents, on the CPU."""
+        images, latents = [], []
+        start = time.perf_counter()
+        try:
+            for chunk in stream:
+                pixels = chunk.frames[0].permute(0, 2, 3, 1).float().cpu().contiguous()
+                if chunk.index == -1 and skip_start:
+                    continue
+                images.append(pixels)
+                latents.append(chunk.latents.float().cpu())
+                if chunk.index >= 0:
+                    self._chunk_seconds.append(chunk.seconds)
+                    self._frames += len(pixels)
+                    self._first_after = self._first_after or time.perf_counter() - start
+                self._show(chunk, pixels)
+        except FloatingPointError as error:
+            problem, _, remedy = str(error).partition(": ")
+            raise NodeError(problem, remedy[:1].upper() + remedy[1:]) from error
+        finally:
+            stream.close()  # an interrupted or failed stream gives its cache back now
+        return torch.cat(images), torch.cat(latents, dim=2)
+
+    def _show(self, chunk: Any, pixels: torch.Tensor) -> None:
+        if self._feed is not None:
+            self._latent_preview.fit(chunk.latents, pixels)
+            if chunk.index >= 0:
+                self._feed.show(pixels, chunk.seconds)
+        elif self._preview == "frames":
+            self._bar.update_absolute(self._bar.current, preview=("JPEG", picture(pixels[-1]), None))
+
+    def stats(self) -> str:
+        """What the run took, in words."""
+        seconds = sum(self._chunk_seconds)
+        each = ", ".join(f"{s:.2f}" for s in self._chunk_seconds)
+        return (
+            f"{len(self._chunk_seconds)} chunks, {self._frames} frames in {seconds:.2f} s: {self._frames / seconds:.1f} frames "
+            f"per second ({self._frames / seconds / self._fps:.2f} of real time)\n"
+            f"first chunk after {self._first_after:.2f} s; seconds per chunk: {each}"
+        )
+
+
+def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int, sink: int) -> Any:
+    """The pipeline with the settings of the node in place of the model's own."""
+    fields: dict[str, Any] = {}
+    try:
+        if timesteps.strip():
+            fields["denoising_timesteps"] = [float(step) for step in timesteps.replace(",", " ").split()]
+        if kv_window:
+            fields["local_attention_frames"] = kv_window
+        if sink >= 0:
+            fields["sink_frames"] = sink
+        return pipeline.for_streaming(**fields)
+    except ValueError as error:
+        raise NodeError(
+            f"{error}.", "Correct timesteps, kv_window or sink; empty, 0 and -1 take the model's own."
+        ) from error
+
+
+def _prompt_embeds(pipeline: PipelineHandle, positive: list) -> torch.Tensor:
+    embeds, expected = positive[0][0], pipeline.pipe.transformer.config.text_dim
+    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[-1] != expected:
+        raise NodeError(
+            f"The conditioning has shape {list(embeds.shape)}, {pipeline.name} reads [1, tokens, {expected}].",
+            "Encode the prompt with Q-ARVD Encode Prompt and this pipeline.",
+        )
+    return embeds
+
+
+def _check_size(pipeline: PipelineHandle, width: int, height: int) -> tuple[int, int]:
+    """Width and height in pixels."""
+    pipe = pipeline.pipe
+    patch = pipe.transformer.config.patch_size
+    size = (width or pipe.config.width, height or pipe.config.height)
+    for name, value, cells in (("width", size[0], patch[2]), ("height", size[1], patch[1])):
+        multiple = pipe.vae_scale_factor_spatial * cells
+        if value % multiple:
+            nearest = max(multiple, round(value / multiple) * multiple)
+            raise NodeError(
+                f"{name} is {value}, which {pipeline.name} cannot divide into patches of {multiple} pixels.",
+                f"Set {name} to {nearest}, or to 0 for the model's own.",
+            )
+    return size
+
+
+def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> torch.Tensor | None:
+    """Normalized latents the video starts with, `[1, C, F, H, W]`, or None."""
+    named = [name for name, value in given.items() if value is not None]
+    if not named:
+        return None
+    if len(named) > 1:
+        raise NodeError(f"{' and '.join(named)} are both connected.", "Connect one of them: a video has one start.")
+    value, pipe = given[named[0]], pipeline.pipe
+    if named[0] == "state":
+        latents = value.latents
+    elif named[0] == "start_image":
+        latents = encode_start(pipe, value, size, pipeline.device)
+    else:
+        latents = normalize(pipe.vae, value["samples"].float())
+    try:
+        pipe.causal_fields.context_pieces(latents.shape[2])
+    except ValueError as error:
+        raise NodeError(
+            f"{named[0]} has {latents.shape[2]} latent frames, which do not split into chunks.",
+            f"Give a multiple of {pipe.causal_fields.num_frames_per_chunk} latent frames.",
+        ) from error
+    expected = (size[1] // pipe.vae_scale_factor_spatial, size[0] // pipe.vae_scale_factor_spatial)
+    if tuple(latents.shape[-2:]) != expected:
+        got = [side * pipe.vae_scale_factor_spatial for side in latents.shape[-2:]]
+        raise NodeError(
+            f"{named[0]} is {got[1]} x {got[0]} pixels, the video {size[0]} x {size[1]}.",
+            f"Set width to {got[1]} and height to {got[0]}.",
+        )
+    return latents
+
+
+def _working_bytes(pipe: Any, size: tuple[int, int], frames: int) -> int:
+    """Bytes of K/V cache and activations, for ComfyUI to keep free."""
+    config = pipe.transformer.config
+    scale, patch = pipe.vae_scale_factor_spatial, config.patch_size
+    tokens = (size[0] // scale // patch[2]) * (size[1] // scale // patch[1])
+    window = pipe.config.local_attention_frames
+    width = config.num_attention_heads * config.attention_head_dim
+    hidden = tokens * width * pipe.transformer.dtype.itemsize
+    cached = 2 * config.num_layers * hidden * (frames if window == -1 else window)
+    return cached + ACTIVATION_CHUNKS * hidden * pipe.causal_fields.num_frames_per_chunk

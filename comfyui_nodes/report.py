@@ -1,0 +1,33 @@
+"""What a pipeline is, in a few lines of text."""
+
+from __future__ import annotations
+
+from .handles import PipelineHandle
+from .library import library
+
+
+def describe(handle: PipelineHandle) -> str:
+    """Scheme, size and rollout of a pipeline."""
+    pipe = handle.pipe
+    config, transformer = pipe.quantization, pipe.transformer
+    sizes = library().stored_bytes(transformer)
+    layers = library().quantized_linears(transformer)
+    fields = pipe.causal_fields
+    lines = [f"{handle.name}: {type(pipe).__name__}, {transformer.config.num_layers} blocks"]
+    if config is None:
+        lines.append(f"float ({transformer.dtype}), {sizes['total'] / 1e6:.2f} MB")
+    else:
+        share = sizes["quantized"] / sizes["bfloat16"]
+        outliers = sum(layer.num_outliers > 0 for layer in layers.values())
+        lines += [
+            f"{config.scheme}, rounding {config.resolved_rounding}: {len(layers)} layers, {outliers} with outlier channels",
+            f"{sizes['total'] / 1e6:.2f} MB; quantized layers {sizes['quantized'] / 1e6:.2f} MB, "
+            f"{share:.3f} of bfloat16",
+        ]
+    window = fields.local_attention_frames
+    lines += [
+        f"chunks of {fields.num_frames_per_chunk} latent frames, steps {', '.join(f'{t:g}' for t in fields.denoising_timesteps)}",
+        f"attention over {'all' if window == -1 else window} latent frames, {fields.sink_frames} of them a sink",
+        f"{pipe.config.width} x {pipe.config.height} pixels, {pipe.config.fps} frames per second",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+// Shows the chunks of Q-ARVD Stream Generate as they arrive: each one plays at once, then all of them in order, in a loop.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const NODE = "QARVDStreamGenerate";
+const players = new WeakMap();
+
+// A node inside subgraphs has an id such as "29:12": one part per level.
+function findNode(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part));
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+class Player {
+  constructor() {
+    this.chunks = [];
+    this.run = null;
+    this.playing = 0;
+    this.root = document.createElement("div");
+    this.root.className = "qarvd-player";
+    this.root.style.cssText =
+      "display:flex;flex-direction:column;width:100%;height:100%;min-height:240px;background:#111;border-radius:6px;overflow:hidden;position:relative";
+    this.video = document.createElement("video");
+    Object.assign(this.video, { muted: true, autoplay: true, playsInline: true });
+    this.video.style.cssText = "flex:1 1 0;height:0;min-height:0;width:100%;object-fit:contain;image-rendering:pixelated";
+    this.still = document.createElement("img");
+    this.still.style.cssText =
+      "position:absolute;right:6px;top:6px;width:25%;border:1px solid #888;border-radius:3px;image-rendering:pixelated;display:none";
+    this.caption = document.createElement("div");
+    this.caption.style.cssText = "color:#ddd;font:12px sans-serif;padding:4px 6px;text-align:center";
+    this.caption.textContent = "chunks appear here as they are made";
+    this.root.append(this.video, this.still, this.caption);
+    this.video.addEventListener("ended", () => this.play((this.playing + 1) % this.chunks.length));
+  }
+
+  add(chunk) {
+    if (chunk.run !== this.run) {
+      this.run = chunk.run;
+      this.chunks = [];
+    }
+    this.chunks[chunk.index] = chunk;
+    this.root.dataset.chunks = this.chunks.length;
+    this.play(chunk.index);
+    if (this.chunks.length === chunk.total) this.still.style.display = "none";
+  }
+
+  all(chunks) {
+    if (!chunks?.length || (chunks[0].run === this.run && chunks.length === this.chunks.length)) return;
+    chunks.forEach((chunk) => this.add(chunk));
+    this.play(0);
+  }
+
+  preview(step) {
+    if (step.run !== this.run) return;
+    this.still.src = step.image;
+    this.still.style.display = "";
+  }
+
+  play(index) {
+    const chunk = this.chunks[index];
+    if (!chunk) return;
+    this.playing = index;
+    const query = new URLSearchParams({ filename: chunk.filename, subfolder: chunk.subfolder, type: chunk.type });
+    this.video.src = api.apiURL(`/view?${query}`);
+    this.video.play().catch(() => {});
+    const made = this.chunks.length;
+    const status = made < chunk.total ? `${made} of ${chunk.total} chunks made` : `all ${made} chunks made`;
+    this.caption.textContent = `chunk ${index + 1} · ${chunk.frames} frames in ${chunk.seconds.toFixed(2)} s · ${status}`;
+  }
+}
+
+function playerOf(node) {
+  if (!players.has(node)) {
+    const player = new Player();
+    const widget = node.addDOMWidget("qarvd_video", "video", player.root, {
+      serialize: false,
+      hideOnZoom: false,
+      getMinHeight: () => 240,
+    });
+    widget.serialize = false;
+    players.set(node, player);
+  }
+  return players.get(node);
+}
+
+app.registerExtension({
+  name: "qarvd.stream",
+  nodeCreated(node) {
+    if (node.comfyClass !== NODE) return;
+    playerOf(node);
+    const onExecuted = node.onExecuted;
+    node.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      playerOf(this).all(output?.qarvd_chunks);
+    };
+  },
+  setup() {
+    const toNode = (event, method) => {
+      const node = findNode(event.detail.node);
+      if (node) playerOf(node)[method](event.detail);
+    };
+    api.addEventListener("qarvd.chunk", (event) => toNode(event, "add"));
+    api.addEventListener("qarvd.step", (event) => toNode(event, "preview"));
+  },
+});

@@ -1,0 +1,34 @@
+"""The server fixtures: one ComfyUI per test module, skipped with the reason where it cannot run."""
+
+from __future__ import annotations
+
+import os
+
+import comfy_server
+import pytest
+
+
+@pytest.fixture(scope="session")
+def comfy_tree(request):
+    if os.environ.get("QARVD_SKIP_COMFYUI"):
+        pytest.skip("QARVD_SKIP_COMFYUI is set")
+    if missing := comfy_server.missing_modules():
+        pytest.skip(f"ComfyUI needs {', '.join(missing)}: pip install -e '.[comfyui-test]'")
+    try:
+        return comfy_server.find_tree(request.config.cache.mkdir("comfyui"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def server(comfy_tree, tmp_path_factory):
+    running = comfy_server.Server(comfy_tree, tmp_path_factory.mktemp("comfyui"))
+    running.start()
+    yield running
+    running.stop()
+    assert "IMPORT FAILED" not in running.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def nodes(server):
+    return server.get("/object_info")
