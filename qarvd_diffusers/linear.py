@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,7 @@ class QARVDLinear(nn.Linear):
         self.weight_bits = description.weight_bits
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
+        self._row_order: Tensor | None = None
         for name in ("input_scale", "input_zero_point"):
             self.register_parameter(name, None)
         for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
@@ -163,6 +166,38 @@ class QARVDLinear(nn.Linear):
             zero_point = None if self.input_zero_point is None else self.input_zero_point[group]
             accumulator(width, zero_point, self.weight_zero_point[:, group], self.weight_bits)
 
+    def store_rows_in(self, order: Tensor | None) -> None:
+        """Keep the output channels in another order in memory; result, `weight` and state dict stay what they are.
+
+        For kernels that hand their output on in the order of the next layer (`channel_order`).
+
+        Args:
+            order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural order.
+        """
+        if self._row_order is not None:
+            self._permute_rows(_inverse(self._row_order))
+        self._row_order = None if order is None else order.detach().clone()
+        if order is not None:
+            self._permute_rows(order)
+
+    def _permute_rows(self, order: Tensor) -> None:
+        for name in PER_ROW:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor.data = tensor.data.index_select(0, order)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._row_order is not None:
+            natural = _inverse(self._row_order)
+            for name in PER_ROW:
+                if prefix + name in destination:
+                    destination[prefix + name] = destination[prefix + name].index_select(0, natural)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.store_rows_in(None)
+        super()._load_from_state_dict(*args)
+
     @property
     def description(self) -> QuantizedModule:
         """What the checkpoint's config says of this layer."""
@@ -175,7 +210,20 @@ class QARVDLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The de-quantized weight `[N, K]` in original channel order: a fresh copy, writing to it changes nothing."""
+        """The de-quantized weight `[N, K]` in original channel order: a fresh copy that refuses to be written to.
+
+        Merging an adapter writes to the weight of its base layer; into this copy it would go, and be lost.
+        """
+        return self.dequantized().as_subclass(_ReadOnlyWeight)
+
+    def dequantized(self) -> Tensor:
+        """The weight as an ordinary tensor `[N, K]`, in original channel order and in the layer's dtype."""
+        return self._in_natural_order(self._stored_weight(), 0)
+
+    def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
+        return tensor if self._row_order is None else tensor.index_select(dim, _inverse(self._row_order))
+
+    def _stored_weight(self) -> Tensor:
         return ops.dequantize_weight(
             self.weight_packed,
             self.weight_scale,
@@ -190,7 +238,7 @@ class QARVDLinear(nn.Linear):
         """`[..., K]` -> `[..., N]` in the dtype of x."""
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightThrough.apply(x, self)
-        return self._compute(x)
+        return self._in_natural_order(self._compute(x), -1)
 
     def _compute(self, x: Tensor) -> Tensor:
         weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
@@ -214,6 +262,8 @@ class QARVDLinear(nn.Linear):
 
         if self.bias is None:
             self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        if self._row_order is not None:
+            self._row_order = keep_dtype(self._row_order)
         return super()._apply(keep_dtype, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> QARVDLinear:
@@ -237,17 +287,51 @@ class QARVDLinear(nn.Linear):
         )
 
 
+# Parameters with one entry per output channel.
+PER_ROW = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.argsort(order)
+
+
 class _StraightThrough(torch.autograd.Function):
     """Forward of the quantized layer, backward of the float layer of its de-quantized weight."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: QARVDLinear) -> Tensor:
         ctx.layer = layer
-        return layer._compute(x)
+        return layer._in_natural_order(layer._compute(x), -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.weight.to(grad.dtype), None
+        return grad @ ctx.layer.dequantized().to(grad.dtype), None
+
+
+_WRITES = re.compile(
+    r"__(i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|setitem)__|[a-z]\w*[a-z0-9]_"
+)
+
+
+class _ReadOnlyWeight(Tensor):
+    """What `QARVDLinear.weight` returns: an ordinary tensor to read, an error to write to."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        writes = func == Tensor.data.__set__ or _WRITES.fullmatch(getattr(func, "__name__", ""))
+        if writes and args and isinstance(args[0], cls) and func is not Tensor.requires_grad_:
+            raise ValueError(
+                f"the weight {tuple(args[0].shape)} of a QARVDLinear is packed integers: what is written to its "
+                "de-quantized copy (merging or fusing an adapter does that) would be lost. Keep the adapter unmerged, or "
+                "merge it into the float model and quantize that."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def base_layer_name(model: nn.Module, name: str) -> str:
+    """Where the layer called `name` really is: adapters (PEFT) put it into a module of their own, as `base_layer`."""
+    return f"{name}.base_layer" if hasattr(model.get_submodule(name), "base_layer") else name
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

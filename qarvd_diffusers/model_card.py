@@ -22,6 +22,57 @@ _COLUMNS = {
 }
 
 
+def is_non_commercial(licence: str | None) -> bool:
+    """Whether a licence identifier, such as `cc-by-nc-sa-4.0`, forbids commercial use."""
+    return "nc" in (licence or "").lower().replace("_", "-").split("-") or "non-commercial" in (licence or "").lower()
+
+
+def _licence_text(licence: str | None) -> str:
+    if licence is None:
+        return "Not known here: it is that of the base model, which these weights inherit. State it before you publish them."
+    warning = (
+        "**Non-commercial**: these weights may not be used or sold commercially. "
+        if is_non_commercial(licence)
+        else ""
+    )
+    return f"{warning}`{licence}`, inherited from the base model."
+
+
+def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
+    """The card of a float model that was converted from an original release.
+
+    Args:
+        family: key of `PRESETS`.
+        source: Hub id and files of the release.
+        licence: licence identifier of the released weights, None if it is not known.
+    """
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=["autoregressive-video-diffusion", family, *(["non-commercial"] if is_non_commercial(licence) else [])],
+        license=licence,
+    )
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {family}
+
+Weights of the release {source}, in the layout of diffusers. Nothing but names and file format was changed.
+
+```python
+import qarvd_diffusers  # pip install qarvd-diffusers
+pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("path/to/this/folder")
+```
+
+## Licence
+
+{_licence_text(licence)}
+"""
+    )
+
+
 def _number(value: float | None, form: str) -> str:
     # JSON has no infinity: the PSNR of equal videos may come back as None.
     return "identical" if value is None or math.isinf(value) else format(value, form)
@@ -69,7 +120,13 @@ def model_card(
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-video",
-        tags=["qarvd", "quantized", "autoregressive-video-diffusion", config.scheme],
+        tags=[
+            "qarvd",
+            "quantized",
+            "autoregressive-video-diffusion",
+            config.scheme,
+            *(["non-commercial"] if is_non_commercial(licence) else []),
+        ],
         base_model=base_model,
         license=licence,
     )
@@ -104,6 +161,6 @@ pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("{repo_id or "path/to/this/f
 {_fidelity(report)}
 ## Licence
 
-{f"`{licence}`, inherited from the base model." if licence else "That of the base model; the quantized weights inherit it."}
+{_licence_text(licence)}
 """
     return ModelCard(content)

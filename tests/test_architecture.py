@@ -15,18 +15,25 @@ PACKAGE = ROOT / "qarvd_diffusers"
 LAYERS = [
     {"__main__"},
     {"__init__", "cli"},
-    {"hub", "evaluation"},
+    {"hub", "evaluation", "bench"},
     {"pipelines"},
     {"quantizer"},
     {"serialization", "conversion", "model_card"},
-    {"calibration"},
+    {"calibration", "presets"},
     {"linear", "models", "schedulers"},
-    {"config", "primitives", "packing", "bundled"},
+    {"config", "primitives", "packing", "bundled", "tensor_files"},
 ]
 RANK = {name: len(LAYERS) - depth for depth, names in enumerate(LAYERS) for name in names}
 # The root registers with diffusers; type checking and lazy names reach everything.
 ROOT_MAY_IMPORT = {"quantizer"}
-SAME_LAYER = {("bundled", "config"), ("primitives", "packing"), ("hub", "evaluation"), ("conversion", "serialization")}
+SAME_LAYER = {
+    ("bundled", "config"),
+    ("primitives", "packing"),
+    ("hub", "evaluation"),
+    ("conversion", "serialization"),
+    ("conversion", "model_card"),
+    ("models", "linear"),
+}
 
 
 def room_of(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -41,6 +42,19 @@ def test_calibration_prompts_are_of_the_training_split():
     assert len(prompts) >= 4
     assert not any(Scene.from_prompt(prompt).held_out for prompt in prompts)
     assert len(bundled_prompts()) >= 4
+
+
+def test_eight_bit_kv_cache_is_far_above_what_quantized_weights_lose():
+    """8-bit weights leave 39 dB: the cache must not be what one sees."""
+    pipe = ARVDPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    frames = {}
+    for storage in ("auto", "int8", "fp8"):
+        generator = torch.Generator().manual_seed(0)
+        frames[storage] = pipe(held_out_prompts(1)[0], num_chunks=4, generator=generator, kv_cache=storage).frames
+    expected = frames.pop("auto")
+    psnr = {k: -10 * np.log10(np.mean((v[:, -12:] - expected[:, -12:]) ** 2)) for k, v in frames.items()}
+    assert psnr["int8"] > 50 and psnr["fp8"] > 38
 
 
 @pytest.mark.slow

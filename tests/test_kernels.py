@@ -163,10 +163,8 @@ def all_calls(bits):
 
 @pytest.mark.parametrize("bits", (4, 8))
 def test_opcheck(bits):
-    calls = all_calls(bits)
-    assert {call._qualname.split("::")[1] for call, _ in calls} == set(ops.OPERATORS)
-    for op, args in calls:
-        torch.library.opcheck(op, args)
+    for op, args in all_calls(bits):
+        torch.library.opcheck(op.overload, args)
 
 
 def test_compiles_as_one_graph():
@@ -202,11 +200,6 @@ def test_bad_arguments_are_named(change, message):
             given["a"], given["packed"], given["scale"], given["zero_point"],
             torch.ones(2), torch.zeros(2, dtype=torch.int32), None, given["bits"], given["outliers"], torch.float32,
         )  # fmt: skip
-
-
-def test_report_names_every_operator():
-    assert [row[0] for row in ops.report()] == list(ops.OPERATORS)
-    assert all(row[1] == "reference" and "no compiled kernel" in row[2] for row in ops.report())
 
 
 @pytest.mark.gpu

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig
-from ..linear import LinearQParams, QARVDLinear
+from ..linear import LinearQParams, QARVDLinear, base_layer_name
 from ..models.pass_info import PassInfo
 from .capture import InputCapture
 from .groups import LayerGroup, stored_grid
+from .processes import ALONE, Processes
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS, OnStep, Rounding
 
-# What the groups watched together may take on the device; at least one block is.
+# What the groups that one process watches together may take on the device; at least one block is watched.
 CAPTURE_BYTES = 4 * 2**30
 
 Run = Callable[[Callable[[PassInfo], None]], None]
@@ -31,6 +32,7 @@ def round_blocks(
     config: QARVDConfig,
     folder: ResumeFolder | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, LinearQParams]:
     """Choose the integer weights of all groups anew from the data that reaches them; the transformer is left as it was.
 
@@ -42,6 +44,7 @@ def round_blocks(
         config: `resolved_rounding`, `rounding_inputs` and the weights of the chunks.
         folder: finished groups are stored there, and not done again if it holds them.
         progress: called after every step of a group with a text, the steps done and how many there are.
+        processes: share the groups; every one watches and rounds its own, so the result does not depend on their number.
 
     Returns:
         The parameters of every layer of `nearest`.
@@ -49,26 +52,40 @@ def round_blocks(
     kind, sequential = ROUNDINGS[config.resolved_rounding], config.rounding_inputs == "quantized"
     done = dict(nearest)
     with _quantized(transformer) as quantize:
-        for stage in _stages(groups, kind.bytes, 0 if sequential else CAPTURE_BYTES):
-            left = [group for group in stage if not _restore(group, folder, done)]
-            if left:
-                roundings = _watch(left, kind, run, config)
-            while left:  # a group's statistics are freed before the next one is solved
-                group, rounding = left.pop(0), roundings.pop(0)
+        for stage in _stages(groups, kind.bytes, 0 if sequential else processes.count * CAPTURE_BYTES):
+            finished = processes.from_main(_restore(stage, folder if processes.is_main else None))
+            left = [group for group in stage if group.name not in finished]
+            mine = _dealt(left, kind.bytes, processes)
+            found: dict[str, LinearQParams] = {}
+            roundings = _watch(mine, kind, run, config) if mine else []
+            while mine:  # a group's statistics are freed before the next one is solved
+                group, rounding = mine.pop(0), roundings.pop(0)
                 rounded = rounding.solve(stored_grid(group, nearest), _report(progress, group))
                 layers = group.packed(*rounded, like=nearest)
-                done.update(layers)
+                found.update(layers)
                 if folder is not None:
                     folder.save(group.name, layers)
+            for layers in (*finished.values(), *processes.gather(found)):
+                done.update(layers)
             if sequential:
                 quantize({name: done[name] for group in stage for name in group.linears})
     return done
 
 
-def _restore(group: LayerGroup, folder: ResumeFolder | None, done: dict[str, LinearQParams]) -> bool:
-    layers = None if folder is None else folder.load(group.name, group.linears)
-    done.update(layers or {})
-    return layers is not None
+def _restore(groups: Iterable[LayerGroup], folder: ResumeFolder | None) -> dict[str, Mapping[str, LinearQParams]]:
+    """The finished groups among some, by name."""
+    stored = {} if folder is None else {group.name: folder.load(group.name, group.linears) for group in groups}
+    return {name: layers for name, layers in stored.items() if layers is not None}
+
+
+def _dealt(
+    groups: Iterable[LayerGroup], size: Callable[[LayerGroup], float], processes: Processes
+) -> list[LayerGroup]:
+    """This process's share of some groups: the largest are dealt first, each to who has least."""
+    groups, hands = list(groups), [[] for _ in range(processes.count)]
+    for group in sorted(groups, key=size, reverse=True):
+        min(hands, key=lambda hand: (sum(map(size, hand)), len(hand))).append(group)
+    return [group for group in groups if group in hands[processes.index]]
 
 
 def _watch(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, config: QARVDConfig) -> list[Rounding]:
@@ -131,6 +148,7 @@ def _quantized(transformer: nn.Module) -> Iterator[Callable[[Mapping[str, Linear
 
     def quantize(layers: Mapping[str, LinearQParams]) -> None:
         for name, qparams in layers.items():
+            name = base_layer_name(transformer, name)
             kept[name] = transformer.get_submodule(name)
             transformer.set_submodule(name, QARVDLinear.from_float(kept[name], qparams))
 

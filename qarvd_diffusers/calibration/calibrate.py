@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig, QuantizedModule
-from ..linear import LinearQParams, QARVDLinear
+from ..linear import LinearQParams, QARVDLinear, base_layer_name
 from ..models.pass_info import PassInfo
 from ..packing import pack
 from .blocks import round_blocks
@@ -19,10 +18,12 @@ from .capture import InputCapture
 from .groups import LayerGroup
 from .inputs import InputQuantizer
 from .observers import InputObserver, ReferenceObserver
-from .outliers import OutlierSet, find_outliers
+from .outliers import OutlierSet
+from .processes import ALONE, Processes
 from .result import CalibrationResult, config_hash
 from .resume import ResumeFolder
-from .targets import input_groups, quantizable_linears, repeated_name, skips_rounding
+from .splits import input_extents, split_inputs, stored_split
+from .targets import input_groups, quantizable_linears, skips_rounding
 from .weights import quantize_weight
 
 # Called with what is being done, how many steps of it are done, and how many there are.
@@ -35,10 +36,13 @@ def calibrate(
     config: QARVDConfig,
     progress: Progress | None = None,
     folder: ResumeFolder | None = None,
+    processes: Processes = ALONE,
+    run_share: Callable[[Callable[[PassInfo], None]], None] | None = None,
 ) -> CalibrationResult:
     """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072); it is left as it was.
 
-    First the ranges: of the weights from the weights, of the activations from one set of rollouts. Then, unless weights are
+    First the outlier channels: from the weights, or, for the detector `input`, from a set of rollouts too. Then the ranges: of
+    the weights from the weights, of the activations from another set of rollouts. Then, unless weights are
     rounded to nearest, the integer weights, block by block and from another set of rollouts every few blocks.
 
     Args:
@@ -48,6 +52,9 @@ def calibrate(
         config: what to calibrate for; `config.sensitivity` weighs the chunks.
         progress: called for every layer whose weights are quantized, and for every step of rounding.
         folder: keeps what is finished; a calibration that finds it there goes on from it, to the same result.
+        processes: those that call this together, with the same model and config; all get the result.
+        run_share: as `run`, for this process's share of the rollouts: ranges are searched in shares, whereas in rounding
+            every process runs all rollouts and watches its own layers. Needed with more than one process.
 
     Returns:
         The result; `apply` puts it into the model.
@@ -60,13 +67,18 @@ def calibrate(
         return quantize_weights(transformer, config, progress)
     linears = quantizable_linears(transformer, config)
     groups = input_groups(transformer, linears, config)
-    outliers = _find_outliers(linears, groups, config)
-    layers = folder.load("ranges", linears) if folder is not None else None
-    if layers is None:
+    layers = processes.from_main(folder.load("ranges", linears) if folder is not None and processes.is_main else None)
+    if layers is not None:
+        outliers = [stored_split(layers[names[0]]) for names in groups]
+    else:
+        extents = None
+        if config.resolved_outlier_detector == "input":
+            extents = input_extents(linears, groups, run_share or run, config, processes)
+        outliers = split_inputs(transformer, linears, groups, config, extents)
         layers = _quantize_weights(linears, groups, outliers, config, progress)
         if config.resolved_scheme.needs_calibration:
-            layers = _observe_inputs(linears, groups, outliers, layers, run, config)
-        if folder is not None:
+            layers = _observe_inputs(linears, groups, outliers, layers, run_share or run, config, processes)
+        if folder is not None and processes.is_main:
             folder.save("ranges", layers)
     if config.resolved_rounding != "nearest":
         rounded = [
@@ -74,7 +86,7 @@ def calibrate(
             for names, found in zip(groups, outliers, strict=True)
             if not skips_rounding(names[0], config)
         ]
-        layers = round_blocks(transformer, rounded, layers, run, config, folder, progress)
+        layers = round_blocks(transformer, rounded, layers, run, config, folder, progress, processes)
     return CalibrationResult(layers, config_hash(config))
 
 
@@ -85,6 +97,7 @@ def _observe_inputs(
     layers: Mapping[str, LinearQParams],
     run: Callable[[Callable[[PassInfo], None]], None],
     config: QARVDConfig,
+    processes: Processes,
 ) -> dict[str, LinearQParams]:
     """Watch one set of rollouts and add a static input quantizer to every layer."""
     observer = ReferenceObserver if config.reference_compat else InputObserver
@@ -99,10 +112,12 @@ def _observe_inputs(
 
     with torch.no_grad(), model_under_test, InputCapture(linears, groups, observe) as capture:
         run(capture.on_pass)
-    capture.check(range(config.calibration_chunks))
+    if capture.ran or processes.count == 1:  # of many processes some may have had no prompt
+        capture.check(range(config.calibration_chunks))
     observed = dict(layers)
     for group, watched in zip(groups, observers, strict=True):
-        scale, zero_point = watched.quantizer(config.percentiles)
+        watched.join(processes)
+        scale, zero_point = watched.quantizer(config.resolved_input_percentiles)
         for name in group:
             observed[name] = dataclasses.replace(observed[name], input_scale=scale, input_zero_point=zero_point)
     return observed
@@ -129,7 +144,7 @@ def quantize_weights(
         raise ValueError(f"scheme {config.scheme} needs calibration data: call calibrate, or use w8a8_dynamic")
     linears = quantizable_linears(transformer, config)
     groups = input_groups(transformer, linears, config)
-    outliers = _find_outliers(linears, groups, config)
+    outliers = split_inputs(transformer, linears, groups, config)
     packed = _quantize_weights(linears, groups, outliers, config, progress)
     return CalibrationResult(packed, config_hash(config))
 
@@ -141,7 +156,7 @@ def apply(transformer: nn.Module, result: CalibrationResult) -> None:
         ValueError: see `quantized_layers`.
     """
     for name, layer in quantized_layers(transformer, result).items():
-        transformer.set_submodule(name, layer)
+        transformer.set_submodule(base_layer_name(transformer, name), layer)
 
 
 def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[str, QARVDLinear]:
@@ -172,57 +187,16 @@ def dequantize(transformer: nn.Module) -> None:
             linear = nn.Linear(
                 layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=layer.dtype
             )
-            linear.weight = nn.Parameter(layer.weight, requires_grad=False)
+            linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
             linear.bias = layer.bias
             transformer.set_submodule(name, linear.train(layer.training))
 
 
 def _submodule(transformer: nn.Module, name: str) -> nn.Module | None:
     try:
-        return transformer.get_submodule(name)
+        return transformer.get_submodule(base_layer_name(transformer, name))
     except AttributeError:
         return None
-
-
-def _find_outliers(
-    linears: Mapping[str, nn.Linear], groups: Sequence[Sequence[str]], config: QARVDConfig
-) -> list[OutlierSet]:
-    """One outlier set per group, from the stacked weights of its layers."""
-    for name, linear in linears.items():
-        if linear.weight.is_meta:
-            raise ValueError(
-                f"the weight of {name} is on the meta device: remove offloading hooks, quantize, offload again"
-            )
-        if not bool(linear.weight.isfinite().all()):
-            raise ValueError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-
-    def find(group: Sequence[str], at_least: int = 0) -> OutlierSet:
-        return find_outliers(
-            [linears[name].weight for name in group],
-            _detector(group[0], config),
-            config.outlier_alignment,
-            config.reference_compat,
-            at_least,
-        )
-
-    found = [find(group) for group in groups]
-    if config.reference_compat:
-        return found
-    # The same layer of every block gets the largest count of any block: blocks that differ in a number are compiled one by
-    # one, and torch gives up after eight. A few ordinary channels more in the outlier group cost nothing.
-    largest: dict[str, int] = defaultdict(int)
-    for group, outliers in zip(groups, found, strict=True):
-        largest[repeated_name(group[0])] = max(largest[repeated_name(group[0])], outliers.num_outliers)
-    return [
-        outliers if outliers.num_outliers == (count := largest[repeated_name(group[0])]) else find(group, count)
-        for group, outliers in zip(groups, found, strict=True)
-    ]
-
-
-def _detector(name: str, config: QARVDConfig) -> str:
-    """The reference implementation looks for outliers inside the numbered blocks only."""
-    in_block = any(part.isdigit() for part in name.split("."))
-    return config.outlier_detector if in_block or not config.reference_compat else "none"
 
 
 def _quantize_weights(

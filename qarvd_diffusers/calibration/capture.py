@@ -75,6 +75,11 @@ class InputCapture:
 
         return hook
 
+    @property
+    def ran(self) -> bool:
+        """Whether any pass was announced."""
+        return bool(self._passes)
+
     def calls(self, name: str) -> Counter[tuple[int, str]]:
         """How often a layer ran, by (chunk, role)."""
         return Counter((self._passes[i].chunk, self._passes[i].role) for i in self._called[name])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .inputs import ACTIVATION_BITS
 from .outliers import OutlierSet
+from .processes import Processes
 from .ranges import RangeHistogram, search_samples
 
 
@@ -35,6 +36,14 @@ class InputObserver:
                 if self._histograms[g] is None:
                     self._histograms[g] = RangeHistogram(x.device)
                 self._histograms[g].add(part, weight, samples)
+
+    def join(self, processes: Processes) -> None:
+        """Add what the other processes have seen."""
+        order, outliers = self.outliers.channel_order, self.outliers.num_outliers
+        for g, size in enumerate((outliers, order.numel() - outliers)):
+            if size:
+                self._histograms[g] = self._histograms[g] or RangeHistogram(order.device)  # where this one saw nothing
+                self._histograms[g].join(processes)
 
     def quantizer(self, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """float32 `[2]` scale and int32 `[2]` zero-point, on the CPU; an empty group gets 1 and 0."""
@@ -65,6 +74,10 @@ class ReferenceObserver(InputObserver):
         samples = samples if x.ndim > 2 else samples[None]
         self._samples.append(samples)
         self._weights.extend([1.0 if self.outliers.num_outliers else weight] * len(samples))
+
+    def join(self, processes: Processes) -> None:
+        self._samples = [sample for samples in processes.gather(self._samples) for sample in samples]
+        self._weights = [weight for weights in processes.gather(self._weights) for weight in weights]
 
     def quantizer(self, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         weights = torch.tensor(self._weights)

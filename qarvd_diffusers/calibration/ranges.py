@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import primitives as P
+from .processes import Processes
 
 REFERENCE_BINS = 32768
 
@@ -122,9 +123,18 @@ class RangeHistogram:
         self.weighted += counts * (weight * samples / x.numel())
         self.samples += samples
 
-    def _cover(self, low: float, high: float) -> None:
-        low, high = min(low, self.low), max(high, self.high)
-        width = self.width
+    def join(self, processes: Processes) -> None:
+        """Add what the other processes have seen; all of them then hold the same."""
+        low, high, samples = zip(*processes.gather((self.low, self.high, self.samples)), strict=True)
+        if not sum(samples):
+            return
+        self._cover(min(low), max(high))
+        self._cover(self.low, self.high, max(processes.gather(self.width)))
+        self.counts, self.weighted = processes.sum(self.counts), processes.sum(self.weighted)
+        self.samples = sum(samples)
+
+    def _cover(self, low: float, high: float, width: float = 0.0) -> None:
+        low, high, width = min(low, self.low), max(high, self.high), max(width, self.width)
         if not width:
             span = max(high - low, 2.0**-20 * max(abs(low), abs(high)), 2.0**-100)
             width = 2.0 ** math.ceil(math.log2(span / self.BINS))

@@ -23,7 +23,7 @@ METADATA = "qarvd"  # one entry: safetensors writes several in any order, and eq
 
 def config_hash(config: QARVDConfig) -> str:
     """Hash of the fields that decide a calibration's outcome (the text encoder's do not)."""
-    values = config.replace(modules=None, text_encoder=None).to_dict()
+    values = config.replace(modules=None, text_encoder=None, calibration_adapters=None).to_dict()
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..linear import base_layer_name
+
 
 class QuantizationSwitch:
     """Context manager in which a transformer's Linears can be exchanged between two passes; it starts and ends float.
@@ -16,7 +18,8 @@ class QuantizationSwitch:
     """
 
     def __init__(self, transformer: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        self._transformer, self._layers = transformer, layers
+        self._transformer = transformer
+        self._layers = {base_layer_name(transformer, name): layer for name, layer in layers.items()}
         self._kept: dict[str, nn.Module] = {}
         self._on = False
 

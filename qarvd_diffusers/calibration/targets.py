@@ -39,8 +39,8 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
     skipped = (*KEEP_FLOAT, *config.modules_to_not_convert)
     linears = {
         name: module
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and not any(_named_by(name, pattern) for pattern in skipped)
+        for name, module in base_linears(transformer).items()
+        if not any(_named_by(name, pattern) for pattern in skipped)
     }
     if not linears:
         raise ValueError(
@@ -57,6 +57,19 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
             f"{odd} to modules_to_not_convert, or use an 8-bit scheme"
         )
     return linears
+
+
+def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """Every Linear of the model itself by name; adapters neither count nor show in the names."""
+    wrappers = {name for name, module in transformer.named_modules() if hasattr(module, "base_layer")}
+    found = {}
+    for name, module in transformer.named_modules():
+        owner = next((wrapper for wrapper in wrappers if name.startswith(f"{wrapper}.")), None)
+        if isinstance(module, nn.Linear) and owner is None:
+            found[name] = module
+        elif isinstance(module, nn.Linear) and name == f"{owner}.base_layer":
+            found[owner] = module
+    return found
 
 
 def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConfig) -> list[tuple[str, ...]]:
@@ -90,7 +103,7 @@ def prompt_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
     """
     found = {name for name in names if _named_by(name, _TEXT_EMBEDDING)}
     for path, module in transformer.named_modules():
-        if isinstance(getattr(module, "to_q", None), nn.Linear) and _reads_prompt(module):
+        if _is_linear(getattr(module, "to_q", None)) and _reads_prompt(module):
             attributes = ("to_k", "to_v", "add_k_proj", "add_v_proj")
             found |= {f"{path}.{attribute}".lstrip(".") for attribute in attributes}
     return found & set(names)
@@ -106,9 +119,13 @@ def repeated_name(name: str) -> str:
 def _tied_attributes(module: nn.Module) -> list[tuple[str, ...]]:
     """Names of projections that read one tensor, in diffusers' attention modules."""
     query, key = getattr(module, "to_q", None), getattr(module, "to_k", None)
-    if not isinstance(query, nn.Linear) or not isinstance(key, nn.Linear):
+    if not _is_linear(query) or not _is_linear(key):
         return []
     return [("to_k", "to_v") if _reads_prompt(module) else ("to_q", "to_k", "to_v"), ("add_k_proj", "add_v_proj")]
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    return isinstance(getattr(module, "base_layer", module), nn.Linear)
 
 
 def _reads_prompt(attention: nn.Module) -> bool:

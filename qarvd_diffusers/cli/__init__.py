@@ -17,8 +17,10 @@ COMMANDS = {
     "quantize": "calibrate and quantize a model folder",
     "sensitivity": "measure how much each chunk's quantization costs the whole video",
     "evaluate": "compare a quantized model with its float model: metrics per chunk, plots, one HTML page",
+    "plan": "what a stream of a model needs of a GPU's memory, and the best choices that fit",
     "generate": "stream a video into an mp4",
     "inspect": "what is in a model folder: layers, bits, outliers, bytes",
+    "bench": "measure kernels and transformer passes on this machine, beside other quantizers",
     "info": "versions, devices, and which kernel runs for each operator and why",
 }
 
@@ -51,5 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qarvd {args.command}: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result, indent=2) if args.json else args.render(result))
+    if result is not None:  # of several processes one has something to say
+        print(json.dumps(result, indent=2) if args.json else args.render(result))
     return 0

@@ -31,10 +31,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions and devices of this machine."""
     import torch
-
-    import qarvd_kernels
 
     devices = [
         {
@@ -47,9 +46,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "versions": {package: _version(package) for package in _PACKAGES},
         "devices": devices,
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    import qarvd_kernels
+
+    return {
+        **environment(),
         "operators": [
-            {"operator": operator, "implementation": implementation, "reason": reason}
-            for operator, implementation, reason in qarvd_kernels.report()
+            {"operator": operator, "implementation": implementation, "refused": dict(refused)}
+            for operator, implementation, refused in qarvd_kernels.report()
         ],
     }
 
@@ -62,6 +69,22 @@ def render(result: dict[str, Any]) -> str:
             table(("device", "capability", "memory"), devices)
             if devices
             else "no CUDA device: everything runs on the CPU",
-            "\n".join(f"{o['operator']}: {o['implementation']} ({o['reason']})" for o in result["operators"]),
+            *operators(result["operators"]),
         ]
     )
+
+
+def operators(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of operators and implementations, and the reasons against the others, each said once."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for other, reason in row["refused"].items():
+            reasons.setdefault(f"{other}: {reason}", []).append(row["operator"])
+    return [
+        table(("operator", "implementation"), [(row["operator"], row["implementation"]) for row in rows]),
+        "not used:\n"
+        + "\n".join(
+            f"  {reason} ({'all operators' if len(names) == len(rows) else ', '.join(names)})"
+            for reason, names in reasons.items()
+        ),
+    ]

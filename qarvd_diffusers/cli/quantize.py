@@ -1,4 +1,7 @@
-"""Calibrate and quantize a float model folder or Hub id, measure the result, and save it with its model card."""
+"""Calibrate and quantize a float model folder or Hub id, measure the result, and save it with its model card.
+
+Under `accelerate launch -m qarvd_diffusers quantize ...` the processes share the calibration.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    from ..calibration.processes import Processes
     from ..calibration.sensitivity import SensitivityResult
     from ..config import QARVDConfig
     from ..evaluation.fidelity import compare, describe, roll_out
@@ -47,12 +51,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         calibration_seed=args.seed,
         text_encoder=args.text_encoder,
     )
+    processes = Processes.launched()  # first, since it gives every process a GPU of its own
     pipe = load_pipeline(args.model, args)
-    prompts = calibration_prompts(pipe, config)[-args.evaluate :] if args.evaluate else ()
+    wanted = args.evaluate if processes.is_main else 0
+    prompts = calibration_prompts(pipe, config)[-wanted:] if wanted else ()
     # The evaluation noise is never the calibration noise.
     seed = args.seed + 10_000
     expected = roll_out(pipe, prompts, args.chunks, seed) if prompts else None
     quantize_pipeline(pipe, config)
+    processes.close()
+    if not processes.is_main:
+        return None
     report = None
     if expected is not None:
         got = roll_out(pipe, prompts, args.chunks, seed)

@@ -1,4 +1,7 @@
-"""Measure how much each chunk's quantization costs the whole video; an interrupted run goes on where it stopped."""
+"""Measure how much each chunk's quantization costs the whole video; an interrupted run goes on where it stopped.
+
+Under `accelerate launch -m qarvd_diffusers sensitivity ...` the prompts are shared between the processes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    from ..calibration.processes import Processes
     from ..config import QARVDConfig
     from ..evaluation.plots import plot_sensitivity, require_matplotlib
     from ..pipelines.sensitivity import SEED, measure_sensitivity
@@ -41,9 +45,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         calibration_prompts=read_prompts(args.calibration_prompts),
         calibration_chunks=args.chunks,
     )
+    processes = Processes.launched()  # first, since it gives every process a GPU of its own
     pipe = load_pipeline(args.model, args)
     seed = SEED if args.seed is None else args.seed
     result = measure_sensitivity(pipe, config, prompts, num_chunks=args.chunks, seed=seed, path=args.out)
+    processes.close()
+    if not processes.is_main:
+        return None
     if args.plot:
         plot_sensitivity(result, args.plot)
     return {"out": args.out, "plot": args.plot, **result.to_dict()}

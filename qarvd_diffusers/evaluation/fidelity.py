@@ -68,11 +68,11 @@ def roll_out(
         rollout.latents.append(list(latents))
         rollout.frames.append(list(frames))
         rollout.seconds.append(list(seconds))
-    rollout.peak_memory_bytes = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
+    rollout.peak_memory_bytes = torch.cuda.max_memory_allocated() if on_gpu else resident_peak()
     return rollout
 
 
-def _resident_peak() -> int | None:
+def resident_peak() -> int | None:
     try:
         import resource
     except ImportError:  # Windows

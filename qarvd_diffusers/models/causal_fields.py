@@ -1,4 +1,4 @@
-"""`CausalFields`: the few values in which the members of the causal Wan family differ, and the members that are known."""
+"""`CausalFields`: the few values in which the members of the causal Wan family differ."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+PROMPT_SWITCHES = ("keep", "recache", "new_text_only")
+"""What becomes of cached frames when the prompt changes. `keep`: they stay as they are, the picture goes on and follows
+slowly. `recache`: the frames in the window are encoded anew under the new prompt (LongLive, arXiv 2509.22622).
+`new_text_only`: they are forgotten, which cuts to a new scene."""
+
+ROPE_MODES = ("absolute", "window")
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,11 @@ class CausalFields:
         local_attention_frames: latent frames a chunk can see, sink and the chunk itself included; -1 is all.
         sink_frames: first latent frames that are never evicted.
         independent_first_frame: the first chunk of a video (or of its given start) is a single latent frame.
+        on_prompt_switch: what a new prompt does to the cached frames when a call does not say, one of `PROMPT_SWITCHES`.
+        global_sink: re-caching leaves the sink as it was encoded under the first prompt, once the window has moved on.
+        rope_mode: `absolute`: a frame's position is its index in the video. `window`: its place among the frames that are
+            visible, so that no position ever exceeds the window.
+        sink_ema: share of the old sink when the frames that leave the window are averaged into it; None keeps the sink.
     """
 
     num_frames_per_chunk: int = 3
@@ -34,6 +46,10 @@ class CausalFields:
     local_attention_frames: int = -1
     sink_frames: int = 0
     independent_first_frame: bool = False
+    on_prompt_switch: str = "keep"
+    global_sink: bool = True
+    rope_mode: str = "absolute"
+    sink_ema: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("denoising_timesteps", "first_chunk_timesteps"):
@@ -56,12 +72,22 @@ class CausalFields:
         require(first is None or falls(first), "first_chunk_timesteps", "None or falling numbers in [0, 1000]")
         require(self.timestep_shift > 0, "timestep_shift", "a positive number")
         require(0 <= self.context_noise <= 1000, "context_noise", "a timestep in [0, 1000]")
+        require(self.on_prompt_switch in PROMPT_SWITCHES, "on_prompt_switch", f"one of {', '.join(PROMPT_SWITCHES)}")
         require(self.sink_frames >= 0, "sink_frames", "0 or a positive number of latent frames")
         least = self.sink_frames + self.num_frames_per_chunk
         require(
             self.local_attention_frames == -1 or self.local_attention_frames >= least,
             "local_attention_frames",
             f"-1 (all) or at least sink_frames + num_frames_per_chunk = {least}",
+        )
+        require(self.rope_mode in ROPE_MODES, "rope_mode", f"one of {', '.join(ROPE_MODES)}")
+        chunk, window = self.num_frames_per_chunk, self.local_attention_frames
+        averages = self.rope_mode == "window" and self.sink_frames == chunk and window > 0 and window % chunk == 0
+        require(
+            self.sink_ema is None or (0 < self.sink_ema < 1 and averages and not self.independent_first_frame),
+            "sink_ema",
+            "None, or a number in (0, 1) where rope_mode is 'window', sink_frames equals num_frames_per_chunk and the window "
+            "is a whole number of chunks",
         )
 
     @classmethod
@@ -124,20 +150,3 @@ class CausalFields:
                 f"chunk has {first}, every other has {self.num_frames_per_chunk}"
             )
         return chunks + 1
-
-
-_FRAMEWISE = CausalFields(num_frames_per_chunk=1)
-
-FAMILY_FIELDS: dict[str, CausalFields] = {
-    "self-forcing": CausalFields(),
-    "causal-forcing": CausalFields(),
-    "causal-forcing-framewise": _FRAMEWISE,
-    "causal-forcing-framewise-2step": dataclasses.replace(
-        _FRAMEWISE, denoising_timesteps=(1000, 500), first_chunk_timesteps=(1000, 750, 500, 250)
-    ),
-    "causal-forcing-framewise-1step": dataclasses.replace(
-        _FRAMEWISE, denoising_timesteps=(1000,), first_chunk_timesteps=(1000, 750, 500, 250)
-    ),
-    "causvid": CausalFields(denoising_timesteps=(1000, 757, 522), warp_timesteps=False, timestep_shift=8.0),
-}
-"""Values of the released inference configurations, per family member whose rollout the chunk loop runs."""

@@ -3,38 +3,95 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from .kv_storage import STORAGES, check_storage, decode, encode, fit_scale, is_quantized
+
 _FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
+_SCALE_MARGIN = 1.25  # room above the first chunk's largest value: see benchmarks/kv_cache.py
+_FACTS = ("frames", "origin", "_next_frame", "_tokens_per_frame", "_capacity")  # bookkeeping of a saved cache
 
 
 class KVLayerCache:
     """Keys and values of one transformer block.
 
-    Self-attention K/V live in preallocated `[B, capacity, heads, head_dim]` buffers, in storage order (sink first).
     Bookkeeping is the `KVCache`'s: `update` only moves tensors, so that it compiles without graph breaks.
+
+    Attributes:
+        key: keys after RoPE (before it in window mode), preallocated `[B, capacity, heads, head_dim]` in storage order (sink first), in the storage
+            dtype; None before the first pass.
+        value: see `key`.
+        key_scale: `[heads]` float32 if the storage has 8 bits, value = code * scale; else None.
+        value_scale: see `key_scale`.
+        text_key: cross-attention keys of the prompt `[B, text_tokens, heads, head_dim]`, or None.
+        text_value: see `text_key`.
+        scales_given: the scales were given, and passes do not set them.
     """
 
     def __init__(self) -> None:
         self.key: torch.Tensor | None = None
         self.value: torch.Tensor | None = None
+        self.key_scale: torch.Tensor | None = None
+        self.value_scale: torch.Tensor | None = None
         self.text_key: torch.Tensor | None = None
         self.text_value: torch.Tensor | None = None
+        self.scales_given = False
 
     def update(self, key: torch.Tensor, value: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the current chunk's K/V `[B, tokens, heads, head_dim]` at token `start`; return all that it can see.
 
-        With gradients enabled the past is constant and the current chunk's K/V keep their graph.
+        Of storage in another dtype the pass sees the past as stored and the current chunk at full precision. With
+        gradients enabled the past is constant and the current chunk's K/V keep their graph.
         """
         stop = start + key.shape[1]
-        self.key[:, start:stop] = key.detach()
-        self.value[:, start:stop] = value.detach()
-        if torch.is_grad_enabled():
-            # Buffers are overwritten by the next pass; autograd must not have saved views of them.
-            past_key, past_value = self.key[:, :start].to(key.dtype), self.value[:, :start].to(value.dtype)
-            return torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
-        return self.key[:, :stop].to(key.dtype), self.value[:, :stop].to(value.dtype)
+        if start == 0:
+            self.fit_scales(key, value)
+        self.key[:, start:stop] = encode(key.detach(), self.key_scale, self.key.dtype)
+        self.value[:, start:stop] = encode(value.detach(), self.value_scale, self.value.dtype)
+        if self.key.dtype == key.dtype and not torch.is_grad_enabled():
+            return self.key[:, :stop], self.value[:, :stop]
+        # Buffers are overwritten by the next pass; autograd must not have saved views of them.
+        past_key, past_value = self.read(0, start, key.dtype)
+        return torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the tokens `start:stop` in `dtype`."""
+        return (
+            decode(self.key[:, start:stop], self.key_scale, dtype),
+            decode(self.value[:, start:stop], self.value_scale, dtype),
+        )
+
+    def fit_scales(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Widen the scales to hold a pass that sees nothing stored, so that no code stands under an older scale.
+
+        Called by `update` for every pass at token 0: after the passes of the first chunk the scales stand. Does nothing
+        where storage is no 8 bits, or the scales were given.
+        """
+        if not is_quantized(self.key.dtype) or self.scales_given:
+            return
+        for name, tensor in (("key_scale", key), ("value_scale", value)):
+            scale, old = fit_scale(tensor, self.key.dtype, _SCALE_MARGIN), getattr(self, name)
+            setattr(self, name, scale if old is None else torch.maximum(old, scale))
+
+    def turn_back(self, cos: torch.Tensor, sin: torch.Tensor, stop: int) -> None:
+        """Rotate the stored keys up to token `stop` back by an angle per pair; `cos`, `sin` `[pairs]` of the first pairs.
+
+        Codes are decoded, turned and stored under the same scale.
+        """
+        width = 2 * len(cos)
+        keys = decode(self.key[:, :stop], self.key_scale, torch.float32)
+        first, second = keys[..., :width].unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((first * cos + second * sin, second * cos - first * sin), dim=-1).flatten(-2)
+        self.key[:, :stop] = encode(torch.cat([turned, keys[..., width:]], dim=-1), self.key_scale, self.key.dtype)
+
+    def fold(self, sink: int, start: int, keep: float) -> None:
+        """Average the first `sink` tokens with as many from `start` on: `keep` of the old, the rest of the others."""
+        for buffer, scale in ((self.key, self.key_scale), (self.value, self.value_scale)):
+            old, new = (decode(buffer[:, at : at + sink], scale, torch.float32) for at in (0, start))
+            buffer[:, :sink] = encode(keep * old + (1 - keep) * new, scale, buffer.dtype)
 
     def store_text(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep the cross-attention K/V `[B, text_tokens, heads, head_dim]` of the prompt."""
@@ -44,12 +101,12 @@ class KVLayerCache:
         """Cross-attention K/V of the prompt, or None before the first pass."""
         return None if self.text_key is None else (self.text_key, self.text_value)
 
-    def reserve(self, tokens: int, shape: tuple[int, int, int], like: torch.Tensor) -> None:
+    def reserve(self, tokens: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
         """Make room for `tokens` tokens of `(batch, heads, head_dim)`, keeping what is stored."""
         batch, heads, head_dim = shape
         for name in ("key", "value"):
             old = getattr(self, name)
-            new = like.new_zeros(batch, tokens, heads, head_dim)
+            new = torch.zeros(batch, tokens, heads, head_dim, device=device, dtype=dtype)
             if old is not None:
                 new[:, : old.shape[1]] = old
             setattr(self, name, new)
@@ -66,9 +123,14 @@ class KVLayerCache:
 class KVCache:
     """State of one rollout: self-attention K/V of the visible latent frames and cross-attention K/V of the prompt.
 
-    Keys are stored after RoPE at their absolute frame index; eviction never re-indexes them. The first pass at a new frame
+    Keys are stored after RoPE at their absolute frame index; eviction never re-indexes them. Where the RoPE table ends, all
+    positions move down together and the stored keys turn with them (`reindex`): attention depends on differences alone, so
+    that a stream without end computes what a table without end would give. The first pass at a new frame
     offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
     rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
+
+    With `rope_mode="window"` keys are stored before RoPE and a frame's position is its slot in the window, counted anew in
+    every pass (Infinity-RoPE); `sink_ema` then lets evicted frames live on in the sink as a moving average (Reward Forcing).
 
     A cache belongs to one stream. It is handed to the model as `kv_cache` and changed by every pass.
 
@@ -77,10 +139,21 @@ class KVCache:
         local_attention_frames: latent frames kept, sink and current chunk included; -1 keeps all.
         sink_frames: first latent frames that are never evicted.
         num_frames: latent frames of the whole rollout, if known: a full cache is then allocated once instead of doubling.
+        storage: dtype of the stored K/V: `"auto"` (that of the passes), `"bf16"`, or in 8 bits `"int8"` or `"fp8"`
+            (float8 e4m3), with static scales per head that the first chunk sets, or `set_scales`.
+        rope_mode: `"absolute"` or `"window"`.
+        sink_ema: share of the old sink when evicted frames are averaged into it; None keeps the sink as it is.
     """
 
     def __init__(
-        self, num_layers: int, local_attention_frames: int = -1, sink_frames: int = 0, num_frames: int | None = None
+        self,
+        num_layers: int,
+        local_attention_frames: int = -1,
+        sink_frames: int = 0,
+        num_frames: int | None = None,
+        storage: str = "auto",
+        rope_mode: str = "absolute",
+        sink_ema: float | None = None,
     ) -> None:
         if local_attention_frames != -1 and local_attention_frames <= sink_frames:
             raise ValueError(
@@ -91,7 +164,12 @@ class KVCache:
         self.local_attention_frames = local_attention_frames
         self.sink_frames = sink_frames
         self.num_frames = num_frames
+        self.storage = check_storage(storage)
+        self.rope_mode = rope_mode
+        self.sink_ema = sink_ema
         self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
+        self.origin = 0  # absolute latent frame whose RoPE position is 0
+        self._next_frame: int | None = None  # where a rewound cache goes on
         self._tokens_per_frame = 0
         self._capacity = 0  # in frames
 
@@ -117,7 +195,8 @@ class KVCache:
         shape = (like.shape[0], *heads)
         self._check_layout(shape, tokens_per_frame, like)
         frames = list(range(frame_offset, frame_offset + num_frames))
-        if not self.frames or frame_offset == self.frames[-1] + 1:
+        follows = self.frames[-1] + 1 if self.frames and self._next_frame is None else self._next_frame
+        if not self.frames or frame_offset == follows:
             self._append(frames, shape, like)
         elif self.frames[-num_frames:] != frames:
             raise ValueError(
@@ -125,6 +204,34 @@ class KVCache:
                 f"(cached: {self.frames}); run chunks in order, or start from an empty KVCache"
             )
         return (len(self.frames) - num_frames) * tokens_per_frame
+
+    def reindex(
+        self, num_frames: int, positions: int, turn: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    ) -> int:
+        """Position of the first frame of the pass just begun, in a RoPE table of `positions` rows.
+
+        Args:
+            num_frames: latent frames of the pass.
+            positions: rows of the table. If the pass leaves it, `origin` moves to the oldest frame that the window can
+                still need again, and the stored keys turn by as much; the sink may then stand at negative positions.
+            turn: number of positions -> cos and sin `[pairs]` of the temporal pairs of a head.
+        """
+        first, last = self.frames[-num_frames], self.frames[-1]
+        if first - self.origin >= 0 and last - self.origin < positions:
+            return first - self.origin
+        oldest = first
+        for frame in reversed(self.frames[:-num_frames]):
+            if frame != oldest - 1:
+                break
+            oldest = frame
+        origin = min(first, max(oldest, last + 1 - max(positions // 2, self.local_attention_frames)))
+        if len(self.frames) > num_frames:
+            cos, sin = turn(abs(origin - self.origin))
+            sin = sin if origin > self.origin else -sin
+            for layer in self.layers:
+                layer.turn_back(cos, sin, (len(self.frames) - num_frames) * self._tokens_per_frame)
+        self.origin = origin
+        return first - origin
 
     def _check_layout(self, shape: tuple[int, int, int], tokens_per_frame: int, like: torch.Tensor) -> None:
         if not self._capacity:
@@ -141,16 +248,23 @@ class KVCache:
 
     def _append(self, frames: list[int], shape: tuple[int, int, int], like: torch.Tensor) -> None:
         window = self.local_attention_frames
-        if window != -1 and self.sink_frames + len(frames) > window:
+        sink = min(self.sink_frames, len(self.frames))
+        if window != -1 and sink + len(frames) > window:
             raise ValueError(
-                f"a pass over {len(frames)} frames and {self.sink_frames} sink frames do not fit into "
+                f"a pass over {len(frames)} frames and {sink} sink frames do not fit into "
                 f"local_attention_frames = {window}"
             )
         tokens = self._tokens_per_frame
         evict = 0 if window == -1 else max(0, len(self.frames) + len(frames) - window)
         if evict:
-            first, last = self.sink_frames, self.sink_frames + evict
+            first, last = sink, sink + evict
+            if self.sink_ema is not None and evict != sink:
+                raise ValueError(
+                    f"{evict} frames leave the window at once and cannot be averaged into {sink} sink frames"
+                )
             for layer in self.layers:
+                if self.sink_ema is not None:
+                    layer.fold(sink * tokens, first * tokens, self.sink_ema)
                 layer.drop(first * tokens, last * tokens, len(self.frames) * tokens)
             del self.frames[first:last]
         needed = len(self.frames) + len(frames)
@@ -160,23 +274,73 @@ class KVCache:
                 known = max(2 * self._capacity, _FIRST_CHUNKS * len(frames))
             self._capacity = max(needed, known)
             for layer in self.layers:
-                layer.reserve(self._capacity * tokens, shape, like)
+                layer.reserve(self._capacity * tokens, shape, like.device, STORAGES[self.storage] or like.dtype)
         self.frames.extend(frames)
+        self._next_frame = None
+
+    def rewind(self, num_frames: int, next_frame: int) -> None:
+        """Forget all but the first `num_frames` stored frames; the next pass appends frame `next_frame` behind them."""
+        del self.frames[num_frames:]
+        self._next_frame = next_frame
 
     def visible(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored K and V of a block, `[B, visible tokens, heads, head_dim]`, in storage order (sink first)."""
-        tokens = len(self.frames) * self._tokens_per_frame
-        return self.layers[layer].key[:, :tokens], self.layers[layer].value[:, :tokens]
+        """K and V of a block, `[B, visible tokens, heads, head_dim]`, in storage order (sink first); 8 bits as float32."""
+        tokens, dtype = len(self.frames) * self._tokens_per_frame, self.layers[layer].key.dtype
+        return self.layers[layer].read(0, tokens, torch.float32 if is_quantized(dtype) else dtype)
+
+    def set_scales(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Give the scales of 8-bit storage, `[num_layers, heads]` float32 each, instead of taking them from the first chunk.
+
+        Raises:
+            ValueError: if the storage has no scales, something is stored already, or there are other than `num_layers`.
+        """
+        if self.storage not in ("int8", "fp8") or self.frames:
+            raise ValueError("set_scales needs an empty KVCache with storage 'int8' or 'fp8'")
+        if not len(key) == len(value) == len(self.layers):
+            raise ValueError(f"scales of {len(key)} and {len(value)} layers for a KVCache of {len(self.layers)}")
+        for layer, key_scale, value_scale in zip(self.layers, key, value, strict=True):
+            layer.key_scale, layer.value_scale, layer.scales_given = key_scale.float(), value_scale.float(), True
 
     def reset_text(self) -> None:
         """Forget the prompt's K/V; the next pass computes them from its `encoder_hidden_states`."""
         for layer in self.layers:
             layer.reset_text()
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What is stored, as tensors and JSON types, for `load_state` of a cache made with the same arguments.
+
+        The prompt's K/V are left out: the next pass computes them again.
+        """
+        tokens, tensors = len(self.frames) * self._tokens_per_frame, {}
+        for index, layer in enumerate(self.layers):
+            for name in ("key", "value", "key_scale", "value_scale"):
+                if (tensor := getattr(layer, name)) is not None:
+                    tensors[f"{index}.{name}"] = tensor if name.endswith("scale") else tensor[:, :tokens]
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return tensors, facts | {"scales_given": self.layers[0].scales_given}
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
+        """Go on where the cache stood that `state` was called on; buffers are allocated on `device`."""
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+        for index, layer in enumerate(self.layers):
+            layer.scales_given = facts["scales_given"]
+            for name in ("key_scale", "value_scale"):
+                if (scale := tensors.get(f"{index}.{name}")) is not None:
+                    setattr(layer, name, scale.to(device))
+            if (stored := tensors.get(f"{index}.key")) is None:
+                continue
+            shape = (stored.shape[0], *stored.shape[2:])
+            layer.reserve(self._capacity * self._tokens_per_frame, shape, device, stored.dtype)
+            for name in ("key", "value"):
+                getattr(layer, name)[:, : stored.shape[1]] = tensors[f"{index}.{name}"].to(device)
+
     def clear(self) -> None:
         """Forget everything, buffers included."""
         self.layers = [KVLayerCache() for _ in self.layers]
         self.frames = []
+        self.origin = 0
+        self._next_frame = None
         self._capacity = 0
 
     def clone(self) -> KVCache:
@@ -186,5 +350,5 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes held by all buffers."""
-        tensors = [t for x in self.layers for t in (x.key, x.value, x.text_key, x.text_value) if t is not None]
+        tensors = (t for layer in self.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
         return sum(tensor.nbytes for tensor in tensors)

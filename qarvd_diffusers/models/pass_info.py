@@ -11,9 +11,9 @@ class PassInfo:
 
     Attributes:
         chunk: index of the generated chunk; passes over given initial latents carry -1.
-        role: `"denoise"`, `"refresh"` (rewrites the chunk's K/V from its clean latents) or `"context"` (fills the
-            K/V cache from given initial latents).
-        step: index of the denoising step inside the chunk; 0 for `"refresh"` and `"context"`.
+        role: `"denoise"`, `"refresh"` (rewrites the chunk's K/V from its clean latents), `"context"` (fills the K/V cache
+            from given initial latents) or `"recache"` (encodes the frames before the chunk anew under a new prompt).
+        step: index of the denoising step inside the chunk; 0 for the other roles.
         timestep: timestep the transformer is given.
         frame_offset: absolute index of the first latent frame of the pass.
         num_frames: latent frames in the pass.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +24,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 from torch import nn
 
+import qarvd_kernels as ops
+
+from .fused_pass import FusedPass, refusal
 from .kv_cache import KVCache, KVLayerCache
+from .single_file import read_single_file
 
 
 class CausalTimesteps(Timesteps):
@@ -51,7 +57,8 @@ class CausalTimesteps(Timesteps):
 class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module.
 
-    With a `cache_start` bound it is a third output. The stock forward hands RoPE through to every block untouched, and of
+    With a `cache_start` bound it is a third output; with `window_frames` bound too, the table of all frames in the window is
+    a fourth and a fifth, and the pass takes the last positions in it. The stock forward hands RoPE through to every block untouched, and of
     all values that reach a block only its arguments may change between passes without recompiling it.
     """
 
@@ -63,9 +70,10 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
             self.register_buffer(name, getattr(stock, name), persistent=False)
         self.frame_offset = 0
         self.cache_start: int | None = None
+        self.window_frames: int | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> tuple:
-        """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`, and the bound `cache_start`.
+        """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`, and what is bound.
 
         Raises:
             ValueError: if a position lies beyond the table.
@@ -76,11 +84,26 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
             if start + size > self.max_seq_len:
                 raise ValueError(
                     f"{axis} position {start + size - 1} lies beyond the RoPE table of rope_max_seq_len = "
-                    f"{self.max_seq_len} positions: generate fewer chunks, or load the transformer with a larger "
-                    "rope_max_seq_len in its config"
+                    f"{self.max_seq_len} positions: choose a smaller picture or local_attention_frames, or load the "
+                    "transformer with a larger rope_max_seq_len in its config"
                 )
         tables = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
-        return tables if self.cache_start is None else (*tables, self.cache_start)
+        if self.cache_start is None or self.window_frames is None:
+            return tables if self.cache_start is None else (*tables, self.cache_start)
+        window = [self.window_frames // self.patch_size[0], *sizes[1:]]
+        return (
+            *tables,
+            self.cache_start,
+            *(self._table(f, [0, 0, 0], window) for f in (self.freqs_cos, self.freqs_sin)),
+        )
+
+    def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ; up to twice the table."""
+        rows = [min(frames, self.max_seq_len - 1), max(0, frames - self.max_seq_len + 1)]
+        cos, sin = (table[rows, : self.t_dim].cpu().double() for table in (self.freqs_cos, self.freqs_sin))
+        turned = torch.complex(cos[:, 0::2], sin[:, 1::2]).prod(dim=0)
+        device = self.freqs_cos.device
+        return turned.real.float().to(device), turned.imag.float().to(device)
 
     def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
         parts = []
@@ -117,12 +140,14 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         if self.cache is None or attn.add_k_proj is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is None:
-            cos, sin, start = rotary_emb
-            query, key, value = self._project_self(attn, hidden_states, cos, sin)
+            cos, sin, start, *window = rotary_emb
+            query, key, value = self._project_self(attn, hidden_states)
+            query, key = rotate(query, cos, sin), key if window else rotate(key, cos, sin)
             key, value = self.cache.update(key, value, start)
+            key = rotate(key, *window) if window else key
         else:
             query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-            key, value = self._text(attn, encoder_hidden_states)
+            key, value = self.text(attn, encoder_hidden_states)
         hidden_states = dispatch_attention_fn(
             query,
             key,
@@ -138,7 +163,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
 
     @staticmethod
     def _project_self(
-        attn: WanAttention, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        attn: WanAttention, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -146,9 +171,10 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        return query, key, value
 
-    def _text(self, attn: WanAttention, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def text(self, attn: WanAttention, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-attention K/V `[B, text_tokens, heads, head_dim]`: the cached ones, or projected and cached now."""
         # Cached tensors would carry a graph that the first backward frees: with gradients they are computed anew.
         cached = None if torch.is_grad_enabled() else self.cache.get_text()
         if cached is not None:
@@ -173,6 +199,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     A pass binds its cache to the model while it runs: one model serves any number of interleaved streams, but not two
     threads at a time.
+
+    Attributes:
+        fused_pass: whether cached passes of a statically quantized model run on fused integer kernels (`FusedPass`); None,
+            the default, means wherever kernels for the device exist.
     """
 
     _skip_keys = ["kv_cache"]  # noqa: RUF012 - accelerate must hand the cache through, not copy it
@@ -183,6 +213,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         self._install_causal_parts()
 
     def _install_causal_parts(self) -> None:
+        self.fused_pass: bool | None = None
+        self._fused_pass: FusedPass | None = None
         self.rope = CausalWanRotaryPosEmbed(self.rope)
         self.condition_embedder.timesteps_proj = CausalTimesteps(self.condition_embedder.timesteps_proj)
         for block in self.blocks:
@@ -224,6 +256,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
         kv_cache: KVCache | None = None,
         frame_offset: int = 0,
+        cache_only: bool = False,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """One pass over one chunk.
 
@@ -237,6 +270,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             attention_kwargs: as in `WanTransformer3DModel` (`scale` of adapters).
             kv_cache: K/V of earlier frames; this pass attends to them and writes (or overwrites) its own.
             frame_offset: absolute index of the first latent frame, for RoPE and for the cache.
+            cache_only: the pass is made for its K/V alone; what it returns is unspecified, and may not be computed.
 
         Returns:
             The flow `[B, C, F, H, W]` (noise minus clean latents).
@@ -245,8 +279,15 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             ValueError: for a timestep of another shape, a position beyond the RoPE table, or a pass that does not fit the
                 cache.
         """
-        timestep = self._expand_timestep(timestep, hidden_states)
+        fused = None
+        plain = encoder_hidden_states_image is None and not attention_kwargs
+        if kv_cache is not None and kv_cache.rope_mode == "absolute" and plain:  # kernels store keys after RoPE
+            fused = self._fused(timestep, hidden_states)
+        timestep = self._expand_timestep(timestep, hidden_states) if fused is None else timestep
         with self._bind(kv_cache, frame_offset, hidden_states):
+            if fused is not None:
+                flow = fused(self, hidden_states, timestep, encoder_hidden_states, kv_cache, cache_only)
+                return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
             return super().forward(
                 hidden_states,
                 timestep,
@@ -255,6 +296,23 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 return_dict=return_dict,
                 attention_kwargs=attention_kwargs,
             )
+
+    def _fused(self, timestep: torch.Tensor, hidden_states: torch.Tensor) -> FusedPass | None:
+        """The fused form of this pass, if there is one and it is wanted."""
+        wanted = self.fused_pass if self.fused_pass is not None else ops.accelerated(hidden_states.device)
+        if not wanted or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        batch, frames = hidden_states.shape[0], hidden_states.shape[2] // self.config.patch_size[0]
+        if timestep.shape not in ((batch,), (batch, frames)):
+            return None
+        if self._fused_pass is None or not self._fused_pass.fits(self):
+            self._fused_pass = None if self.fusion_refusal is not None else FusedPass(self)
+        return self._fused_pass
+
+    @property
+    def fusion_refusal(self) -> str | None:
+        """Why no pass of this model can run on fused integer kernels; None if nothing in the model stands against it."""
+        return refusal(self)
 
     def _tokens_per_frame(self, hidden_states: torch.Tensor) -> int:
         _, p_h, p_w = self.config.patch_size
@@ -278,7 +336,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Hand cache and frame offset to the installed parts for the length of one stock forward."""
         sinusoid = self.condition_embedder.timesteps_proj
         processors = [(block.attn1.processor, block.attn2.processor) for block in self.blocks]
-        layers, start = [None] * len(processors), None
+        layers, start, position, window = [None] * len(processors), None, frame_offset, None
         if kv_cache is not None:
             self._check_bindable(kv_cache, processors)
             heads = (self.config.num_attention_heads, self.config.attention_head_dim)
@@ -286,15 +344,20 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             tokens = self._tokens_per_frame(hidden_states)
             start = kv_cache.begin_pass(frame_offset, frames, tokens, heads, hidden_states)
             layers = kv_cache.layers
+            if kv_cache.rope_mode == "window":
+                window = len(kv_cache.frames)
+                position = window - frames
+            else:
+                position = kv_cache.reindex(frames, self.rope.max_seq_len, self.rope.turn)
         try:
-            self.rope.frame_offset, self.rope.cache_start = frame_offset, start
+            self.rope.frame_offset, self.rope.cache_start, self.rope.window_frames = position, start, window
             sinusoid.float64 = kv_cache is not None
             for pair, layer in zip(processors, layers, strict=True):
                 for processor in pair:
                     processor.cache = layer
             yield
         finally:
-            self.rope.frame_offset, self.rope.cache_start = 0, None
+            self.rope.frame_offset, self.rope.cache_start, self.rope.window_frames = 0, None, None
             sinusoid.float64 = False
             for pair in processors:
                 for processor in pair:
@@ -335,6 +398,35 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             "fuse_lora", "keep the adapter unfused, or fuse into the float model and quantize that"
         )
         super().fuse_lora(*args, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path_or_dict: Any, **kwargs: Any
+    ) -> CausalWanTransformer3DModel:
+        """As in diffusers; a file that Q-ARVD wrote tells its config and quantization itself, so that no other is needed.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: file with original key names.
+            **kwargs: those of diffusers, such as `dtype` and, for a file of another origin, `config`.
+
+        Raises:
+            ValueError: the file is truncated, or does not hold exactly the tensors that its header tells.
+        """
+        given = pretrained_model_link_or_path_or_dict
+        local = isinstance(given, str | os.PathLike) and os.path.isfile(given) and str(given).endswith(".safetensors")
+        header = read_single_file(given) if local and not {"config", "quantization_config"} & kwargs.keys() else None
+        source = str(given) if local else given
+        if header is None:
+            return super().from_single_file(source, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+                json.dump({"_class_name": cls.__name__, **header.transformer}, file)
+            kwargs |= {"config": folder, "quantization_config": header.quantization}
+            model = super().from_single_file(source, **kwargs)
+        model.register_to_config(_name_or_path=str(given))
+        if header.quantization is not None:
+            model.register_to_config(quantization_config=header.quantization)
+        return model
 
     def _refuse_if_quantized(self, method: str, remedy: str) -> None:
         if getattr(self, "is_quantized", False):

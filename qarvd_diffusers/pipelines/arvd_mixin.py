@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import dataclasses
 import json
-import time
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -18,12 +18,21 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..conversion import PIPELINE_STUB
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
+from ..models.kv_storage import check_storage
 from ..models.pass_info import PassInfo
 from ..serialization import align_float_tensors
 from .chunk_loop import ChunkLoop
+from .decoding import Decoder
 from .inputs import StreamInputs
-from .output import Chunk, Frames
 from .quantizable import QuantizableMixin
+from .stream import Stream
+from .stream_run import run_stream
+from .stream_session import StreamSession
+from .stream_state import SavedStream
+from .text_encoder import load_prompt_embeds, offload_text_encoder, text_encoder_at_work
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -32,12 +41,6 @@ _PORTABLE_NAMES = {
     "CausalWanTransformer3DModel": ("diffusers", "WanTransformer3DModel"),
     "FewStepRenoiseScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
-
-
-class Decoder(Protocol):
-    """Decoder of one stream: successive latents `[B, C, F, H, W]` -> pixels `[B, 3, frames, H, W]` in [-1, 1]."""
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
 
 
 class ARVDMixin(QuantizableMixin, ABC):
@@ -49,7 +52,16 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     A stream owns all of its state (K/V cache, scheduler copy, decoder memory): any number of streams can be interleaved
     on one pipeline, and one that is closed early or fails leaves nothing behind.
+
+    Attributes:
+        kv_cache: storage of keys and values when a call does not say, see `KVCache`; a run-time choice that is not saved.
+        text_encoder_offload: where the text encoder waits, see `offload_text_encoder`.
+        window: latent frames that streams keep, instead of the config's `local_attention_frames`; not saved either.
     """
+
+    kv_cache: str = "auto"
+    text_encoder_offload: str = "keep"
+    window: int | None = None
 
     @abstractmethod
     def encode_prompt(
@@ -75,12 +87,16 @@ class ARVDMixin(QuantizableMixin, ABC):
         *,
         kv_cache: KVCache,
         frame_offset: int,
-    ) -> torch.Tensor:
-        """One transformer pass over a chunk: flow of `latents [B, C, F, H, W]` at `timestep [B]`."""
+        cache_only: bool = False,
+    ) -> torch.Tensor | None:
+        """One transformer pass over a chunk: flow of `latents [B, C, F, H, W]` at `timestep [B]`.
+
+        With `cache_only` nobody reads the flow, and it need not be computed.
+        """
 
     @abstractmethod
-    def make_cache(self, num_frames: int | None) -> KVCache:
-        """An empty K/V cache for a rollout of `num_frames` latent frames (None: unknown)."""
+    def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
+        """An empty K/V cache for a rollout of `num_frames` latent frames (None: unknown); `storage` as in `KVCache`."""
 
     @abstractmethod
     def make_decoder(self) -> Decoder:
@@ -88,14 +104,15 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     @property
     def causal_fields(self) -> CausalFields:
-        """How the model rolls out."""
-        return CausalFields.from_config(self.config)
+        """How the model rolls out; raises ValueError for a `window` that cannot hold sink and chunk."""
+        fields = CausalFields.from_config(self.config)
+        return fields if self.window is None else dataclasses.replace(fields, local_attention_frames=self.window)
 
     def stream(
         self,
         prompt: str | list[str] | None = None,
         *,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
         num_chunks: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -106,15 +123,18 @@ class ARVDMixin(QuantizableMixin, ABC):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
         max_sequence_length: int | None = None,
+        kv_cache: str | None = None,
+        overlap_decoding: bool = False,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         on_pass: Callable[[PassInfo], None] | None = None,
-    ) -> Iterator[Chunk]:
+        **start: Any,
+    ) -> Stream:
         """Generate chunk by chunk; arguments are checked at once, work starts with the first `next`.
 
         Args:
             prompt: one prompt, or one per sample.
-            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`.
+            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
             num_chunks: chunks to generate; None (and nothing else that tells a length) goes on without end.
             num_frames: length of the whole video in pixel frames instead of `num_chunks`; must give whole chunks.
             height: pixels; None takes the size of `latents` or `initial_latents`, else the pipeline config's.
@@ -128,13 +148,18 @@ class ARVDMixin(QuantizableMixin, ABC):
                 re-noising step, so that streams of different lengths agree.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, see `Frames`.
             max_sequence_length: text tokens; None takes the pipeline config's.
+            kv_cache: dtype in which keys and values of earlier frames are kept: `"auto"` (the model's), `"bf16"`, `"int8"`
+                or `"fp8"`; None takes the pipeline's `kv_cache`.
+            overlap_decoding: on a CUDA device, decode on a second CUDA stream while the next chunk is denoised. Chunks then
+                come out one chunk later, except the first, and a prompt takes effect one chunk later.
             callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every denoising step; `step` counts
                 over all chunks. May return replaced tensors, and may set `pipeline._interrupt = True` to end the stream.
             callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to hand to the callback.
             on_pass: called with a `PassInfo` right before every transformer pass.
+            **start: further ways to start that the pipeline has, such as `image` and `video` of `ARVDPipeline`.
 
-        Yields:
-            `Chunk`s in order.
+        Returns:
+            An iterator over `Chunk`s in order.
 
         Raises:
             ValueError: for arguments that do not fit each other or the model.
@@ -149,6 +174,8 @@ class ARVDMixin(QuantizableMixin, ABC):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
             )
+        storage = check_storage(kv_cache or self.kv_cache)
+        prompt_embeds = load_prompt_embeds(prompt_embeds)
         inputs = self.check_stream_inputs(
             prompt=prompt,
             prompt_embeds=prompt_embeds,
@@ -161,85 +188,99 @@ class ARVDMixin(QuantizableMixin, ABC):
             initial_latents=initial_latents,
             generator=generator,
             output_type=output_type,
+            **start,
         )
         text = {"prompt": prompt, "prompt_embeds": prompt_embeds, "max_sequence_length": max_sequence_length}
         callback = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        return self._stream(inputs, text, output_type, callback, on_pass)
+        session = StreamSession(inputs, text, output_type, storage, overlap_decoding, callback, on_pass)
+        return Stream(self, session, run_stream(self, session))
 
-    @torch.no_grad()
-    def _stream(
+    def restore_stream(
         self,
-        inputs: StreamInputs,
-        text: dict[str, Any],
-        output_type: str,
-        callback: tuple[Callable | None, tuple[str, ...]],
-        on_pass: Callable[[PassInfo], None] | None,
-    ) -> Iterator[Chunk]:
-        self._interrupt = False
-        self._num_timesteps = inputs.num_steps
-        try:
-            loop = self.make_loop(inputs, **text)
-            loop.on_pass = on_pass
-            loop.interrupted = lambda: self._interrupt
-            decoder = None if output_type == "latent" else self.make_decoder()
-            with self._stream_bar(inputs.num_steps) as bar:
-                loop.on_step = self._step_hook(loop, bar, *callback)
-                yield from self._chunks(loop, decoder, output_type)
-        finally:
-            self._current_timestep = None
-            self.maybe_free_model_hooks()
+        path: str | os.PathLike[str],
+        *,
+        output_type: str | None = None,
+        on_pass: Callable[[PassInfo], None] | None = None,
+    ) -> Stream:
+        """Go on with a stream that `Stream.save_state` wrote to a file, bit by bit as it would have gone on.
 
-    def make_loop(self, inputs: StreamInputs, **text: Any) -> ChunkLoop:
+        Args:
+            path: the file.
+            output_type: see `Frames`; None takes that of the saved stream.
+            on_pass: see `stream`.
+
+        Raises:
+            ValueError: if the file is no saved stream, or one of another model or other causal fields.
+        """
+        saved = SavedStream.load(path)
+        saved.check(self)
+        session = saved.session(output_type, on_pass)
+        return Stream(self, session, run_stream(self, session))
+
+    def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:
         """A loop at the start of a stream; `text` are the arguments of `encode_prompt` that tell the prompt."""
         self.align_modules()
-        device, dtype = self._execution_device, self.transformer.dtype
+        storage = kv_cache or self.kv_cache
         return ChunkLoop(
             self.run_pass,
             copy.deepcopy(self.scheduler),
-            self.make_cache(inputs.num_latent_frames),
+            # A cache of its own kind need not know about storage until somebody asks for another one.
+            self.make_cache(inputs.num_latent_frames, **({} if storage == "auto" else {"storage": storage})),
             inputs,
-            self.encode_prompt(**text, device=device, dtype=dtype),
-            device=device,
-            dtype=dtype,
+            self.embed_prompt(**text),
+            device=self._execution_device,
+            dtype=self.transformer.dtype,
         )
 
-    def _chunks(self, loop: ChunkLoop, decoder: Decoder | None, output_type: str) -> Iterator[Chunk]:
-        """Drive the loop, decode, and time each chunk without the time its consumer takes."""
-        rollout = loop.run()
-        while True:
-            start = time.perf_counter()
-            try:
-                index, latents = next(rollout)
-            except StopIteration:
-                return
-            frames = latents if decoder is None else self._decode(decoder, index, latents, output_type)
-            yield Chunk(index, frames, latents, time.perf_counter() - start)
+    def embed_prompt(self, **text: Any) -> torch.Tensor:
+        """`encode_prompt` as a stream needs it: on the transformer's device, in its dtype, the text encoder offloaded."""
+        text = {**text, "device": self._execution_device, "dtype": self.transformer.dtype}
+        if text.get("prompt_embeds") is not None:
+            return self.encode_prompt(**text)
+        with text_encoder_at_work(self):
+            return self.encode_prompt(**text)
 
-    def _decode(self, decoder: Decoder, index: int, latents: torch.Tensor, output_type: str) -> Frames:
-        pixels = decoder.decode(latents)
-        if not pixels.isfinite().all():
-            raise FloatingPointError(f"NaN or infinity in the decoded frames of chunk {index}: run the VAE in float32")
-        return self.video_processor.postprocess_video(pixels, output_type=output_type)
+    def offload_text_encoder(self, mode: str, device: torch.device | str | None = None) -> None:
+        """Choose where the text encoder waits between prompts.
 
-    def _stream_bar(self, num_steps: int | None) -> Any:
-        # tqdm only leaves out the total if it is given something to count.
-        return self.progress_bar(itertools.count()) if num_steps is None else self.progress_bar(total=num_steps)
+        Args:
+            mode: `"keep"` with the other components; `"cpu"` in host memory, as a whole; `"stream"` in host memory, its
+                layers coming one by one while it works; `"free"` nowhere: it is given up after the first prompt.
+            device: where a streamed encoder works; None takes the pipeline's device.
+        """
+        offload_text_encoder(self, mode, device)
 
-    def _step_hook(self, loop: ChunkLoop, bar: Any, callback: Callable | None, names: tuple[str, ...]) -> Callable:
-        """What happens after a denoising step: progress, then the user's callback, whose tensors replace the loop's."""
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `DiffusionPipeline.to`; a text encoder that waits on the CPU stays there."""
+        waiting = getattr(self, "text_encoder", None) if self.text_encoder_offload != "keep" else None
+        if waiting is None:
+            return super().to(*args, **kwargs)
+        self.__dict__["text_encoder"] = None  # not by assignment, which would take it out of the config
+        try:
+            super().to(*args, **kwargs)
+        finally:
+            self.__dict__["text_encoder"] = waiting
+        if (dtype := torch._C._nn._parse_to(*args, **kwargs)[1]) is not None:
+            waiting.to(dtype=dtype)
+        return self
 
-        def on_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
-            self._current_timestep = timestep
-            bar.update()
-            if callback is None:
-                return latents
-            known = {"latents": latents, "prompt_embeds": loop.prompt_embeds}
-            replaced = callback(self, step, timestep, {name: known[name] for name in names}) or {}
-            if replaced.get("prompt_embeds", loop.prompt_embeds) is not loop.prompt_embeds:
-                loop.replace_prompt(replaced["prompt_embeds"])
-            return replaced.get("latents", latents)
+    def check_prompt(
+        self, prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None, batch: int | None = None
+    ) -> int:
+        """Check a prompt, against a batch size if one is given; returns the prompt's.
 
-        return on_step
+        Raises:
+            ValueError: named.
+        """
+        if (prompt is None) == (prompt_embeds is None):
+            given = "neither" if prompt is None else "both"
+            raise ValueError(f"give either prompt or prompt_embeds, got {given}")
+        if prompt is not None and not isinstance(prompt, str | list):
+            raise ValueError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
+        got = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+        if batch not in (None, got):
+            raise ValueError(f"{got} prompts for a stream of batch size {batch}: give {batch}")
+        return got
 
     @property
     def num_timesteps(self) -> int | None:

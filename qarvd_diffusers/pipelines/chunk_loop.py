@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -14,9 +14,13 @@ from ..models.pass_info import PassInfo
 from ..schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
 from .inputs import StreamInputs
 
+_FACTS = ("_steps_done", "_context_done", "_next_chunk", "_frames_done")  # where a saved loop stands
+
 
 class RunPass(Protocol):
-    """One transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache."""
+    """One transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache.
+
+    With `cache_only` the cache is all that is asked for."""
 
     def __call__(
         self,
@@ -26,7 +30,8 @@ class RunPass(Protocol):
         *,
         kv_cache: KVCache,
         frame_offset: int,
-    ) -> torch.Tensor: ...
+        cache_only: bool,
+    ) -> torch.Tensor | None: ...
 
 
 class ChunkLoop:
@@ -65,13 +70,16 @@ class ChunkLoop:
         self.prompt_embeds = prompt_embeds
         self.on_pass: Callable[[PassInfo], None] | None = None
         self.on_step: Callable[[int, float, torch.Tensor], torch.Tensor] | None = None
+        self.before_chunk: Callable[[], None] | None = None
         self.interrupted: Callable[[], bool] = lambda: False
         self._run_pass = run_pass
         self._scheduler = scheduler
-        self._device, self._dtype = device, dtype
+        self.device, self._dtype = device, dtype
         self._steps_done = 0
         self._context_done = not inputs.context_frames
         self._next_chunk = 0
+        self._frames_done = 0
+        self._recent: list[torch.Tensor] = []  # clean latents of the frames that a re-caching could need
 
     def branch(self) -> ChunkLoop:
         """An independent loop over the same noise, with a copy of the cache and without this one's callbacks.
@@ -85,7 +93,8 @@ class ChunkLoop:
             )
         other = copy.copy(self)
         other.cache, other._scheduler = self.cache.clone(), copy.deepcopy(self._scheduler)
-        other.on_pass, other.on_step, other.interrupted = None, None, lambda: False
+        other.on_pass, other.on_step, other.before_chunk, other.interrupted = None, None, None, lambda: False
+        other._recent = list(self._recent)
         return other
 
     @torch.no_grad()
@@ -101,12 +110,15 @@ class ChunkLoop:
         if not self._context_done:
             latents = self._fill_context()
             self._context_done = True
+            self._remember(latents)
             yield -1, latents
         for chunk, offset, frames in itertools.islice(
             fields.chunks(self.inputs.num_chunks, context), self._next_chunk, None
         ):
             if self.interrupted():
                 return
+            if self.before_chunk is not None:
+                self.before_chunk()
             latents = self._denoise(chunk, offset, frames)
             if self.interrupted():
                 yield chunk, latents
@@ -114,7 +126,51 @@ class ChunkLoop:
             refresh = PassInfo(chunk, "refresh", 0, float(fields.context_noise), offset, frames)
             self._pass(latents, refresh)
             self._next_chunk = chunk + 1
+            self._remember(latents)
             yield chunk, latents
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Where the loop stands between two chunks, as tensors and JSON types, the cache left out; for `load_state`."""
+        tensors = {f"recent.{index}": latents for index, latents in enumerate(self._recent)}
+        return tensors, {name: getattr(self, name) for name in _FACTS}
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Stand where the loop stood that `state` was called on."""
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+        count = sum(name.startswith("recent.") for name in tensors)
+        self._recent = [tensors[f"recent.{index}"].to(self.device) for index in range(count)]
+
+    def _remember(self, latents: torch.Tensor) -> None:
+        """Keep the latents of a window; a chunk that a part of the window reaches into is kept whole."""
+        self._recent.append(latents)
+        self._frames_done += latents.shape[2]
+        window = self.inputs.fields.local_attention_frames
+        while window != -1 and sum(piece.shape[2] for piece in self._recent[1:]) >= window:
+            del self._recent[0]
+
+    def switch_prompt(self, prompt_embeds: torch.Tensor, how: str) -> None:
+        """Between two chunks, go on with another prompt; `how` as in `PROMPT_SWITCHES`.
+
+        Re-caching is one pass without a mask over the frames of the window, at their own positions. With a global sink that
+        the window has left behind, the sink stays, and the frames behind it attend to it.
+        """
+        self.replace_prompt(prompt_embeds)
+        if how == "new_text_only":
+            self.cache.rewind(0, self._frames_done)
+        elif how == "recache" and self._frames_done:
+            self._recache()
+
+    def _recache(self) -> None:
+        fields, done = self.inputs.fields, self._frames_done
+        window = done if fields.local_attention_frames == -1 else min(fields.local_attention_frames, done)
+        sink = fields.sink_frames if fields.global_sink and window < done else 0
+        frames = window - sink
+        latents = torch.cat(self._recent, dim=2)[:, :, -frames:]
+        self.cache.rewind(sink, done - frames)
+        self._pass(
+            latents, PassInfo(self._next_chunk, "recache", 0, float(fields.context_noise), done - frames, frames)
+        )
 
     def replace_prompt(self, prompt_embeds: torch.Tensor) -> None:
         """Go on with another prompt; text K/V are computed anew, cached frames stay as they are."""
@@ -123,7 +179,7 @@ class ChunkLoop:
 
     def _fill_context(self) -> torch.Tensor:
         fields = self.inputs.fields
-        latents = self.inputs.initial_latents.to(device=self._device, dtype=self._dtype)
+        latents = self.inputs.initial_latents.to(device=self.device, dtype=self._dtype)
         offset = 0
         for piece in latents.split(fields.context_pieces(latents.shape[2]), dim=2):
             # Clean frames by definition: t = 0, whatever noise the refresh of generated chunks carries.
@@ -134,7 +190,7 @@ class ChunkLoop:
     def _denoise(self, chunk: int, offset: int, frames: int) -> torch.Tensor:
         self._scheduler.set_timesteps(chunk_index=chunk)
         timesteps = self._scheduler.timesteps.tolist()
-        sample = self.inputs.noise(offset, frames, self._device, self._dtype)
+        sample = self.inputs.noise(offset, frames, self.device, self._dtype)
         finite = []
         for step, timestep in enumerate(timesteps):
             flow = self._pass(sample, PassInfo(chunk, "denoise", step, timestep, offset, frames))
@@ -162,5 +218,10 @@ class ChunkLoop:
             self.on_pass(info)
         timestep = torch.full((latents.shape[0],), info.timestep, device=latents.device)
         return self._run_pass(
-            latents, timestep, self.prompt_embeds, kv_cache=self.cache, frame_offset=info.frame_offset
+            latents,
+            timestep,
+            self.prompt_embeds,
+            kv_cache=self.cache,
+            frame_offset=info.frame_offset,
+            cache_only=info.role != "denoise",
         )

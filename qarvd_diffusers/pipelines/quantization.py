@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ from tqdm.auto import tqdm
 
 from ..bundled import bundled_prompts
 from ..calibration.calibrate import Progress, apply, calibrate, quantize_weights
+from ..calibration.processes import Processes
 from ..calibration.result import CalibrationResult
 from ..calibration.resume import ResumeFolder
 from ..config import QARVDConfig, parse_prompts
 from ..models.pass_info import PassInfo
 from ..quantizer import attach
 from ..serialization import quantized_linears
+from .lora import adapter_scales
 
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
@@ -94,7 +97,12 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
     Embeddings stand for prompts, tokenizer and text encoder at once.
     """
     digest = hashlib.blake2b(digest_size=20)
-    settings = config.replace(calibration_prompts=None, text_encoder=None, base_model=None).to_dict()
+    settings = config.replace(
+        calibration_prompts=None,
+        text_encoder=None,
+        base_model=None,
+        calibration_adapters=adapter_scales(pipe.transformer) or None,
+    ).to_dict()
     rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
     model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
     digest.update(json.dumps([settings, rollout, model, torch.__version__], sort_keys=True, default=str).encode())
@@ -119,6 +127,10 @@ def calibrate_pipeline(
 ) -> CalibrationResult:
     """Calibrate a float pipeline; nothing of it changes.
 
+    Under `accelerate launch` all processes call this and work together: prompts are shared in the search of ranges, layers
+    in rounding. Integer weights do not depend on the number of processes; scores of range candidates do in the last bits
+    of a float64.
+
     Args:
         pipe: a float pipeline.
         config: what to calibrate for.
@@ -131,28 +143,35 @@ def calibrate_pipeline(
         The integer weights and quantizer parameters of every quantizable Linear.
 
     Raises:
-        ValueError: the pipeline is quantized already, or `resume` was made with another model, config or prompts.
+        ValueError: the pipeline is quantized already, `resume` was made with another model, config or prompts, or the
+            processes of a launch differ in them.
+        RuntimeError: another process of a launch ended.
     """
     if quantized_linears(pipe.transformer):
         raise ValueError("The transformer is quantized already; calibrate the float model.")
     if not config.needs_calibration:
         return quantize_weights(pipe.transformer, config, progress)
+    processes = Processes.launched()
     with torch.no_grad():
         embeds = [pipe.encode_prompt(prompt) for prompt in calibration_prompts(pipe, config)]
     fingerprint = content_hash(pipe, config, embeds)
+    processes.require_same(fingerprint, "model, config, prompts or settings")
     path = cache_folder() / "calibration" / f"{fingerprint}.safetensors"
-    if use_cache and path.is_file():
+    cached = processes.is_main and use_cache and path.is_file()
+    found = processes.from_main(CalibrationResult.load(path) if cached else None)
+    if found is not None:
         logger.info("Calibration found in %s", path)
-        return CalibrationResult.load(path)
+        return found
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
     parts = unfinished or resume
     folder = None if parts is None else ResumeFolder(parts, fingerprint)
+    rollouts = list(enumerate(embeds))
     with at_work(pipe, "calibrating", "pass") as step:
 
-        def run(on_pass: Callable[[PassInfo], None]) -> None:
+        def run(on_pass: Callable[[PassInfo], None], chosen: Sequence[tuple[int, torch.Tensor]] = rollouts) -> None:
             fields, passes = pipe.causal_fields, itertools.count(1)
             chunks = range(config.calibration_chunks)
-            total = len(embeds) * sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in chunks)
+            total = len(chosen) * sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in chunks)
 
             def observed(info: PassInfo) -> None:
                 step()
@@ -160,7 +179,7 @@ def calibrate_pipeline(
                     progress("running the model", next(passes), total)
                 on_pass(info)
 
-            for index, prompt_embeds in enumerate(embeds):
+            for index, prompt_embeds in chosen:
                 generator = torch.Generator("cpu").manual_seed(config.calibration_seed + index)
                 for _ in pipe.stream(
                     prompt_embeds=prompt_embeds,
@@ -172,10 +191,11 @@ def calibrate_pipeline(
                     pass
 
         with _rounding_bar(pipe, progress) as report:
-            result = calibrate(pipe.transformer, run, config, report, folder)
-    if use_cache:
+            run_share = partial(run, chosen=processes.share(rollouts))
+            result = calibrate(pipe.transformer, run, config, report, folder, processes, run_share)
+    if processes.is_main and use_cache:
         result.save(path)
-    if unfinished is not None:
+    if processes.is_main and unfinished is not None:
         shutil.rmtree(unfinished)
     return result
 
@@ -183,7 +203,7 @@ def calibrate_pipeline(
 @contextmanager
 def _rounding_bar(pipe: ARVDMixin, also: Progress | None) -> Iterator[Progress]:
     """A bar that counts the groups of layers that are rounded and shows what is being done; `also` is told the same."""
-    with tqdm(desc="layers", unit="group", disable=getattr(pipe, "_progress_bar_config", {}).get("disable")) as bar:
+    with tqdm(desc="layers", unit="group", disable=_hidden(pipe)) as bar:
 
         def progress(text: str, step: int, steps: int) -> None:
             bar.set_postfix_str(f"{text} ({step}/{steps})", refresh=False)
@@ -198,7 +218,9 @@ def quantize_pipeline(pipe: ARVDMixin, config: QARVDConfig, result: CalibrationR
     """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
     apply(pipe.transformer, result or calibrate_pipeline(pipe, config))
     hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
-    attach(pipe.transformer, config.replace(base_model=config.base_model or hub_id))
+    adapters = adapter_scales(pipe.transformer) if config.needs_calibration else {}
+    config = config.replace(base_model=config.base_model or hub_id, calibration_adapters=adapters or None)
+    attach(pipe.transformer, config)
 
 
 def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:
@@ -209,16 +231,23 @@ def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:
     freeze(text_encoder)
 
 
+def _hidden(pipe: ARVDMixin) -> bool:
+    """Whether to show no bars: the pipeline has none, or this is not the main process of a launch."""
+    bars = getattr(pipe, "_progress_bar_config", {})
+    return bool(bars.get("disable")) or not Processes.launched().is_main
+
+
 @contextmanager
 def at_work(pipe: ARVDMixin, what: str, unit: str, total: int | None = None) -> Iterator[Callable[[], Any]]:
     """One bar over all rollouts instead of one for each; on the GPU if there is one, and back afterwards."""
     home = pipe.device
     bar_config = getattr(pipe, "_progress_bar_config", {})
+    hidden = _hidden(pipe)
     pipe.set_progress_bar_config(disable=True)
     if home.type == "cpu" and torch.cuda.is_available():
         pipe.to("cuda")
     try:
-        with tqdm(desc=what, unit=unit, total=total, disable=bar_config.get("disable")) as bar:
+        with tqdm(desc=what, unit=unit, total=total, disable=hidden) as bar:
             yield bar.update
     finally:
         pipe.set_progress_bar_config(**bar_config)

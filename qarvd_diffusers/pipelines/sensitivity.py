@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.calibrate import quantized_layers
+from ..calibration.processes import Processes
 from ..calibration.result import CalibrationResult
 from ..calibration.sensitivity import SensitivityResult
 from ..calibration.switch import QuantizationSwitch
@@ -57,7 +59,8 @@ def measure_sensitivity(
         num_chunks: chunks per rollout; None takes `config.calibration_chunks`.
         seed: prompt `i` draws all its noise from `seed + i`.
         result: what `calibrate(config)` returned; None calibrates now.
-        path: JSON file that is rewritten after every prompt. If it exists the measurement goes on where it stopped, with
+        path: JSON file that is rewritten after every prompt (under `accelerate launch`: after every prompt of each process,
+            which share them and all get the result). If it exists the measurement goes on where it stopped, with
             the same outcome as if it never had.
 
     Returns:
@@ -67,33 +70,42 @@ def measure_sensitivity(
         ValueError: prompts that are empty or all the same, a quantized pipeline, a chunk that was never reached, or a
             `path` with the measurement of something else.
         FloatingPointError: NaN or infinity; prompt, quantized chunk, chunk and step are named.
+        RuntimeError: another process of a launch ended.
     """
     prompts = _check_prompts(prompts)
     config = config.replace(chunk_weights="uniform", rounding="nearest")
     num_chunks = num_chunks or config.calibration_chunks
+    processes = Processes.launched()
     measured = _describe(pipe, config, prompts, num_chunks, seed, result)
+    processes.require_same(measured, "model, config, prompts or settings")
     frames = tuple(count for _, _, count in pipe.causal_fields.chunks(num_chunks))
     state = SensitivityResult(measured, len(prompts), frames)
-    if path is not None and Path(path).exists():
+    if processes.is_main and path is not None and Path(path).exists():
         state = SensitivityResult.load(path, partial=True)
         state.require_same_measurement(measured, path)
+    state = processes.from_main(state)
     if state.complete:
         return state
     result = result or calibrate_pipeline(pipe, config)
     remaining = range(len(state.errors), len(prompts))
     per_prompt = num_chunks + num_chunks * (num_chunks + 1) // 2
-    with at_work(pipe, "measuring sensitivity", "chunk", len(remaining) * per_prompt) as step:
+    rounds = [remaining[start : start + processes.count] for start in range(0, len(remaining), processes.count)]
+    with at_work(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt) as step:
         layers = quantized_layers(pipe.transformer, result)
         if not config.reference_compat:
             for name in prompt_linears(pipe.transformer, layers):
                 del layers[name]
         try:
             with QuantizationSwitch(pipe.transformer, layers) as switch:
-                for index in remaining:
-                    loop = _loop(pipe, prompts[index], num_chunks, seed + index)
-                    with _naming(f"prompt {index}"):
-                        state = state.with_prompt(chunk_errors(loop, num_chunks, switch, step))
-                    if path is not None:
+                for indices in rounds:
+                    found = []
+                    for index in indices[processes.index : processes.index + 1]:  # one, or none
+                        loop = _loop(pipe, prompts[index], num_chunks, seed + index)
+                        with _naming(f"prompt {index}"):
+                            found.append(chunk_errors(loop, num_chunks, switch, step))
+                    for errors in itertools.chain.from_iterable(processes.gather(found)):
+                        state = state.with_prompt(errors)
+                    if processes.is_main and path is not None:
                         state.save(path)
         finally:
             pipe.maybe_free_model_hooks()

@@ -77,8 +77,9 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="local_attention_frames is 3"):
         KVCache(1, 3, 3)
     cache = KVCache(1, 4, 2)
+    write(cache, 0, 2)
     with pytest.raises(ValueError, match="do not fit into local_attention_frames = 4"):
-        write(cache, 0, 3)
+        write(cache, 2, 3)
     cache = KVCache(1)
     write(cache, 0, 3)
     with pytest.raises(ValueError, match="neither follows nor repeats"):
@@ -88,3 +89,88 @@ def test_errors_say_what_is_wrong():
     cache.clear()
     write(cache, 7, 1)
     assert cache.frames == [7]
+
+
+# 8-bit storage
+
+
+def random_kv(tokens, seed=0, scale=(1.0, 30.0)):
+    """K and V `[2, tokens, 2, 8]` whose heads differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = torch.tensor(scale)[:, None]
+    return [torch.randn(2, tokens, 2, 8, generator=generator) * heads for _ in range(2)]
+
+
+def append(cache, offset, key, value, tokens_per_frame=2):
+    frames = key.shape[1] // tokens_per_frame
+    start = cache.begin_pass(offset, frames, tokens_per_frame, key.shape[2:], key)
+    with torch.no_grad():
+        return [layer.update(key, value, start) for layer in cache.layers]
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_eight_bits_hold_the_past_and_leave_the_current_chunk_alone(storage, dtype):
+    cache = KVCache(1, storage=storage, num_frames=6)
+    first, second = random_kv(6, 0), random_kv(6, 1)
+    key, value = append(cache, 0, *first)[0]
+    assert torch.equal(key, first[0]) and torch.equal(value, first[1])
+    layer = cache.layers[0]
+    assert layer.key.dtype == layer.value.dtype == dtype and layer.key.is_contiguous()
+    assert layer.key.shape == (2, 12, 2, 8) and layer.key_scale.shape == layer.value_scale.shape == (2,)
+    scales = layer.key_scale.clone(), layer.value_scale.clone()
+    limit = 127 if storage == "int8" else 448
+    for scale, tensor in zip(scales, first, strict=True):
+        torch.testing.assert_close(scale * limit, 1.25 * tensor.abs().amax((0, 1, 3)))
+    key, value = append(cache, 3, *second)[0]
+    for got, past, current, scale in zip((key, value), first, second, scales, strict=True):
+        assert torch.equal(got[:, 6:], current)
+        codes = past / scale[:, None]
+        codes = codes.round() if storage == "int8" else codes.to(dtype).float()
+        torch.testing.assert_close(got[:, :6], codes * scale[:, None], rtol=1e-6, atol=0)
+        error = (got[:, :6] - past).abs().amax((0, 1, 3))
+        assert (error <= (0.5 if storage == "int8" else 16) * scale * 1.001).all()
+    append(cache, 3, 9 * second[0], 9 * second[1])  # later chunks saturate: the scales stand
+    assert torch.equal(layer.key_scale, scales[0]) and torch.equal(layer.value_scale, scales[1])
+    assert layer.read(6, 12, torch.float32)[0].isfinite().all()
+    assert int(layer.key[:, 6:].float().abs().max()) == limit
+
+
+def test_passes_of_the_first_chunk_widen_the_scales():
+    cache = KVCache(1, storage="int8")
+    noisy, clean = random_kv(6, 0), random_kv(6, 1)
+    append(cache, 0, *clean)
+    small = cache.layers[0].key_scale
+    append(cache, 0, 2 * noisy[0], 2 * noisy[1])
+    append(cache, 0, *clean)
+    assert (cache.layers[0].key_scale > small).all()
+    read = cache.layers[0].read(0, 6, torch.float32)[0]
+    assert ((read - clean[0]).abs() <= 0.501 * cache.layers[0].key_scale[:, None]).all()
+
+
+def test_given_scales_stand():
+    cache = KVCache(2, storage="int8")
+    key, value = torch.full((2, 2), 0.5), torch.ones(2, 2)
+    cache.set_scales(key, value)
+    append(cache, 0, *random_kv(6))
+    assert torch.equal(cache.layers[1].key_scale, key[1]) and torch.equal(cache.layers[1].value_scale, value[1])
+    with pytest.raises(ValueError, match="empty KVCache with storage"):
+        cache.set_scales(key, value)
+    with pytest.raises(ValueError, match="scales of 2 and 2 layers for a KVCache of 3"):
+        KVCache(3, storage="fp8").set_scales(key, value)
+
+
+def test_bytes_of_a_storage_and_windows_in_eight_bits():
+    sizes = {}
+    for storage in ("auto", "bf16", "int8", "fp8"):
+        cache = KVCache(1, 9, 3, storage=storage)
+        for offset in range(0, 15, 3):
+            key = append(cache, offset, *random_kv(6, offset))[0][0]
+        assert cache.frames == [0, 1, 2, 9, 10, 11, 12, 13, 14] and key.shape[1] == 18
+        torch.testing.assert_close(key[:, :6], random_kv(6, 0)[0], atol=8, rtol=0.07)  # the sink, still itself
+        sizes[storage] = cache.layers[0].key.nbytes
+        branch = cache.clone()
+        append(branch, 15, *random_kv(6, 7))
+        assert cache.frames[-1] == 14
+    assert sizes["auto"] == 2 * sizes["bf16"] == 4 * sizes["int8"] == 4 * sizes["fp8"]
+    with pytest.raises(ValueError, match="kv_cache is 'int4', expected one of auto, bf16, int8, fp8"):
+        KVCache(1, storage="int4")

@@ -8,8 +8,9 @@ import re
 import pytest
 import torch
 
-from qarvd_diffusers.models import FAMILY_FIELDS, CausalFields
+from qarvd_diffusers.models import CausalFields
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
+from qarvd_diffusers.presets import PRESETS
 from qarvd_diffusers.schedulers import FewStepRenoiseScheduler
 
 STRICT = 1e-5
@@ -20,8 +21,8 @@ FOUR_STEPS = (1000, 750, 500, 250)
 class RecordingPipeline(ARVDPipeline):
     """Keeps every flow, its input, and the cache."""
 
-    def make_cache(self, num_frames):
-        self.cache = super().make_cache(num_frames)
+    def make_cache(self, *args, **kwargs):
+        self.cache = super().make_cache(*args, **kwargs)
         return self.cache
 
     def run_pass(self, latents, *args, **kwargs):
@@ -43,11 +44,15 @@ def rollout(golden, fields, inputs, *, noise, renoise, initial=None):
         output_type="latent",
         on_pass=infos.append,
     )
-    latents = torch.cat([chunk.latents for chunk in stream], dim=2)
+    pieces = []
+    for chunk in stream:
+        pieces.append(chunk.latents)
+        cache = pipe.cache.clone()  # a stream that ends empties its own
+    latents = torch.cat(pieces, dim=2)
     by_role: dict = {}
     for info, recorded in zip(infos, pipe.passes, strict=True):
         by_role.setdefault((info.chunk, info.role, info.step), []).append(recorded)
-    return latents, by_role, pipe.cache
+    return latents, by_role, cache
 
 
 def rolled(renoise, batch):
@@ -98,7 +103,7 @@ def test_self_forcing(golden, name):
     stored = golden.original_config()
     steps = golden.file("B_scheduler.safetensors")["denoising_step_list_raw"].tolist()
     fields = dataclasses.replace(
-        FAMILY_FIELDS["self-forcing"],
+        PRESETS["self-forcing"].fields,
         denoising_timesteps=steps,
         num_frames_per_chunk=stored.get("num_frame_per_block", 3),
         independent_first_frame=stored.get("independent_first_frame", False),
@@ -136,11 +141,11 @@ def test_causal_forcing(golden_family, name):
     golden = golden_family(CF)
     data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
     steps = re.search(r"([12])step_first_chunk", name)
-    fields = FAMILY_FIELDS[f"causal-forcing-framewise-{steps[1]}step" if steps else "causal-forcing-framewise"]
+    fields = PRESETS[f"causal-forcing-framewise-{steps[1]}step" if steps else "causal-forcing-framewise"].fields
     if window := re.search(r"local(\d+)_sink(\d+)", name):
         fields = dataclasses.replace(fields, local_attention_frames=int(window[1]), sink_frames=int(window[2]))
     if "chunkwise3" in name:
-        fields = dataclasses.replace(FAMILY_FIELDS["causal-forcing"], independent_first_frame=True)
+        fields = dataclasses.replace(PRESETS["causal-forcing"].fields, independent_first_frame=True)
     given = sum(key.startswith("flow_pred_initial_frame") for key in data)
     batch, frames = data["latents"].shape[0], data["latents"].shape[2]
     noise = torch.cat([inputs["noise"], inputs["noise_extra_frame"]], dim=2)[:, :, : frames - given]
@@ -157,7 +162,7 @@ def test_causal_forcing(golden_family, name):
 def test_causvid(golden_family, name):
     golden = golden_family("causvid")
     data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
-    fields: CausalFields = FAMILY_FIELDS["causvid"]
+    fields: CausalFields = PRESETS["causvid"].fields
     if "warped" in name:
         fields = dataclasses.replace(fields, denoising_timesteps=FOUR_STEPS, warp_timesteps=True)
     initial = inputs["start_latents"] if "start_latents" in name else None
@@ -173,3 +178,12 @@ def test_causvid(golden_family, name):
         initial=initial,
     )
     compare(data, result, FewStepRenoiseScheduler(), first_chunk=first)
+
+
+def test_longlive(golden_family):
+    golden, name = golden_family("longlive"), "ll1_long_rollout_local12_sink3"
+    data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
+    fields = PRESETS["longlive"].fields
+    noise = inputs["noise"][:, :, : data["latents"].shape[2]]
+    result = rollout(golden, fields, inputs, noise=noise, renoise=rolled(inputs["renoise"], len(noise))[:7])
+    compare(data, result, FewStepRenoiseScheduler())

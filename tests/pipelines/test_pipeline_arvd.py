@@ -50,6 +50,20 @@ def test_output_types(tiny_pipeline):
     assert tiny_pipeline(PROMPT, num_chunks=1, return_dict=False)[0].shape == (1, 9, 32, 48, 3)
 
 
+@pytest.mark.parametrize(("storage", "error"), [("bf16", 0.05), ("int8", 0.05), ("fp8", 0.2)])
+def test_kv_cache_storage(tiny_pipeline, storage, error):
+    """The first chunk sees nothing stored and is unchanged; the rest moves a little."""
+    expected = latents_of(tiny_pipeline)
+    got = latents_of(tiny_pipeline, kv_cache=storage)
+    assert torch.equal(got[:, :, :3], expected[:, :, :3])
+    assert 0 < (got - expected).abs().max() < error * expected.std()
+    tiny_pipeline.kv_cache = storage  # what calls take that do not say
+    assert torch.equal(latents_of(tiny_pipeline), got)
+    assert torch.equal(latents_of(tiny_pipeline, kv_cache="auto"), expected)
+    with pytest.raises(ValueError, match="kv_cache is 'int2', expected one of auto"):
+        tiny_pipeline.stream(PROMPT, kv_cache="int2")
+
+
 def test_lengths(tiny_pipeline):
     assert latents_of(tiny_pipeline, num_chunks=None, num_frames=21).shape[2] == 6
     assert latents_of(tiny_pipeline, num_chunks=None).shape[2] == 21

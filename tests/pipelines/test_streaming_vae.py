@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from qarvd_diffusers.pipelines.streaming_vae import StreamingVAEDecoder
+from qarvd_diffusers.pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
 
 
 @pytest.fixture
@@ -31,6 +33,22 @@ def test_pieces_equal_the_whole(vae, sizes):
     pieces = [decoder.decode(piece) for piece in z.split(sizes, dim=2)]
     assert pieces[0].shape[2] == 1 + 4 * (sizes[0] - 1)
     assert torch.equal(torch.cat(pieces, dim=2), whole(vae, z))
+
+
+@pytest.mark.parametrize("frames_at_once", (2, 8))
+def test_frames_at_once_change_no_more_than_rounding(vae, frames_at_once):
+    z = latents(0, frames=8)
+    decoder = StreamingVAEDecoder(vae, frames_at_once)
+    pieces = [decoder.decode(piece) for piece in z.split((3, 5), dim=2)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole(vae, z), atol=1e-5, rtol=0)
+
+
+def test_optimized_decoder_computes_the_same(vae):
+    vae, z = copy.deepcopy(vae), latents(0)
+    expected = whole(vae, z)
+    optimize_vae(vae, compile_decoder=False)
+    got = StreamingVAEDecoder(vae).decode(z)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
 def test_streams_on_one_vae_are_independent(vae):

@@ -47,7 +47,7 @@ class ToyPipeline(ARVDMixin, DiffusionPipeline):
     def check_stream_inputs(self, *, num_chunks, generator, **rest) -> StreamInputs:
         return StreamInputs(self.causal_fields, (1, 4, 2, 2), num_chunks, generator=generator)
 
-    def run_pass(self, latents, timestep, prompt_embeds, *, kv_cache, frame_offset):
+    def run_pass(self, latents, timestep, prompt_embeds, *, kv_cache, frame_offset, cache_only=False):
         past = [chunk for offset, chunk in kv_cache.chunks.items() if offset < frame_offset]
         mean = torch.stack(past).mean() if past else prompt_embeds.mean() / 100
         kv_cache.chunks[frame_offset] = latents

@@ -1,39 +1,77 @@
-"""Operators of Q-ARVD: packed integer weights, dual-scale linear layers. Needs torch and the standard library only."""
+"""Operators of Q-ARVD: packed integer weights, dual-scale linear layers, and what runs between them on int8 activations.
 
-from .ops import (
+Needs torch and the standard library only. Every operator has a reference in plain torch; compiled implementations stand
+beside it and are chosen per call, see `dispatch` and `report`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import dispatch
+from .attention_backends import attention, attention_fp8
+from .operator import OPERATORS as _OPERATORS
+from .ops.attention import attention_int8, qk_norm_rope_append
+from .ops.gemm import dual_scale_gemm, dual_scale_gemm_gelu, dual_scale_gemm_residual, expand_int4
+from .ops.linear import (
     dequantize_weight,
     dual_scale_linear_dynamic,
     dual_scale_linear_static,
-    quantize_dynamic,
-    quantize_static,
     unpack_weight,
     weight_only_linear,
 )
+from .ops.norm import add_gated, add_norm_quantize, norm_quantize
+from .ops.quantize import quantize_dynamic, quantize_static, row_sums
+from .prepare import LayerRefused, PreparedLinear, prepare_linear
 
-OPERATORS = (
-    "quantize_static",
-    "quantize_dynamic",
-    "unpack_weight",
-    "dual_scale_linear_static",
-    "dual_scale_linear_dynamic",
-    "dequantize_weight",
-    "weight_only_linear",
-)
+OPERATORS = tuple(_OPERATORS)
 
 
-def report() -> list[tuple[str, str, str]]:
-    """Which implementation runs: `(operator, implementation, reason)` for every operator."""
-    return [(name, "reference", "no compiled kernel in this version") for name in OPERATORS]
+def report(device: torch.device | str | None = None) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Which implementation runs on a device, and why no other one does.
+
+    Args:
+        device: None takes the current CUDA device, or the CPU where there is none.
+
+    Returns:
+        `(operator, implementation, [(other implementation, reason), ...])` for every operator. A call whose shapes an
+        implementation refuses goes to the next one all the same.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    choices = [(op.name, dispatch.choose(op.name, op.theme, torch.device(device))) for op in _OPERATORS.values()]
+    return [(name, choice.backend, list(choice.refused)) for name, choice in choices]
+
+
+def accelerated(device: torch.device | str) -> bool:
+    """Whether compiled kernels of the integer matrix product run on this device."""
+    return dispatch.choose("dual_scale_gemm", "gemm", torch.device(device)).backend != "reference"
 
 
 __all__ = [
     "OPERATORS",
+    "LayerRefused",
+    "PreparedLinear",
+    "accelerated",
+    "add_gated",
+    "add_norm_quantize",
+    "attention",
+    "attention_fp8",
+    "attention_int8",
     "dequantize_weight",
+    "dual_scale_gemm",
+    "dual_scale_gemm_gelu",
+    "dual_scale_gemm_residual",
     "dual_scale_linear_dynamic",
     "dual_scale_linear_static",
+    "expand_int4",
+    "norm_quantize",
+    "prepare_linear",
+    "qk_norm_rope_append",
     "quantize_dynamic",
     "quantize_static",
     "report",
+    "row_sums",
     "unpack_weight",
     "weight_only_linear",
 ]

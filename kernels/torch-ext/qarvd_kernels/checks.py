@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 BITS = (4, 8)
+GEMM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
+PLAIN_CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUANTIZED_CACHE_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 
 def require(condition: bool, name: str, got: object, expected: str) -> None:
@@ -97,3 +100,101 @@ def accumulator(in_features: int, input_zero_point: Tensor | None, weight_zero_p
         f"{in_features} * {a} * {w}",
         "less than 2**31; zero-points clamped to the code range stay below it up to 33000 input channels",
     )
+
+
+def matrix(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int, int] | None = None) -> None:
+    """Two dimensions; of `dtype`, or of any floating dtype if that is None."""
+    require(value.ndim == 2, f"shape of {name}", tuple(value.shape), "two dimensions")
+    if shape is not None:
+        require(tuple(value.shape) == shape, f"shape of {name}", tuple(value.shape), str(shape))
+    if dtype is None:
+        require(value.is_floating_point(), f"dtype of {name}", value.dtype, "a floating-point dtype")
+    else:
+        require(value.dtype == dtype, f"dtype of {name}", value.dtype, str(dtype))
+
+
+def together(**values: Tensor | None) -> bool:
+    """All given or all None; returns which."""
+    given = [name for name, value in values.items() if value is not None]
+    require(len(given) in (0, len(values)), " and ".join(values), f"{given} only", "given together, or both None")
+    return bool(given)
+
+
+def per_group(name: str, value: Tensor | None, x: Tensor) -> None:
+    """A float32 table `[G, C]` for the rows of x `[M, C]`, G dividing M; or None."""
+    if value is None:
+        return
+    rows, columns = x.shape
+    require(value.dtype == torch.float32, f"dtype of {name}", value.dtype, "torch.float32")
+    fits = value.ndim == 2 and value.shape[1] == columns and value.shape[0] > 0 and rows % value.shape[0] == 0
+    require(fits, f"shape of {name}", tuple(value.shape), f"(G, {columns}) with G dividing {rows}")
+
+
+def normalization(
+    x: Tensor, weight: Tensor | None, norm_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """The rows of a LayerNorm with its optional affine parameters and modulation."""
+    matrix("x", x, None)
+    if together(weight=weight, norm_bias=norm_bias):
+        tensor("weight", weight, (x.shape[1],), torch.float32)
+        tensor("norm_bias", norm_bias, (x.shape[1],), torch.float32)
+    if together(scale=scale, shift=shift):
+        per_group("scale", scale, x)
+        per_group("shift", shift, x)
+        require(scale.shape == shift.shape, "shape of shift", tuple(shift.shape), str(tuple(scale.shape)))
+
+
+def residual(x: Tensor, y: Tensor, gate: Tensor | None) -> None:
+    """A residual stream, what is added to it, and its gate."""
+    matrix("x", x, None)
+    matrix("y", y, None, tuple(x.shape))
+    per_group("gate", gate, x)
+
+
+def dual_scale_gemm(
+    a: Tensor,
+    weight: Tensor,
+    num_outliers: int,
+    ratio: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor | None,
+    row_sum_scale: Tensor | None,
+) -> None:
+    """The operands and folded constants of a prepared layer."""
+    matrix("a", a, torch.int8)
+    matrix("weight", weight, torch.int8)
+    (m, k), n = a.shape, weight.shape[0]
+    require(weight.shape[1] == k, "shape of weight", tuple(weight.shape), f"(N, {k}) for a with {k} channels")
+    outlier_count(num_outliers, k)
+    for name, value in (("ratio", ratio), ("scale", scale), ("bias", bias)):
+        tensor(name, value, (n,), torch.float32)
+    if together(row_sums=row_sums, row_sum_scale=row_sum_scale):
+        tensor("row_sums", row_sums, (m, 2), torch.int32)
+        tensor("row_sum_scale", row_sum_scale, (2, n), torch.float32)
+
+
+def cache(name: str, value: Tensor, scale: Tensor | None, shape: tuple[int, int, int]) -> None:
+    """One side of a K/V cache `[B, S, H, D]`: 8-bit with a scale per head, or plain without."""
+    batch, heads, head_dim = shape
+    require(
+        value.ndim == 4 and (value.shape[0], *value.shape[2:]) == shape,
+        f"shape of the {name} cache",
+        tuple(value.shape),
+        f"({batch}, S, {heads}, {head_dim})",
+    )
+    require(
+        value.dtype in (*PLAIN_CACHE_DTYPES, *QUANTIZED_CACHE_DTYPES),
+        f"dtype of the {name} cache",
+        value.dtype,
+        "bfloat16, float16, float32, int8 or float8_e4m3fn",
+    )
+    quantized = value.dtype in QUANTIZED_CACHE_DTYPES
+    require(
+        (scale is not None) == quantized,
+        f"{name}_scale",
+        "None" if scale is None else "given",
+        f"{'a tensor' if quantized else 'None'} for a {value.dtype} cache",
+    )
+    if scale is not None:
+        tensor(f"{name}_scale", scale, (heads,), torch.float32)

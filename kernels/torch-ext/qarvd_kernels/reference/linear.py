@@ -1,15 +1,4 @@
-"""The truth of every operator, in plain torch: real integer arithmetic, exact on any device torch runs on.
-
-Conventions, for a linear layer with K input and N output channels:
-
-* channels are permuted so that the `num_outliers` outlier channels come first; group 0 is `[0, num_outliers)`, group 1
-  the rest. Either group may be empty.
-* a weight is `(code - weight_zero_point[n, g]) * weight_scale[n, g]`, code in `[0, 2**bits - 1]`;
-* a static activation is `(code - input_zero_point[g]) * input_scale[g]`, code in `[0, 255]`, held as `code - 128` in int8;
-* a dynamic activation is `code * scale[m, g]`, code in `[-127, 127]`.
-
-Arguments are not checked here: see `checks`.
-"""
+"""Linear layers straight from a stored layer, with real integer arithmetic."""
 
 from __future__ import annotations
 
@@ -17,21 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# 8-bit codes count without sign, integer matrix products take signed bytes: the difference between the two.
-CODE_OFFSET = 128
-DYNAMIC_LEVELS = 127
-
-
-def group_slices(in_features: int, num_outliers: int) -> tuple[slice, slice]:
-    """Where the two groups lie on a permuted channel axis."""
-    return slice(0, num_outliers), slice(num_outliers, in_features)
-
-
-def spread(values: Tensor, in_features: int, num_outliers: int) -> Tensor:
-    """`[..., 2]` values per group -> `[..., in_features]` values per permuted channel."""
-    outlier, normal = values[..., :1], values[..., 1:]
-    shape = values.shape[:-1]
-    return torch.cat([outlier.expand(*shape, num_outliers), normal.expand(*shape, in_features - num_outliers)], dim=-1)
+from .groups import CODE_OFFSET, group_slices, spread
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -73,33 +48,6 @@ def integer_weight(
     codes = unpack_weight(weight_packed, bits).view(torch.int8)
     offset = zero_point.clamp(0, 15)
     return codes - spread(offset.to(torch.int8), codes.shape[1], num_outliers), zero_point - offset
-
-
-def quantize_static(
-    x: Tensor, channel_order: Tensor, num_outliers: int, input_scale: Tensor, input_zero_point: Tensor
-) -> Tensor:
-    """Float `[..., K]` -> int8 `[..., K]`, permuted, `clamp(round(x / scale) + zero_point, 0, 255) - 128`."""
-    k = x.shape[-1]
-    permuted = x.index_select(-1, channel_order).to(torch.float32)
-    scale = spread(input_scale, k, num_outliers)
-    zero_point = spread(input_zero_point, k, num_outliers)
-    codes = permuted.div_(scale).round_().add_(zero_point).clamp_(0, 255)
-    return codes.sub_(CODE_OFFSET).to(torch.int8)
-
-
-def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tuple[Tensor, Tensor]:
-    """Float `[..., K]` -> int8 `[..., K]`, permuted, and float32 scale `[..., 2]` = largest magnitude of the group / 127.
-
-    A group that is empty or all zero has scale 1.
-    """
-    k = x.shape[-1]
-    permuted = x.index_select(-1, channel_order).to(torch.float32)
-    groups = [permuted[..., part] for part in group_slices(k, num_outliers)]
-    amax = [g.abs().amax(-1) if g.shape[-1] else g.new_zeros(g.shape[:-1]) for g in groups]
-    scale = torch.stack(amax, dim=-1) / DYNAMIC_LEVELS
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
-    codes = permuted.div_(spread(scale, k, num_outliers)).round_().clamp_(-DYNAMIC_LEVELS, DYNAMIC_LEVELS)
-    return codes.to(torch.int8), scale
 
 
 def _dual_scale_linear(

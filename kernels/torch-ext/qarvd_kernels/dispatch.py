@@ -1,0 +1,159 @@
+"""Which implementation of an operator runs, and why each other one does not.
+
+Implementations stand in the order of `BACKENDS`. Each is a module `<backend>/<theme>.py` with a function of the operator's
+name and
+
+    refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None
+
+which returns the reason why this implementation cannot (or should not) run there, or None. `arguments` holds the call's
+arguments by name, or is None when only the device is asked about. The first implementation that does not refuse is taken;
+a `refuses` that raises counts as a refusal. The reference never refuses.
+
+The environment variable `QARVD_KERNELS` (`cuda`, `triton` or `reference`) rules all other compiled implementations out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "reference")
+ENVIRONMENT_VARIABLE = "QARVD_KERNELS"
+_MOST_KINDS = 4096  # of calls per operator that are remembered; shapes repeat, so this is room, not a limit in use
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs, and the reasons of those before it.
+
+    Attributes:
+        backend: one of `BACKENDS`.
+        function: what is called.
+        refused: `(backend, reason)` of every other implementation.
+    """
+
+    backend: str
+    function: Callable[..., Any]
+    refused: tuple[tuple[str, str], ...]
+
+
+def forced() -> str | None:
+    """The backend that `QARVD_KERNELS` asks for, or None.
+
+    Raises:
+        ValueError: it names no backend.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {name!r}, expected one of {', '.join(BACKENDS)} (or unset)")
+    return name
+
+
+@cache
+def _load(backend: str, theme: str) -> ModuleType | str:
+    """The module that implements a theme, or why there is none."""
+    name = f"{__package__}.{backend}.{theme}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.startswith(error.name):
+            return f"no {backend} implementation in this version"
+        return f"the package {error.name} is not installed"
+    except Exception as error:  # a broken installation of a compiler must not take the reference down with it
+        return f"{name} does not import: {type(error).__name__}: {error}"
+
+
+def _refusal(
+    backend: str, operator: str, theme: str, device: torch.device, arguments: Mapping[str, Any] | None
+) -> str | None:
+    if backend == "reference":
+        return None
+    if forced() not in (None, backend):
+        return f"{ENVIRONMENT_VARIABLE}={forced()}"
+    module = _load(backend, theme)
+    if isinstance(module, str):
+        return module
+    if not hasattr(module, operator):
+        return f"no {backend} implementation in this version"
+    try:
+        return module.refuses(operator, device, arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def choose(operator: str, theme: str, device: torch.device, arguments: Mapping[str, Any] | None = None) -> Choice:
+    """The implementation of `operator` on `device`.
+
+    Args:
+        operator: its name.
+        theme: the name of the modules that implement it.
+        device: where the call runs.
+        arguments: the call's arguments by name; None asks about the device only.
+    """
+    refused = []
+    for backend in BACKENDS:
+        reason = _refusal(backend, operator, theme, device, arguments)
+        if reason is None:
+            break
+        refused.append((backend, reason))
+    rest = [(other, f"{backend} comes first") for other in BACKENDS[BACKENDS.index(backend) + 1 :]]
+    return Choice(backend, getattr(_load(backend, theme), operator), tuple(refused + rest))
+
+
+class Dispatched:
+    """One operator: remembers, per kind of call, which implementation to call.
+
+    A kind of call is everything about its arguments but tensor values: dtypes, shapes, contiguity, numbers. The shape
+    function checks a kind when it is first met; from then on a call costs one dictionary look-up.
+
+    Args:
+        name: of the operator.
+        theme: the name of the modules that implement it.
+        shape_function: checks the arguments and returns empty results.
+    """
+
+    def __init__(self, name: str, theme: str, shape_function: Callable[..., Any]) -> None:
+        self.name, self.theme = name, theme
+        self.shape_function = shape_function
+        self._functions: dict[tuple, Callable[..., Any]] = {}
+
+    def run(self, *args: Any) -> Any:
+        """Call the implementation for these arguments."""
+        # `start` of a cache append changes from chunk to chunk: integers are part of the kind all the same, they are few.
+        kind = tuple(
+            [(a.dtype, a.shape, a.is_contiguous(), a.get_device()) if isinstance(a, Tensor) else a for a in args]
+        )
+        function = self._functions.get(kind)
+        if function is None:
+            function = self._remember(kind, args)
+        return function(*args)
+
+    def _remember(self, kind: tuple, args: tuple) -> Callable[..., Any]:
+        self.shape_function(*args)
+        if len(self._functions) >= _MOST_KINDS:
+            self._functions.clear()
+        choice = self.choose(args)
+        logger.debug("%s runs as %s; refused: %s", self.name, choice.backend, choice.refused)
+        return self._functions.setdefault(kind, choice.function)
+
+    def choose(self, args: tuple) -> Choice:
+        """The implementation for a call with these arguments."""
+        names = inspect.signature(self.shape_function).parameters
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        return choose(self.name, self.theme, device, dict(zip(names, args, strict=True)))
+
+    def forget(self) -> None:
+        """Choose anew from now on, after a change of `QARVD_KERNELS`."""
+        self._functions.clear()

@@ -1,0 +1,112 @@
+"""What surrounds attention over a K/V cache: norms, rotation and the cache append; and 8-bit attention itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..operator import operator
+
+
+@operator(
+    "Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
+    "Tensor(b!) value_cache, Tensor? query_scale, Tensor? key_scale, Tensor? value_scale, SymInt start",
+    "Tensor",
+)
+def qk_norm_rope_append(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_scale: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    start: int,
+) -> Tensor:
+    """RMSNorm of q and k over all heads, RoPE on interleaved pairs, and k and v written into the cache at `start`.
+
+    Args:
+        qkv: float `[B, T, 3 * H * D]`, a row holding q, k and v.
+        q_weight: float32 `[H * D]` of the RMSNorm of q.
+        k_weight: float32 `[H * D]` of the RMSNorm of k.
+        eps: added to the mean square.
+        cos: float32 `[T, D / 2]`; the pair (a, b) = channels (2i, 2i + 1) of a head becomes
+            `(a cos - b sin, a sin + b cos)`.
+        sin: float32 `[T, D / 2]`.
+        key_cache: `[B, S, H, D]`, written at tokens `start ... start + T - 1`. Plain in bfloat16, float16 or float32; int8
+            holds `clamp(round(k / key_scale), -127, 127)`, float8_e4m3fn holds `k / key_scale`, clamped to its range.
+        value_cache: `[B, S, H, D]` likewise; may have another dtype.
+        query_scale: float32 `[H]`: return q quantized like the keys; or None.
+        key_scale: float32 `[H]` for an 8-bit `key_cache`, else None.
+        value_scale: float32 `[H]` for an 8-bit `value_cache`, else None.
+        start: first cache token that is written.
+
+    Returns:
+        q `[B, T, H, D]`, normed and rotated, in the dtype of `qkv`, or, with `query_scale`, in that of `key_cache`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, scales and dtypes disagree, or the tokens do not fit the cache.
+    """
+    checks.matrix("rows of qkv", qkv.flatten(0, -2), None)
+    batch, tokens, heads, head_dim = *qkv.shape[:2], *key_cache.shape[2:]
+    checks.require(
+        qkv.ndim == 3 and qkv.shape[2] == 3 * heads * head_dim,
+        "shape of qkv",
+        tuple(qkv.shape),
+        f"[B, T, {3 * heads * head_dim}] (q, k and v of the cache's {heads} heads of {head_dim})",
+    )
+    for name, value in (("q_weight", q_weight), ("k_weight", k_weight)):
+        checks.tensor(name, value, (heads * head_dim,), torch.float32)
+    for name, value in (("cos", cos), ("sin", sin)):
+        checks.tensor(name, value, (tokens, head_dim // 2), torch.float32)
+    checks.cache("key", key_cache, key_scale, (batch, heads, head_dim))
+    checks.cache("value", value_cache, value_scale, (batch, heads, head_dim))
+    room = min(key_cache.shape[1], value_cache.shape[1])
+    checks.require(0 <= start <= room - tokens, "start", start, f"0 to {room - tokens} ({tokens} of {room} tokens)")
+    if query_scale is None:
+        return torch.empty((batch, tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    checks.tensor("query_scale", query_scale, (heads,), torch.float32)
+    checks.require(key_scale is not None, "query_scale", "given", "None unless the key cache is 8-bit")
+    return torch.empty((batch, tokens, heads, head_dim), dtype=key_cache.dtype, device=qkv.device)
+
+
+@operator("Tensor query, Tensor key, Tensor value, Tensor key_scale, Tensor? value_scale, SymInt length", "Tensor")
+def attention_int8(
+    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor | None, length: int
+) -> Tensor:
+    """Softmax attention over an int8 key cache, without a mask; the product of queries and keys runs on integers.
+
+    Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127), as in SageAttention (Zhang
+    et al. 2024, arXiv 2410.02367); keys have one calibrated scale per head.
+
+    Args:
+        query: bfloat16 or float16 `[B, T, H, D]`.
+        key: int8 `[B, S, H, D]`.
+        value: int8, float8_e4m3fn, bfloat16 or float16 `[B, S, H, D]`.
+        key_scale: float32 `[H]`.
+        value_scale: float32 `[H]` for an 8-bit `value`, else None.
+        length: the first `length` tokens of key and value are visible, 1 to S.
+
+    Returns:
+        `[B, T, H, D]` in the dtype of `query`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    checks.require(
+        query.ndim == 4 and query.dtype in (torch.bfloat16, torch.float16),
+        "query",
+        f"{query.dtype} {tuple(query.shape)}",
+        "bfloat16 or float16 [B, T, H, D]",
+    )
+    batch, _, heads, head_dim = query.shape
+    checks.cache("key", key, key_scale, (batch, heads, head_dim))
+    checks.cache("value", value, value_scale, (batch, heads, head_dim))
+    checks.require(key.dtype == torch.int8, "dtype of key", key.dtype, "torch.int8")
+    checks.require(1 <= length <= key.shape[1], "length", length, f"1 to {key.shape[1]} (the cached tokens)")
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)

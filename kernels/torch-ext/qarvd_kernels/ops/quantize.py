@@ -1,0 +1,75 @@
+"""Activation quantizers, and the helpers of asymmetric weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..operator import operator
+
+
+@operator("Tensor x, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point", "Tensor")
+def quantize_static(
+    x: Tensor, channel_order: Tensor, num_outliers: int, input_scale: Tensor, input_zero_point: Tensor
+) -> Tensor:
+    """Quantize an activation with calibrated scales.
+
+    Args:
+        x: float `[..., K]`.
+        channel_order: int32 `[K]`; permuted channel j is channel `channel_order[j]` of x.
+        num_outliers: size of group 0.
+        input_scale: float32 `[2]`, positive.
+        input_zero_point: int32 `[2]`, in codes 0..255.
+
+    Returns:
+        int8 `[..., K]`, permuted: `clamp(round(x / scale) + zero_point, 0, 255) - 128`, ties to even. A compiled
+        implementation multiplies by the reciprocal of the scale, which moves a code by one where x lies on a boundary.
+
+    Raises:
+        ValueError: a shape, dtype or count does not fit.
+    """
+    checks.activation(x, channel_order, num_outliers)
+    checks.input_quantizer(input_scale, input_zero_point)
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+@operator("Tensor x, Tensor channel_order, SymInt num_outliers", "(Tensor, Tensor)")
+def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tuple[Tensor, Tensor]:
+    """Quantize an activation symmetrically, with one scale per token and group found on the spot.
+
+    Args:
+        x: float `[..., K]`.
+        channel_order: int32 `[K]`, as in `quantize_static`.
+        num_outliers: size of group 0.
+
+    Returns:
+        int8 `[..., K]`, permuted, in -127..127; float32 `[..., 2]` scales (1 where a group is empty or all zero).
+
+    Raises:
+        ValueError: a shape, dtype or count does not fit.
+    """
+    checks.activation(x, channel_order, num_outliers)
+    return (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.empty((*x.shape[:-1], 2), dtype=torch.float32, device=x.device),
+    )
+
+
+@operator("Tensor a, SymInt num_outliers", "Tensor")
+def row_sums(a: Tensor, num_outliers: int) -> Tensor:
+    """Sums of the two channel groups of every row; only asymmetric 8-bit weights need them.
+
+    Args:
+        a: int8 `[M, K]`, permuted.
+        num_outliers: size of group 0.
+
+    Returns:
+        int32 `[M, 2]`.
+
+    Raises:
+        ValueError: a shape, dtype or count does not fit.
+    """
+    checks.matrix("a", a, torch.int8)
+    checks.outlier_count(num_outliers, a.shape[1])
+    return torch.empty((a.shape[0], 2), dtype=torch.int32, device=a.device)

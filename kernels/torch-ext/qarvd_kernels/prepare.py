@@ -1,0 +1,162 @@
+"""`prepare_linear`: fold a stored layer into what the dual-scale integer matrix product reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops.gemm import dual_scale_gemm, expand_int4
+from .ops.quantize import row_sums
+from .reference.groups import CODE_OFFSET, group_slices
+from .reference.linear import integer_weight
+
+
+class LayerRefused(ValueError):
+    """This layer cannot run on the prepared path; `dual_scale_linear_static` takes it."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedLinear:
+    """A static int8 layer with everything constant folded; shares its weight with the stored layer.
+
+    Attributes:
+        weight_packed: uint8 `[N, K * bits / 8]`, the stored tensor itself.
+        weight_zero_point: int16 `[N, 2]`, the stored tensor itself, for `expand_int4`; groups as stored.
+        bits: 4 or 8.
+        stored_outliers: size of group 0 as stored, for `expand_int4`.
+        num_outliers: size of group 0 in the matrix product; 0 if either group is empty.
+        ratio: float32 `[N]`.
+        scale: float32 `[N]`.
+        bias: float32 `[N]`.
+        row_sum_scale: float32 `[2, N]`, or None if nothing is left of the weight zero-points (the usual case).
+    """
+
+    weight_packed: Tensor
+    weight_zero_point: Tensor
+    bits: int
+    stored_outliers: int
+    num_outliers: int
+    ratio: Tensor
+    scale: Tensor
+    bias: Tensor
+    row_sum_scale: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight_packed.shape[1] * 8 // self.bits
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight_packed.shape[0]
+
+    def operand(self, scratch: Tensor | None = None) -> Tensor:
+        """The weight as int8 `[N, K]`: the stored bytes of 8-bit codes; 4-bit codes are expanded.
+
+        Args:
+            scratch: int8, contiguous, of at least N * K elements, overwritten for 4-bit codes. It is one layer's operand
+                until the next layer on the same stream takes it. None allocates.
+        """
+        if self.bits == 8:
+            return self.weight_packed.view(torch.int8)
+        shape = (self.out_features, self.in_features)
+        if scratch is None:
+            out = torch.empty(shape, dtype=torch.int8, device=self.weight_packed.device)
+        else:
+            out = scratch.view(-1)[: shape[0] * shape[1]].view(shape)
+        expand_int4(self.weight_packed, self.weight_zero_point, self.stored_outliers, out)
+        return out
+
+    def gemm_arguments(self, a: Tensor, scratch: Tensor | None = None) -> tuple:
+        """What every `dual_scale_gemm*` takes first: `(a, weight, ..., row_sum_scale)`.
+
+        Args:
+            a: int8 `[M, K]` of `quantize_static` or a fused producer, in the layer's stored channel order.
+            scratch: as in `operand`.
+        """
+        sums = None if self.row_sum_scale is None else row_sums(a, self.num_outliers)
+        weight = self.operand(scratch)
+        return a, weight, self.num_outliers, self.ratio, self.scale, self.bias, sums, self.row_sum_scale
+
+    def __call__(self, a: Tensor, out_dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
+        """`[M, N]` in `out_dtype`, equal to `dual_scale_linear_static` up to one rounding of the outlier sum."""
+        return dual_scale_gemm(*self.gemm_arguments(a, scratch), out_dtype)
+
+
+@torch.no_grad()
+def prepare_linear(
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    num_outliers: int,
+) -> PreparedLinear:
+    """Fold scales, zero-points and bias of a layer with static activations. Reads tensor values: call it at load.
+
+    With a' = code - 128, zA' = zA - 128, operand w' and remainder r of the weight zero-point (`integer_weight`), exactly
+
+        y = bias + sum_g sA_g sW_g[n] * (S_a'w' - r_g[n] * sum_k a' - zA'_g * (sum_k w' - K_g r_g[n]))
+
+    and everything without a' is one float32 number per output channel. Layers that share their input quantizer and channel
+    order (q, k and v) may be concatenated along N before.
+
+    Args:
+        weight_packed: uint8 `[N, K * bits / 8]`.
+        weight_scale: float32 `[N, 2]`.
+        weight_zero_point: int16 `[N, 2]`.
+        input_scale: float32 `[2]`.
+        input_zero_point: int32 `[2]`.
+        bias: float `[N]` or None.
+        bits: 4 or 8.
+        num_outliers: size of group 0.
+
+    Raises:
+        LayerRefused: the int32 sum of an input could overflow.
+    """
+    operand, remainder = integer_weight(weight_packed, weight_zero_point, bits, num_outliers)
+    groups = group_slices(operand.shape[1], num_outliers)
+    combined = (input_scale.double() * weight_scale.double()).T  # [2, N]
+    remainder = remainder.double().T
+    folded = torch.zeros_like(combined[0]) if bias is None else bias.double()
+    for g, part in enumerate(groups):
+        sums = operand[:, part].sum(dim=1, dtype=torch.int32).double()
+        zero_point = input_zero_point[g].double() - CODE_OFFSET
+        folded = folded - combined[g] * zero_point * (sums - (part.stop - part.start) * remainder[g])
+    row_sum_scale = combined * remainder
+    if num_outliers in (0, operand.shape[1]):  # one group: it takes the place of the second, without a re-scaling
+        only = 1 if num_outliers == 0 else 0
+        split, scale, ratio = 0, combined[only], torch.ones_like(combined[only])
+        used = remainder[only]
+        row_sum_scale = torch.stack([torch.zeros_like(scale), row_sum_scale[only]])
+    else:
+        split, scale, ratio, used = num_outliers, combined[1], combined[0] / combined[1], remainder
+    _check_sums(ratio, split, operand.shape[1], bits)
+    return PreparedLinear(
+        weight_packed.detach(),
+        weight_zero_point.detach(),
+        bits,
+        num_outliers,
+        split,
+        ratio.float().contiguous(),
+        scale.float().contiguous(),
+        folded.float().contiguous(),
+        row_sum_scale.float().contiguous() if bool(used.any()) else None,
+    )
+
+
+def _check_sums(ratio: Tensor, num_outliers: int, in_features: int, bits: int) -> None:
+    """Refuse a layer whose re-scaled outlier sum plus normal sum could leave int32."""
+    step = CODE_OFFSET * (CODE_OFFSET if bits == 8 else 15)
+    largest = float(ratio.max()) if ratio.numel() else 1.0
+    reach = num_outliers * step * max(largest, 1.0) + (in_features - num_outliers) * step
+    if not reach < 2**31:  # also where a scale of zero made the ratio infinite or not a number
+        raise LayerRefused(
+            f"the largest integer sum of this layer is {num_outliers} * {step} * {largest:.4g} + "
+            f"{in_features - num_outliers} * {step}, expected less than 2**31; it runs on the unprepared operators instead"
+        )

@@ -1,0 +1,75 @@
+"""What surrounds attention over a K/V cache, and 8-bit attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QUERY_LEVELS = 127
+FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """float32 RMSNorm over the last dimension."""
+    x = x.to(torch.float32)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on interleaved pairs of `[B, T, H, D]`; cos and sin `[T, D / 2]`."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+def to_cache(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """float32 `[B, T, H, D]` in the number format of a cache with one scale per head."""
+    if scale is None:
+        return x.to(dtype)
+    x = x / scale[:, None]
+    if dtype == torch.int8:
+        return x.round().clamp(-QUERY_LEVELS, QUERY_LEVELS).to(dtype)
+    return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(dtype)
+
+
+def qk_norm_rope_append(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_scale: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    start: int,
+) -> Tensor:
+    """q `[B, T, H, D]`, normed and rotated; k likewise and v are written into the caches."""
+    heads = (-1, key_cache.shape[3])
+    query, key, value = qkv.chunk(3, dim=-1)
+    query = rotate(rms_norm(query, q_weight, eps).unflatten(-1, heads), cos, sin)
+    key = rotate(rms_norm(key, k_weight, eps).unflatten(-1, heads), cos, sin)
+    stop = start + qkv.shape[1]
+    key_cache[:, start:stop] = to_cache(key, key_scale, key_cache.dtype)
+    value_cache[:, start:stop] = to_cache(value.unflatten(-1, heads).float(), value_scale, value_cache.dtype)
+    return to_cache(query, query_scale, qkv.dtype if query_scale is None else key_cache.dtype)
+
+
+def attention_int8(
+    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor | None, length: int
+) -> Tensor:
+    """`[B, T, H, D]`: softmax attention of int8 queries (one scale per row) on int8 keys; float32 from the scores on."""
+    value = value[:, :length].to(torch.float32)
+    if value_scale is not None:
+        value = value * value_scale[:, None]
+    rows = query.to(torch.float32)
+    scale = rows.abs().amax(-1, keepdim=True) / QUERY_LEVELS
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    codes = (rows / scale).round().clamp(-QUERY_LEVELS, QUERY_LEVELS)
+    # Sums of at most head_dim * 127 * 127 are exact in float32, so the product needs no integer type here.
+    scores = torch.einsum("bthd,bshd->bhts", codes, key[:, :length].to(torch.float32))
+    scores = scores * (scale.movedim(1, 2) * (key_scale * query.shape[3] ** -0.5)[:, None, None])
+    out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), value)
+    return out.to(query.dtype).contiguous()

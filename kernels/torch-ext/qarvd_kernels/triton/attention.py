@@ -1,0 +1,262 @@
+"""QK norm, RoPE and cache append in one pass over qkv; and attention whose scores are integer products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import attention_config
+from .launch import Launcher, device_refusal, empty_refusal, round_to_int
+
+_LARGEST_ROW = 16384
+_FLOAT8_CAPABILITY = (8, 9)
+_HEAD_DIMS = (64, 128)
+_MAGIC = tl.constexpr(0x4B400000)  # bits of 1.5 * 2^23: added to an integer below 2^22 it is that integer as a float
+_MAGIC_FLOAT = tl.constexpr(12582912.0)
+
+
+def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """See `dispatch`."""
+    reason = device_refusal(device) or empty_refusal(arguments)
+    if reason or arguments is None:
+        return reason
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    float8 = any(t.dtype == torch.float8_e4m3fn for t in tensors)
+    if float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
+        return "float8 needs compute capability 8.9"
+    if operator == "attention_int8":
+        head_dim = arguments["query"].shape[3]
+        return None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is none of {_HEAD_DIMS}"
+    width = arguments["q_weight"].shape[0]
+    if width > _LARGEST_ROW:
+        return f"rows of {width} channels do not fit the registers of one program ({_LARGEST_ROW})"
+    if not all(arguments[name].is_contiguous() for name in ("key_cache", "value_cache")):
+        return "the cache is not contiguous"
+    return None
+
+
+@triton.jit
+def _store(row, scale, value, channel, mask, DIM: tl.constexpr):
+    """Write one token `[H * D]` in the number format of what `row` points to."""
+    dtype: tl.constexpr = row.dtype.element_ty
+    if scale is not None:
+        value = value / tl.load(scale + channel // DIM, mask=mask, other=1.0)
+        if dtype == tl.int8:
+            value = round_to_int(tl.minimum(tl.maximum(value, -127.0), 127.0))
+        else:
+            value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+    tl.store(row + channel, value.to(dtype), mask=mask)
+
+
+@triton.jit
+def _norm_rotate(value, weight, cos, sin, eps, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """RMSNorm over the whole row, then RoPE on the pairs of every head."""
+    value = value * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps) * weight
+    even, odd = tl.split(tl.reshape(value, [BLOCK // 2, 2]))
+    pair = tl.arange(0, BLOCK // 2)
+    c = tl.load(cos + pair % (DIM // 2), mask=pair < WIDTH // 2, other=0.0)
+    s = tl.load(sin + pair % (DIM // 2), mask=pair < WIDTH // 2, other=0.0)
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK])
+
+
+@triton.jit(do_not_specialize=["eps", "tokens", "room_key", "room_value", "start"])
+def qk_norm_rope_append_kernel(
+    qkv,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    key_cache,
+    value_cache,
+    query_scale,
+    key_scale,
+    value_scale,
+    query,
+    eps,
+    tokens,
+    room_key,
+    room_value,
+    start,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    WIDTH: tl.constexpr = HEADS * DIM
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)  # 0 query, 1 key, 2 value
+    batch, token = row // tokens, row % tokens
+    channel = tl.arange(0, BLOCK)
+    mask = channel < WIDTH
+    value = tl.load(qkv + row * (3 * WIDTH) + part * WIDTH + channel, mask=mask, other=0.0).to(tl.float32)
+    if part == 2:
+        _store(value_cache + (batch * room_value + start + token) * WIDTH, value_scale, value, channel, mask, DIM)
+    else:
+        if part == 0:
+            weight = tl.load(q_weight + channel, mask=mask, other=0.0)
+        else:
+            weight = tl.load(k_weight + channel, mask=mask, other=0.0)
+        table = token * (DIM // 2)
+        value = _norm_rotate(value, weight, cos + table, sin + table, eps, WIDTH, DIM, BLOCK)
+        if part == 0:
+            _store(query + row * WIDTH, query_scale, value, channel, mask, DIM)
+        else:
+            _store(key_cache + (batch * room_key + start + token) * WIDTH, key_scale, value, channel, mask, DIM)
+
+
+@triton.jit
+def _attend(
+    codes,
+    factor,
+    keys,
+    values,
+    length,
+    first,
+    last,
+    peak,
+    total,
+    out,
+    STRIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Online softmax over keys `first ... last`; integers become floats by their bits, which saves a conversion each."""
+    channel = tl.arange(0, DIM)
+    for position in range(first, last, KEYS):
+        token = position + tl.arange(0, KEYS)
+        at = token.to(tl.int64) * STRIDE
+        if MASKED:
+            seen = token < length
+            key = tl.load(keys + at[None, :] + channel[:, None], mask=seen[None, :], other=0)
+        else:
+            key = tl.load(keys + at[None, :] + channel[:, None])
+        scores = tl.dot(codes, key, tl.full([ROWS, KEYS], _MAGIC, tl.int32), out_dtype=tl.int32)
+        scores = (scores.to(tl.float32, bitcast=True) - _MAGIC_FLOAT) * factor[:, None]
+        if MASKED:
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            value = tl.load(values + at[:, None] + channel[None, :], mask=seen[:, None], other=0.0)
+        else:
+            value = tl.load(values + at[:, None] + channel[None, :])
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        probability = tl.exp2(scores - new_peak[:, None])
+        fade = tl.exp2(peak - new_peak)
+        total = total * fade + tl.sum(probability, axis=1)
+        out = tl.dot(probability.to(DTYPE), value.to(DTYPE), out * fade[:, None])
+        peak = new_peak
+    return peak, total, out
+
+
+@triton.jit(do_not_specialize=["tokens", "room_key", "room_value", "length", "score_scale"])
+def attention_int8_kernel(
+    query,
+    keys,
+    values,
+    key_scale,
+    value_scale,
+    result,
+    tokens,
+    room_key,
+    room_value,
+    length,
+    score_scale,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BFLOAT: tl.constexpr,
+):
+    STRIDE: tl.constexpr = HEADS * DIM
+    DTYPE: tl.constexpr = tl.bfloat16 if BFLOAT else tl.float16
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, DIM)
+    at = (batch * tokens + row[:, None]) * STRIDE + head * DIM + channel[None, :]
+    q = tl.load(query + at, mask=row[:, None] < tokens, other=0.0).to(tl.float32)
+    scale = tl.max(tl.abs(q), axis=1) / 127.0
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    codes = round_to_int(q / scale[:, None]).to(tl.int8)
+    factor = scale * (tl.load(key_scale + head) * score_scale)
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, DIM], tl.float32)
+    keys += batch * room_key * STRIDE + head * DIM
+    values += batch * room_value * STRIDE + head * DIM
+    whole = (length // KEYS) * KEYS
+    peak, total, out = _attend(
+        codes, factor, keys, values, length, 0, whole, peak, total, out, STRIDE, DIM, ROWS, KEYS, False, DTYPE
+    )
+    if whole < length:
+        peak, total, out = _attend(
+            codes, factor, keys, values, length, whole, length, peak, total, out, STRIDE, DIM, ROWS, KEYS, True, DTYPE
+        )
+    out /= total[:, None]
+    if value_scale is not None:
+        out *= tl.load(value_scale + head)
+    tl.store(result + at, out.to(result.dtype.element_ty), mask=row[:, None] < tokens)
+
+
+_append = Launcher(qk_norm_rope_append_kernel)
+_attention = Launcher(attention_int8_kernel)
+
+
+def qk_norm_rope_append(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_scale: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    start: int,
+) -> Tensor:
+    """q `[B, T, H, D]`, normed and rotated; k likewise and v are written into the caches."""
+    (batch, tokens), (heads, head_dim) = qkv.shape[:2], key_cache.shape[2:]
+    dtype = qkv.dtype if query_scale is None else key_cache.dtype
+    query = torch.empty((batch, tokens, heads, head_dim), dtype=dtype, device=qkv.device)
+    block = triton.next_power_of_2(heads * head_dim)
+    scales = (query_scale, key_scale, value_scale)
+    numbers = (eps, tokens, key_cache.shape[1], value_cache.shape[1], start)
+    tables = (cos.contiguous(), sin.contiguous())
+    _append(
+        qkv.get_device(),
+        (batch * tokens, 3, 1),
+        (qkv.contiguous(), q_weight, k_weight, *tables, key_cache, value_cache, *scales, query, *numbers),
+        (heads, head_dim, block),
+        (min(max(block // 512, 1), 16), 1),
+    )
+    return query
+
+
+def attention_int8(
+    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor | None, length: int
+) -> Tensor:
+    """`[B, T, H, D]`; 8-bit values are widened to float16, which holds each of them exactly."""
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    batch, tokens, heads, head_dim = query.shape
+    rows, keys, warps, stages = attention_config(query.get_device(), head_dim)
+    score_scale = head_dim**-0.5 * 1.4426950408889634  # softmax in base 2
+    _attention(
+        query.get_device(),
+        (triton.cdiv(tokens, rows), heads, batch),
+        (
+            *(query, key, value, key_scale, value_scale, result),
+            *(tokens, key.shape[1], value.shape[1], length, score_scale),
+        ),
+        (heads, head_dim, rows, keys, value.dtype == torch.bfloat16),
+        (warps, stages),
+    )
+    return result

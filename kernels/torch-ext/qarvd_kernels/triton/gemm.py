@@ -1,0 +1,225 @@
+"""Dual-scale int8 matrix product with its epilogues, for every GPU with int8 tensor cores; and the int4 expander."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import gemm_config
+from .launch import Launcher, block_of, device_refusal, empty_refusal, group_values, quantize, round_to_int
+
+_MULTIPLE = 16  # of K and of the number of outliers: 16-byte copies never straddle the border of the groups
+_PLAIN, _GELU, _RESIDUAL = 0, 1, 2
+_PLAIN_, _GELU_ = tl.constexpr(_PLAIN), tl.constexpr(_GELU)
+
+
+def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """See `dispatch`."""
+    reason = device_refusal(device) or empty_refusal(arguments)
+    if reason or arguments is None:
+        return reason
+    if operator == "expand_int4":
+        return None if arguments["out"].is_contiguous() else "out is not contiguous"
+    for name, size in (("K", arguments["a"].shape[1]), ("num_outliers", arguments["num_outliers"])):
+        if size % _MULTIPLE:
+            return f"{name} is {size}, expected a multiple of {_MULTIPLE}"
+    return None
+
+
+@triton.jit
+def _accumulate(acc, a_row, w_row, K: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Add the products of channels FIRST ... LAST."""
+    k = tl.arange(0, BLOCK_K)
+    WHOLE: tl.constexpr = FIRST + (LAST - FIRST) // BLOCK_K * BLOCK_K
+    for start in range(FIRST, WHOLE, BLOCK_K):
+        a_block = tl.load(a_row + (start + k)[None, :])
+        w_block = tl.load(w_row + (start + k)[:, None])
+        acc = tl.dot(a_block, w_block, acc, out_dtype=tl.int32)
+    if WHOLE < LAST:
+        inside = k < LAST - WHOLE
+        a_block = tl.load(a_row + (WHOLE + k)[None, :], mask=inside[None, :], other=0)
+        w_block = tl.load(w_row + (WHOLE + k)[:, None], mask=inside[:, None], other=0)
+        acc = tl.dot(a_block, w_block, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
+def _gelu(x):
+    """tanh form, as x * sigmoid(2 u)."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp2(-2.885390081777927 * u))
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_gate"])
+def dual_scale_gemm_kernel(
+    a,
+    weight,
+    ratio,
+    scale,
+    bias,
+    row_sums,
+    row_sum_scale,
+    residual,
+    gate,
+    out_scale,
+    out_zero_point,
+    out,
+    rows,
+    rows_per_gate,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    OUT_OUTLIERS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STRIPE: tl.constexpr,
+):
+    # Programs walk down STRIPE row blocks before the next column block, so that both operands stay in the L2 cache.
+    blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    stripe = program // (STRIPE * blocks_n)
+    height = tl.minimum(blocks_m - stripe * STRIPE, STRIPE)
+    first = (stripe * STRIPE + program % (STRIPE * blocks_n) % height) * BLOCK_M
+    n = (program % (STRIPE * blocks_n) // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows past the end repeat the last one and are not stored; large products are in scalars, so that offsets fit 32 bits.
+    m = tl.arange(0, BLOCK_M)
+    row, column = tl.minimum(m, rows - first - 1), n % N
+
+    a_row = a + first.to(tl.int64) * K + row[:, None] * K
+    w_row = weight + column[None, :] * K
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    if OUTLIERS > 0:
+        acc = _accumulate(acc, a_row, w_row, K, 0, OUTLIERS, BLOCK_K)
+        acc = round_to_int(acc.to(tl.float32) * tl.load(ratio + column)[None, :])
+    acc = _accumulate(acc, a_row, w_row, K, OUTLIERS, K, BLOCK_K)
+
+    mask = (m[:, None] < rows - first) & (n[None, :] < N)
+    start, at = first.to(tl.int64) * N, row[:, None] * N + n[None, :]
+    if out.dtype.element_ty == tl.int32:
+        tl.store(out + start + at, acc, mask=mask)
+    else:
+        y = acc.to(tl.float32) * tl.load(scale + column)[None, :] + tl.load(bias + column)[None, :]
+        if row_sums is not None:
+            for group in tl.static_range(2):
+                sums = tl.load(row_sums + (first + row) * 2 + group).to(tl.float32)
+                y -= sums[:, None] * tl.load(row_sum_scale + group * N + column)[None, :]
+        if EPILOGUE == _PLAIN_:
+            tl.store(out + start + at, y.to(out.dtype.element_ty), mask=mask)
+        elif EPILOGUE == _GELU_:
+            inverse = 1.0 / group_values(out_scale, OUT_OUTLIERS, n)
+            zero_point = group_values(out_zero_point, OUT_OUTLIERS, n)
+            tl.store(out + start + at, quantize(_gelu(y), inverse[None, :], zero_point[None, :]), mask=mask)
+        else:
+            if gate is not None:
+                y *= tl.load(gate + ((first + row) // rows_per_gate)[:, None] * N + column[None, :])
+            y += tl.load(residual + start + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out + start + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def expand_int4_kernel(packed, zero_point, out, BYTES: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.load(packed + row * BYTES + at, mask=at < BYTES, other=0).to(tl.int8, bitcast=True)
+    codes = tl.interleave(byte & 15, (byte >> 4) & 15)
+    channel = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    offset = group_values(zero_point + row * 2, OUTLIERS, channel)
+    offset = tl.minimum(tl.maximum(offset, 0), 15).to(tl.int8)
+    tl.store(out + row * (2 * BYTES) + channel, codes - offset, mask=channel < 2 * BYTES)
+
+
+_gemm = Launcher(dual_scale_gemm_kernel)
+_expand_int4 = Launcher(expand_int4_kernel)
+
+
+def _launch(
+    prepared: tuple, out: Tensor, epilogue: int, residual=None, gate=None, quantizer=(None, None, 0)
+) -> Tensor:
+    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = prepared
+    a, weight = a.contiguous(), weight.contiguous()
+    (m, k), n = a.shape, weight.shape[0]
+    out_scale, out_zero_point, out_outliers = quantizer
+    block_m, block_n, block_k, stripe, warps, stages = gemm_config(a.get_device(), m, n, k, epilogue == _RESIDUAL)
+    _gemm(
+        a.get_device(),
+        (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), 1, 1),
+        (
+            *(a, weight, ratio, scale, bias, row_sums, row_sum_scale, residual, gate, out_scale, out_zero_point, out),
+            *(m, 1 if gate is None else m // gate.shape[0]),
+        ),
+        (n, k, num_outliers, out_outliers, epilogue, block_m, block_n, block_k, stripe),
+        (warps, stages),
+    )
+    return out
+
+
+def dual_scale_gemm(
+    a: Tensor,
+    weight: Tensor,
+    num_outliers: int,
+    ratio: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor | None,
+    row_sum_scale: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
+    out = torch.empty((a.shape[0], weight.shape[0]), dtype=out_dtype, device=a.device)
+    return _launch((a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale), out, _PLAIN)
+
+
+def dual_scale_gemm_gelu(
+    a: Tensor,
+    weight: Tensor,
+    num_outliers: int,
+    ratio: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor | None,
+    row_sum_scale: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    out_outliers: int,
+) -> Tensor:
+    """int8 `[M, N]`, GELU and static quantization of the product."""
+    out = torch.empty((a.shape[0], weight.shape[0]), dtype=torch.int8, device=a.device)
+    prepared = (a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale)
+    return _launch(prepared, out, _GELU, quantizer=(out_scale, out_zero_point, out_outliers))
+
+
+def dual_scale_gemm_residual(
+    a: Tensor,
+    weight: Tensor,
+    num_outliers: int,
+    ratio: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor | None,
+    row_sum_scale: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=a.device)
+    prepared = (a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale)
+    return _launch(prepared, out, _RESIDUAL, residual=residual.contiguous(), gate=gate)
+
+
+def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:
+    """Write the int8 operand `[N, K]` of a 4-bit weight into `out`."""
+    (n, columns), block = weight_packed.shape, block_of(weight_packed.shape[1], 1024)
+    _expand_int4(
+        weight_packed.get_device(),
+        (n, triton.cdiv(columns, block), 1),
+        (weight_packed.contiguous(), weight_zero_point, out),
+        (columns, num_outliers, block),
+        (4, 1),
+    )

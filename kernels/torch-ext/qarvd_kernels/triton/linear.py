@@ -1,0 +1,88 @@
+"""De-quantized weights, for layers whose activations stay floating-point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from .launch import Launcher, block_of, device_refusal, empty_refusal, group_values
+
+_BLOCK = 2048
+
+
+def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """See `dispatch`."""
+    reason = device_refusal(device) or empty_refusal(arguments)
+    if reason or arguments is None:
+        return reason
+    dtype = arguments["x"].dtype if operator == "weight_only_linear" else arguments["out_dtype"]
+    return f"{dtype} weights" if dtype not in (torch.bfloat16, torch.float16, torch.float32) else None
+
+
+@triton.jit
+def dequantize_weight_kernel(
+    packed,
+    scale,
+    zero_point,
+    channel_order,
+    weight,
+    K: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < K
+    if BITS == 8:
+        code = tl.load(packed + row * K + channel, mask=mask, other=0).to(tl.int32) ^ 128
+    else:
+        byte = tl.load(packed + row * (K // 2) + channel // 2, mask=mask, other=0).to(tl.int32)
+        code = (byte >> ((channel % 2) * 4)) & 15
+    offset = group_values(zero_point + row * 2, OUTLIERS, channel).to(tl.int32)
+    value = (code - offset).to(tl.float32) * group_values(scale + row * 2, OUTLIERS, channel)
+    order = tl.load(channel_order + channel, mask=mask, other=0)
+    tl.store(weight + row * K + order, value.to(weight.dtype.element_ty), mask=mask)
+
+
+_dequantize_weight = Launcher(dequantize_weight_kernel)
+
+
+def dequantize_weight(
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    channel_order: Tensor,
+    bits: int,
+    num_outliers: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The weight `[N, K]` in its original channel order."""
+    n, k = weight_packed.shape[0], weight_packed.shape[1] * 8 // bits
+    weight, block = torch.empty((n, k), dtype=out_dtype, device=weight_packed.device), block_of(k, _BLOCK)
+    stored = [t.contiguous() for t in (weight_packed, weight_scale, weight_zero_point, channel_order)]
+    constants = (k, num_outliers, bits, block)
+    _dequantize_weight(weight_packed.get_device(), (n, triton.cdiv(k, block), 1), (*stored, weight), constants, (8, 1))
+    return weight
+
+
+def weight_only_linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    channel_order: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    num_outliers: int,
+) -> Tensor:
+    """Float `[..., K]` times the de-quantized weight: one layer's float weight lives from this kernel to cuBLAS."""
+    stored = (weight_packed, weight_scale, weight_zero_point, channel_order)
+    weight = dequantize_weight(*stored, bits, num_outliers, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,67 @@
+"""Attention of one chunk to a cache: backends of 16 and 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import qarvd_kernels as ops
+
+from .shapes import CHUNK_TOKENS, Shape
+from .timing import median_ms
+
+LENGTHS = (CHUNK_TOKENS, 4 * CHUNK_TOKENS, 7 * CHUNK_TOKENS)
+
+
+def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        parts = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+
+
+def _candidates(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
+    def quantized(x: Tensor, dtype: torch.dtype, limit: float) -> tuple[Tensor, Tensor]:
+        scale = x.float().abs().amax((0, 1, 3)) / limit
+        codes = x.float() / scale[:, None]
+        return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+    length = key.shape[1]
+    q8, k8, v8 = (quantized(x, torch.float8_e4m3fn, 448.0) for x in (query, key, value))
+    k_int, v_int = (quantized(x, torch.int8, 127.0) for x in (key, value))
+    return {
+        "cuDNN bf16": lambda: _sdpa(SDPBackend.CUDNN_ATTENTION, query, key, value),
+        "flash bf16": lambda: _sdpa(SDPBackend.FLASH_ATTENTION, query, key, value),
+        "chosen 16-bit": lambda: ops.attention(query, key, value),
+        "FlashAttention-3 fp8": lambda: ops.attention_fp8(q8[0], k8[0], v8[0], q8[1], k8[1], v8[1]),
+        "int8 (Triton)": lambda: ops.attention_int8(query, k_int[0], v_int[0], k_int[1], v_int[1], length),
+    }
+
+
+def bench_attention(shape: Shape, device: torch.device, repeats: int = 20) -> list[dict[str, Any]]:
+    """Microseconds and relative error against float32 of every backend at `LENGTHS` keys; an error text where one fails."""
+    results = []
+    for length in LENGTHS if device.type == "cuda" else (64,):
+        tokens = CHUNK_TOKENS if device.type == "cuda" else 32
+        query, key, value = (
+            torch.randn(1, size, shape.heads, 128, device=device, dtype=torch.bfloat16)
+            for size in (tokens, length, length)
+        )
+        some = query[:, :64].float()  # a sample of rows: the truth needs the whole score matrix
+        truth = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (some, key, value))).transpose(
+            1, 2
+        )
+        row: dict[str, Any] = {"keys": length, "us": {}, "relative_error": {}}
+        for name, call in _candidates(query, key, value).items():
+            try:
+                error = (call()[:, :64].float() - truth).norm() / truth.norm()
+                row["relative_error"][name] = float(error)
+                row["us"][name] = 1000 * median_ms(call, repeats)
+            except (RuntimeError, ValueError) as error:
+                row.setdefault("errors", {})[name] = str(error).splitlines()[0]
+        results.append(row)
+    return results

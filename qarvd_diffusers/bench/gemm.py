@@ -1,0 +1,61 @@
+"""Matrix products of a transformer block: our integer product against torch's 16-bit and 8-bit ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import qarvd_kernels as ops
+
+from .shapes import CHUNK_TOKENS, Shape
+from .timing import median_ms, rotating
+
+OUTLIERS = 128
+# Enough operand sets that none is still in a 60 MB cache when its turn comes again.
+SETS = 4
+
+
+def _fp8(x: Tensor) -> Tensor:
+    return x.to(torch.float8_e4m3fn)
+
+
+def _candidates(n: int, k: int, rows: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """Calls by name, each on its own random operands."""
+    x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+    w = torch.randn(n, k, device=device, dtype=torch.bfloat16) / k**0.5
+    bias = torch.randn(n, device=device)
+    codes = torch.randint(-128, 128, (rows, k), device=device, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (n, k), device=device, dtype=torch.int8)
+    ratio, scale = torch.rand(n, device=device) + 1, torch.rand(n, device=device) / (100 * k)
+    ours = (codes, weight, OUTLIERS, ratio, scale, bias, None, None)
+    out = (torch.full((2,), 0.01, device=device), torch.full((2,), 10, dtype=torch.int32, device=device), OUTLIERS)
+    x8, w8, one = _fp8(x), _fp8(w), torch.ones((), device=device)
+    row, column = torch.ones(rows, 1, device=device), torch.ones(1, n, device=device)
+    b16 = bias.bfloat16()
+    return {
+        "bf16": lambda: F.linear(x, w, b16),
+        "fp8 tensorwise": lambda: torch._scaled_mm(x8, w8.t(), one, one, bias=b16, out_dtype=torch.bfloat16),
+        "fp8 rowwise": lambda: torch._scaled_mm(x8, w8.t(), row, column, bias=b16, out_dtype=torch.bfloat16),
+        "int8, int32 out": lambda: torch._int_mm(codes, weight.t()),
+        "dual-scale int8": lambda: ops.dual_scale_gemm(*ours, torch.bfloat16),
+        "dual-scale int8, gelu to int8": lambda: ops.dual_scale_gemm_gelu(*ours, *out),
+    }
+
+
+def bench_gemm(shape: Shape, device: torch.device, repeats: int = 30) -> list[dict[str, Any]]:
+    """Microseconds of every candidate at every product of `shape`; an error text where one cannot run."""
+    results = []
+    for n, k in shape.products:
+        sets = [_candidates(n, k, CHUNK_TOKENS if device.type == "cuda" else 32, device) for _ in range(SETS)]
+        row: dict[str, Any] = {"N": n, "K": k, "us": {}}
+        for name in sets[0]:
+            try:
+                row["us"][name] = 1000 * median_ms(rotating([one[name] for one in sets]), repeats)
+            except (RuntimeError, ValueError) as error:
+                row.setdefault("errors", {})[name] = str(error).splitlines()[0]
+        results.append(row)
+    return results

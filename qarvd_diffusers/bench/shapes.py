@@ -1,0 +1,80 @@
+"""The sizes that are measured, and random models of those sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+
+CHUNK_FRAMES = 3
+LATENT_HEIGHT, LATENT_WIDTH = 60, 104  # 832 x 480 pixels
+CHUNK_TOKENS = CHUNK_FRAMES * (LATENT_HEIGHT // 2) * (LATENT_WIDTH // 2)
+TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Wan transformer.
+
+    Attributes:
+        heads: attention heads of 128 channels.
+        ffn: hidden channels of the feed-forward.
+        layers: transformer blocks.
+    """
+
+    heads: int
+    ffn: int
+    layers: int
+
+    @property
+    def dim(self) -> int:
+        """Channels of the residual stream."""
+        return 128 * self.heads
+
+    @property
+    def products(self) -> tuple[tuple[int, int], ...]:
+        """`(N, K)` of the matrix products of a block, q, k and v as one."""
+        return (3 * self.dim, self.dim), (self.dim, self.dim), (self.ffn, self.dim), (self.dim, self.ffn)
+
+
+SHAPES = {"1.3b": Shape(12, 8960, 30), "14b": Shape(40, 13824, 40), "toy": Shape(1, 256, 2)}
+
+
+def random_transformer(
+    shape: Shape, device: torch.device, dtype: torch.dtype, planted_outliers: bool = True
+) -> CausalWanTransformer3DModel:
+    """A transformer with seeded random weights; planted outlier channels leave its function as it is.
+
+    Rows of v are scaled down and the matching columns of the attention's output projection up, as trained models do.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = CausalWanTransformer3DModel(
+            num_attention_heads=shape.heads,
+            ffn_dim=shape.ffn,
+            num_layers=shape.layers,
+            text_dim=4096 if shape.heads > 1 else 64,
+        )
+    if planted_outliers:
+        with torch.no_grad():
+            for block in model.blocks:
+                value, out = block.attn1.to_v, block.attn1.to_out[0]
+                value.weight[:40] /= 8
+                value.bias[:40] /= 8
+                out.weight[:, :40] *= 8
+    # As `from_pretrained` loads it: what must stay in float32 does.
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in model._keep_in_fp32_modules):
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of one chunk `[1, 16, 3, H, W]` and text embeddings `[1, 512, text_dim]`."""
+    generator = torch.Generator(device).manual_seed(1)
+    height, width = (LATENT_HEIGHT, LATENT_WIDTH) if shape.heads > 1 else (4, 6)
+    latents = torch.randn(1, 16, CHUNK_FRAMES, height, width, generator=generator, device=device)
+    text = torch.randn(1, TEXT_TOKENS, 4096 if shape.heads > 1 else 64, generator=generator, device=device)
+    return latents.to(dtype), text.to(dtype)

@@ -1,0 +1,168 @@
+"""One transformer pass at several lengths of the cache: our schemes, the float model, and other quantizers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.calibrate import apply, calibrate
+from ..config import QARVDConfig
+from ..models.kv_cache import KVCache
+from ..models.pass_info import PassInfo
+from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from .shapes import CHUNK_FRAMES, Shape, random_inputs, random_transformer
+from .timing import median_ms
+
+TIMESTEP = 750.0
+
+
+class PassRunner:
+    """Runs passes of one transformer on fixed inputs, chunk after chunk.
+
+    Args:
+        transformer: on its device, in its dtype.
+        shape: its sizes.
+        kv_cache: storage of the cache.
+    """
+
+    def __init__(self, transformer: CausalWanTransformer3DModel, shape: Shape, kv_cache: str = "auto") -> None:
+        parameter = next(transformer.parameters())
+        self._transformer = transformer
+        self._latents, self._text = random_inputs(shape, parameter.device, torch.bfloat16)
+        self._kv_cache = kv_cache
+        self._timestep = torch.full((1,), TIMESTEP, device=parameter.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new stream."""
+        self._cache = KVCache(len(self._transformer.blocks), num_frames=7 * CHUNK_FRAMES, storage=self._kv_cache)
+
+    @torch.no_grad()
+    def __call__(self, chunk: int, cache_only: bool = False) -> Tensor:
+        """Flow of one pass over `chunk`, which follows or repeats the one before."""
+        return self._transformer(
+            self._latents,
+            self._timestep,
+            self._text,
+            kv_cache=self._cache,
+            frame_offset=chunk * CHUNK_FRAMES,
+            cache_only=cache_only,
+            return_dict=False,
+        )[0]
+
+
+def measure(runner: PassRunner, chunks: Sequence[int], repeats: int) -> tuple[dict[str, float], dict[int, Tensor]]:
+    """Median milliseconds of a denoising pass at each of `chunks` (0-based), and the flow it gave, in float32 on the CPU."""
+    times, flows = {}, {}
+    runner.reset()
+    for chunk in range(max(chunks) + 1):
+        flows[chunk] = runner(chunk).float().cpu()
+        if chunk in chunks:
+            times[str(chunk + 1)] = median_ms(lambda chunk=chunk: runner(chunk), repeats)
+    return times, {chunk: flows[chunk] for chunk in chunks}
+
+
+def quantized(transformer: CausalWanTransformer3DModel, shape: Shape, scheme: str) -> CausalWanTransformer3DModel:
+    """A quantized copy, calibrated on the passes of one chunk: enough for speed and for a plausible error."""
+    model = copy.deepcopy(transformer)
+    config = QARVDConfig(scheme, rounding="nearest", calibration_chunks=1, calibration_prompts=("random",))
+
+    def run(on_pass: Callable[[PassInfo], None]) -> None:
+        runner = PassRunner(model, shape)
+        for role in ("denoise", "refresh"):
+            on_pass(PassInfo(0, role, 0, TIMESTEP, 0, CHUNK_FRAMES))
+            runner(0)
+
+    apply(model, calibrate(model, run, config))
+    return model
+
+
+def build(name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> PassRunner:
+    """The variant `name` of a float transformer, which is left as it is.
+
+    Raises:
+        ImportError: the package that the variant needs is not installed.
+    """
+    if name.startswith("w"):
+        scheme, _, attention = name.partition("-")
+        return PassRunner(quantized(transformer, shape, scheme), shape, "fp8" if attention else "auto")
+    model = copy.deepcopy(transformer)
+    if name.startswith("torchao"):
+        _quantize_with_torchao(model, name)
+    if name != "bf16":
+        model.set_attention_backend("_native_cudnn")
+        model.compile_repeated_blocks(fullgraph=True)
+    return PassRunner(model, shape)
+
+
+def _quantize_with_torchao(model: CausalWanTransformer3DModel, name: str) -> None:
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    config = Int8DynamicActivationInt8WeightConfig()
+    if name == "torchao-fp8":
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    quantize_(model.blocks, config)
+
+
+def breakdown(runner: PassRunner, chunk: int) -> list[dict[str, Any]]:
+    """Milliseconds on the GPU by kernel of one pass over `chunk`, the chunk the runner stands at; largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        runner(chunk)
+        torch.cuda.synchronize()
+    rows = [
+        {"kernel": event.key[:100], "calls": event.count, "ms": event.self_device_time_total / 1000}
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def bench_passes(
+    shape: Shape,
+    variants: Sequence[str],
+    device: torch.device,
+    chunks: Sequence[int] = (0, 3, 6),
+    repeats: int = 10,
+    on_result: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> list[dict[str, Any]]:
+    """Time every variant on the same weights and inputs.
+
+    Returns:
+        Per variant: `name`, `ms` by chunk (1-based) and their mean, `bytes` of the parameters, peak memory, relative
+        error of the flow against the first variant; or `error`, where it could not be measured.
+    """
+    transformer = random_transformer(shape, device, torch.bfloat16)
+    results, truth = [], None
+    for name in variants:
+        result: dict[str, Any] = {"name": name}
+        try:
+            runner = build(name, transformer, shape)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            result["ms"], flows = measure(runner, chunks, repeats)
+            result["mean_ms"] = sum(result["ms"].values()) / len(result["ms"])
+            truth = truth or flows
+            result["relative_error"] = {
+                str(chunk + 1): float((flows[chunk] - truth[chunk]).norm() / truth[chunk].norm()) for chunk in chunks
+            }
+            if device.type == "cuda":
+                result["peak_bytes"] = torch.cuda.max_memory_allocated()
+                result["kernels"] = breakdown(runner, max(chunks))[:20]
+            del runner
+        except (ImportError, RuntimeError, ValueError, TypeError) as error:
+            result["error"] = f"{type(error).__name__}: {error}"
+        results.append(result)
+        on_result(result)
+        torch.compiler.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return results

@@ -1,0 +1,141 @@
+"""Measure speed on this machine: matrix products, attention, transformer passes, whole videos; ours beside what else there is."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import table
+
+PARTS = ("gemm", "attention", "passes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..bench import PASS_VARIANTS, SHAPE_NAMES, VIDEO_VARIANTS
+
+    names = tuple(dict.fromkeys((*PASS_VARIANTS, *VIDEO_VARIANTS)))
+    parser.add_argument("--shape", choices=SHAPE_NAMES, default="1.3b", help="model size (default: 1.3b)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--variants", nargs="+", choices=names, help="of passes or videos (default: all)")
+    parser.add_argument(
+        "--chunks", nargs="+", type=int, default=[1, 4, 7], help="chunks of the passes (default: 1 4 7)"
+    )
+    parser.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="time whole videos of 81 and 321 frames, text encoder and VAE included",
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="runs the median is taken of (default: 10)")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--out", metavar="JSON", help="file to write, after every part and variant")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ..bench import PASS_VARIANTS, VIDEO_VARIANTS
+    from ..bench.attention import bench_attention
+    from ..bench.end_to_end import bench_end_to_end
+    from ..bench.gemm import bench_gemm
+    from ..bench.shapes import SHAPES
+    from ..bench.transformer import bench_passes
+    from .info import environment
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shape = SHAPES[args.shape]
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "command": " ".join(["qarvd", *sys.argv[1:]]),
+        "shape": args.shape,
+        **environment(),
+    }
+
+    def keep(name: str, value: Any) -> None:
+        result[name] = value
+        if args.out:
+            partial = Path(f"{args.out}.partial")
+            partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
+            os.replace(partial, args.out)
+
+    done: list[dict[str, Any]] = []
+
+    def on_result(one: dict[str, Any]) -> None:
+        done.append(one)
+        print(f"{one['name']}: {one}", file=sys.stderr)
+        keep("end_to_end" if args.end_to_end else "passes", done)
+
+    if args.end_to_end:
+        bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, on_result=on_result)
+        return result
+    if "gemm" in args.parts:
+        keep("gemm", bench_gemm(shape, device, 3 * args.repeats))
+    if "attention" in args.parts:
+        keep("attention", bench_attention(shape, device, 2 * args.repeats))
+    if "passes" in args.parts:
+        bench_passes(
+            shape,
+            args.variants or PASS_VARIANTS,
+            device,
+            [chunk - 1 for chunk in args.chunks],
+            args.repeats,
+            on_result,
+        )
+    return result
+
+
+def render(result: dict[str, Any]) -> str:
+    parts = []
+    for name, label, unit in (("gemm", "N x K", "us"), ("attention", "keys", "us")):
+        rows = result.get(name)
+        if rows:
+            columns = list(dict.fromkeys(column for row in rows for column in row[unit]))
+            body = [
+                (
+                    f"{row['N']} x {row['K']}" if name == "gemm" else row["keys"],
+                    *(_rounded(row[unit].get(c)) for c in columns),
+                )
+                for row in rows
+            ]
+            parts.append(f"{name}, microseconds\n" + table((label, *columns), body))
+    passes = result.get("passes")
+    if passes:
+        chunks = list(next((one["ms"] for one in passes if "ms" in one), {}))
+        body = [
+            (one["name"], *(_rounded(one["ms"][c]) for c in chunks), _rounded(one["mean_ms"]))
+            if "ms" in one
+            else (one["name"], one["error"][:60])
+            for one in passes
+        ]
+        width = len(chunks) + 2
+        parts.append(
+            "one transformer pass, milliseconds\n"
+            + table(
+                ("variant", *(f"chunk {c}" for c in chunks), "mean"),
+                [(*row, *[""] * (width - len(row))) for row in body],
+            )
+        )
+    videos = result.get("end_to_end")
+    if videos:
+        parts.append("whole videos\n" + _videos(videos))
+    return "\n\n".join(parts)
+
+
+def _videos(results: list[dict[str, Any]]) -> str:
+    header = ("variant", "frames", "frames/s", "first frame s", "chunk p50 s", "chunk p95 s", "peak GB")
+    rows = []
+    for one in results:
+        if "error" in one:
+            rows.append((one["name"], one["error"][:60], "", "", "", "", ""))
+        for timed in (value for value in one.values() if isinstance(value, dict)):
+            numbers = (timed[key] for key in ("frames_per_second", "first_frame_s", "chunk_p50_s", "chunk_p95_s"))
+            rows.append((one["name"], timed["frames"], *map(_rounded, numbers), _rounded(timed["peak_bytes"] / 1e9)))
+    return table(header, rows)
+
+
+def _rounded(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,197 @@
+"""Original checkpoints of causal Wan models <-> diffusers folders, exact in both directions, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..model_card import converted_card
+from ..models import CausalWanTransformer3DModel
+from ..serialization import atomic_directory, atomic_file
+from ..tensor_files import TensorSpec, write_shards, write_tensors
+from .checkpoint import LORA_NESTINGS, Checkpoint, open_checkpoint
+from .detect import Detected, detect_checkpoint
+from .folder import base_config, copy_base_components, write_pipeline
+from .lora import LoraLayer, check_fit, merge_lora, read_lora
+from .names import to_diffusers_keys, to_original_keys
+from .network import empty_transformer, infer_config
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 10_000_000_000  # what diffusers writes into one file
+STEM = "diffusion_pytorch_model"
+
+
+def convert_checkpoint(
+    src: str | Path,
+    out_dir: str | Path,
+    family: str = "self-forcing",
+    *,
+    base: str | Path | None = None,
+    weights: str | None = None,
+    lora: str | Path | None = None,
+    num_attention_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write an original checkpoint as a diffusers folder in the portable layout (stock class names only).
+
+    Everything is checked before the first byte is written. Tensors are then copied one by one from the mapped file: memory
+    beyond the mapping is that of the largest tensor.
+
+    Args:
+        src: original checkpoint, a file or a folder of shards; see `open_checkpoint`.
+        out_dir: folder to create; must not exist yet. It appears only when complete.
+        family: key of `PRESETS`, which decides how the model rolls out, or `auto`: by the file's size and name.
+        base: local diffusers folder of the bidirectional model, which lends VAE, text encoder, tokenizer and the
+            transformer config; None writes the transformer and scheduler alone.
+        weights: which nested state dict to take; None takes the one the family is meant to use.
+        lora: LoRA file to merge, in any layout that `read_lora` knows; None merges `lora.pt` beside the checkpoint if the
+            family's release consists of both, `"none"` merges nothing.
+        num_attention_heads: see `infer_config`; not needed with `base`.
+        dtype: cast the weights, except those that the model keeps in float32; None keeps all as stored.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        ValueError: for an unknown family or one that cannot run, a checkpoint or LoRA that does not fit, or a base folder
+            without a needed component.
+        FileExistsError: if `out_dir` exists.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
+    found = detect_checkpoint(src, family, weights)
+    config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
+    model = empty_transformer(found.specs, config)
+    adapters = _read_adapters(found, lora)
+    for reason in found.reasons:
+        logger.info("%s: %s", src, reason)
+    with atomic_directory(out_dir) as folder:
+        write_pipeline(folder, found.preset.fields.to_dict(), copy_base_components(base, folder))
+        model.save_config(folder / "transformer")
+        _write_transformer(folder / "transformer", found.checkpoint, adapters, dtype)
+        card = converted_card(found.family, found.preset.source, found.licence)
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
+    return out_dir
+
+
+def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLayer]:
+    """The adapter to merge, checked against the checkpoint; empty if there is none."""
+    if lora == "none":
+        return {}
+    path = lora or found.lora
+    if path is None:
+        if found.preset.has_lora:
+            raise ValueError(
+                f"{found.family} is released as a base and a LoRA ({found.preset.source}): pass the LoRA file with lora=, "
+                "put it beside the checkpoint as lora.pt, or pass lora='none' to convert the base alone"
+            )
+        return {}
+    weights = found.checkpoint.weights or "generator"
+    file = open_checkpoint(path, None, (f"{weights}_lora", *LORA_NESTINGS))
+    if (file.weights or "").startswith("generator") and file.weights != f"{weights}_lora":
+        raise ValueError(
+            f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain weights "
+            "must not be mixed; name the others with weights="
+        )
+    tensors = {key: tensor for shard in file.shards for key, tensor in shard.load().items()}
+    adapters = read_lora(tensors, str(path))
+    sizes = {
+        key.removesuffix(".weight"): spec.shape
+        for key, spec in found.specs.items()
+        if key.endswith(".weight") and len(spec.shape) == 2
+    }
+    check_fit(adapters, sizes, str(path))
+    return adapters
+
+
+class _Tensors:
+    """Tensors of a checkpoint under diffusers names, one shard open at a time, adapters merged and cast."""
+
+    def __init__(self, checkpoint: Checkpoint, adapters: Mapping[str, LoraLayer], dtype: torch.dtype | None) -> None:
+        self._adapters, self._dtype = adapters, dtype
+        self._shards = {key: shard for shard in checkpoint.shards for key in to_diffusers_keys(shard.specs)}
+        self._open, self._tensors = None, {}
+
+    def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
+        kept = CausalWanTransformer3DModel._keep_in_fp32_modules
+        cast = self._dtype is not None and not any(part in kept for part in name.split("."))
+        return TensorSpec(stored.shape, self._dtype) if cast else stored
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if (shard := self._shards[name]) is not self._open:
+            self._tensors.clear()  # the mapping of the last shard goes with it
+            self._open, self._tensors = shard, to_diffusers_keys(shard.load())
+        tensor = self._tensors[name]
+        module, _, leaf = name.rpartition(".")
+        if (adapter := self._adapters.get(module)) is not None and leaf == "weight":
+            tensor, _ = merge_lora(tensor, tensor.new_zeros(tensor.shape[0]), adapter)
+        elif adapter is not None and leaf == "bias" and adapter.bias is not None:
+            tensor = (tensor.float() + adapter.bias.float()).to(tensor.dtype)
+        return tensor.to(self.spec(name, TensorSpec.of(tensor)).dtype)
+
+
+def _write_transformer(
+    folder: Path, checkpoint: Checkpoint, adapters: Mapping[str, LoraLayer], dtype: torch.dtype | None
+) -> None:
+    tensors = _Tensors(checkpoint, adapters, dtype)
+    stored = [to_diffusers_keys(shard.specs) for shard in checkpoint.shards]
+    if sum(spec.nbytes for shard in stored for spec in shard.values()) <= SHARD_BYTES:
+        stored = [{name: spec for shard in stored for name, spec in shard.items()}]
+    groups: list[dict[str, TensorSpec]] = []
+    for shard in stored:  # never across two shards, so that each is opened once
+        size = SHARD_BYTES + 1
+        for name, spec in shard.items():
+            spec = tensors.spec(name, spec)
+            if size + spec.nbytes > SHARD_BYTES:
+                groups.append({})
+                size = 0
+            groups[-1][name] = spec
+            size += spec.nbytes
+    write_shards(folder, STEM, groups, tensors)
+
+
+def export_checkpoint(folder: str | Path, out: str | Path) -> Path:
+    """Write the float transformer of a diffusers folder as one safetensors file under original names (`model.` prefix).
+
+    Raises:
+        ValueError: the folder has no transformer, or a quantized one, or `out` does not end in `.safetensors`.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: expected a file name that ends in .safetensors")
+    config = folder / "transformer" / "config.json"
+    if not config.is_file() or not list(config.parent.glob("*.safetensors")):
+        raise ValueError(
+            f"{config.parent} has no config.json or no safetensors: expected a diffusers folder of a Wan model"
+        )
+    if json.loads(config.read_text(encoding="utf-8")).get("quantization_config") is not None:
+        raise ValueError(f"{folder} is quantized: the original layout holds float weights; export the float model")
+    specs, fetch = folder_tensors(config.parent)
+    original = to_original_keys({name: name for name in specs})
+    with atomic_file(out) as temporary:
+        write_tensors(
+            temporary, {key: specs[name] for key, name in original.items()}, lambda key: fetch(original[key])
+        )
+    return out
+
+
+def folder_tensors(folder: Path) -> tuple[dict[str, TensorSpec], Callable[[str], torch.Tensor]]:
+    """What a folder of safetensors shards holds, and a function that maps a tensor from them."""
+    checkpoint = open_checkpoint(folder, nestings=())
+    loaded = {shard.path: shard for shard in checkpoint.shards}
+    where = {key: shard.path for shard in checkpoint.shards for key in shard.specs}
+    tensors: dict[Path, dict[str, torch.Tensor]] = {}
+
+    def fetch(name: str) -> torch.Tensor:
+        if where[name] not in tensors:
+            tensors.clear()
+            tensors[where[name]] = loaded[where[name]].load()
+        return tensors[where[name]][name]
+
+    return checkpoint.specs, fetch

@@ -1,0 +1,119 @@
+"""Names: what a parameter of a Wan transformer is called in original files, in diffusers, and in adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+
+_TOP = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_BLOCK = {
+    **{f"self_attn.{old}": f"attn1.{new}" for old, new in _ATTENTION.items()},
+    **{f"cross_attn.{old}": f"attn2.{new}" for old, new in _ATTENTION.items()},
+    "norm3": "norm2",  # the norm before cross attention; the other two have no parameters
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
+# A module's own tensors: those of float layers, and those that `QARVDLinear` stores instead of a weight.
+LEAVES = (
+    "weight",
+    "bias",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "channel_order",
+    "input_scale",
+    "input_zero_point",
+)
+
+
+def plain_key(key: str) -> str:
+    """An original key without the traces of training wrappers and without the prefix under which a file keeps the model."""
+    return _WRAPPERS.sub("", key).removeprefix("model.").removeprefix("diffusion_model.")
+
+
+def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
+    """The new name of `key`, or None if no rule knows it."""
+    match = re.fullmatch(r"(blocks\.\d+\.)(.+)", key)
+    prefix, rest, table = (match[1], match[2], block) if match else ("", key, top)
+    module, dot, leaf = rest.rpartition(".")
+    if dot and leaf in LEAVES:
+        return f"{prefix}{table[module]}.{leaf}" if module in table else None
+    return f"{prefix}{table[rest]}" if rest in table else None
+
+
+def _rename_all(state_dict: Mapping[str, T], top: dict, block: dict, layout: str) -> dict[str, T]:
+    renamed = {_rename(key, top, block): (key, tensor) for key, tensor in state_dict.items()}
+    unknown = [key for key in state_dict if _rename(key, top, block) is None]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} keys are no keys of a {layout} Wan transformer: {unknown[:5]}; "
+            "merge adapters and drop other networks (VAE, text encoder, critic) before converting"
+        )
+    return {new: tensor for new, (_, tensor) in renamed.items()}
+
+
+def to_diffusers_keys(state_dict: Mapping[str, T]) -> dict[str, T]:
+    """Rename an original state dict (wrapper substrings and a `model.` prefix allowed) to `WanTransformer3DModel` keys.
+
+    Tensors (packed ones of quantized layers included, or what stands for them) are passed through untouched.
+
+    Raises:
+        ValueError: for keys that no Wan transformer has, or two keys that name the same parameter.
+    """
+    plain: dict[str, T] = {}
+    for key, tensor in state_dict.items():
+        name = plain_key(key)
+        if name in plain:
+            raise ValueError(f"key {key!r} and another key both name the parameter {name!r}")
+        plain[name] = tensor
+    return _rename_all(plain, _TOP, _BLOCK, "original")
+
+
+def to_original_keys(state_dict: Mapping[str, T], prefix: str = "model.") -> dict[str, T]:
+    """Inverse of `to_diffusers_keys`: `WanTransformer3DModel` keys to original ones behind `prefix`."""
+    top = {new: old for old, new in _TOP.items()}
+    block = {new: old for old, new in _BLOCK.items()}
+    return {prefix + key: tensor for key, tensor in _rename_all(state_dict, top, block, "diffusers").items()}
+
+
+def _spellings(table: Mapping[str, str]) -> dict[str, str]:
+    """Original and diffusers names of modules, with dots and with underscores -> diffusers name."""
+    both = {**{new: new for new in table.values()}, **table}
+    return {**{name.replace(".", "_"): new for name, new in both.items()}, **both}
+
+
+_TOP_SPELLINGS, _BLOCK_SPELLINGS = _spellings(_TOP), _spellings(_BLOCK)
+_ADAPTER_PREFIX = re.compile(
+    r"(base_model\.model\.|generator\.|transformer\.|diffusion_model\.|model\.|lora_unet_|lora_transformer_)+"
+)
+
+
+def diffusers_module(name: str) -> str | None:
+    """diffusers' name of a module that an adapter file calls `name`, or None if Wan has no such module.
+
+    Known spellings: original names and diffusers names, behind the prefixes of PEFT, ComfyUI and diffusers, and kohya's,
+    which have underscores for dots.
+    """
+    name = _WRAPPERS.sub("", name)
+    name = name[prefix.end() :] if (prefix := _ADAPTER_PREFIX.match(name)) else name
+    match = re.fullmatch(r"blocks[._](\d+)[._](.+)", name)
+    if match is None:
+        return _TOP_SPELLINGS.get(name)
+    module = _BLOCK_SPELLINGS.get(match[2])
+    return None if module is None else f"blocks.{match[1]}.{module}"

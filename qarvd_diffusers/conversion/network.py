@@ -1,0 +1,100 @@
+"""The transformer's config: read, or inferred from tensor shapes, and checked against the tensors it is to describe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+
+from ..models import CausalWanTransformer3DModel
+from ..tensor_files import TensorSpec
+
+_HEAD_DIM = 128  # of every released Wan model; the one value that tensor shapes do not tell
+
+
+def load_transformer_config(path: str | Path) -> dict[str, Any]:
+    """Config of a transformer as `WanTransformer3DModel` arguments, from a diffusers or an original `config.json`."""
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    if "attention_head_dim" in values:
+        return {key: value for key, value in values.items() if not key.startswith("_")}
+    names = {
+        "freq_dim": "freq_dim",
+        "ffn_dim": "ffn_dim",
+        "num_heads": "num_attention_heads",
+        "num_layers": "num_layers",
+        "text_dim": "text_dim",
+        "in_dim": "in_channels",
+        "out_dim": "out_channels",
+        "eps": "eps",
+    }
+    config = {new: values[old] for old, new in names.items()}
+    patch_size = tuple(values.get("patch_size", (1, 2, 2)))
+    return {**config, "attention_head_dim": values["dim"] // values["num_heads"], "patch_size": patch_size}
+
+
+def infer_config(
+    state_dict: Mapping[str, torch.Tensor | TensorSpec], num_attention_heads: int | None = None
+) -> dict[str, Any]:
+    """`WanTransformer3DModel` arguments from the shapes of its state dict (diffusers keys).
+
+    Args:
+        state_dict: tensors, or what is known of them, under diffusers keys.
+        num_attention_heads: heads; None assumes the head size of every released Wan model, 128.
+
+    Raises:
+        ValueError: if a telling tensor is missing or the width does not divide into heads.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in state_dict:
+            raise ValueError(f"the checkpoint lacks {key!r}: it is incomplete, or no Wan transformer")
+        return state_dict[key].shape
+
+    dim, in_channels, *patch_size = shape("patch_embedding.weight")
+    if num_attention_heads is None and dim % _HEAD_DIM:
+        raise ValueError(
+            f"width {dim} is no multiple of head size {_HEAD_DIM}: pass num_attention_heads, or a base folder"
+        )
+    heads = num_attention_heads or dim // _HEAD_DIM
+    if dim % heads:
+        raise ValueError(f"num_attention_heads is {heads}, which does not divide the width {dim}")
+    blocks = {int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")}
+    return {
+        "patch_size": tuple(patch_size),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": in_channels,
+        "out_channels": shape("proj_out.weight")[0] // torch.Size(patch_size).numel(),
+        "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
+        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
+        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
+        "num_layers": max(blocks) + 1,
+        "cross_attn_norm": "blocks.0.norm2.weight" in state_dict,
+    }
+
+
+def empty_transformer(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> CausalWanTransformer3DModel:
+    """A transformer of `config` on the meta device, whose tensors are exactly those of `specs` (diffusers keys).
+
+    Raises:
+        ValueError: for missing or unexpected keys and for wrong shapes, named.
+    """
+    with init_empty_weights():
+        model = CausalWanTransformer3DModel.from_config(dict(config))
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    missing, unexpected = sorted(expected.keys() - specs.keys()), sorted(specs.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint does not fit its config: missing {missing[:5]} ({len(missing)} in all), "
+            f"unexpected {unexpected[:5]} ({len(unexpected)} in all)"
+        )
+    wrong = [f"{k}: {specs[k].shape}, expected {shape}" for k, shape in expected.items() if specs[k].shape != shape]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors have a wrong shape: {wrong[:5]}; check num_attention_heads and the base"
+        )
+    return model

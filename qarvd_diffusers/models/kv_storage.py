@@ -1,0 +1,55 @@
+"""How cached keys and values are stored: in a float dtype as they are, or in 8 bits under one static scale per head."""
+
+from __future__ import annotations
+
+import torch
+
+STORAGES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+"""Names of the storage dtypes; `auto` is the dtype of the pass."""
+
+_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest code
+_SMALLEST_SCALE = 1e-12  # a head that is zero everywhere must not divide by zero
+
+
+def check_storage(storage: str) -> str:
+    """The name itself.
+
+    Raises:
+        ValueError: if it names no storage.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"kv_cache is {storage!r}, expected one of {', '.join(STORAGES)}")
+    return storage
+
+
+def is_quantized(dtype: torch.dtype) -> bool:
+    """Whether tensors of a storage dtype need a scale."""
+    return dtype in _LIMITS
+
+
+def fit_scale(tensor: torch.Tensor, dtype: torch.dtype, margin: float) -> torch.Tensor:
+    """Scale `[heads]` float32 under which `margin` times the largest value of `[B, tokens, heads, head_dim]` is a code."""
+    largest = tensor.detach().abs().amax(dim=(0, 1, 3)).float()
+    return (largest * (margin / _LIMITS[dtype])).clamp_min(_SMALLEST_SCALE)
+
+
+def encode(tensor: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Values `[B, tokens, heads, head_dim]` -> what is stored; `scale` `[heads]`, None for a float dtype.
+
+    int8 is symmetric and rounds half to even, float8 rounds as the hardware's cast does; both saturate.
+    """
+    if scale is None:
+        return tensor.to(dtype)
+    limit = _LIMITS[dtype]
+    codes = tensor.float() / scale[:, None]
+    return (codes.round() if dtype == torch.int8 else codes).clamp(-limit, limit).to(dtype)
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What is stored -> values in `dtype`."""
+    return codes.to(dtype) if scale is None else (codes.float() * scale[:, None]).to(dtype)

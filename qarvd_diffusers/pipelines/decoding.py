@@ -1,0 +1,95 @@
+"""`DecodeQueue`: latents in, finished frames out, on a CUDA stream of their own if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers.video_processor import VideoProcessor
+
+from .output import Frames
+
+
+class Decoder(Protocol):
+    """Decoder of one stream: successive latents `[B, C, F, H, W]` -> pixels `[B, 3, frames, H, W]` in [-1, 1].
+
+    It may have `reset()`, which forgets what it remembers of earlier chunks, and, so that a stream can be saved,
+    `state_dict() -> dict[str, Tensor]` and `load_state_dict(dict)`.
+    """
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass
+class _Job:
+    index: int
+    latents: torch.Tensor
+    pixels: torch.Tensor
+
+
+class DecodeQueue:
+    """Decodes the chunks of one stream in order.
+
+    With `overlap`, and latents on a CUDA device, decoding runs on a second CUDA stream and is waited for only when the next
+    chunk has been denoised: both share the device. Only the first chunk is handed out at once. Elsewhere nothing changes.
+
+    Args:
+        decoder: decoder of the stream.
+        processor: makes frames of pixels.
+        output_type: see `Frames`.
+        overlap: decode beside the next chunk's denoising.
+    """
+
+    def __init__(self, decoder: Decoder, processor: VideoProcessor, output_type: str, overlap: bool) -> None:
+        self._decoder, self._processor, self._output_type = decoder, processor, output_type
+        self._overlap = overlap
+        self._side: Any = None  # torch.cuda.Stream, from the first chunk on
+        self._begun = False
+        self._waiting: _Job | None = None
+
+    def put(self, index: int, latents: torch.Tensor) -> Iterator[tuple[int, Frames, torch.Tensor]]:
+        """Begin to decode a chunk; yields `(index, frames, latents)` of what is to be handed out now."""
+        if self._overlap and self._side is None and latents.is_cuda:
+            self._side = torch.cuda.Stream(latents.device)
+        job = self._start(index, latents)
+        if self._side is None or not self._begun:
+            self._begun = True
+            yield self._finish(job)
+            return
+        ready, self._waiting = self._waiting, job
+        if ready is not None:
+            yield self._finish(ready)
+
+    def rest(self) -> Iterator[tuple[int, Frames, torch.Tensor]]:
+        """What is left behind the last chunk."""
+        ready, self._waiting = self._waiting, None
+        if ready is not None:
+            yield self._finish(ready)
+
+    def _start(self, index: int, latents: torch.Tensor) -> _Job:
+        if self._side is None:
+            return _Job(index, latents, self._decoder.decode(latents))
+        self._side.wait_stream(torch.cuda.current_stream(latents.device))
+        latents.record_stream(self._side)
+        with torch.cuda.stream(self._side):
+            return _Job(index, latents, self._decoder.decode(latents))
+
+    def _finish(self, job: _Job) -> tuple[int, Frames, torch.Tensor]:
+        if self._side is None:
+            return job.index, self._frames(job), job.latents
+        with torch.cuda.stream(self._side):
+            frames = self._frames(job)
+        consumer = torch.cuda.current_stream(job.latents.device)
+        consumer.wait_stream(self._side)
+        if isinstance(frames, torch.Tensor) and frames.is_cuda:
+            frames.record_stream(consumer)
+        return job.index, frames, job.latents
+
+    def _frames(self, job: _Job) -> Frames:
+        if not job.pixels.isfinite().all():
+            raise FloatingPointError(
+                f"NaN or infinity in the decoded frames of chunk {job.index}: run the VAE in float32"
+            )
+        return self._processor.postprocess_video(job.pixels, output_type=self._output_type)

@@ -1,0 +1,138 @@
+"""QK norm, RoPE, the cache append and 8-bit attention, against float64 and torch's own attention."""
+
+import pytest
+import torch
+from kernel_inputs import generator
+from torch.nn import functional as F
+
+import qarvd_kernels as ops
+
+CACHES = [torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn]
+B, T, H, D, S = 2, 5, 3, 8, 12
+
+
+def append_arguments(key_dtype, value_dtype, quantize_query=False, start=4, batch=B, tokens=T, heads=H, head_dim=D):
+    g, width = generator(), heads * head_dim
+    qkv = torch.randn(batch, tokens, 3 * width, generator=g) * 2
+    q_weight, k_weight = (1 + 0.2 * torch.randn(width, generator=g) for _ in range(2))
+    angle = torch.rand(tokens, head_dim // 2, generator=g) * 6
+    caches = [torch.full((batch, S, heads, head_dim), 3.0).to(dtype) for dtype in (key_dtype, value_dtype)]
+    scale = torch.rand(heads, generator=g) * 0.02 + 0.02
+    scales = [scale if dtype.itemsize == 1 else None for dtype in (key_dtype, value_dtype)]
+    query_scale = scale * 0.9 if quantize_query else None
+    return [qkv, q_weight, k_weight, 1e-6, angle.cos(), angle.sin(), *caches, query_scale, *scales, start]
+
+
+def append_truth(arguments):
+    """float64 q, k, v `[B, T, H, D]` through complex numbers."""
+    qkv, q_weight, k_weight, eps, cos, sin, key_cache = arguments[:7]
+    heads = (-1, key_cache.shape[3])
+
+    def norm_rotate(x, weight):
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+        pairs = torch.view_as_complex(x.unflatten(-1, heads).unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.complex(cos.double(), sin.double())[:, None]).flatten(-2)
+
+    query, key, value = qkv.double().chunk(3, dim=-1)
+    return norm_rotate(query, q_weight), norm_rotate(key, k_weight), value.unflatten(-1, heads)
+
+
+def assert_stored(stored, exact, scale):
+    if scale is None:
+        torch.testing.assert_close(stored.double(), exact, rtol=8e-3, atol=1e-6)
+    elif stored.dtype == torch.int8:
+        assert float((stored.double() - (exact / scale.double()[:, None]).clamp(-127, 127)).abs().max()) < 0.501
+    else:
+        want = (exact / scale.double()[:, None]).clamp(-448, 448)
+        torch.testing.assert_close(stored.double(), want, rtol=1 / 15, atol=2e-3)
+
+
+@pytest.mark.parametrize("key_dtype", CACHES)
+@pytest.mark.parametrize("value_dtype", CACHES)
+def test_qk_norm_rope_append(key_dtype, value_dtype):
+    for quantize_query in {False, key_dtype.itemsize == 1}:
+        arguments = append_arguments(key_dtype, value_dtype, quantize_query)
+        key_cache, value_cache, query_scale, key_scale, value_scale = arguments[6:11]
+        query = ops.qk_norm_rope_append(*arguments)
+        want = append_truth(arguments)
+        assert query.dtype == (key_dtype if quantize_query else torch.float32)
+        assert_stored(query, want[0], query_scale)
+        assert_stored(key_cache[:, 4:9], want[1], key_scale)
+        assert_stored(value_cache[:, 4:9], want[2], value_scale)
+        for cache in (key_cache, value_cache):  # nothing else is touched
+            assert bool((cache[:, :4].float() == 3).all() and (cache[:, 9:].float() == 3).all())
+
+
+def test_append_saturates():
+    for dtype, largest in ((torch.int8, 127), (torch.float8_e4m3fn, 448)):
+        arguments = append_arguments(dtype, dtype, True)
+        arguments[0] *= 1e4
+        arguments[8] = arguments[9] = torch.full((H,), 1e-4)
+        query = ops.qk_norm_rope_append(*arguments)
+        assert float(query.float().abs().max()) == float(arguments[7].float().abs().max()) == largest
+        assert bool(arguments[6].float().isfinite().all())
+
+
+def attention_arguments(value_dtype, length=S, batch=B, tokens=T, heads=H, head_dim=D, room=S):
+    g = generator(2)
+    query = torch.randn(batch, tokens, heads, head_dim, generator=g).bfloat16()
+    key = torch.randint(-127, 128, (batch, room, heads, head_dim), generator=g).to(torch.int8)
+    key_scale = torch.rand(heads, generator=g) * 0.02 + 0.01
+    value = torch.randn(batch, room, heads, head_dim, generator=g)
+    value_scale = None
+    if value_dtype.itemsize == 1:
+        value_scale = torch.rand(heads, generator=g) * 0.02 + 0.02
+        value = (value / value_scale[:, None]).clamp(-127, 127).round()
+    return [query, key, value.to(value_dtype), key_scale, value_scale, length]
+
+
+def attention_truth(arguments):
+    """Attention on the values that keys and values stand for, float64."""
+    query, key, value, key_scale, value_scale, length = arguments
+    key = key.double() * key_scale.double()[:, None]
+    value = value.double() if value_scale is None else value.double() * value_scale.double()[:, None]
+    query, key, value = (t.transpose(1, 2) for t in (query.double(), key[:, :length], value[:, :length]))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("length", (1, 7, S))
+def test_attention_int8(value_dtype, length):
+    arguments = attention_arguments(value_dtype, length)
+    got, want = ops.attention_int8(*arguments), attention_truth(arguments)
+    assert got.dtype == torch.bfloat16 and got.shape == want.shape
+    assert (
+        float((got.double() - want).norm() / want.norm()) < 0.02
+    )  # the quantized query: 1 / 254 of its largest value
+    arguments[1][:, length:] = 99  # what lies behind `length` is not seen
+    assert torch.equal(ops.attention_int8(*arguments), got)
+
+
+def calls():
+    return [
+        (ops.qk_norm_rope_append, append_arguments(torch.int8, torch.bfloat16, True)),
+        (ops.qk_norm_rope_append, append_arguments(torch.bfloat16, torch.bfloat16)),
+        (ops.attention_int8, attention_arguments(torch.int8)),
+    ]
+
+
+def test_opcheck():
+    for op, arguments in calls():
+        torch.library.opcheck(op.overload, tuple(arguments))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(B, T, 71), r"shape of qkv is \(2, 5, 71\), expected \[B, T, 72\]"),
+        (4, torch.zeros(T, 3), r"shape of cos is \(5, 3\), expected \(5, 4\)"),
+        (9, None, "key_scale is None, expected a tensor for a torch.int8 cache"),
+        (11, 8, r"start is 8, expected 0 to 7 \(5 of 12 tokens\)"),
+        (7, torch.zeros(B, S, H, D, dtype=torch.int32), "dtype of the value cache is torch.int32"),
+    ],
+)
+def test_bad_arguments_are_named(position, value, message):
+    arguments = append_arguments(torch.int8, torch.bfloat16)
+    arguments[position] = value
+    with pytest.raises(ValueError, match=message):
+        ops.qk_norm_rope_append(*arguments)

@@ -1,0 +1,146 @@
+"""Prepared layers and the dual-scale product against float64, on the reference and on every implementation at hand."""
+
+import pytest
+import torch
+from kernel_inputs import activation, generator, linear_truth, stored_layer
+from torch.nn import functional as F
+
+import qarvd_kernels as ops
+
+SHAPES = [(0, 16, 4, 0), (1, 16, 8, 0), (7, 48, 5, 48), (33, 64, 24, 32), (5, 40, 3, 6)]  # M, K, N, outliers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, False)])
+def test_prepared_layer_matches_float64(shape, bits, symmetric):
+    m, k, n, outliers = shape
+    layer, a = stored_layer(n, k, bits, outliers, symmetric), activation(m, k)
+    prepared = ops.prepare_linear(*layer)
+    assert (prepared.in_features, prepared.out_features) == (k, n)
+    assert (prepared.row_sum_scale is None) == (symmetric or bits == 4)
+    assert prepared.num_outliers == (outliers if 0 < outliers < k else 0)
+    want = linear_truth(a, layer)
+    got = prepared(a, torch.float32)
+    # one rounding of the outlier sum: half a unit of the other group's scale at most
+    allowed = 0.51 * prepared.scale.double() * (prepared.num_outliers > 0) + 1e-5 * (want.abs().max() if m else 1)
+    assert got.shape == (m, n) and got.dtype == torch.float32
+    assert bool(((got - want).abs() <= allowed).all())
+    assert prepared(a, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_prepared_layer_shares_the_weight(bits):
+    layer = stored_layer(8, 32, bits, 16)
+    prepared = ops.prepare_linear(*layer)
+    assert prepared.weight_packed.data_ptr() == layer[0].data_ptr()
+    scratch = torch.full((1000,), 77, dtype=torch.int8)
+    operand = prepared.operand(scratch)
+    assert operand.data_ptr() == (layer[0] if bits == 8 else scratch).data_ptr()
+    assert torch.equal(operand, prepared.operand())
+    codes = ops.unpack_weight(layer[0], bits).double()
+    zero_point = torch.cat([layer[2][:, :1].expand(-1, 16), layer[2][:, 1:].expand(-1, 16)], dim=1)
+    assert torch.equal(operand.double(), codes - zero_point)
+
+
+def test_zero_points_outside_the_code_range():
+    for bits in (4, 8):
+        layer = list(stored_layer(6, 32, bits, 16))
+        layer[2] = torch.tensor([-126, 300], dtype=torch.int16).expand(6, 2).contiguous()
+        layer[4] = torch.tensor([-80, 400], dtype=torch.int32)
+        a = activation(9, 32)
+        want, prepared = linear_truth(a, layer), ops.prepare_linear(*layer)
+        assert float((prepared(a, torch.float32) - want).abs().max()) < 0.51 * float(prepared.scale.max()) + 1e-3
+
+
+def test_rescale_is_the_written_integer_formula():
+    """Bit for bit: int32 -> float32, times ratio, ties to even, plus the normal sum."""
+    a, w = activation(9, 64), activation(5, 64, seed=1)
+    ratio = torch.tensor([0.5, 1.0, 3.25, 1e-3, 77.7])
+    arguments = (a, w, 32, ratio, torch.ones(5), torch.zeros(5), None, None)
+    first = a[:, :32].long() @ w[:, :32].long().T
+    second = a[:, 32:].long() @ w[:, 32:].long().T
+    want = (first.float() * ratio).round().long() + second
+    assert torch.equal(ops.dual_scale_gemm(*arguments, torch.int32).long(), want)
+    assert torch.equal(ops.dual_scale_gemm(*arguments, torch.float32), want.float())
+
+
+@pytest.mark.parametrize("symmetric", (True, False))
+def test_gelu_epilogue(symmetric):
+    layer, a = stored_layer(24, 64, 8, 32, symmetric), activation(33, 64)
+    prepared = ops.prepare_linear(*layer)
+    scale, zero_point = torch.tensor([0.2, 0.05]), torch.tensor([30, 4], dtype=torch.int32)
+    got = ops.dual_scale_gemm_gelu(*prepared.gemm_arguments(a), scale, zero_point, 8)
+    y = F.gelu(prepared(a, torch.float32).double(), approximate="tanh")
+    group = (torch.arange(24) >= 8).long()
+    exact = (y / scale.double()[group] + zero_point[group]).clamp(0, 255) - 128
+    assert got.dtype == torch.int8 and float((got.double() - exact).abs().max()) < 0.501
+
+
+@pytest.mark.parametrize("gated", (True, False))
+def test_residual_epilogue(gated):
+    layer, a = stored_layer(24, 64, 8, 32), activation(6, 64)
+    prepared = ops.prepare_linear(*layer)
+    residual = torch.randn(6, 24, generator=generator(3)).bfloat16()
+    gate = torch.randn(3, 24, generator=generator(4)) if gated else None
+    got = ops.dual_scale_gemm_residual(*prepared.gemm_arguments(a), residual, gate)
+    y = prepared(a, torch.float32) * (gate.repeat_interleave(2, 0) if gated else 1)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), residual.double() + y.double(), rtol=8e-3, atol=1e-3)
+
+
+def test_overflow_is_refused_by_name():
+    layer = list(stored_layer(4, 64, 8, 32))
+    layer[1] = layer[1] * torch.tensor([1e6, 1.0])
+    with pytest.raises(
+        ops.LayerRefused, match=r"largest integer sum of this layer is 32 \* 16384 \* .*less than 2\*\*31"
+    ):
+        ops.prepare_linear(*layer)
+    layer[1] = torch.tensor([0.0, 0.0]).expand(4, 2).contiguous()
+    with pytest.raises(ops.LayerRefused, match="largest integer sum"):
+        ops.prepare_linear(*layer)
+
+
+def calls():
+    layer, a = stored_layer(24, 64, 8, 32, symmetric=False), activation(6, 64)
+    prepared = ops.prepare_linear(*layer)
+    first = prepared.gemm_arguments(a)
+    plain = (*first[:6], None, None)
+    four = stored_layer(24, 64, 4, 32)
+    return [
+        (ops.dual_scale_gemm, (*first, torch.bfloat16)),
+        (ops.dual_scale_gemm, (*plain, torch.int32)),
+        (ops.dual_scale_gemm_gelu, (*plain, torch.ones(2), torch.zeros(2, dtype=torch.int32), 8)),
+        (ops.dual_scale_gemm_residual, (*plain, torch.randn(6, 24), torch.randn(3, 24))),
+        (ops.row_sums, (a, 32)),
+        (ops.expand_int4, (four[0], four[2], 32, torch.empty(24, 64, dtype=torch.int8))),
+    ]
+
+
+def test_opcheck():
+    for op, arguments in calls():
+        torch.library.opcheck(op.overload, arguments)
+
+
+def test_row_sums():
+    a = activation(7, 40)
+    want = torch.stack([a[:, :6].long().sum(1), a[:, 6:].long().sum(1)], dim=1)
+    assert torch.equal(ops.row_sums(a, 6).long(), want)
+    assert torch.equal(ops.row_sums(a, 0)[:, 0], torch.zeros(7, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(6, 63, dtype=torch.int8), r"shape of weight is \(24, 64\), expected \(N, 63\)"),
+        (1, torch.zeros(24, 64), "dtype of weight is torch.float32, expected torch.int8"),
+        (2, 65, "num_outliers is 65, expected 0 to 64"),
+        (3, torch.ones(23), r"shape of ratio is \(23,\), expected \(24,\)"),
+        (6, torch.zeros(6, 2, dtype=torch.int32), "row_sums and row_sum_scale is .* only, expected given together"),
+        (8, torch.float64, "out_dtype is torch.float64, expected bfloat16"),
+    ],
+)
+def test_bad_arguments_are_named(position, value, message):
+    arguments = [*ops.prepare_linear(*stored_layer(24, 64, 8, 32)).gemm_arguments(activation(6, 64)), torch.float32]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=message):
+        ops.dual_scale_gemm(*arguments)

@@ -1,0 +1,138 @@
+"""Every Triton kernel against the reference, on poisoned outputs, ragged shapes and the ends of the code range."""
+
+import os
+from importlib import import_module
+
+import pytest
+import torch
+from kernel_inputs import (
+    activation,
+    assert_codes,
+    codes_truth,
+    generator,
+    norm_tables,
+    norm_truth,
+    quantizer,
+    stored_layer,
+)
+from test_cache_attention import append_arguments, append_truth, assert_stored, attention_arguments, attention_truth
+
+import qarvd_kernels as ops
+from qarvd_kernels.reference import gemm as gemm_reference
+from qarvd_kernels.reference import linear as linear_reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on numpy, which has neither bfloat16 nor float8
+GEMM_SHAPES = [(1, 64, 16, 32), (7, 96, 24, 0), (35, 80, 33, 48), (17, 64, 16, 64)]  # M, K, N, outliers
+
+
+@pytest.fixture
+def triton_module(on_device):
+    return lambda theme: import_module(f"qarvd_kernels.triton.{theme}")
+
+
+@pytest.mark.parametrize("shape", GEMM_SHAPES)
+@pytest.mark.parametrize("bits", (4, 8))
+def test_integer_sums_are_bit_equal(shape, bits, on_device, triton_module):
+    m, k, n, outliers = shape
+    layer, a = stored_layer(n, k, bits, outliers), activation(m, k)
+    prepared = ops.prepare_linear(*layer)
+    arguments = (*prepared.gemm_arguments(a)[:6], None, None, torch.int32)
+    got = on_device(triton_module("gemm").dual_scale_gemm, arguments)
+    assert torch.equal(got, gemm_reference.dual_scale_gemm(*arguments))
+
+
+@pytest.mark.parametrize("symmetric", (True, False))
+@pytest.mark.parametrize("shape", GEMM_SHAPES)
+def test_epilogues(shape, symmetric, on_device, triton_module):
+    m, k, n, outliers = shape
+    gemm = triton_module("gemm")
+    layer, a = stored_layer(n, k, 8, outliers, symmetric), activation(m, k)
+    first = ops.prepare_linear(*layer).gemm_arguments(a)
+    want = gemm_reference.dual_scale_gemm(*first, torch.float32)
+    got = on_device(gemm.dual_scale_gemm, (*first, torch.float32))
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6 * float(want.abs().max()))
+    half = on_device(gemm.dual_scale_gemm, (*first, torch.float16 if INTERPRETED else torch.bfloat16))
+    assert float((half.double() - want).norm() / want.norm()) < 2e-3
+
+    scale, zero_point = torch.tensor([0.2, 0.05]), torch.tensor([30, 4], dtype=torch.int32)
+    got = on_device(gemm.dual_scale_gemm_gelu, (*first, scale, zero_point, 8))
+    group = (torch.arange(n) >= 8).long()
+    y = torch.nn.functional.gelu(want.double(), approximate="tanh")
+    assert_codes(got, (y / scale.double()[group] + zero_point[group]).clamp(0, 255) - 128, slack=5e-3)
+
+    for gate in (None, torch.randn(1, n, generator=generator(4))):
+        residual = torch.randn(m, n, generator=generator(3))
+        got = on_device(gemm.dual_scale_gemm_residual, (*first, residual, gate))
+        exact = residual.double() + want.double() * (1 if gate is None else gate.double())
+        torch.testing.assert_close(got.double(), exact, rtol=4e-6, atol=4e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("outliers", (0, 6, 40))
+def test_weights_and_sums(outliers, on_device, triton_module):
+    packed, scale, zero_point, *_ = stored_layer(9, 40, 4, outliers)
+    zero_point[1] = torch.tensor([-3, 77], dtype=torch.int16)
+    out = torch.zeros(9, 40, dtype=torch.int8)
+    on_device(triton_module("gemm").expand_int4, (packed, zero_point, outliers, out))
+    assert torch.equal(out, linear_reference.integer_weight(packed, zero_point, 4, outliers)[0])
+    order = quantizer(40, outliers)[0]
+    for bits, stored in ((4, packed), (8, activation(9, 40).view(torch.uint8))):
+        arguments = (stored, scale, zero_point, order, bits, outliers, torch.float32)
+        got = on_device(triton_module("linear").dequantize_weight, arguments)
+        torch.testing.assert_close(got, linear_reference.dequantize_weight(*arguments), rtol=0, atol=0)
+    a = activation(5, 40)
+    assert torch.equal(on_device(triton_module("quantize").row_sums, (a, outliers)), ops.row_sums(a, outliers))
+
+
+@pytest.mark.parametrize("outliers", (0, 5, 40))
+@pytest.mark.parametrize("rows", (1, 11))
+def test_quantize_static(outliers, rows, on_device, triton_module):
+    order = quantizer(40, outliers)
+    x = torch.randn(rows, 40, generator=generator()) * 3
+    x[0, :4] = torch.tensor([1e30, -1e30, float("inf"), -float("inf")])
+    got = on_device(triton_module("quantize").quantize_static, (x.view(1, rows, 40), *order))
+    assert_codes(got[0], codes_truth(x, *order)[0])
+
+
+@pytest.mark.parametrize(("affine", "modulated"), [(False, True), (True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("added", ("no", "plain", "gated"))
+@pytest.mark.parametrize("shape", [(6, 48, 16), (1, 40, 0), (9, 33, 33)])
+def test_norms(affine, modulated, added, shape, on_device, triton_module):
+    m, c, outliers = shape
+    norm, g, groups = triton_module("norm"), generator(1), 3 if m % 3 == 0 else 1
+    x, y = (torch.randn(m, c, generator=g) * 2 + 1 for _ in range(2))
+    gate = torch.randn(groups, c, generator=g) if added == "gated" else None
+    tables, order = norm_tables(c, groups, affine, modulated), quantizer(c, outliers)
+    if added == "no":
+        codes, total = on_device(norm.norm_quantize, (x, *tables, 1e-6, *order)), x.double()
+    else:
+        total = x.double() + y.double() * (1 if gate is None else gate.double().repeat_interleave(m // groups, 0))
+        got, codes = on_device(norm.add_norm_quantize, (x, y, gate, *tables, 1e-6, *order))
+        torch.testing.assert_close(got.double(), total, rtol=1e-6, atol=1e-6)
+        assert torch.equal(on_device(norm.add_gated, (x, y, gate)), got)
+    assert_codes(codes, codes_truth(norm_truth(total, *tables, 1e-6), *order)[0])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.int8, torch.float8_e4m3fn))
+@pytest.mark.parametrize("quantize_query", (True, False))
+def test_qk_norm_rope_append(dtype, quantize_query, on_device, triton_module):
+    if INTERPRETED and dtype == torch.float8_e4m3fn:
+        pytest.skip("the interpreter has no float8")
+    arguments = append_arguments(dtype, dtype, quantize_query and dtype.itemsize == 1)
+    query = on_device(triton_module("attention").qk_norm_rope_append, arguments)
+    want = append_truth(arguments)
+    assert_stored(query, want[0], arguments[8])
+    assert_stored(arguments[6][:, 4:9], want[1], arguments[9])
+    assert_stored(arguments[7][:, 4:9], want[2], arguments[10])
+    for cache in arguments[6:8]:
+        assert bool((cache[:, :4].float() == 3).all() and (cache[:, 9:].float() == 3).all())
+
+
+@pytest.mark.parametrize("value_dtype", (torch.float16, torch.int8))
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (200, 64), (130, 128)])
+def test_attention_int8(value_dtype, length, head_dim, on_device, triton_module):
+    arguments = attention_arguments(value_dtype, length, 1, 3, 2, head_dim, 200)
+    arguments[0] = arguments[0].half()
+    got = on_device(triton_module("attention").attention_int8, arguments)
+    want = ops.attention_int8(*arguments)
+    assert float((got.double() - want.double()).norm() / want.double().norm()) < 4e-3
+    assert float((got.double() - attention_truth(arguments)).norm() / attention_truth(arguments).norm()) < 0.02

@@ -1,0 +1,209 @@
+"""The fused pass computes what the quantized model computes, layer by layer, from the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qarvd_diffusers.bench.shapes import SHAPES, random_transformer
+from qarvd_diffusers.bench.transformer import PassRunner
+from qarvd_diffusers.bench.transformer import quantized as quantized_by_one_pass
+from qarvd_diffusers.calibration.calibrate import apply, calibrate
+from qarvd_diffusers.config import QARVDConfig
+from qarvd_diffusers.linear import QARVDLinear
+from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
+from tests.calibration.tiny_wan import CHUNKS, make_run, make_wan
+
+
+def quantized(scheme="w8a8", **changes):
+    model = CausalWanTransformer3DModel.from_transformer(make_wan())
+    config = QARVDConfig(scheme, calibration_chunks=CHUNKS, rounding="nearest", outlier_alignment=4, **changes)
+    apply(model, calibrate(model, make_run(model), config))
+    return model
+
+
+def inputs(batch=1, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 4, 9, 4, 4, generator=g), torch.randn(batch, 6, 24, generator=g)
+
+
+@torch.no_grad()
+def roll_out(model, fused, batch=1, timesteps=(700.0, 0.0), **cache):
+    """Flows of every pass over three chunks, and the cache behind them."""
+    latents, text = inputs(batch)
+    model.fused_pass = fused
+    kv_cache, flows = KVCache(len(model.blocks), **cache), []
+    for offset in (0, 3, 6):
+        for timestep in timesteps:
+            t = torch.as_tensor(timestep, dtype=torch.float32)
+            t = t.expand(batch) if t.ndim == 0 else t.expand(batch, 3)
+            piece = latents[:, :, offset : offset + 3]
+            flows.append(model(piece, t, text, kv_cache=kv_cache, frame_offset=offset, return_dict=False)[0])
+    return torch.stack(flows), kv_cache
+
+
+def relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+# Both ways quantize the same numbers up to float32 rounding; now and then one rounds to the neighbouring code.
+TOLERANCE = 2e-3
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes"),
+    [
+        ("w8a8", {}),
+        ("w4a8", {}),
+        ("w8a8", {"tie_inputs": False}),
+        ("w8a8", {"outlier_detector": "none"}),
+        ("w8a8", {"reference_compat": True}),  # asymmetric 8-bit weights: row sums
+    ],
+)
+def test_equals_the_model_layer_by_layer(scheme, changes):
+    model = quantized(scheme, **changes)
+    expected, stored = roll_out(model, fused=False)
+    got, stored_fused = roll_out(model, fused=True)
+    assert got.shape == expected.shape
+    assert relative(got, expected) < TOLERANCE
+    for layer in range(2):
+        for mine, theirs in zip(stored_fused.visible(layer), stored.visible(layer), strict=True):
+            assert relative(mine, theirs) < TOLERANCE
+
+
+def test_is_closer_to_the_layers_than_they_are_to_float():
+    """The tolerance above means something: quantization itself moves the flow by much more."""
+    model = quantized("w8a8")
+    expected, _ = roll_out(model, fused=False)
+    float_flow, _ = roll_out(CausalWanTransformer3DModel.from_transformer(make_wan()), fused=False)
+    assert relative(expected, float_flow) > 2 * TOLERANCE
+
+
+def test_batches_and_timesteps_per_frame():
+    model = quantized()
+    for timesteps in ((700.0,), ((700.0, 500.0, 20.0),)):
+        expected, _ = roll_out(model, False, batch=2, timesteps=timesteps)
+        got, _ = roll_out(model, True, batch=2, timesteps=timesteps)
+        assert relative(got, expected) < TOLERANCE
+
+
+def test_window_with_sink():
+    model = quantized()
+    expected, _ = roll_out(model, False, local_attention_frames=6, sink_frames=3)
+    got, _ = roll_out(model, True, local_attention_frames=6, sink_frames=3)
+    assert relative(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("storage", ("int8", "fp8"))
+def test_eight_bit_cache(storage):
+    """The fused pass also reads the current chunk in 8 bits; the layers read it as it is."""
+    model = quantized()
+    expected, stored = roll_out(model, False, storage=storage)
+    got, stored_fused = roll_out(model, True, storage=storage)
+    assert stored_fused.layers[0].key.dtype.itemsize == 1
+    assert relative(got, expected) < 0.05
+    key, key_fused = stored.visible(0)[0], stored_fused.visible(0)[0]
+    assert relative(key_fused, key) < 0.05
+
+
+@torch.no_grad()
+def test_cache_only_stores_the_same():
+    model = quantized()
+    model.fused_pass = True
+    latents, text = inputs()
+    caches = [KVCache(len(model.blocks)) for _ in range(2)]
+    for cache, cache_only in zip(caches, (False, True), strict=True):
+        flow = model(
+            latents[:, :, :3], torch.zeros(1), text, kv_cache=cache, cache_only=cache_only, return_dict=False
+        )[0]
+        assert (flow is None) == cache_only
+    for layer in range(2):
+        for full, only in zip(caches[0].visible(layer), caches[1].visible(layer), strict=True):
+            assert torch.equal(full, only)
+
+
+def test_leaves_the_state_dict_as_it_was():
+    model = quantized()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weight = model.blocks[0].ffn.net[0].proj.weight.clone()
+    roll_out(model, fused=True)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(model.blocks[0].ffn.net[0].proj.weight, weight)
+
+
+def test_copies_and_moved_weights_are_laid_out_anew():
+    model = quantized()
+    expected, _ = roll_out(model, fused=True)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.blocks[0].ffn.net[2].weight_scale.mul_(2)
+        twin.load_state_dict(twin.state_dict())
+    changed, _ = roll_out(twin, fused=True)
+    assert relative(changed, expected) > 0.01
+    again, _ = roll_out(model, fused=True)
+    assert torch.equal(again, expected)
+    assert relative(roll_out(model.to(torch.float64).to(torch.float32), fused=True)[0], expected) < TOLERANCE
+
+
+def test_weights_are_held_once():
+    """Fused q, k and v are views of one tensor, and no packed weight exists beside the parameters."""
+    model = quantized()
+    roll_out(model, fused=True)
+    attn = model.blocks[0].attn1
+    parts = [layer.weight_packed for layer in (attn.to_q, attn.to_k, attn.to_v)]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    assert parts[0].untyped_storage().nbytes() == sum(part.nbytes for part in parts)
+
+
+def test_refusals_say_why():
+    model = quantized()
+    assert model.fusion_refusal is None
+    handle = model.blocks[0].register_forward_hook(lambda *args: None)
+    assert "hook" in model.fusion_refusal
+    handle.remove()
+    model.blocks[1].ffn.net[2] = nn.Linear(64, 32)
+    assert "Linear" in model.fusion_refusal
+    assert "dynamic activations" in quantized("w8a8_dynamic").fusion_refusal
+    assert "training mode" in quantized().train().fusion_refusal
+
+
+def test_refused_models_still_run():
+    model = quantized("w8a8_dynamic")
+    assert torch.equal(roll_out(model, fused=True)[0], roll_out(model, fused=False)[0])
+
+
+def test_rows_in_another_order_change_nothing():
+    model = quantized()
+    layer: QARVDLinear = model.blocks[0].attn1.to_q
+    x = torch.randn(5, layer.in_features)
+    expected, state = layer(x), copy.deepcopy(layer.state_dict())
+    order = torch.randperm(layer.out_features).to(torch.int32)
+    stored = layer.weight_packed.clone()
+    layer.store_rows_in(order)
+    assert torch.equal(layer.weight_packed, stored[order.long()])
+    assert torch.equal(layer(x), expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in layer.state_dict().items())
+    layer.store_rows_in(order.flip(0))
+    layer.load_state_dict(state)
+    assert torch.equal(layer.weight_packed, stored) and torch.equal(layer(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
+@pytest.mark.parametrize("storage", ("auto", "fp8", "int8"))
+def test_on_the_gpu(scheme, storage):
+    """Compiled kernels against the layer-by-layer model, in the dtype that users run."""
+    device, shape = torch.device("cuda"), SHAPES["toy"]
+    model = quantized_by_one_pass(random_transformer(shape, device, torch.bfloat16), shape, scheme)
+    flows = []
+    for fused in (False, True):
+        model.fused_pass = fused
+        runner = PassRunner(model, shape, storage)
+        flows.append(torch.stack([runner(chunk) for chunk in range(3)]).float())
+    assert relative(flows[1], flows[0]) < (0.02 if storage == "auto" else 0.06)

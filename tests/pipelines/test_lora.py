@@ -1,0 +1,206 @@
+"""LoRA on float and quantized pipelines: the truth is a float model whose weights have the adapter added."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lora_files import LAYOUTS, as_file, random_lora
+from safetensors.torch import save_file
+from torch import nn
+
+from qarvd_diffusers import QARVDConfig
+from qarvd_diffusers.calibration.calibrate import dequantize
+from qarvd_diffusers.config import SCHEMES
+from qarvd_diffusers.conversion import merge_lora, read_lora
+from qarvd_diffusers.linear import QARVDLinear
+from qarvd_diffusers.pipelines.lora import adapter_scales
+from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
+from qarvd_diffusers.serialization import quantized_linears
+
+peft = pytest.importorskip("peft")
+PROMPTS = ("a red circle moves left",)
+
+
+def generate(pipe, num_chunks=2):
+    generator = torch.Generator().manual_seed(7)
+    return pipe("a red circle", num_chunks=num_chunks, generator=generator, output_type="latent").frames
+
+
+def quantized(pipe, scheme):
+    config = QARVDConfig(scheme, calibration_prompts=PROMPTS, calibration_chunks=2, outlier_alignment=4)
+    pipe.quantize(config, pipe.calibrate(config, use_cache=False))
+    return pipe
+
+
+def merged(transformer, lora, scale=1.0):
+    """A float transformer with the adapter added to its (de-quantized) weights."""
+    transformer = copy.deepcopy(transformer)
+    dequantize(transformer)
+    transformer.is_quantized = False
+    for name, layer in lora.items():
+        linear = transformer.get_submodule(name)
+        weight, _ = merge_lora(linear.weight.data, None, layer, scale)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    return transformer
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantized_with_adapter_equals_dequantized_with_adapter(tiny_pipeline, layout, tmp_path):
+    """Weight-only: the whole video, every layout, from a file."""
+    pipe = quantized(tiny_pipeline, "w4a16")
+    base, lora = generate(pipe), random_lora(pipe.transformer)
+    sizes = {name: pipe.config[name] for name in ("height", "width", "max_sequence_length")}
+    truth = ARVDPipeline(**{**pipe.components, "transformer": merged(pipe.transformer, lora)}, **sizes)
+    save_file(as_file(lora, layout), tmp_path / "lora.safetensors")
+    pipe.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="style")
+    with_lora, want = generate(pipe), generate(truth)
+    assert (with_lora - want).abs().max() < 1e-5
+    assert (with_lora - base).abs().max() > 0.05
+    assert len(quantized_linears(pipe.transformer)) == 22
+    pipe.unload_lora_weights()
+    assert torch.equal(generate(pipe), base)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_adds_the_same_products(tiny_pipeline, scheme):
+    """A layer computes its quantized product plus the adapter's, for the input it would quantize without adapter too."""
+    pipe = quantized(tiny_pipeline, scheme)
+    lora = random_lora(pipe.transformer)
+    pipe.load_lora_weights(as_file(lora, "comfyui"))
+    for name, layer in lora.items():
+        wrapped = pipe.transformer.get_submodule(name)
+        x = torch.randn(2, 5, layer.down.shape[1])
+        want = wrapped.base_layer(x) + x @ layer.delta().T
+        assert isinstance(wrapped.base_layer, QARVDLinear)
+        torch.testing.assert_close(wrapped(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_several_adapters_with_scales(tiny_pipeline):
+    pipe = quantized(tiny_pipeline, "w8a16")
+    name = "blocks.1.ffn.net.2"
+    first = random_lora(pipe.transformer, seed=1, ranks={name: 5})  # mixed ranks
+    second = random_lora(pipe.transformer, rank=2, alpha=0.5, seed=2)
+    pipe.load_lora_weights(as_file(first, "kohya"), adapter_name="first")
+    pipe.load_lora_weights(as_file(second, "diffusers"), adapter_name="second")
+    pipe.set_adapters(["first", "second"], [0.5, -2.0])
+    assert adapter_scales(pipe.transformer) == {"first": 0.5, "second": -2.0}
+    layer, x = pipe.transformer.get_submodule(name), torch.randn(3, first[name].down.shape[1])
+    want = layer.base_layer(x) + x @ (0.5 * first[name].delta() - 2.0 * second[name].delta()).T
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+    pipe.set_adapters("second")
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ second[name].delta().T, rtol=1e-5, atol=1e-5)
+    pipe.disable_lora()
+    assert torch.equal(layer(x), layer.base_layer(x)) and adapter_scales(pipe.transformer) == {}
+    pipe.enable_lora()
+    pipe.delete_adapters("second")
+    assert pipe.get_list_adapters() == {"transformer": ["first"]}
+
+
+def test_peft_add_adapter_trains(tiny_pipeline):
+    pipe = quantized(tiny_pipeline, "w4a8")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "ffn.net.2"], init_lora_weights="gaussian")
+    pipe.transformer.add_adapter(config, adapter_name="mine")
+    trainable = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 6
+    latents = torch.randn(1, 4, 3, 4, 6)
+    flow = pipe.transformer(latents, torch.tensor([500.0]), torch.randn(1, 12, 16), return_dict=False)[0]
+    flow.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
+    assert any(p.grad.abs().max() > 0 for p in trainable)
+
+
+def test_fusing_is_refused_by_every_way_in(tiny_pipeline):
+    pipe = quantized(tiny_pipeline, "w8a8")
+    pipe.load_lora_weights(as_file(random_lora(pipe.transformer), "diffusers"))
+    before = generate(pipe, 1)
+    with pytest.raises(ValueError, match=r"fuse_lora\(\) cannot change packed integer weights"):
+        pipe.fuse_lora()
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    for safe in (False, True):
+        with pytest.raises(ValueError, match=r"would be lost\. Keep the adapter unmerged"):
+            layer.merge(safe_merge=safe)
+    assert layer.merged_adapters == [] and torch.equal(generate(pipe, 1), before)
+
+
+def test_the_weight_can_be_read_but_not_written(tiny_pipeline):
+    layer = quantized(tiny_pipeline, "w8a8").transformer.blocks[0].attn1.to_q
+    plain = layer.dequantized()
+    assert torch.equal(layer.weight, plain) and type(layer.weight * 2) is type(layer.weight.data) is torch.Tensor
+    assert (layer.weight.shape, layer.weight.dtype) == (plain.shape, plain.dtype)
+    plain.add_(layer.weight)  # as a source it is like any other
+
+    def set_data(weight):
+        weight.data = plain
+
+    writes = (
+        set_data,
+        lambda w: w.add_(1),
+        lambda w: w.copy_(plain),
+        lambda w: w.__iadd__(1),
+        lambda w: w.__setitem__(0, 1),
+    )
+    for write in writes:
+        with pytest.raises(ValueError, match="packed integers"):
+            write(layer.weight)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_calibrating_with_an_adapter(tiny_pipeline, rounding, tmp_path):
+    """Ranges are those of the adapted model, the checkpoint says which adapters, and reloading both gives the same video."""
+    lora = as_file(random_lora(tiny_pipeline.transformer), "diffusers")
+    options = {"calibration_prompts": PROMPTS, "calibration_chunks": 2, "outlier_alignment": 4, "rounding": rounding}
+    config = QARVDConfig("w8a8", **options)
+    plain = tiny_pipeline.calibrate(config, use_cache=False)
+    tiny_pipeline.load_lora_weights(dict(lora), adapter_name="style")
+    tiny_pipeline.set_adapters("style", 0.5)
+    adapted = tiny_pipeline.calibrate(config, use_cache=False)
+    assert adapted.layers.keys() == plain.layers.keys()
+    name = "blocks.1.ffn.net.0.proj"
+    assert not torch.equal(adapted.layers[name].input_scale, plain.layers[name].input_scale)
+    tiny_pipeline.quantize(config, adapted)
+    assert tiny_pipeline.quantization.calibration_adapters == {"style": 0.5}
+    want = generate(tiny_pipeline)
+    with pytest.raises(ValueError, match="unload_lora_weights"):
+        tiny_pipeline.save_pretrained(tmp_path / "refused")
+    tiny_pipeline.unload_lora_weights()
+    tiny_pipeline.save_pretrained(tmp_path / "saved")
+    loaded = ARVDPipeline.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.quantization.calibration_adapters == {"style": 0.5}
+    loaded.load_lora_weights(dict(lora), adapter_name="style")
+    loaded.set_adapters("style", 0.5)
+    assert torch.equal(generate(loaded), want)
+
+
+def test_uneven_scales_cannot_be_recorded(tiny_pipeline):
+    tiny_pipeline.load_lora_weights(as_file(random_lora(tiny_pipeline.transformer), "diffusers"), adapter_name="style")
+    tiny_pipeline.transformer.blocks[0].attn1.to_q.set_scale("style", 0.3)
+    with pytest.raises(ValueError, match=r"adapters \['style'\] have different scales in different layers"):
+        tiny_pipeline.calibrate(QARVDConfig("w8a8", calibration_prompts=PROMPTS), use_cache=False)
+
+
+def test_adapters_of_another_model_change_nothing(tiny_pipeline):
+    pipe = quantized(tiny_pipeline, "w8a16")
+    lora = as_file(random_lora(pipe.transformer), "diffusers")
+    deeper = {key.replace("blocks.1.", "blocks.29."): tensor for key, tensor in lora.items()}
+    wider = {key: torch.cat([t, t], dim=1) if "lora_A" in key else t for key, t in lora.items()}
+    for wrong, message in ((deeper, "the model has 2 blocks"), (wider, "have another size than the model's")):
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(wrong)
+    assert not hasattr(pipe.transformer, "peft_config") and pipe.get_list_adapters() == {}
+
+
+def test_saved_by_diffusers_and_back(tiny_pipeline, tmp_path):
+    """diffusers writes ranks and alphas into the header; they are taken from there."""
+    pipe = quantized(tiny_pipeline, "w8a16")
+    lora = random_lora(pipe.transformer, ranks={"blocks.0.attn1.to_q": 2})
+    pipe.load_lora_weights(as_file(lora, "kohya"), adapter_name="style")
+    want = generate(pipe, 1)
+    pipe.transformer.save_lora_adapter(tmp_path, adapter_name="style")
+    state_dict, metadata = ARVDPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
+    assert len(read_lora(state_dict)) == len(lora) and metadata
+    pipe.unload_lora_weights()
+    pipe.transformer.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    assert torch.equal(generate(pipe, 1), want)

@@ -1,0 +1,87 @@
+"""Changing the prompt of a running stream: re-caching replayed against the reference code of LongLive, and its relatives."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from qarvd_diffusers.models import CausalFields
+from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
+
+STRICT = 1e-5
+PROMPT, OTHER = "a red circle", "a blue square"
+
+
+class RecordingPipeline(ARVDPipeline):
+    """Keeps the first flow of every chunk, that of every re-caching, and the cache right behind it."""
+
+    def make_cache(self, num_frames, *args, **kwargs):
+        self.cache = super().make_cache(num_frames, *args, **kwargs)
+        return self.cache
+
+    def run_pass(self, *args, **kwargs):
+        flow = super().run_pass(*args, **kwargs)
+        info = self.infos[-1]
+        if info.role == "recache":
+            self.flows[f"recache_at_frame{info.frame_offset + info.num_frames}_flow_pred_discarded"] = flow
+            for name, layer, part in (
+                ("k_cache_block0", 0, 0),
+                ("v_cache_block0", 0, 1),
+                ("k_cache_last_block", -1, 0),
+            ):
+                stored = self.cache.visible(layer)[part].clone()
+                self.flows[f"recache_at_frame{info.frame_offset + info.num_frames}_{name}"] = stored
+        elif info.role == "denoise" and info.step == 0:
+            self.flows[f"flow_pred_chunk{info.chunk}_first_call"] = flow
+        return flow
+
+
+def replay(golden, inputs, fields, frames, switches):
+    """Latents of a rollout whose prompt changes at the first chunk that starts at or behind each switch."""
+    pipe = RecordingPipeline(golden.transformer(), **fields.to_dict())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.infos, pipe.flows = [], {}
+    batch = len(inputs["noise"])
+    stream = pipe.stream(
+        prompt_embeds=inputs["prompt_embeds"],
+        latents=inputs["noise"][:, :, :frames],
+        renoise_latents=inputs["renoise"].unflatten(2, (batch, -1)).transpose(3, 4)[: frames // 3],
+        output_type="latent",
+        on_pass=pipe.infos.append,
+    )
+    prompts = iter(("prompt_embeds_b", "prompt_embeds_c"))
+    switches, pieces = list(switches), []
+    for start in range(0, frames, 3):
+        if switches and start >= switches[0]:
+            switches.pop(0)
+            stream.set_prompt(prompt_embeds=inputs[next(prompts)])
+        pieces.append(next(stream).latents)
+    final = pipe.cache.visible(0)[0].clone()
+    assert next(stream, None) is None
+    return {"latents": torch.cat(pieces, dim=2), "final_self_attn_k_cache_block0": final, **pipe.flows}
+
+
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [
+        ("ll1_long_rollout_local12_sink3", ()),
+        ("ll2_switch_at_6_global_sink", (6,)),
+        ("ll3_switch_at_15_global_sink", (15,)),
+        ("ll4_switch_at_15_no_global_sink", (15,)),
+        ("ll5_two_switches_7_and_18_global_sink", (7, 18)),
+    ],
+)
+def test_longlive(golden_family, name, switches):
+    golden = golden_family("longlive")
+    data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
+    fields = CausalFields(
+        local_attention_frames=12, sink_frames=3, on_prompt_switch="recache", global_sink="no_global_sink" not in name
+    )
+    got = replay(golden, inputs, fields, data["latents"].shape[2], switches)
+    for key, expected in data.items():
+        actual = got[key]
+        # The sink's frames need not be encoded again where what comes of it is thrown away.
+        expected = expected[:, :, -actual.shape[2] :] if re.search("flow_pred_discarded", key) else expected
+        torch.testing.assert_close(actual, expected, atol=STRICT, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
