@@ -12,7 +12,12 @@ def cache(tmp_path, monkeypatch):
 
 
 def config(scheme="w4a8", **options):
-    options = {"calibration_prompts": ("a green triangle",), "calibration_chunks": 2, "outlier_alignment": 4, **options}
+    options = {
+        "calibration_prompts": ("a green triangle",),
+        "calibration_chunks": 2,
+        "outlier_alignment": 4,
+        **options,
+    }
     return QARVDConfig(scheme, **options)
 
 
