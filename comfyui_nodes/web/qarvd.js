@@ -24,10 +24,10 @@ class Player {
     this.root = document.createElement("div");
     this.root.className = "qarvd-player";
     this.root.style.cssText =
-      "display:flex;flex-direction:column;width:100%;height:100%;min-height:0;background:#111;border-radius:6px;overflow:hidden;position:relative";
+      "display:flex;flex-direction:column;width:100%;height:100%;min-height:240px;background:#111;border-radius:6px;overflow:hidden;position:relative";
     this.video = document.createElement("video");
     Object.assign(this.video, { muted: true, autoplay: true, playsInline: true });
-    this.video.style.cssText = "flex:1;min-height:0;width:100%;object-fit:contain;image-rendering:pixelated";
+    this.video.style.cssText = "flex:1 1 0;height:0;min-height:0;width:100%;object-fit:contain;image-rendering:pixelated";
     this.still = document.createElement("img");
     this.still.style.cssText =
       "position:absolute;right:6px;top:6px;width:25%;border:1px solid #888;border-radius:3px;image-rendering:pixelated;display:none";
@@ -80,7 +80,7 @@ function playerOf(node) {
     const widget = node.addDOMWidget("qarvd_video", "video", player.root, {
       serialize: false,
       hideOnZoom: false,
-      getMinHeight: () => 200,
+      getMinHeight: () => 240,
     });
     widget.serialize = false;
     players.set(node, player);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from abc import ABC, abstractmethod
@@ -55,10 +56,12 @@ class ARVDMixin(QuantizableMixin, ABC):
     Attributes:
         kv_cache: storage of keys and values when a call does not say, see `KVCache`; a run-time choice that is not saved.
         text_encoder_offload: where the text encoder waits, see `offload_text_encoder`.
+        window: latent frames that streams keep, instead of the config's `local_attention_frames`; not saved either.
     """
 
     kv_cache: str = "auto"
     text_encoder_offload: str = "keep"
+    window: int | None = None
 
     @abstractmethod
     def encode_prompt(
@@ -101,8 +104,9 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     @property
     def causal_fields(self) -> CausalFields:
-        """How the model rolls out."""
-        return CausalFields.from_config(self.config)
+        """How the model rolls out; raises ValueError for a `window` that cannot hold sink and chunk."""
+        fields = CausalFields.from_config(self.config)
+        return fields if self.window is None else dataclasses.replace(fields, local_attention_frames=self.window)
 
     def stream(
         self,
@@ -248,7 +252,7 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `DiffusionPipeline.to`; a text encoder that waits on the CPU stays there."""
-        waiting = getattr(self, "text_encoder", None) if self.text_encoder_offload in ("cpu", "free") else None
+        waiting = getattr(self, "text_encoder", None) if self.text_encoder_offload != "keep" else None
         if waiting is None:
             return super().to(*args, **kwargs)
         self.__dict__["text_encoder"] = None  # not by assignment, which would take it out of the config
@@ -256,8 +260,8 @@ class ARVDMixin(QuantizableMixin, ABC):
             super().to(*args, **kwargs)
         finally:
             self.__dict__["text_encoder"] = waiting
-        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
-        waiting.to(dtype=dtype)
+        if (dtype := torch._C._nn._parse_to(*args, **kwargs)[1]) is not None:
+            waiting.to(dtype=dtype)
         return self
 
     def check_prompt(

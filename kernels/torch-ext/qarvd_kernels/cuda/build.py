@@ -1,0 +1,157 @@
+"""Builds the CUDA sources with the machine's nvcc, once, into the user's cache folder.
+
+The library has a plain C interface and links its own CUDA runtime, so it depends on no version of torch. It is named by a
+hash of sources, flags and compiler; its last bytes are a checksum, so that a damaged file is noticed before it is loaded.
+Processes that build at the same time wait for each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "src"
+FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "--shared")
+MINIMUM_NVCC = (12, 5)  # the first whose runtime has cudaGetDriverEntryPointByVersion
+_DIGEST = hashlib.sha256().digest_size
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be built or loaded; the message says why and what would help."""
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: `kernels` in `$QARVD_CACHE`, else in `qarvd` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qarvd"
+    return Path(os.environ.get("QARVD_CACHE") or default) / "kernels"
+
+
+def find_nvcc() -> Path:
+    """The compiler: of `$CUDA_HOME` where that is set, else on the PATH, else in /usr/local/cuda.
+
+    Raises:
+        BuildError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME")
+    found = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.access(found, os.X_OK):
+        place = f"in CUDA_HOME={home}" if home else "on the PATH or in /usr/local/cuda"
+        raise BuildError(f"no nvcc {place}; install the CUDA toolkit {_dotted(MINIMUM_NVCC)} or later")
+    return Path(found)
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """What `nvcc --version` prints.
+
+    Raises:
+        BuildError: it does not run, or is older than `MINIMUM_NVCC`.
+    """
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{nvcc} does not run: {error}") from error
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    if release is None:
+        raise BuildError(f"{nvcc} --version prints no release: {text.strip()[:80]!r}")
+    if tuple(map(int, release.groups())) < MINIMUM_NVCC:
+        raise BuildError(f"{nvcc} is release {_dotted(release.groups())}, expected {_dotted(MINIMUM_NVCC)} or later")
+    return text
+
+
+def build() -> Path:
+    """The built library, from the cache if it is there and whole.
+
+    Raises:
+        BuildError: no compiler, no place to write, or a compilation error.
+    """
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"the CUDA kernels are built on Linux only, this is {sys.platform}")
+    nvcc = find_nvcc()
+    key = hashlib.sha256(repr((FLAGS, nvcc_version(nvcc))).encode())
+    for source in sorted(SOURCES.iterdir()):
+        key.update(source.name.encode() + b"\0" + source.read_bytes())
+    target = cache_folder() / f"qarvd-sm90a-{key.hexdigest()[:20]}.so"
+    if not _is_whole(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(target.with_suffix(".lock")):
+                if not _is_whole(target):  # another process may have been first
+                    _compile(nvcc, target)
+        except OSError as error:
+            raise BuildError(f"cannot write {target}: {error}; set QARVD_CACHE to a writable folder") from error
+    return target
+
+
+@cache
+def _load() -> ctypes.CDLL | BuildError:
+    try:
+        path = build()
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(f"{path} does not load: {error}") from error
+    except BuildError as error:
+        return error
+
+
+def library() -> ctypes.CDLL:
+    """The library, built and loaded once per process.
+
+    Raises:
+        BuildError: the same one on every call.
+    """
+    loaded = _load()
+    if isinstance(loaded, BuildError):
+        raise loaded
+    return loaded
+
+
+def refusal() -> str | None:
+    """Why there is no library, or None. Builds it if need be; never raises."""
+    loaded = _load()
+    return str(loaded) if isinstance(loaded, BuildError) else None
+
+
+def _dotted(version: tuple) -> str:
+    return ".".join(map(str, version))
+
+
+def _is_whole(library: Path) -> bool:
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return len(content) > _DIGEST and hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # freed with the file, or with the process
+        yield
+
+
+def _compile(nvcc: Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        output = Path(folder) / target.name
+        command = [nvcc, *FLAGS, *sorted(SOURCES.glob("*.cu")), "-o", output]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            lines = (result.stderr or result.stdout).strip().splitlines()
+            cause = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+            raise BuildError(f"{nvcc} failed: {cause.strip()}")
+        # What follows an ELF image is not read by loaders.
+        output.write_bytes(output.read_bytes() + hashlib.sha256(output.read_bytes()).digest())
+        os.replace(output, target)

@@ -1,0 +1,231 @@
+"""The dual-scale int8 matrix product and the int4 expander on Hopper GPUs; what they compute is written in `ops.gemm`."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build import library, refusal
+
+# As `Format` in src/gemm.cuh.
+_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int8: 4}
+_ALIGNMENT = 16  # bytes; what the copy engine asks of addresses and rows
+_COLUMNS = 32  # weight rows that one thread's accumulators are spread over
+_TILE_ROWS, _TILE_COLUMNS = 128, (256, 224, 192, 160, 128)
+_TUNED = Path(__file__).with_name("gemm_configs.json")
+
+
+def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """See `dispatch`."""
+    reason = _device_refusal(device)
+    if reason is None and arguments is not None:
+        reason = _expand_refusal(arguments) if operator == "expand_int4" else _gemm_refusal(arguments)
+    return reason or refusal()
+
+
+def dual_scale_gemm(
+    a: Tensor,
+    weight: Tensor,
+    num_outliers: int,
+    ratio: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor | None,
+    row_sum_scale: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
+    out = torch.empty((a.shape[0], weight.shape[0]), dtype=out_dtype, device=a.device)
+    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out)
+
+
+def dual_scale_gemm_gelu(
+    a: Tensor,
+    weight: Tensor,
+    num_outliers: int,
+    ratio: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor | None,
+    row_sum_scale: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    out_outliers: int,
+) -> Tensor:
+    """int8 `[M, N]`, GELU and static quantization of the product."""
+    out = torch.empty((a.shape[0], weight.shape[0]), dtype=torch.int8, device=a.device)
+    quantizer = (out_scale.data_ptr(), out_zero_point.data_ptr(), out_outliers)
+    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out, quantizer=quantizer)
+
+
+def dual_scale_gemm_residual(
+    a: Tensor,
+    weight: Tensor,
+    num_outliers: int,
+    ratio: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_sums: Tensor | None,
+    row_sum_scale: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+    residual = _aligned(residual.contiguous())
+    out = torch.empty_like(residual)
+    sums = (residual.data_ptr(), _pointer(gate), a.shape[0] // gate.shape[0] if gate is not None else 1)
+    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out, sums=sums)
+
+
+def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:
+    """Write the int8 operand `[N, K]` of a 4-bit weight into `out`."""
+    device = out.get_device()
+    code = _functions()[1](
+        weight_packed.data_ptr(),
+        weight_zero_point.data_ptr(),
+        out.data_ptr(),
+        *out.shape,
+        num_outliers,
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+    if code:
+        raise RuntimeError(f"qarvd_kernels: expand_int4 failed: {_message(code)}")
+
+
+def _launch(
+    a: Tensor,
+    weight: Tensor,
+    num_outliers: int,
+    columns: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    out: Tensor,
+    quantizer: tuple[int | None, int | None, int] = (None, None, 0),
+    sums: tuple[int | None, int | None, int] = (None, None, 1),
+) -> Tensor:
+    ratio, scale, bias, row_sums, row_sum_scale = columns
+    m, n, k, device = *out.shape, a.shape[1], a.get_device()
+    if a.stride(1) != 1 or a.stride(0) % _ALIGNMENT or a.data_ptr() % _ALIGNMENT:
+        a = a.clone(memory_format=torch.contiguous_format)
+    code = _functions()[0](
+        a.data_ptr(),
+        a.stride(0),
+        weight.data_ptr(),
+        m,
+        n,
+        k,
+        num_outliers,
+        ratio.data_ptr(),
+        scale.data_ptr(),
+        bias.data_ptr(),
+        _pointer(row_sums),
+        _pointer(row_sum_scale),
+        out.data_ptr(),
+        _FORMATS[out.dtype],
+        *quantizer,
+        *sums,
+        tile_columns(m, n, k, device),
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+    if code:
+        raise RuntimeError(
+            f"qarvd_kernels: dual_scale_gemm of {m} x {n} x {k} ({num_outliers} outliers) to {out.dtype} failed: "
+            f"{_message(code)}"
+        )
+    return out
+
+
+@cache
+def tile_columns(m: int, n: int, k: int, device: int) -> int:
+    """Width of the tiles: the tuned one for `N x K`, else the one that keeps the multiprocessors busiest."""
+    tuned = _tuned().get(f"{n}x{k}")
+    if tuned is not None:
+        return tuned
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def cost(width: int) -> int:
+        tiles = -(-m // _TILE_ROWS) * -(-n // width)
+        return -(-tiles // processors) * width
+
+    return min(_TILE_COLUMNS, key=cost)
+
+
+@cache
+def _tuned() -> dict[str, int]:
+    return json.loads(_TUNED.read_text(encoding="utf-8"))["tile_columns"]
+
+
+@cache
+def _functions() -> tuple[Any, Any]:
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
+    gemm, expand = library().qarvd_gemm, library().qarvd_expand_int4
+    gemm.argtypes = [pointer, long, pointer, *[integer] * 4, *[pointer] * 6, integer, pointer, pointer, integer]
+    gemm.argtypes += [pointer, pointer, integer, integer, integer, pointer]
+    expand.argtypes = [pointer, pointer, pointer, *[integer] * 4, pointer]
+    return gemm, expand
+
+
+def _message(code: int) -> str:
+    function = library().qarvd_error
+    function.restype = ctypes.c_char_p
+    return function(code).decode()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return f"needs an NVIDIA GPU, the tensors are on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"written for compute capability 9.0 (Hopper), this device has {major}.{minor}"
+    return None
+
+
+def _gemm_refusal(arguments: Mapping[str, Any]) -> str | None:
+    a, weight = arguments["a"], arguments["weight"]
+    if a.numel() == 0 or weight.numel() == 0:
+        return "an empty tensor"
+    sizes = (
+        ("K", a.shape[1], _ALIGNMENT),
+        ("num_outliers", arguments["num_outliers"], _ALIGNMENT),
+        ("N", weight.shape[0], _COLUMNS),
+        ("out_outliers", arguments.get("out_outliers", 0), 8),
+    )
+    for name, size, multiple in sizes:
+        if size % multiple:
+            return f"{name} is {size}, expected a multiple of {multiple}"
+    names = ("weight", "ratio", "scale", "bias", "row_sums", "row_sum_scale", "out_scale", "out_zero_point", "gate")
+    return _layout_refusal(arguments, names)
+
+
+def _expand_refusal(arguments: Mapping[str, Any]) -> str | None:
+    for name, size in (("K", arguments["out"].shape[1]), ("num_outliers", arguments["num_outliers"])):
+        if size % _ALIGNMENT:
+            return f"{name} is {size}, expected a multiple of {_ALIGNMENT}"
+    if arguments["out"].numel() == 0:
+        return "an empty tensor"
+    return _layout_refusal(arguments, ("weight_packed", "weight_zero_point", "out"))
+
+
+def _layout_refusal(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    for name in names:
+        tensor = arguments.get(name)
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} is not contiguous"
+        if tensor is not None and tensor.dim() > 1 and tensor.data_ptr() % _ALIGNMENT:
+            return f"{name} does not start at a multiple of {_ALIGNMENT} bytes"
+    return None

@@ -1,0 +1,151 @@
+// Host side of the dual-scale GEMM: tensor maps, choice of the instance, launch. Plain C interface, no torch header.
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "gemm.cuh"
+
+namespace {
+
+using namespace qarvd;
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+EncodeTiled encoder() {
+    static const EncodeTiled function = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        return reinterpret_cast<EncodeTiled>(found);
+    }();
+    return function;
+}
+
+bool encode(CUtensorMap* map, const void* pointer, int rank, const cuuint64_t* extent, const cuuint64_t* stride,
+            const cuuint32_t* box) {
+    const cuuint32_t step[5] = {1, 1, 1, 1, 1};
+    static_assert(block_k == 64);
+    return encoder()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<void*>(pointer), extent, stride, box, step,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool encode_a(CUtensorMap* map, const char* a, int rows, int channels, long long pitch) {
+    const cuuint64_t extent[2] = {cuuint64_t(channels), cuuint64_t(rows)}, stride[1] = {cuuint64_t(pitch)};
+    const cuuint32_t box[2] = {cuuint32_t(block_k), cuuint32_t(tile_rows)};
+    return encode(map, a, 2, extent, stride, box);
+}
+
+// Row 32 g + 8 q + 2 j + e of the weight goes to row 32 g + 8 j + 2 q + e of the tile: accumulators (j, e) of the threads
+// with lane % 4 == q then are eight neighbouring columns.
+bool encode_weight(CUtensorMap* map, const char* weight, int rows, int channels, long long pitch, int box_rows) {
+    const cuuint64_t extent[5] = {cuuint64_t(channels), 2, 4, 4, cuuint64_t(rows / group_columns)};
+    const cuuint64_t stride[4] = {cuuint64_t(pitch), cuuint64_t(pitch * own_columns), cuuint64_t(pitch * 2),
+                                  cuuint64_t(pitch * group_columns)};
+    const cuuint32_t box[5] = {cuuint32_t(block_k), 2, 4, 4, cuuint32_t(box_rows / group_columns)};
+    return encode(map, weight, 5, extent, stride, box);
+}
+
+constexpr int devices_limit = 64;
+
+struct Operands {
+    const char *a, *weight;
+    long long a_pitch;
+    int k, k1;
+};
+
+template <int tile_columns, Output output>
+int launch(const Operands& operands, GemmParameters p, int device, cudaStream_t stream) {
+    using L = Layout<tile_columns>;
+    static std::atomic<int> processors[devices_limit];  // 0: not asked yet
+    auto kernel = gemm_kernel<tile_columns, output>;
+    if (processors[device].load() == 0) {
+        int count = 0;
+        cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+        if (error == cudaSuccess)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes);
+        if (error != cudaSuccess) return error;
+        processors[device] = count;
+    }
+
+    Maps maps;
+    const int k2 = operands.k - operands.k1;
+    bool encoded = true;
+    for (int group = 0; group < 2; ++group) {
+        const int extent = group ? k2 : operands.k1, start = group ? operands.k1 : 0;
+        if (extent == 0) continue;
+        encoded &= encode_a(&maps.a[group], operands.a + start, p.m, extent, operands.a_pitch);
+        CUtensorMap* weight = maps.weight[group];
+        encoded &= encode_weight(&weight[0], operands.weight + start, p.n, extent, operands.k, L::left);
+        if (L::left == L::right)
+            weight[1] = weight[0];
+        else
+            encoded &= encode_weight(&weight[1], operands.weight + start, p.n, extent, operands.k, L::right);
+    }
+    for (int group = 0; group < 2; ++group)
+        if ((group ? k2 : operands.k1) == 0) {  // never used, but the kernel prefetches it
+            maps.a[group] = maps.a[!group];
+            maps.weight[group][0] = maps.weight[!group][0], maps.weight[group][1] = maps.weight[!group][1];
+        }
+    if (!encoded) return cudaErrorInvalidValue;
+
+    p.row_tiles = (p.m + tile_rows - 1) / tile_rows;
+    p.tiles = p.row_tiles * ((p.n + tile_columns - 1) / tile_columns);
+    p.blocks_outliers = (operands.k1 + block_k - 1) / block_k;
+    p.blocks = p.blocks_outliers + (k2 + block_k - 1) / block_k;
+    const int pairs = (p.tiles + cluster_blocks - 1) / cluster_blocks, room = processors[device] / cluster_blocks;
+    kernel<<<(pairs < room ? pairs : room) * cluster_blocks, gemm_threads, L::bytes, stream>>>(maps, p);
+    return cudaPeekAtLastError();
+}
+
+template <Output output>
+int launch(int tile_columns, const Operands& operands, const GemmParameters& p, int device, cudaStream_t stream) {
+    switch (tile_columns) {
+        case 128: return launch<128, output>(operands, p, device, stream);
+        case 160: return launch<160, output>(operands, p, device, stream);
+        case 192: return launch<192, output>(operands, p, device, stream);
+        case 224: return launch<224, output>(operands, p, device, stream);
+        case 256: return launch<256, output>(operands, p, device, stream);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace
+
+// Returns 0 or a CUDA error. Pointers are device pointers: a int8 [m, k] with rows a_pitch bytes apart, weight int8
+// [n, k], ratio, scale and bias float32 [n], out [m, n] in `format`; the rest as in GemmParameters.
+extern "C" int qarvd_gemm(const void* a, long long a_pitch, const void* weight, int m, int n, int k, int k1,
+                          const float* ratio, const float* scale, const float* bias, const int* row_sums,
+                          const float* row_sum_scale, void* out, int format, const float* out_scale,
+                          const int* out_zero_point, int out_outliers, const void* residual, const float* gate,
+                          int gate_rows, int tile_columns, int device, void* stream) {
+    if (encoder() == nullptr) return cudaErrorNotSupported;
+    if (device < 0 || device >= devices_limit) return cudaErrorInvalidDevice;
+    const void* aligned[] = {a, weight, ratio, scale, bias, row_sums, row_sum_scale, out, residual, gate};
+    for (const void* pointer : aligned)
+        if (reinterpret_cast<uintptr_t>(pointer) % 16) return cudaErrorMisalignedAddress;
+    int current = device;
+    cudaError_t error = cudaGetDevice(&current);
+    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
+    GemmParameters p{};
+    p.m = m, p.n = n, p.ratio = ratio, p.scale = scale, p.bias = bias, p.row_sums = row_sums;
+    p.row_sum_scale = row_sum_scale, p.residual = residual, p.gate = gate, p.gate_rows = gate_rows;
+    p.out_scale = out_scale, p.out_zero_point = out_zero_point, p.out_outliers = out_outliers;
+    p.out = out, p.format = static_cast<Format>(format);
+    const Operands operands{static_cast<const char*>(a), static_cast<const char*>(weight), a_pitch, k, k1};
+    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    int result;
+    if (p.format == Format::int8)
+        result = launch<Output::gelu_int8>(tile_columns, operands, p, device, queue);
+    else if (p.format == Format::float32 || p.format == Format::int32)
+        result = launch<Output::full_precision>(tile_columns, operands, p, device, queue);
+    else
+        result = launch<Output::half_precision>(tile_columns, operands, p, device, queue);
+    if (current != device) cudaSetDevice(current);
+    return result;
+}
+
+extern "C" const char* qarvd_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

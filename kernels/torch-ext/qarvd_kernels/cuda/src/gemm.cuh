@@ -1,0 +1,480 @@
+// Dual-scale int8 GEMM for Hopper: out[m, n] = epilogue(sum over two groups of input channels).
+//
+// The first `k1` input channels (the outliers) have scales of their own. Their int32 sum is brought to the scale of the
+// rest by one rounding multiplication in registers, at the border between the groups, and the product goes on in the
+// same accumulators. Every group has tensor maps of its own, whose extent makes the copy engine fill what lies beyond
+// with zeros, so neither group has to be a multiple of the K block.
+//
+// One block computes tiles of 128 x N, persistently: a producer warp keeps a ring of K blocks filled by bulk tensor
+// copies, two consumer warpgroups of 64 rows each run the products and their own epilogue, with no barrier between them.
+// Two blocks make a cluster and take neighbouring tiles of the list (rows change fastest); where these share
+// their columns, each block fetches half of the weight tile and multicasts it to both.
+//
+// A thread's accumulators belong to pairs of columns, 8 apart. The weight rows are therefore fetched in another order,
+// by a tensor map of rank 5: of every 32 columns, those that one thread holds are neighbours, and it writes 8 of them at
+// once, straight from registers.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace qarvd {
+
+// How the result is written; int32 is the accumulator itself, int8 is GELU and static quantization.
+enum Format : int { bfloat16 = 0, float16 = 1, float32 = 2, int32 = 3, int8 = 4 };
+// Formats that share one kernel.
+enum class Output { half_precision, full_precision, gelu_int8 };
+
+struct GemmParameters {
+    int m, n;
+    int row_tiles, tiles;
+    int blocks_outliers, blocks;  // K blocks of group 0, of both groups
+    const float *ratio, *scale, *bias;
+    const int* row_sums;         // [M, 2] or null
+    const float* row_sum_scale;  // [2, N] or null
+    const void* residual;        // [M, N] in the format of out, or null
+    const float* gate;           // [M / gate_rows, N] or null
+    int gate_rows;
+    const float* out_scale;     // [2], GELU only
+    const int* out_zero_point;  // [2], GELU only
+    int out_outliers;
+    void* out;
+    Format format;
+};
+
+constexpr int tile_rows = 128, consumers = 2, consumer_rows = tile_rows / consumers;
+constexpr int warpgroup = 128, gemm_threads = (consumers + 1) * warpgroup, consumer_warps = consumers * 4;
+constexpr int cluster_blocks = 2, shared_limit = 227 * 1024;
+constexpr int group_columns = 32, own_columns = 8;  // columns that are permuted among each other; those of one thread
+constexpr int block_k = 64;  // small, because a deep ring of small blocks hides more latency than a shallow one
+
+template <int tile_columns>
+struct Layout {
+    static constexpr int a_bytes = tile_rows * block_k, stage = a_bytes + tile_columns * block_k;
+    static constexpr int line = tile_columns * 4, lines_bytes = 3 * line, lines_buffers = 2;  // ratio, scale, bias
+    static constexpr int barriers_bytes = 256, fixed = lines_buffers * lines_bytes + barriers_bytes;
+    static constexpr int stages = (shared_limit - fixed) / stage;
+    static constexpr int bytes = stages * stage + fixed;
+    // The halves of a weight tile that the two blocks of a cluster fetch.
+    static constexpr int left = (tile_columns / 2 + group_columns - 1) / group_columns * group_columns;
+    static constexpr int right = tile_columns - left;
+    static_assert(stages >= 3 && (2 * stages + 2 * lines_buffers) * 8 <= barriers_bytes);
+};
+
+template <int tile_columns>
+struct Shared {
+    using L = Layout<tile_columns>;
+    uint32_t base;
+    __device__ __forceinline__ uint32_t a(int stage) const { return base + stage * L::stage; }
+    __device__ __forceinline__ uint32_t b(int stage) const { return a(stage) + L::a_bytes; }
+    __device__ __forceinline__ uint32_t lines(int buffer) const {
+        return base + L::stages * L::stage + buffer * L::lines_bytes;
+    }
+    __device__ __forceinline__ uint32_t barriers() const { return lines(L::lines_buffers); }
+    __device__ __forceinline__ uint32_t full(int stage) const { return barriers() + stage * 8; }
+    __device__ __forceinline__ uint32_t empty(int stage) const { return full(L::stages + stage); }
+    __device__ __forceinline__ uint32_t lines_full(int buffer) const { return full(2 * L::stages + buffer); }
+    __device__ __forceinline__ uint32_t lines_empty(int buffer) const {
+        return full(2 * L::stages + L::lines_buffers + buffer);
+    }
+};
+
+struct Maps {
+    CUtensorMap a[2], weight[2][2];  // of each group of channels; boxes of either half
+};
+
+// The tile of a block in the `pair`-th turn of its cluster.
+struct Tile {
+    int row, column;  // of the first element
+    bool shares_columns;
+
+    __device__ __forceinline__ Tile(const GemmParameters& p, int pair, int rank, int tile_columns) {
+        const int first = pair * cluster_blocks, column_tile = first / p.row_tiles, row_tile = first % p.row_tiles;
+        const bool last_of_odd = first + 1 == p.tiles;  // its partner computes rows beyond M, which are never stored
+        const bool wraps = row_tile + 1 == p.row_tiles && !last_of_odd;
+        shares_columns = !wraps;
+        row = (rank && wraps ? 0 : row_tile + rank) * tile_rows;
+        column = (rank && wraps ? column_tile + 1 : column_tile) * tile_columns;
+    }
+};
+
+// A position in a ring of buffers with one pair of barriers each.
+template <int size>
+struct Ring {
+    int index = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++index == size) {
+            index = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// The producer: one thread.
+template <int tile_columns>
+__device__ __forceinline__ void produce(
+    const Maps& maps, const GemmParameters& p, Shared<tile_columns> shared) {
+    using L = Layout<tile_columns>;
+    const int rank = cluster_rank(), clusters = gridDim.x / cluster_blocks;
+    Ring<L::stages> ring;
+    Ring<L::lines_buffers> lines;
+    for (int pair = blockIdx.x / cluster_blocks; pair * cluster_blocks < p.tiles; pair += clusters) {
+        const Tile tile(p, pair, rank, tile_columns);
+
+        barrier_wait(shared.lines_empty(lines.index), lines.phase ^ 1);
+        const uint32_t barrier = shared.lines_full(lines.index), target = shared.lines(lines.index);
+        const uint32_t bytes = min(tile_columns, p.n - tile.column) * 4;
+        barrier_expect(barrier, bytes * (p.blocks_outliers ? 3 : 2));
+        if (p.blocks_outliers) load_line(target, p.ratio + tile.column, bytes, barrier);
+        load_line(target + L::line, p.scale + tile.column, bytes, barrier);
+        load_line(target + 2 * L::line, p.bias + tile.column, bytes, barrier);
+        lines.advance();
+
+        for (int block = 0; block < p.blocks; ++block) {
+            const int channels = block >= p.blocks_outliers;
+            const int k = (channels ? block - p.blocks_outliers : block) * block_k;
+            const CUtensorMap *left = &maps.weight[channels][0], *right = &maps.weight[channels][1];
+            const uint32_t full = shared.full(ring.index), b = shared.b(ring.index);
+            const uint32_t b_right = b + L::left * block_k;
+            const int group = tile.column / group_columns, group_right = group + L::left / group_columns;
+            barrier_wait(shared.empty(ring.index), ring.phase ^ 1);
+            barrier_expect(full, L::stage);
+            load_tile(shared.a(ring.index), &maps.a[channels], k, tile.row, full);
+            if (!tile.shares_columns) {
+                load_groups(b, left, k, group, full);
+                load_groups(b_right, right, k, group_right, full);
+            } else if (rank == 0) {
+                load_groups_multicast(b, left, k, group, full, (1 << cluster_blocks) - 1);
+            } else {
+                load_groups_multicast(b_right, right, k, group_right, full, (1 << cluster_blocks) - 1);
+            }
+            ring.advance();
+        }
+    }
+}
+
+template <int count>
+struct Values {
+    float of[count];
+};
+
+__device__ __forceinline__ Values<own_columns> load_shared(uint32_t address) {
+    Values<own_columns> v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.of[0]), "=f"(v.of[1]), "=f"(v.of[2]), "=f"(v.of[3])
+                 : "r"(address));
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.of[4]), "=f"(v.of[5]), "=f"(v.of[6]), "=f"(v.of[7])
+                 : "r"(address + 16));
+    return v;
+}
+
+__device__ __forceinline__ Values<own_columns> load_global(const float* pointer) {
+    const float4 low = __ldg(reinterpret_cast<const float4*>(pointer));
+    const float4 high = __ldg(reinterpret_cast<const float4*>(pointer) + 1);
+    return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+}
+
+// Accumulator of own column `i` (0 to 7) of column group `group`, in the upper (0) or lower (1) of a thread's two rows.
+__device__ __forceinline__ constexpr int accumulator(int group, int half, int i) {
+    return group * 16 + i / 2 * 4 + half * 2 + i % 2;
+}
+
+// acc = rint(float(acc) * ratio[n]), ties to even.
+template <int first_group, int end_group>
+__device__ __forceinline__ void rescale(int* accumulators, uint32_t ratios) {
+    constexpr float round = 12582912.0f, reach = 4194304.0f;  // 1.5 * 2^23; adding it rounds what is below 2^22
+#pragma unroll
+    for (int group = first_group; group < end_group; ++group) {
+        const Values<own_columns> ratio = load_shared(ratios + group * group_columns * 4);
+        // The conversion to an integer runs at an eighth of the rate of additions, so half of the values take these.
+        float added[own_columns], largest = 0.0f;
+#pragma unroll
+        for (int i = 0; i < own_columns; ++i) {
+            int& x = accumulators[accumulator(group, 0, i)];
+            x = __float2int_rn(__fmul_rn(__int2float_rn(x), ratio.of[i]));
+            added[i] = __fmul_rn(__int2float_rn(accumulators[accumulator(group, 1, i)]), ratio.of[i]);
+            largest = fmaxf(largest, fabsf(added[i]));
+        }
+        if (__any_sync(0xFFFFFFFF, largest > reach)) {
+#pragma unroll
+            for (int i = 0; i < own_columns; ++i)
+                accumulators[accumulator(group, 1, i)] = __float2int_rn(added[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < own_columns; ++i)
+                accumulators[accumulator(group, 1, i)] =
+                    __float_as_int(__fadd_rn(added[i], round)) - __float_as_int(round);
+        }
+    }
+}
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// gelu(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) of two values with one division; tanh.approx is too coarse.
+__device__ __forceinline__ void gelu_tanh(float& x, float& y) {
+    constexpr float linear = 2.3022082f, cubic = linear * 0.044715f;  // in powers of two
+    // The bound keeps the product of both denominators finite; 2^-62 is zero at any output scale.
+    const float u = 1.0f + exp2_approximate(fminf(-x * fmaf(cubic * x, x, linear), 62.0f));
+    const float v = 1.0f + exp2_approximate(fminf(-y * fmaf(cubic * y, y, linear), 62.0f));
+    const float inverse = reciprocal_approximate(u * v);
+    x *= v * inverse;
+    y *= u * inverse;
+}
+
+// An int8 code in the low byte. Adding 1.5 * 2^23 rounds to an integer and leaves it there.
+__device__ __forceinline__ uint32_t quantize(float value, float inverse_scale, float zero_point) {
+    return __float_as_uint(fminf(fmaxf(fmaf(value, inverse_scale, zero_point), -128.0f), 127.0f) + 12582912.0f);
+}
+
+template <Format format>
+__device__ __forceinline__ uint32_t pack_half(float x, float y) {
+    if constexpr (format == Format::bfloat16) {
+        const __nv_bfloat162 packed = __floats2bfloat162_rn(x, y);
+        return reinterpret_cast<const uint32_t&>(packed);
+    }
+    const __half2 packed = __floats2half2_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(packed);
+}
+
+template <Format format>
+__device__ __forceinline__ float2 unpack_half(uint32_t packed) {
+    if constexpr (format == Format::bfloat16) return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(packed));
+    return __half22float2(reinterpret_cast<const __half2&>(packed));
+}
+
+// What few calls ask for: the terms that a zero-point left in asymmetric weights adds (row sum times column scale, for
+// each group), a gate per column and a residual.
+template <Format format>
+__device__ __forceinline__ void finish_extras(const GemmParameters& p, Values<own_columns>& y, int row, int column) {
+    if (p.row_sums != nullptr) {
+#pragma unroll
+        for (int group = 0; group < 2; ++group) {
+            const float sum = __int2float_rn(__ldg(p.row_sums + row * 2 + group));
+            const Values<own_columns> scale = load_global(p.row_sum_scale + group * p.n + column);
+#pragma unroll
+            for (int i = 0; i < own_columns; ++i) y.of[i] = fmaf(-sum, scale.of[i], y.of[i]);
+        }
+    }
+    if constexpr (format != Format::int8) {
+        if (p.residual == nullptr) return;
+        if (p.gate != nullptr) {
+            const Values<own_columns> gate = load_global(p.gate + static_cast<long long>(row / p.gate_rows) * p.n + column);
+#pragma unroll
+            for (int i = 0; i < own_columns; ++i) y.of[i] *= gate.of[i];
+        }
+        const long long place = static_cast<long long>(row) * p.n + column;
+        if constexpr (format == Format::float32) {
+            const Values<own_columns> residual = load_global(static_cast<const float*>(p.residual) + place);
+#pragma unroll
+            for (int i = 0; i < own_columns; ++i) y.of[i] += residual.of[i];
+        } else {
+            const uint4 words = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.residual) + place));
+            const uint32_t packed[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+            for (int i = 0; i < own_columns; i += 2) {
+                const float2 residual = unpack_half<format>(packed[i / 2]);
+                y.of[i] += residual.x, y.of[i + 1] += residual.y;
+            }
+        }
+    }
+}
+
+// Registers to global memory. Thread `lane` holds columns 8 (lane % 4) to + 7 of every 32, of two rows.
+template <int tile_columns, int first_group, int end_group, Format format, bool extras>
+__device__ __forceinline__ void store(
+    const GemmParameters& p, const int* accumulators, uint32_t scales, int row, int column) {
+    float2 inverse_scale, zero_point;  // of the two output groups
+    if constexpr (format == Format::int8) {
+        inverse_scale = make_float2(reciprocal_approximate(__ldg(p.out_scale)),  //
+                                    reciprocal_approximate(__ldg(p.out_scale + 1)));
+        zero_point = make_float2(__ldg(p.out_zero_point) - 128, __ldg(p.out_zero_point + 1) - 128);
+    }
+#pragma unroll
+    for (int group = first_group; group < end_group; ++group) {
+        const int at = group * group_columns;
+        if (column + at >= p.n) break;
+        const Values<own_columns> scale = load_shared(scales + at * 4);
+        const Values<own_columns> bias = load_shared(scales + (tile_columns + at) * 4);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int own_row = row + half * 8;
+            const long long place = static_cast<long long>(own_row) * p.n + column + at;
+            if constexpr (format == Format::int32) {
+                if (own_row >= p.m) continue;
+                int4* out = reinterpret_cast<int4*>(static_cast<int*>(p.out) + place);
+#pragma unroll
+                for (int i = 0; i < own_columns; i += 4)
+                    out[i / 4] = make_int4(
+                        accumulators[accumulator(group, half, i)], accumulators[accumulator(group, half, i + 1)],
+                        accumulators[accumulator(group, half, i + 2)], accumulators[accumulator(group, half, i + 3)]);
+            } else {
+                Values<own_columns> y;
+    #pragma unroll
+                for (int i = 0; i < own_columns; ++i)
+                    y.of[i] = fmaf(__int2float_rn(accumulators[accumulator(group, half, i)]), scale.of[i], bias.of[i]);
+                if constexpr (extras)
+                    if (own_row < p.m) finish_extras<format>(p, y, own_row, column + at);
+                if constexpr (format == Format::float32) {
+                    if (own_row >= p.m) continue;
+                    float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.out) + place);
+                    out[0] = make_float4(y.of[0], y.of[1], y.of[2], y.of[3]);
+                    out[1] = make_float4(y.of[4], y.of[5], y.of[6], y.of[7]);
+                } else if constexpr (format == Format::int8) {
+                    const bool normal = column + at >= p.out_outliers;  // a multiple of 8, like the columns of a thread
+                    const float inverse = normal ? inverse_scale.y : inverse_scale.x;
+                    const float zero = normal ? zero_point.y : zero_point.x;
+                    uint32_t codes[own_columns];
+    #pragma unroll
+                    for (int i = 0; i < own_columns; i += 2) {
+                        gelu_tanh(y.of[i], y.of[i + 1]);
+                        codes[i] = quantize(y.of[i], inverse, zero);
+                        codes[i + 1] = quantize(y.of[i + 1], inverse, zero);
+                        codes[i / 2] = __byte_perm(codes[i], codes[i + 1], 0x0040);
+                    }
+                    const uint2 packed =
+                        make_uint2(__byte_perm(codes[0], codes[1], 0x5410), __byte_perm(codes[2], codes[3], 0x5410));
+                    if (own_row < p.m) *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + place) = packed;
+                } else {
+                    const uint4 packed =
+                        make_uint4(pack_half<format>(y.of[0], y.of[1]), pack_half<format>(y.of[2], y.of[3]),
+                                   pack_half<format>(y.of[4], y.of[5]), pack_half<format>(y.of[6], y.of[7]));
+                    if (own_row < p.m) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + place) = packed;
+                }
+            }
+        }
+    }
+}
+
+// Every format has code of its own behind one branch: a test for each element would cost as much as the arithmetic.
+template <int tile_columns, int first_group, int end_group, Output output, bool extras>
+__device__ __forceinline__ void store_format(
+    const GemmParameters& p, const int* accumulators, uint32_t scales, int row, int column) {
+    if constexpr (output == Output::gelu_int8) {
+        store<tile_columns, first_group, end_group, Format::int8, extras>(p, accumulators, scales, row, column);
+    } else if constexpr (output == Output::full_precision) {
+        if (p.format == Format::float32)
+            store<tile_columns, first_group, end_group, Format::float32, extras>(p, accumulators, scales, row, column);
+        else
+            store<tile_columns, first_group, end_group, Format::int32, false>(p, accumulators, scales, row, column);
+    } else {
+        if (p.format == Format::bfloat16)
+            store<tile_columns, first_group, end_group, Format::bfloat16, extras>(p, accumulators, scales, row, column);
+        else
+            store<tile_columns, first_group, end_group, Format::float16, extras>(p, accumulators, scales, row, column);
+    }
+}
+
+// One consumer warpgroup: 64 rows of the tile.
+template <int tile_columns, Output output>
+__device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_columns> shared, int consumer) {
+    using L = Layout<tile_columns>;
+    constexpr int groups = tile_columns / group_columns;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int rank = cluster_rank(), clusters = gridDim.x / cluster_blocks;
+    const uint32_t own_rows = consumer * consumer_rows * block_k;
+    Ring<L::stages> ring;
+    Ring<L::lines_buffers> lines;
+    int accumulators[tile_columns / 2];
+    for (int pair = blockIdx.x / cluster_blocks; pair * cluster_blocks < p.tiles; pair += clusters) {
+        const Tile tile(p, pair, rank, tile_columns);
+        const uint32_t own_lines = shared.lines(lines.index) + lane % 4 * own_columns * 4;
+        int held = -1;  // the ring's buffer that the product in flight reads
+        auto release = [&] {
+            if (held >= 0 && lane < cluster_blocks) barrier_arrive_remote(shared.empty(held), lane);
+        };
+        auto run = [&](int begin, int end) {
+            for (int block = begin; block < end; ++block) {
+                barrier_wait(shared.full(ring.index), ring.phase);
+                const uint64_t a = wgmma_operand<block_k>(shared.a(ring.index) + own_rows);
+                const uint64_t b = wgmma_operand<block_k>(shared.b(ring.index));
+                wgmma_fence();
+#pragma unroll
+                for (int step = 0; step < block_k / 32; ++step)
+                    wgmma<tile_columns>(accumulators, a + step * 2, b + step * 2, block > 0 || step > 0);
+                wgmma_commit();
+                wgmma_wait<1>();
+                release();
+                held = ring.index;
+                ring.advance();
+            }
+            wgmma_wait<0>();
+            wgmma_pin<0, tile_columns / 2>(accumulators);
+            release();
+            held = -1;
+        };
+
+        if (p.blocks_outliers) {
+            run(0, p.blocks_outliers);
+            barrier_wait(shared.lines_full(lines.index), lines.phase);
+            rescale<0, groups>(accumulators, own_lines);
+            wgmma_pin<0, tile_columns / 2>(accumulators);
+        }
+        if (p.blocks_outliers < p.blocks) run(p.blocks_outliers, p.blocks);
+        if (p.blocks_outliers == 0) barrier_wait(shared.lines_full(lines.index), lines.phase);
+
+        const int row = tile.row + consumer * consumer_rows + warp * 16 + lane / 4;
+        const int column = tile.column + lane % 4 * own_columns;
+        const uint32_t scales = own_lines + L::line;
+        if (p.row_sums == nullptr && p.residual == nullptr)
+            store_format<tile_columns, 0, groups, output, false>(p, accumulators, scales, row, column);
+        else
+            store_format<tile_columns, 0, groups, output, true>(p, accumulators, scales, row, column);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.lines_empty(lines.index));
+        lines.advance();
+    }
+}
+
+template <int tile_columns, Output output>
+__global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(gemm_threads, 1)
+    gemm_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GemmParameters p) {
+    using L = Layout<tile_columns>;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const Shared<tile_columns> shared{shared_address(memory)};
+    const int role = __shfl_sync(0xFFFFFFFF, threadIdx.x / warpgroup, 0);
+    if (threadIdx.x == 0) {
+        if (shared.base % 1024) __trap();  // the swizzles count on it
+        for (int group = 0; group < 2; ++group) {
+            prefetch_map(&maps.a[group]);
+            prefetch_map(&maps.weight[group][0]);
+            prefetch_map(&maps.weight[group][1]);
+        }
+        for (int stage = 0; stage < L::stages; ++stage) {
+            barrier_init(shared.full(stage), 1);
+            barrier_init(shared.empty(stage), consumer_warps * cluster_blocks);
+        }
+        for (int buffer = 0; buffer < L::lines_buffers; ++buffer) {
+            barrier_init(shared.lines_full(buffer), 1);
+            barrier_init(shared.lines_empty(buffer), consumer_warps);
+        }
+        barrier_init_fence();
+    }
+    cluster_sync();
+
+    if (role == 0) {
+        registers_decrease<40>();
+        if (threadIdx.x == 0) produce<tile_columns>(maps, p, shared);
+        __syncwarp();
+    } else {
+        registers_increase<232>();
+        consume<tile_columns, output>(p, shared, role - 1);
+        __syncwarp();
+    }
+    cluster_sync();  // a block must not leave while its partner still signals its barriers
+}
+
+}  // namespace qarvd

@@ -1,0 +1,338 @@
+"""The CUDA matrix product: its build and cache on any machine with nvcc, its numbers on a Hopper GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qarvd_kernels.cuda import build as cuda_build
+from qarvd_kernels.cuda import gemm
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
+
+
+def hopper_refusal() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return gemm.refuses("dual_scale_gemm", torch.device("cuda", 0), None)
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_refusal() is not None, reason=str(hopper_refusal()))]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and no library remembered by this process."""
+    monkeypatch.setenv("QARVD_CACHE", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    cuda_build._load.cache_clear()
+    yield tmp_path / "kernels"
+    cuda_build._load.cache_clear()
+
+
+@pytest.fixture
+def small_sources(tmp_path, monkeypatch):
+    """One function instead of the kernels, so that a build takes a second."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "answer.cu").write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(cuda_build, "SOURCES", sources)
+    return sources
+
+
+def fake_nvcc(folder: Path, script: str) -> Path:
+    (folder / "bin").mkdir(parents=True)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
+    return nvcc
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_kernels_compile_to_hopper_integer_products_without_spills(tmp_path):
+    command = [
+        NVCC,
+        *cuda_build.FLAGS,
+        "-Xptxas",
+        "-v",
+        "--keep",
+        "--keep-dir",
+        tmp_path,
+        "-o",
+        tmp_path / "library.so",
+    ]
+    sources = sorted(cuda_build.SOURCES.glob("*.cu"))
+    result = subprocess.run([*command, *sources], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert usage and set(usage) == {("0", "0", "0")}
+    assert "serialized" not in result.stderr and "warning" not in result.stderr.lower()
+    ptx = (tmp_path / "gemm.ptx").read_text()
+    for columns in gemm._TILE_COLUMNS:
+        assert f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8" in ptx
+    assert "multicast::cluster" in ptx and "setmaxnreg" in ptx
+
+
+@needs_nvcc
+def test_built_once_and_rebuilt_when_damaged(cache, small_sources):
+    path = cuda_build.build()
+    assert path.parent == cache and cuda_build.library().answer() == 42
+    before = path.stat().st_mtime_ns
+    assert cuda_build.build() == path and path.stat().st_mtime_ns == before
+    for damage in (lambda b: b[: len(b) // 2], lambda b: b"", lambda b: bytes([b[100] ^ 1]).join((b[:100], b[101:]))):
+        broken = damage(path.read_bytes())
+        path.unlink()
+        path.write_bytes(broken)
+        assert cuda_build.build() == path
+        assert cuda_build._is_whole(path)
+    assert [file.suffix for file in cache.iterdir() if file.suffix != ".lock"] == [".so"]
+
+
+@needs_nvcc
+def test_other_sources_are_another_library(cache, small_sources):
+    first = cuda_build.build()
+    (small_sources / "answer.cu").write_text('extern "C" int answer() { return 43; }\n')
+    assert cuda_build.build() != first
+
+
+@needs_nvcc
+def test_two_processes_build_one_library(cache, small_sources):
+    code = (
+        "import sys; from pathlib import Path; from qarvd_kernels.cuda import build; "
+        "build.SOURCES = Path(sys.argv[1]); print(build.build(), build.library().answer())"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(small_sources)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert outputs[0] == outputs[1] and outputs[0].endswith(" 42\n")
+    assert len(list(cache.glob("*.so"))) == 1
+
+
+def test_without_a_compiler(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    reason = cuda_build.refusal()
+    assert "no nvcc in CUDA_HOME=" in reason and "12.5" in reason
+    with pytest.raises(cuda_build.BuildError, match="no nvcc"):
+        cuda_build.library()
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ('echo "Cuda compilation tools, release 11.8, V11.8.89"', "is release 11.8, expected 12.5 or later"),
+        ("exit 1", "does not run"),
+        ("echo nonsense", "prints no release: 'nonsense'"),
+        (
+            'case "$1" in --version) echo "release 13.0, V13";; '
+            "*) echo 'a.cu(1): fatal error: cuda_runtime.h: No such file or directory' >&2; exit 1;; esac",
+            "cuda_runtime.h: No such file",
+        ),
+    ],
+    ids=["too old", "broken", "no release", "no headers"],
+)
+def test_with_an_unusable_compiler(cache, monkeypatch, tmp_path, script, reason):
+    fake_nvcc(tmp_path / "cuda", script)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert reason in cuda_build.refusal()
+    assert not list(cache.glob("*.so"))
+
+
+@needs_nvcc
+def test_without_a_place_to_write(monkeypatch, tmp_path, small_sources):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QARVD_CACHE", str(tmp_path / "file"))
+    with pytest.raises(cuda_build.BuildError, match="QARVD_CACHE to a writable folder"):
+        cuda_build.build()
+
+
+def test_refuses_other_devices():
+    for operator in ("dual_scale_gemm", "dual_scale_gemm_gelu", "dual_scale_gemm_residual", "expand_int4"):
+        assert "needs an NVIDIA GPU" in gemm.refuses(operator, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "outliers", "reason"),
+    [
+        (1536, 1536, 128, None),
+        (1528, 1536, 128, "K is 1528, expected a multiple of 16"),
+        (1536, 1544, 128, "N is 1544, expected a multiple of 32"),
+        (1536, 1536, 24, "num_outliers is 24, expected a multiple of 16"),
+    ],
+)
+def test_refuses_other_sizes(k, n, outliers, reason):
+    arguments = {
+        "a": torch.empty(7, k, dtype=torch.int8),
+        "weight": torch.empty(n, k, dtype=torch.int8),
+        "num_outliers": outliers,
+    }
+    assert gemm._gemm_refusal(arguments) == reason
+
+
+def test_refuses_what_is_not_contiguous():
+    arguments = {
+        "a": torch.empty(7, 64, dtype=torch.int8),
+        "weight": torch.empty(64, 32, dtype=torch.int8).t(),
+        "num_outliers": 16,
+    }
+    assert gemm._gemm_refusal(arguments) == "weight is not contiguous"
+
+
+# ---- on the GPU
+
+SHAPES = [  # M, N, K, outliers
+    (1, 32, 16, 0),
+    (7, 192, 144, 16),
+    (129, 288, 400, 96),
+    (257, 640, 256, 256),
+    (1560, 1568, 1536, 32),
+    (4680, 1536, 1536, 128),
+    (4683, 4608, 1536, 128),
+]
+
+
+def make(m, n, k, extreme=False):
+    def codes(*shape):
+        if extreme:
+            return torch.full(shape, -128, dtype=torch.int8, device="cuda")
+        return torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
+
+    torch.manual_seed(m + n + k)
+    ratio, scale = torch.rand(n, device="cuda") * 8 + 0.3, (torch.rand(n, device="cuda") + 0.5) / (128 * k)
+    return codes(m, k), codes(n, k), ratio, scale, torch.randn(n, device="cuda")
+
+
+def exact(a, weight):
+    """int32 product, through float64: every sum below 2**53 is exact."""
+    return (a.double() @ weight.double().T).to(torch.int32)
+
+
+def accumulate(a, weight, outliers, ratio):
+    first, rest = exact(a[:, :outliers], weight[:, :outliers]), exact(a[:, outliers:], weight[:, outliers:])
+    return (first.float() * ratio).round().to(torch.int32) + rest
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def poison(*shape, dtype):
+    """Leaves a freed block of garbage of this size, which the next allocation most likely gets."""
+    torch.empty(shape, dtype=dtype, device="cuda").view(torch.uint8).fill_(0xFF)
+
+
+@pytest.mark.parametrize("extreme", [False, True], ids=["random", "all lowest"])
+@pytest.mark.parametrize(("m", "n", "k", "outliers"), SHAPES)
+class TestOnGPU:
+    pytestmark = gpu
+
+    def test_accumulator_is_bit_equal(self, m, n, k, outliers, extreme):
+        a, weight, ratio, scale, bias = make(m, n, k, extreme)
+        expected = accumulate(a, weight, outliers, ratio)
+        poison(m, n, dtype=torch.int32)
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, torch.int32)
+        assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.bfloat16, 2e-3), (torch.float16, 4e-4), (torch.float32, 1e-6)]
+    )
+    def test_scaled(self, m, n, k, outliers, extreme, dtype, tolerance):
+        a, weight, ratio, scale, bias = make(m, n, k, extreme)
+        y = accumulate(a, weight, outliers, ratio).double() * scale.double() + bias.double()
+        poison(m, n, dtype=dtype)
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, dtype)
+        assert relative_error(got, y) <= tolerance
+
+        sums = torch.stack([a[:, :outliers].sum(1), a[:, outliers:].sum(1)], 1).to(torch.int32)
+        sum_scale = torch.randn(2, n, device="cuda") / k
+        y -= sums.double() @ sum_scale.double()
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, sums, sum_scale, dtype)
+        assert relative_error(got, y) <= tolerance
+
+    def test_gelu(self, m, n, k, outliers, extreme):
+        a, weight, ratio, scale, bias = make(m, n, k, extreme)
+        y = accumulate(a, weight, outliers, ratio).double() * scale.double() + bias.double()
+        out_scale, zero_point = torch.tensor([0.031, 0.017], device="cuda"), torch.tensor([6, 11], device="cuda")
+        out_outliers = n // 2 // 16 * 16
+        group = (torch.arange(n, device="cuda") >= out_outliers).long()
+        y = torch.nn.functional.gelu(y, approximate="tanh")
+        expected = ((y / out_scale.double()[group]).round() + zero_point[group]).clamp(0, 255) - 128
+        poison(m, n, dtype=torch.int8)
+        got = gemm.dual_scale_gemm_gelu(
+            a, weight, outliers, ratio, scale, bias, None, None, out_scale, zero_point.int(), out_outliers
+        )
+        difference = (got.double() - expected).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).double().mean() <= max(1e-3, 1 / (m * n))
+
+    def test_residual(self, m, n, k, outliers, extreme):
+        a, weight, ratio, scale, bias = make(m, n, k, extreme)
+        y = accumulate(a, weight, outliers, ratio).double() * scale.double() + bias.double()
+        residual = torch.randn(m, n, device="cuda").bfloat16()
+        gates = 3 if m % 3 == 0 else 1
+        for gate in (None, torch.randn(gates, n, device="cuda")):
+            factor = 1 if gate is None else gate.double().repeat_interleave(m // gates, 0)
+            got = gemm.dual_scale_gemm_residual(a, weight, outliers, ratio, scale, bias, None, None, residual, gate)
+            assert relative_error(got, residual.double() + factor * y) <= 2e-3
+
+
+class TestMoreOnGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("columns", gemm._TILE_COLUMNS)
+    def test_every_tile_width(self, columns, monkeypatch):
+        monkeypatch.setattr(gemm, "tile_columns", lambda *_: columns)
+        for m, n, k, outliers in SHAPES:
+            a, weight, ratio, scale, bias = make(m, n, k)
+            got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, torch.int32)
+            assert torch.equal(got, accumulate(a, weight, outliers, ratio)), (m, n, k, outliers)
+
+    def test_views(self):
+        a, weight, ratio, scale, bias = make(300, 512, 512)
+        for view in (a[:, 128:384], a[:, 8:264], a[5:, 256:]):
+            got = gemm.dual_scale_gemm(
+                view, weight[:, :256].contiguous(), 64, ratio, scale, bias, None, None, torch.int32
+            )
+            assert torch.equal(got, accumulate(view, weight[:, :256], 64, ratio))
+
+    def test_runs_in_a_graph_and_on_a_stream(self):
+        a, weight, ratio, scale, bias = make(256, 512, 512)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        arguments = (a, weight, 128, ratio, scale, bias, None, None, torch.int32)
+        with torch.cuda.stream(stream):
+            gemm.dual_scale_gemm(*arguments)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            out = gemm.dual_scale_gemm(*arguments)
+        a.copy_(torch.randint_like(a, -128, 127))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, accumulate(a, weight, 128, ratio))
+
+    @pytest.mark.parametrize(("n", "k", "outliers"), [(1, 16, 0), (33, 1536, 128), (1536, 8960, 8960), (64, 48, 16)])
+    def test_expand_int4(self, n, k, outliers):
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+        zero_point = torch.randint(-3, 20, (n, 2), dtype=torch.int16, device="cuda")
+        out = torch.full((n, k), 77, dtype=torch.int8, device="cuda")
+        gemm.expand_int4(codes[:, 0::2] | codes[:, 1::2] << 4, zero_point, outliers, out)
+        offset = zero_point.clamp(0, 15).to(torch.int8)
+        expected = codes.view(torch.int8).clone()
+        expected[:, :outliers] -= offset[:, :1]
+        expected[:, outliers:] -= offset[:, 1:]
+        assert torch.equal(out, expected)
+
+    def test_misaligned_parameters_are_an_error(self):
+        a, weight, ratio, scale, bias = make(64, 64, 64)
+        shifted = torch.cat([scale, scale])[1:65]
+        with pytest.raises(RuntimeError, match="misaligned"):
+            gemm.dual_scale_gemm(a, weight, 16, ratio, shifted, bias, None, None, torch.float32)
