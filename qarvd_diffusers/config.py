@@ -47,7 +47,7 @@ SCHEMES: dict[str, Scheme] = {
     "w8a8_dynamic": Scheme(8, "dynamic", symmetric_weights=True),
 }
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
-OUTLIER_DETECTORS = ("mad_zscore", "iqr", "none")
+OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
 
 # Published chunk sensitivities of Self-Forcing at W4A8 (arXiv 2605.21072), share of the total error per chunk.
 PUBLISHED_SENSITIVITY = (0.5462, 0.1668, 0.1189, 0.0789, 0.0534, 0.0263, 0.0096)
@@ -84,11 +84,15 @@ class QARVDConfig(QuantizationConfigMixin):
         scheme: one of `w8a8`, `w4a8`, `w8a16`, `w4a16`, `w8a8_dynamic`.
         reference_compat: reproduce the public reference code, its choices included (asymmetric 8-bit weights,
             unclamped zero-points, chunk weights ignored on dual-scale layers).
-        outlier_detector: `mad_zscore` (modified z-score of the input channels' weight norms), `iqr` or `none`.
+        outlier_detector: `mad_zscore` (modified z-score of the input channels' weight norms), `iqr`, `none`, or `input`: the
+            split that promises static activations the least rounding error, from weights and calibration rollouts. `auto`
+            takes `input` for 8-bit weights with static activations, else, and under `reference_compat`, `mad_zscore`.
         outlier_alignment: outlier counts are rounded up to a multiple of this (and capped at half the channels).
         tie_inputs: layers that read the same tensor (q, k and v) share one outlier set and one activation quantizer,
             so that a kernel quantizes their input once.
         percentiles: candidates of the range search.
+        input_percentiles: those of static activations; None takes the `percentiles` beside 4-bit weights and under
+            `reference_compat`, and the whole range that was seen beside 8-bit weights.
         rounding: how weights become integers once their ranges are known. `nearest` needs no data; `gptq` minimises the
             chunk-weighted output error of every layer in closed form; `adaround` does so by gradient descent and also learns
             the activation step. `auto` takes `gptq` for 4-bit weights and `nearest` for 8-bit ones; under
@@ -115,10 +119,11 @@ class QARVDConfig(QuantizationConfigMixin):
 
     scheme: str = "w8a8"
     reference_compat: bool = False
-    outlier_detector: str = "mad_zscore"
+    outlier_detector: str = "auto"
     outlier_alignment: int = 128
     tie_inputs: bool = True
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
+    input_percentiles: tuple[float, ...] | None = None
     rounding: str = "auto"
     rounding_inputs: str = "float"
     rounding_iterations: int = 2000
@@ -136,7 +141,13 @@ class QARVDConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         self.quant_method = QARVDMethod(self.quant_method)
-        for name in ("percentiles", "calibration_prompts", "modules_to_not_convert", "rounding_skips"):
+        for name in (
+            "percentiles",
+            "input_percentiles",
+            "calibration_prompts",
+            "modules_to_not_convert",
+            "rounding_skips",
+        ):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"QARVDConfig.{name} must be a sequence of values, got the single string {value!r}")
@@ -167,10 +178,14 @@ class QARVDConfig(QuantizationConfigMixin):
         )
         require(self.outlier_alignment >= 1, "outlier_alignment", "a positive integer")
         require(
-            len(self.percentiles) > 0 and all(0.5 < p <= 1 for p in self.percentiles),
-            "percentiles",
-            "at least one number in (0.5, 1]",
+            self.outlier_detector != "input" or SCHEMES[self.scheme].activation == "static",
+            "outlier_detector",
+            f"another one: the scheme {self.scheme} has no static activations",
         )
+        for name in ("percentiles", "input_percentiles"):
+            values = getattr(self, name)
+            valid = values is None or (len(values) > 0 and all(0.5 < p <= 1 for p in values))
+            require(valid, name, "at least one number in (0.5, 1]")
         require(self.rounding in ROUNDINGS, "rounding", f"one of {', '.join(ROUNDINGS)}")
         require(self.rounding_inputs in ("float", "quantized"), "rounding_inputs", "'float' or 'quantized'")
         require(self.rounding_iterations >= 1, "rounding_iterations", "a positive integer")
@@ -203,6 +218,23 @@ class QARVDConfig(QuantizationConfigMixin):
         """The `Scheme` of this config; the reference quantizes 8-bit weights asymmetrically."""
         scheme = SCHEMES[self.scheme]
         return dataclasses.replace(scheme, symmetric_weights=False) if self.reference_compat else scheme
+
+    @property
+    def resolved_outlier_detector(self) -> str:
+        """`input`, `mad_zscore`, `iqr` or `none`."""
+        if self.outlier_detector != "auto":
+            return self.outlier_detector
+        scheme = self.resolved_scheme
+        static = scheme.activation == "static" and scheme.weight_bits == 8 and not self.reference_compat
+        return "input" if static else "mad_zscore"
+
+    @property
+    def resolved_input_percentiles(self) -> tuple[float, ...]:
+        """Candidates for the range of static activations."""
+        if self.input_percentiles is not None:
+            return self.input_percentiles
+        clipped = self.reference_compat or self.resolved_scheme.weight_bits == 4
+        return self.percentiles if clipped else (1.0,)
 
     @property
     def resolved_rounding(self) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .config import QARVDConfig
 
+CARD_FILE = "README.md"
 _UNMEASURED = (
     "No fidelity was measured for this checkpoint. `qarvd_diffusers.evaluate(float_pipe, pipe, prompts)` does."
 )
@@ -20,6 +23,65 @@ _COLUMNS = {
     "latent_mse": ("latent MSE", ".3e"),
     "lpips": ("LPIPS", ".4f"),
 }
+
+
+def is_non_commercial(licence: str | None) -> bool:
+    """Whether a licence identifier, such as `cc-by-nc-sa-4.0`, forbids commercial use."""
+    return "nc" in (licence or "").lower().replace("_", "-").split("-") or "non-commercial" in (licence or "").lower()
+
+
+def stated_licence(folder: str | os.PathLike[str]) -> str | None:
+    """Licence identifier stated by the model card in a folder; None where there is no card, or it states none."""
+    try:
+        return ModelCard.load(Path(folder) / CARD_FILE).data.license if (Path(folder) / CARD_FILE).is_file() else None
+    except ValueError:
+        return None  # a README that is no model card
+
+
+def _licence_text(licence: str | None) -> str:
+    if licence is None:
+        return "Not known here: it is that of the base model, which these weights inherit. State it before you publish them."
+    warning = (
+        "**Non-commercial**: these weights may not be used or sold commercially. "
+        if is_non_commercial(licence)
+        else ""
+    )
+    return f"{warning}`{licence}`, inherited from the base model."
+
+
+def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
+    """The card of a float model that was converted from an original release.
+
+    Args:
+        family: key of `PRESETS`.
+        source: Hub id and files of the release.
+        licence: licence identifier of the released weights, None if it is not known.
+    """
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=["autoregressive-video-diffusion", family, *(["non-commercial"] if is_non_commercial(licence) else [])],
+        license=licence,
+    )
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {family}
+
+Weights of the release {source}, in the layout of diffusers. Nothing but names and file format was changed.
+
+```python
+import qarvd_diffusers  # pip install qarvd-diffusers
+pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("path/to/this/folder")
+```
+
+## Licence
+
+{_licence_text(licence)}
+"""
+    )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -69,7 +131,13 @@ def model_card(
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-video",
-        tags=["qarvd", "quantized", "autoregressive-video-diffusion", config.scheme],
+        tags=[
+            "qarvd",
+            "quantized",
+            "autoregressive-video-diffusion",
+            config.scheme,
+            *(["non-commercial"] if is_non_commercial(licence) else []),
+        ],
         base_model=base_model,
         license=licence,
     )
@@ -104,6 +172,6 @@ pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("{repo_id or "path/to/this/f
 {_fidelity(report)}
 ## Licence
 
-{f"`{licence}`, inherited from the base model." if licence else "That of the base model; the quantized weights inherit it."}
+{_licence_text(licence)}
 """
     return ModelCard(content)

@@ -107,7 +107,7 @@ PRESETS: dict[str, Preset] = {
         file_names=("framewise-1step", "causal-forcing++/framewise-1step"),
     ),
     "longlive": Preset(
-        CausalFields(local_attention_frames=12, sink_frames=3),
+        CausalFields(local_attention_frames=12, sink_frames=3, on_prompt_switch="recache"),
         source="Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt and models/lora.pt",
         weights="generator",
         file_names=("longlive",),
@@ -139,17 +139,16 @@ PRESETS: dict[str, Preset] = {
         lacks=("the UniPC sampler", "a pinned chunk and a RoPE offset per shot"),
     ),
     "infinity-rope": Preset(
-        CausalFields(local_attention_frames=6, sink_frames=1),
-        source="the weights of self-forcing, used as they are",
+        CausalFields(local_attention_frames=6, sink_frames=1, rope_mode="window"),
+        source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt, used as it is",
         file_names=("infinity-rope", "infinity_rope"),
-        lacks=(_WINDOW_ROPE,),
+        licence="apache-2.0",
     ),
     "reward-forcing": Preset(
-        CausalFields(local_attention_frames=9, sink_frames=3),
+        CausalFields(local_attention_frames=9, sink_frames=3, rope_mode="window", sink_ema=0.999),
         source="JaydenLu666/Reward-Forcing-T2V-1.3B",
         file_names=("reward-forcing", "reward_forcing", "rewardforcing"),
         licence="apache-2.0",
-        lacks=(_WINDOW_ROPE, "a sink that averages the evicted frames"),
     ),
     "rolling-forcing": Preset(
         CausalFields(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),

@@ -26,7 +26,14 @@ LAYERS = [
 RANK = {name: len(LAYERS) - depth for depth, names in enumerate(LAYERS) for name in names}
 # The root registers with diffusers; type checking and lazy names reach everything.
 ROOT_MAY_IMPORT = {"quantizer"}
-SAME_LAYER = {("bundled", "config"), ("primitives", "packing"), ("hub", "evaluation"), ("conversion", "serialization"), ("models", "linear")}
+SAME_LAYER = {
+    ("bundled", "config"),
+    ("primitives", "packing"),
+    ("hub", "evaluation"),
+    ("conversion", "serialization"),
+    ("conversion", "model_card"),
+    ("models", "linear"),
+}
 
 
 def room_of(path: Path) -> str:

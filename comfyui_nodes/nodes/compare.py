@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
@@ -73,7 +75,7 @@ def _metrics(a: torch.Tensor, b: torch.Tensor, latent_frames: int) -> str:
     first, others = 1 + 4 * (latent_frames - 1), 4 * latent_frames  # the VAE makes 1 frame of the first latent, else 4
     bounds = [0, *range(first, len(a), others), len(a)]
     rows = []
-    for chunk, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for chunk, (start, stop) in enumerate(itertools.pairwise(bounds)):
         pair = [fidelity.to_uint8(images[start:stop].cpu().numpy()) for images in (a, b)]
         rows.append(f"{chunk:5d}   {fidelity.psnr_db([pair[0]], [pair[1]]):9.2f}   {measures.ssim(*pair):.4f}")
     whole = [fidelity.to_uint8(images.cpu().numpy()) for images in (a, b)]

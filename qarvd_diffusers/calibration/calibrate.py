@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -19,11 +18,12 @@ from .capture import InputCapture
 from .groups import LayerGroup
 from .inputs import InputQuantizer
 from .observers import InputObserver, ReferenceObserver
-from .outliers import OutlierSet, find_outliers
+from .outliers import OutlierSet
 from .processes import ALONE, Processes
 from .result import CalibrationResult, config_hash
 from .resume import ResumeFolder
-from .targets import input_groups, quantizable_linears, repeated_name, skips_rounding
+from .splits import input_extents, split_inputs, stored_split
+from .targets import input_groups, quantizable_linears, skips_rounding
 from .weights import quantize_weight
 
 # Called with what is being done, how many steps of it are done, and how many there are.
@@ -41,7 +41,8 @@ def calibrate(
 ) -> CalibrationResult:
     """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072); it is left as it was.
 
-    First the ranges: of the weights from the weights, of the activations from one set of rollouts. Then, unless weights are
+    First the outlier channels: from the weights, or, for the detector `input`, from a set of rollouts too. Then the ranges: of
+    the weights from the weights, of the activations from another set of rollouts. Then, unless weights are
     rounded to nearest, the integer weights, block by block and from another set of rollouts every few blocks.
 
     Args:
@@ -66,9 +67,14 @@ def calibrate(
         return quantize_weights(transformer, config, progress)
     linears = quantizable_linears(transformer, config)
     groups = input_groups(transformer, linears, config)
-    outliers = _find_outliers(linears, groups, config)
     layers = processes.from_main(folder.load("ranges", linears) if folder is not None and processes.is_main else None)
-    if layers is None:
+    if layers is not None:
+        outliers = [stored_split(layers[names[0]]) for names in groups]
+    else:
+        extents = None
+        if config.resolved_outlier_detector == "input":
+            extents = input_extents(linears, groups, run_share or run, config, processes)
+        outliers = split_inputs(transformer, linears, groups, config, extents)
         layers = _quantize_weights(linears, groups, outliers, config, progress)
         if config.resolved_scheme.needs_calibration:
             layers = _observe_inputs(linears, groups, outliers, layers, run_share or run, config, processes)
@@ -111,7 +117,7 @@ def _observe_inputs(
     observed = dict(layers)
     for group, watched in zip(groups, observers, strict=True):
         watched.join(processes)
-        scale, zero_point = watched.quantizer(config.percentiles)
+        scale, zero_point = watched.quantizer(config.resolved_input_percentiles)
         for name in group:
             observed[name] = dataclasses.replace(observed[name], input_scale=scale, input_zero_point=zero_point)
     return observed
@@ -138,7 +144,7 @@ def quantize_weights(
         raise ValueError(f"scheme {config.scheme} needs calibration data: call calibrate, or use w8a8_dynamic")
     linears = quantizable_linears(transformer, config)
     groups = input_groups(transformer, linears, config)
-    outliers = _find_outliers(linears, groups, config)
+    outliers = split_inputs(transformer, linears, groups, config)
     packed = _quantize_weights(linears, groups, outliers, config, progress)
     return CalibrationResult(packed, config_hash(config))
 
@@ -191,47 +197,6 @@ def _submodule(transformer: nn.Module, name: str) -> nn.Module | None:
         return transformer.get_submodule(base_layer_name(transformer, name))
     except AttributeError:
         return None
-
-
-def _find_outliers(
-    linears: Mapping[str, nn.Linear], groups: Sequence[Sequence[str]], config: QARVDConfig
-) -> list[OutlierSet]:
-    """One outlier set per group, from the stacked weights of its layers."""
-    for name, linear in linears.items():
-        if linear.weight.is_meta:
-            raise ValueError(
-                f"the weight of {name} is on the meta device: remove offloading hooks, quantize, offload again"
-            )
-        if not bool(linear.weight.isfinite().all()):
-            raise ValueError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-
-    def find(group: Sequence[str], at_least: int = 0) -> OutlierSet:
-        return find_outliers(
-            [linears[name].weight for name in group],
-            _detector(group[0], config),
-            config.outlier_alignment,
-            config.reference_compat,
-            at_least,
-        )
-
-    found = [find(group) for group in groups]
-    if config.reference_compat:
-        return found
-    # The same layer of every block gets the largest count of any block: blocks that differ in a number are compiled one by
-    # one, and torch gives up after eight. A few ordinary channels more in the outlier group cost nothing.
-    largest: dict[str, int] = defaultdict(int)
-    for group, outliers in zip(groups, found, strict=True):
-        largest[repeated_name(group[0])] = max(largest[repeated_name(group[0])], outliers.num_outliers)
-    return [
-        outliers if outliers.num_outliers == (count := largest[repeated_name(group[0])]) else find(group, count)
-        for group, outliers in zip(groups, found, strict=True)
-    ]
-
-
-def _detector(name: str, config: QARVDConfig) -> str:
-    """The reference implementation looks for outliers inside the numbered blocks only."""
-    in_block = any(part.isdigit() for part in name.split("."))
-    return config.outlier_detector if in_block or not config.reference_compat else "none"
 
 
 def _quantize_weights(

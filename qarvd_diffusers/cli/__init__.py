@@ -17,6 +17,7 @@ COMMANDS = {
     "quantize": "calibrate and quantize a model folder",
     "sensitivity": "measure how much each chunk's quantization costs the whole video",
     "evaluate": "compare a quantized model with its float model: metrics per chunk, plots, one HTML page",
+    "plan": "what a stream of a model needs of a GPU's memory, and the best choices that fit",
     "generate": "stream a video into an mp4",
     "inspect": "what is in a model folder: layers, bits, outliers, bytes",
     "bench": "measure kernels and transformer passes on this machine, beside other quantizers",

@@ -1,8 +1,13 @@
-"""Convert an original checkpoint of the Self-Forcing family to a diffusers folder, or a float folder back to one file."""
+"""Convert between original checkpoints, diffusers folders and single files.
+
+An original checkpoint becomes a diffusers folder. A float folder becomes a file under original names, a quantized one a
+single file for diffusers and ComfyUI, and that file becomes a folder again.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora", help="LoRA file to merge (default: the one beside a base that needs it); none: no LoRA"
     )
+    parser.add_argument(
+        "--int8-tensorwise",
+        action="store_true",
+        help="of a quantized folder write ComfyUI's own int8 format, and say what it cannot hold",
+    )
     parser.add_argument("--heads", type=int, help="attention heads (default: from --base, else width / 128)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as stored)")
 
@@ -34,11 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from ..conversion import convert_checkpoint, detect_checkpoint, export_checkpoint
+    from ..conversion import convert_checkpoint, detect_checkpoint, single_file_to_folder
+    from ..models.single_file import read_single_file
 
-    if (Path(args.source) / "transformer" / "config.json").is_file():
-        export_checkpoint(args.source, args.out)
-        return {"out": args.out, "layout": "original names"}
+    source = Path(args.source)
+    if (source / "transformer" / "config.json").is_file():
+        return _folder_to_file(source, args)
+    if source.is_file() and source.suffix == ".safetensors" and read_single_file(source) is not None:
+        single_file_to_folder(source, args.out, args.base)
+        return {"out": args.out, "layout": "diffusers folder, as the file's header tells"}
     found = detect_checkpoint(args.source, args.family, args.weights)
     convert_checkpoint(
         args.source,
@@ -53,6 +67,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": args.out, "layout": f"diffusers folder, {found.family}", "source": found.to_dict()}
 
 
+def _folder_to_file(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    from ..conversion import export_checkpoint, export_int8_tensorwise, folder_to_single_file
+    from ..models import CausalWanTransformer3DModel
+
+    if args.int8_tensorwise:
+        transformer = CausalWanTransformer3DModel.from_pretrained(source, subfolder="transformer", torch_dtype="auto")
+        return {"out": args.out, "layout": "int8_tensorwise", "losses": export_int8_tensorwise(transformer, args.out)}
+    config = json.loads((source / "transformer" / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config") is None:
+        export_checkpoint(source, args.out)
+        return {"out": args.out, "layout": "original names"}
+    folder_to_single_file(source, args.out)
+    return {"out": args.out, "layout": "single file, original names, packed tensors"}
+
+
 def render(result: dict[str, Any]) -> str:
     lines = [f"wrote {result['out']} ({result['layout']})"]
     if source := result.get("source"):
@@ -61,4 +90,5 @@ def render(result: dict[str, Any]) -> str:
             + (f", LoRA {source['lora']}" if source["lora"] else "")
         )
         lines += [f"  {reason}" for reason in source["reasons"]]
+    lines += [f"  {loss}" for loss in result.get("losses", ())]
     return "\n".join(lines)

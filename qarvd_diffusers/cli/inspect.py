@@ -43,7 +43,7 @@ def _layers(model: Any) -> Iterator[dict[str, Any]]:
     from ..config import QARVDConfig
     from ..serialization import quantized_linears
 
-    config = QARVDConfig()
+    config = QARVDConfig(outlier_detector="mad_zscore")  # all that can be said without data
     for name, layer in quantized_linears(model).items():
         yield {
             "name": name,

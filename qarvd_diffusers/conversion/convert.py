@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..model_card import converted_card
 from ..models import CausalWanTransformer3DModel
 from ..serialization import atomic_directory, atomic_file
 from ..tensor_files import TensorSpec, write_shards, write_tensors
@@ -74,6 +75,8 @@ def convert_checkpoint(
         write_pipeline(folder, found.preset.fields.to_dict(), copy_base_components(base, folder))
         model.save_config(folder / "transformer")
         _write_transformer(folder / "transformer", found.checkpoint, adapters, dtype)
+        card = converted_card(found.family, found.preset.source, found.licence)
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
     return out_dir
 
 

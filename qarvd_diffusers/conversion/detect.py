@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model_card import is_non_commercial, stated_licence
 from ..presets import NETWORKS, PRESETS, Preset, available, find_preset
 from ..tensor_files import TensorSpec
 from .checkpoint import NESTINGS, Checkpoint, open_checkpoint
@@ -27,6 +28,7 @@ class Detected:
         checkpoint: the open checkpoint; which weights were chosen and which there are.
         specs: its tensors under diffusers names.
         lora: LoRA file that lies beside a base which needs one.
+        licence: what the card beside the file states, else what is known of the release, else None.
         reasons: how the above was found out, in words.
     """
 
@@ -36,6 +38,7 @@ class Detected:
     checkpoint: Checkpoint
     specs: Mapping[str, TensorSpec]
     lora: Path | None
+    licence: str | None
     reasons: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class Detected:
             "dtypes": sorted({str(spec.dtype).removeprefix("torch.") for spec in self.specs.values()}),
             "shards": len(self.checkpoint.shards),
             "lora": None if self.lora is None else str(self.lora),
+            "licence": self.licence,
             "reasons": list(self.reasons),
         }
 
@@ -85,7 +89,11 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
         reasons.append(f"weights: {checkpoint.weights}, which {family} is meant to use")
     beside = src if src.is_dir() else src.parent
     lora = next((beside / name for name in _LORA_FILES if (beside / name).is_file()), None)
-    return Detected(family, preset, network, checkpoint, specs, lora if preset.has_lora else None, tuple(reasons))
+    # The card lies beside the file, or in the root of its repository.
+    licence = stated_licence(beside) or stated_licence(beside.parent) or preset.licence
+    reasons.append(f"licence: {licence or 'not known'}{' (non-commercial)' if is_non_commercial(licence) else ''}")
+    lora = lora if preset.has_lora else None
+    return Detected(family, preset, network, checkpoint, specs, lora, licence, tuple(reasons))
 
 
 def network_of(specs: Mapping[str, TensorSpec]) -> str | None:

@@ -13,6 +13,8 @@ PROMPT_SWITCHES = ("keep", "recache", "new_text_only")
 slowly. `recache`: the frames in the window are encoded anew under the new prompt (LongLive, arXiv 2509.22622).
 `new_text_only`: they are forgotten, which cuts to a new scene."""
 
+ROPE_MODES = ("absolute", "window")
+
 
 @dataclass(frozen=True)
 class CausalFields:
@@ -30,6 +32,9 @@ class CausalFields:
         independent_first_frame: the first chunk of a video (or of its given start) is a single latent frame.
         on_prompt_switch: what a new prompt does to the cached frames when a call does not say, one of `PROMPT_SWITCHES`.
         global_sink: re-caching leaves the sink as it was encoded under the first prompt, once the window has moved on.
+        rope_mode: `absolute`: a frame's position is its index in the video. `window`: its place among the frames that are
+            visible, so that no position ever exceeds the window.
+        sink_ema: share of the old sink when the frames that leave the window are averaged into it; None keeps the sink.
     """
 
     num_frames_per_chunk: int = 3
@@ -43,6 +48,8 @@ class CausalFields:
     independent_first_frame: bool = False
     on_prompt_switch: str = "keep"
     global_sink: bool = True
+    rope_mode: str = "absolute"
+    sink_ema: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("denoising_timesteps", "first_chunk_timesteps"):
@@ -72,6 +79,15 @@ class CausalFields:
             self.local_attention_frames == -1 or self.local_attention_frames >= least,
             "local_attention_frames",
             f"-1 (all) or at least sink_frames + num_frames_per_chunk = {least}",
+        )
+        require(self.rope_mode in ROPE_MODES, "rope_mode", f"one of {', '.join(ROPE_MODES)}")
+        chunk, window = self.num_frames_per_chunk, self.local_attention_frames
+        averages = self.rope_mode == "window" and self.sink_frames == chunk and window > 0 and window % chunk == 0
+        require(
+            self.sink_ema is None or (0 < self.sink_ema < 1 and averages and not self.independent_first_frame),
+            "sink_ema",
+            "None, or a number in (0, 1) where rope_mode is 'window', sink_frames equals num_frames_per_chunk and the window "
+            "is a whole number of chunks",
         )
 
     @classmethod

@@ -187,7 +187,7 @@ class FusedBlock:
             codes = state.normed(product.quantizer, self._block.norm1.eps, modulation=modulation)
             parts.append(product(codes, state.hidden.dtype))
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return qkv.unflatten(0, (state.batch, -1))
+        return qkv.view(state.batch, -1, qkv.shape[1])
 
     @staticmethod
     def _branch(state: PassState, product: IntegerProduct, hidden: Tensor, gate: Tensor | None) -> None:
@@ -202,7 +202,7 @@ class FusedBlock:
         else:
             codes = state.normed(self._text_q.quantizer, self._block.norm2.eps, affine=self._norm2)
         query = attn.norm_q(self._text_q(codes, state.hidden.dtype))
-        query = query.unflatten(0, (state.batch, -1)).unflatten(2, (attn.heads, -1))
+        query = query.view(state.batch, -1, attn.heads, query.shape[1] // attn.heads)
         key, value = attn.processor.text(attn, state.text)
         return attend(query, key, value, attn)
 

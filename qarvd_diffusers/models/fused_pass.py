@@ -27,14 +27,15 @@ class FusedPass:
         workspace = Workspace()
         self._blocks = [FusedBlock(block, workspace) for block in transformer.blocks]
         self._tables = torch.cat([block.scale_shift_table.detach() for block in transformer.blocks]).float()
+        self._modules = list(transformer.blocks.modules())
         self._placement = _placement(transformer)
 
     def __deepcopy__(self, memo: dict) -> FusedPass:
         return self  # the copied model's weights lie elsewhere: `fits` will refuse it there
 
     def fits(self, transformer: WanTransformer3DModel) -> bool:
-        """Whether no weight has moved or been replaced since."""
-        return _placement(transformer) == self._placement
+        """Whether this still is the transformer: no weight moved, no layer replaced, no hook added. Asked before each pass."""
+        return _placement(transformer) == self._placement and not any(map(_is_hooked, self._modules))
 
     def __call__(
         self,
@@ -101,7 +102,13 @@ def _linears(transformer: WanTransformer3DModel) -> list[nn.Module]:
 
 
 def _placement(transformer: WanTransformer3DModel) -> list[tuple[type, int]]:
-    return [(type(layer), layer.weight_packed.data_ptr()) for layer in _linears(transformer)]
+    if transformer.training:
+        return []
+    # An adapter wraps its layer, and has no packed weight of its own.
+    return [
+        (type(layer), layer.weight_packed.data_ptr() if type(layer) is QARVDLinear else 0)
+        for layer in _linears(transformer)
+    ]
 
 
 def refusal(transformer: WanTransformer3DModel) -> str | None:
@@ -118,7 +125,11 @@ def refusal(transformer: WanTransformer3DModel) -> str | None:
             return f"a block holds a {type(layer).__name__} (an adapter, or a layer kept in float)"
         if layer.activation != "static":
             return f"the scheme has {layer.activation} activations, fused kernels need static ones"
-    for module in (transformer, *transformer.blocks.modules()):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    for module in transformer.blocks.modules():
+        if _is_hooked(module):
             return f"a {type(module).__name__} has a hook (offloading, or a measurement)"
     return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__

@@ -11,7 +11,8 @@ import torch
 from .kv_storage import STORAGES, check_storage, decode, encode, fit_scale, is_quantized
 
 _FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
-_SCALE_MARGIN = 1.25  # room above the first chunk's largest value: see benchmarks/kv_cache.py
+# Room above the first chunk's largest value: see benchmarks/kv_cache.py. A float code is as precise under a larger scale.
+_SCALE_MARGINS = {torch.int8: 1.25, torch.float8_e4m3fn: 4.0}
 _FACTS = ("frames", "origin", "_next_frame", "_tokens_per_frame", "_capacity")  # bookkeeping of a saved cache
 
 
@@ -21,7 +22,7 @@ class KVLayerCache:
     Bookkeeping is the `KVCache`'s: `update` only moves tensors, so that it compiles without graph breaks.
 
     Attributes:
-        key: keys after RoPE, preallocated `[B, capacity, heads, head_dim]` in storage order (sink first), in the storage
+        key: keys after RoPE (before it in window mode), preallocated `[B, capacity, heads, head_dim]` in storage order (sink first), in the storage
             dtype; None before the first pass.
         value: see `key`.
         key_scale: `[heads]` float32 if the storage has 8 bits, value = code * scale; else None.
@@ -68,13 +69,21 @@ class KVLayerCache:
         """Widen the scales to hold a pass that sees nothing stored, so that no code stands under an older scale.
 
         Called by `update` for every pass at token 0: after the passes of the first chunk the scales stand. Does nothing
-        where storage is no 8 bits, or the scales were given.
+        where `fits_scales` says so.
         """
-        if not is_quantized(self.key.dtype) or self.scales_given:
+        if not self.fits_scales:
             return
         for name, tensor in (("key_scale", key), ("value_scale", value)):
-            scale, old = fit_scale(tensor, self.key.dtype, _SCALE_MARGIN), getattr(self, name)
+            margin = _SCALE_MARGINS[self.key.dtype]
+            scale, old = fit_scale(tensor, self.key.dtype, margin), getattr(self, name)
             setattr(self, name, scale if old is None else torch.maximum(old, scale))
+
+    @property
+    def fits_scales(self) -> bool:
+        """Whether a pass at token 0 has to set scales: of 8-bit storage whose scales were not given, in float8 once."""
+        if not is_quantized(self.key.dtype) or self.scales_given:
+            return False
+        return self.key.dtype == torch.int8 or self.key_scale is None
 
     def turn_back(self, cos: torch.Tensor, sin: torch.Tensor, stop: int) -> None:
         """Rotate the stored keys up to token `stop` back by an angle per pair; `cos`, `sin` `[pairs]` of the first pairs.
@@ -86,6 +95,12 @@ class KVLayerCache:
         first, second = keys[..., :width].unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((first * cos + second * sin, second * cos - first * sin), dim=-1).flatten(-2)
         self.key[:, :stop] = encode(torch.cat([turned, keys[..., width:]], dim=-1), self.key_scale, self.key.dtype)
+
+    def fold(self, sink: int, start: int, keep: float) -> None:
+        """Average the first `sink` tokens with as many from `start` on: `keep` of the old, the rest of the others."""
+        for buffer, scale in ((self.key, self.key_scale), (self.value, self.value_scale)):
+            old, new = (decode(buffer[:, at : at + sink], scale, torch.float32) for at in (0, start))
+            buffer[:, :sink] = encode(keep * old + (1 - keep) * new, scale, buffer.dtype)
 
     def store_text(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep the cross-attention K/V `[B, text_tokens, heads, head_dim]` of the prompt."""
@@ -123,6 +138,9 @@ class KVCache:
     offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
     rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
 
+    With `rope_mode="window"` keys are stored before RoPE and a frame's position is its slot in the window, counted anew in
+    every pass (Infinity-RoPE); `sink_ema` then lets evicted frames live on in the sink as a moving average (Reward Forcing).
+
     A cache belongs to one stream. It is handed to the model as `kv_cache` and changed by every pass.
 
     Args:
@@ -132,6 +150,8 @@ class KVCache:
         num_frames: latent frames of the whole rollout, if known: a full cache is then allocated once instead of doubling.
         storage: dtype of the stored K/V: `"auto"` (that of the passes), `"bf16"`, or in 8 bits `"int8"` or `"fp8"`
             (float8 e4m3), with static scales per head that the first chunk sets, or `set_scales`.
+        rope_mode: `"absolute"` or `"window"`.
+        sink_ema: share of the old sink when evicted frames are averaged into it; None keeps the sink as it is.
     """
 
     def __init__(
@@ -141,6 +161,8 @@ class KVCache:
         sink_frames: int = 0,
         num_frames: int | None = None,
         storage: str = "auto",
+        rope_mode: str = "absolute",
+        sink_ema: float | None = None,
     ) -> None:
         if local_attention_frames != -1 and local_attention_frames <= sink_frames:
             raise ValueError(
@@ -152,6 +174,8 @@ class KVCache:
         self.sink_frames = sink_frames
         self.num_frames = num_frames
         self.storage = check_storage(storage)
+        self.rope_mode = rope_mode
+        self.sink_ema = sink_ema
         self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
         self.origin = 0  # absolute latent frame whose RoPE position is 0
         self._next_frame: int | None = None  # where a rewound cache goes on
@@ -243,7 +267,13 @@ class KVCache:
         evict = 0 if window == -1 else max(0, len(self.frames) + len(frames) - window)
         if evict:
             first, last = sink, sink + evict
+            if self.sink_ema is not None and evict != sink:
+                raise ValueError(
+                    f"{evict} frames leave the window at once and cannot be averaged into {sink} sink frames"
+                )
             for layer in self.layers:
+                if self.sink_ema is not None:
+                    layer.fold(sink * tokens, first * tokens, self.sink_ema)
                 layer.drop(first * tokens, last * tokens, len(self.frames) * tokens)
             del self.frames[first:last]
         needed = len(self.frames) + len(frames)

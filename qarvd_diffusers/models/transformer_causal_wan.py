@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +28,7 @@ import qarvd_kernels as ops
 
 from .fused_pass import FusedPass, refusal
 from .kv_cache import KVCache, KVLayerCache
+from .single_file import read_single_file
 
 
 class CausalTimesteps(Timesteps):
@@ -54,7 +57,8 @@ class CausalTimesteps(Timesteps):
 class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module.
 
-    With a `cache_start` bound it is a third output. The stock forward hands RoPE through to every block untouched, and of
+    With a `cache_start` bound it is a third output; with `window_frames` bound too, the table of all frames in the window is
+    a fourth and a fifth, and the pass takes the last positions in it. The stock forward hands RoPE through to every block untouched, and of
     all values that reach a block only its arguments may change between passes without recompiling it.
     """
 
@@ -66,9 +70,10 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
             self.register_buffer(name, getattr(stock, name), persistent=False)
         self.frame_offset = 0
         self.cache_start: int | None = None
+        self.window_frames: int | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> tuple:
-        """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`, and the bound `cache_start`.
+        """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`, and what is bound.
 
         Raises:
             ValueError: if a position lies beyond the table.
@@ -83,7 +88,14 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
                     "transformer with a larger rope_max_seq_len in its config"
                 )
         tables = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
-        return tables if self.cache_start is None else (*tables, self.cache_start)
+        if self.cache_start is None or self.window_frames is None:
+            return tables if self.cache_start is None else (*tables, self.cache_start)
+        window = [self.window_frames // self.patch_size[0], *sizes[1:]]
+        return (
+            *tables,
+            self.cache_start,
+            *(self._table(f, [0, 0, 0], window) for f in (self.freqs_cos, self.freqs_sin)),
+        )
 
     def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ; up to twice the table."""
@@ -128,9 +140,11 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         if self.cache is None or attn.add_k_proj is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is None:
-            cos, sin, start = rotary_emb
-            query, key, value = self._project_self(attn, hidden_states, cos, sin)
+            cos, sin, start, *window = rotary_emb
+            query, key, value = self._project_self(attn, hidden_states)
+            query, key = rotate(query, cos, sin), key if window else rotate(key, cos, sin)
             key, value = self.cache.update(key, value, start)
+            key = rotate(key, *window) if window else key
         else:
             query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
             key, value = self.text(attn, encoder_hidden_states)
@@ -149,7 +163,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
 
     @staticmethod
     def _project_self(
-        attn: WanAttention, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        attn: WanAttention, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -157,7 +171,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        return query, key, value
 
     def text(self, attn: WanAttention, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-attention K/V `[B, text_tokens, heads, head_dim]`: the cached ones, or projected and cached now."""
@@ -266,7 +280,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 cache.
         """
         fused = None
-        if kv_cache is not None and encoder_hidden_states_image is None and not attention_kwargs:
+        plain = encoder_hidden_states_image is None and not attention_kwargs
+        if kv_cache is not None and kv_cache.rope_mode == "absolute" and plain:  # kernels store keys after RoPE
             fused = self._fused(timestep, hidden_states)
         timestep = self._expand_timestep(timestep, hidden_states) if fused is None else timestep
         with self._bind(kv_cache, frame_offset, hidden_states):
@@ -288,10 +303,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if not wanted or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         batch, frames = hidden_states.shape[0], hidden_states.shape[2] // self.config.patch_size[0]
-        if timestep.shape not in ((batch,), (batch, frames)) or self.fusion_refusal is not None:
+        if timestep.shape not in ((batch,), (batch, frames)):
             return None
         if self._fused_pass is None or not self._fused_pass.fits(self):
-            self._fused_pass = FusedPass(self)
+            self._fused_pass = None if self.fusion_refusal is not None else FusedPass(self)
         return self._fused_pass
 
     @property
@@ -321,7 +336,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Hand cache and frame offset to the installed parts for the length of one stock forward."""
         sinusoid = self.condition_embedder.timesteps_proj
         processors = [(block.attn1.processor, block.attn2.processor) for block in self.blocks]
-        layers, start, position = [None] * len(processors), None, frame_offset
+        layers, start, position, window = [None] * len(processors), None, frame_offset, None
         if kv_cache is not None:
             self._check_bindable(kv_cache, processors)
             heads = (self.config.num_attention_heads, self.config.attention_head_dim)
@@ -329,16 +344,20 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             tokens = self._tokens_per_frame(hidden_states)
             start = kv_cache.begin_pass(frame_offset, frames, tokens, heads, hidden_states)
             layers = kv_cache.layers
-            position = kv_cache.reindex(frames, self.rope.max_seq_len, self.rope.turn)
+            if kv_cache.rope_mode == "window":
+                window = len(kv_cache.frames)
+                position = window - frames
+            else:
+                position = kv_cache.reindex(frames, self.rope.max_seq_len, self.rope.turn)
         try:
-            self.rope.frame_offset, self.rope.cache_start = position, start
+            self.rope.frame_offset, self.rope.cache_start, self.rope.window_frames = position, start, window
             sinusoid.float64 = kv_cache is not None
             for pair, layer in zip(processors, layers, strict=True):
                 for processor in pair:
                     processor.cache = layer
             yield
         finally:
-            self.rope.frame_offset, self.rope.cache_start = 0, None
+            self.rope.frame_offset, self.rope.cache_start, self.rope.window_frames = 0, None, None
             sinusoid.float64 = False
             for pair in processors:
                 for processor in pair:
@@ -379,6 +398,35 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             "fuse_lora", "keep the adapter unfused, or fuse into the float model and quantize that"
         )
         super().fuse_lora(*args, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path_or_dict: Any, **kwargs: Any
+    ) -> CausalWanTransformer3DModel:
+        """As in diffusers; a file that Q-ARVD wrote tells its config and quantization itself, so that no other is needed.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: file with original key names.
+            **kwargs: those of diffusers, such as `dtype` and, for a file of another origin, `config`.
+
+        Raises:
+            ValueError: the file is truncated, or does not hold exactly the tensors that its header tells.
+        """
+        given = pretrained_model_link_or_path_or_dict
+        local = isinstance(given, str | os.PathLike) and os.path.isfile(given) and str(given).endswith(".safetensors")
+        header = read_single_file(given) if local and not {"config", "quantization_config"} & kwargs.keys() else None
+        source = str(given) if local else given
+        if header is None:
+            return super().from_single_file(source, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+                json.dump({"_class_name": cls.__name__, **header.transformer}, file)
+            kwargs |= {"config": folder, "quantization_config": header.quantization}
+            model = super().from_single_file(source, **kwargs)
+        model.register_to_config(_name_or_path=str(given))
+        if header.quantization is not None:
+            model.register_to_config(quantization_config=header.quantization)
+        return model
 
     def _refuse_if_quantized(self, method: str, remedy: str) -> None:
         if getattr(self, "is_quantized", False):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -21,13 +22,17 @@ from ..models.kv_storage import check_storage
 from ..models.pass_info import PassInfo
 from ..serialization import align_float_tensors
 from .chunk_loop import ChunkLoop
-from .decoding import Decoder
+from .decoding import Decoder, check_decoder
 from .inputs import StreamInputs
 from .quantizable import QuantizableMixin
 from .stream import Stream
 from .stream_run import run_stream
 from .stream_session import StreamSession
 from .stream_state import SavedStream
+from .text_encoder import load_prompt_embeds, offload_text_encoder, text_encoder_at_work
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -50,9 +55,13 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     Attributes:
         kv_cache: storage of keys and values when a call does not say, see `KVCache`; a run-time choice that is not saved.
+        text_encoder_offload: where the text encoder waits, see `offload_text_encoder`.
+        window: latent frames that streams keep, instead of the config's `local_attention_frames`; not saved either.
     """
 
     kv_cache: str = "auto"
+    text_encoder_offload: str = "keep"
+    window: int | None = None
 
     @abstractmethod
     def encode_prompt(
@@ -95,14 +104,15 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     @property
     def causal_fields(self) -> CausalFields:
-        """How the model rolls out."""
-        return CausalFields.from_config(self.config)
+        """How the model rolls out; raises ValueError for a `window` that cannot hold sink and chunk."""
+        fields = CausalFields.from_config(self.config)
+        return fields if self.window is None else dataclasses.replace(fields, local_attention_frames=self.window)
 
     def stream(
         self,
         prompt: str | list[str] | None = None,
         *,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
         num_chunks: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -115,6 +125,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         max_sequence_length: int | None = None,
         kv_cache: str | None = None,
         overlap_decoding: bool = False,
+        decoder: Decoder | Callable[[], Decoder] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         on_pass: Callable[[PassInfo], None] | None = None,
@@ -124,7 +135,7 @@ class ARVDMixin(QuantizableMixin, ABC):
 
         Args:
             prompt: one prompt, or one per sample.
-            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`.
+            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
             num_chunks: chunks to generate; None (and nothing else that tells a length) goes on without end.
             num_frames: length of the whole video in pixel frames instead of `num_chunks`; must give whole chunks.
             height: pixels; None takes the size of `latents` or `initial_latents`, else the pipeline config's.
@@ -142,6 +153,9 @@ class ARVDMixin(QuantizableMixin, ABC):
                 or `"fp8"`; None takes the pipeline's `kv_cache`.
             overlap_decoding: on a CUDA device, decode on a second CUDA stream while the next chunk is denoised. Chunks then
                 come out one chunk later, except the first, and a prompt takes effect one chunk later.
+            decoder: decodes instead of the pipeline's VAE, which need not be there then: an object with `decode(latents)` (see
+                `Decoder`) and the `latents_mean` and `latents_std` it was made for, or a function that makes one for this
+                stream. An object remembers earlier frames of one stream: do not interleave two over it.
             callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every denoising step; `step` counts
                 over all chunks. May return replaced tensors, and may set `pipeline._interrupt = True` to end the stream.
             callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to hand to the callback.
@@ -165,6 +179,8 @@ class ARVDMixin(QuantizableMixin, ABC):
                 f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
             )
         storage = check_storage(kv_cache or self.kv_cache)
+        prompt_embeds = load_prompt_embeds(prompt_embeds)
+        make_decoder = self._decoder_maker(decoder)
         inputs = self.check_stream_inputs(
             prompt=prompt,
             prompt_embeds=prompt_embeds,
@@ -176,12 +192,12 @@ class ARVDMixin(QuantizableMixin, ABC):
             renoise_latents=renoise_latents,
             initial_latents=initial_latents,
             generator=generator,
-            output_type=output_type,
+            output_type=output_type if make_decoder is None else "latent",  # the pipeline's VAE has nothing to do
             **start,
         )
         text = {"prompt": prompt, "prompt_embeds": prompt_embeds, "max_sequence_length": max_sequence_length}
         callback = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        session = StreamSession(inputs, text, output_type, storage, overlap_decoding, callback, on_pass)
+        session = StreamSession(inputs, text, output_type, storage, overlap_decoding, callback, on_pass, make_decoder)
         return Stream(self, session, run_stream(self, session))
 
     def restore_stream(
@@ -189,6 +205,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         path: str | os.PathLike[str],
         *,
         output_type: str | None = None,
+        decoder: Decoder | Callable[[], Decoder] | None = None,
         on_pass: Callable[[PassInfo], None] | None = None,
     ) -> Stream:
         """Go on with a stream that `Stream.save_state` wrote to a file, bit by bit as it would have gone on.
@@ -196,6 +213,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         Args:
             path: the file.
             output_type: see `Frames`; None takes that of the saved stream.
+            decoder: the decoder that the stream was started with, if it was another than the pipeline's.
             on_pass: see `stream`.
 
         Raises:
@@ -203,8 +221,19 @@ class ARVDMixin(QuantizableMixin, ABC):
         """
         saved = SavedStream.load(path)
         saved.check(self)
-        session = saved.session(output_type, on_pass)
+        session = saved.session(output_type, on_pass, self._decoder_maker(decoder))
         return Stream(self, session, run_stream(self, session))
+
+    def _decoder_maker(self, decoder: Decoder | Callable[[], Decoder] | None) -> Callable[[], Decoder] | None:
+        """What makes a stream's decoder, of what the caller gave: an object is taken as it is, from its start."""
+        if decoder is None:
+            return None
+        is_maker = isinstance(decoder, type) or (callable(decoder) and not hasattr(decoder, "decode"))
+        made = decoder() if is_maker else decoder
+        config = getattr(getattr(self, "vae", None), "config", {})
+        channels = self.transformer.config.in_channels
+        check_decoder(made, channels, config.get("latents_mean"), config.get("latents_std"))
+        return lambda: made
 
     def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:
         """A loop at the start of a stream; `text` are the arguments of `encode_prompt` that tell the prompt."""
@@ -222,8 +251,36 @@ class ARVDMixin(QuantizableMixin, ABC):
         )
 
     def embed_prompt(self, **text: Any) -> torch.Tensor:
-        """`encode_prompt` as a stream needs it: on the transformer's device, in its dtype."""
-        return self.encode_prompt(**text, device=self._execution_device, dtype=self.transformer.dtype)
+        """`encode_prompt` as a stream needs it: on the transformer's device, in its dtype, the text encoder offloaded."""
+        text = {**text, "device": self._execution_device, "dtype": self.transformer.dtype}
+        if text.get("prompt_embeds") is not None:
+            return self.encode_prompt(**text)
+        with text_encoder_at_work(self):
+            return self.encode_prompt(**text)
+
+    def offload_text_encoder(self, mode: str, device: torch.device | str | None = None) -> None:
+        """Choose where the text encoder waits between prompts.
+
+        Args:
+            mode: `"keep"` with the other components; `"cpu"` in host memory, as a whole; `"stream"` in host memory, its
+                layers coming one by one while it works; `"free"` nowhere: it is given up after the first prompt.
+            device: where a streamed encoder works; None takes the pipeline's device.
+        """
+        offload_text_encoder(self, mode, device)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `DiffusionPipeline.to`; a text encoder that waits on the CPU stays there."""
+        waiting = getattr(self, "text_encoder", None) if self.text_encoder_offload != "keep" else None
+        if waiting is None:
+            return super().to(*args, **kwargs)
+        self.__dict__["text_encoder"] = None  # not by assignment, which would take it out of the config
+        try:
+            super().to(*args, **kwargs)
+        finally:
+            self.__dict__["text_encoder"] = waiting
+        if (dtype := torch._C._nn._parse_to(*args, **kwargs)[1]) is not None:
+            waiting.to(dtype=dtype)
+        return self
 
     def check_prompt(
         self, prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None, batch: int | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
@@ -14,6 +15,7 @@ from diffusers.utils import is_ftfy_available, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ..config import QARVDConfig
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
@@ -21,8 +23,16 @@ from ..schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
 from .arvd_mixin import ARVDMixin
 from .inputs import StreamInputs, resolve_num_chunks
 from .lora import LoraMixin
+from .memory import apply_choice, choose
+from .model_shapes import ModelShapes
 from .output import ARVDPipelineOutput, concatenate
+from .quantization import split_config
+from .single_file import SingleFileMixin
 from .streaming_vae import StreamingVAEDecoder
+from .video_start import Picture, encode_pixels, fit_length, start_pixels
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -53,7 +63,7 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
+class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Autoregressive video generation with a causal Wan transformer (Self-Forcing and its family).
 
     One class serves the family: members differ in the config fields of `CausalFields`. A stock `WanTransformer3DModel` is
@@ -68,16 +78,21 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         scheduler: None or any stock scheduler (both give way to one built from the fields), or a `FewStepRenoiseScheduler`
             that agrees with the fields.
         num_frames_per_chunk, denoising_timesteps, first_chunk_timesteps, warp_timesteps, timestep_shift, context_noise,
-            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink: see `CausalFields`.
+            local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink, rope_mode,
+            sink_ema: see `CausalFields`.
         height: pixels of a frame when a call does not say.
         width: see `height`.
         max_sequence_length: text tokens when a call does not say.
         fps: frames per second the model was trained at; for writing files.
+
+    Attributes:
+        vae_frames_at_once: see `StreamingVAEDecoder`; 1 takes least memory.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012 - names are diffusers'
     _optional_components = ["scheduler", "tokenizer", "text_encoder", "vae"]  # noqa: RUF012
+    vae_frames_at_once: int | None = None
 
     def __init__(
         self,
@@ -97,6 +112,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         independent_first_frame: bool = False,
         on_prompt_switch: str = "keep",
         global_sink: bool = True,
+        rope_mode: str = "absolute",
+        sink_ema: float | None = None,
         height: int = 480,
         width: int = 832,
         max_sequence_length: int = 512,
@@ -115,6 +132,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
             independent_first_frame=independent_first_frame,
             on_prompt_switch=on_prompt_switch,
             global_sink=global_sink,
+            rope_mode=rope_mode,
+            sink_ema=sink_ema,
         )
         self.register_modules(
             tokenizer=tokenizer,
@@ -130,6 +149,38 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         self.vae_scale_factor_temporal = getattr(vae_config, "scale_factor_temporal", 4)
         self.vae_scale_factor_spatial = getattr(vae_config, "scale_factor_spatial", 8)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, memory: str | None = None, **kwargs: Any
+    ) -> Self:
+        """Load a pipeline, see `QuantizableMixin.from_pretrained`, so that its streams fit into a GPU's memory.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id, float or quantized.
+            memory: `"8GB"`, `"12GB"`, `"16GB"` or any other size: the K/V cache's bits, where the text encoder waits, the
+                window and, of a float model without `quantization_config`, the data-free scheme are chosen to fit (see
+                `memory.choose`), and the pipeline is put onto the GPU if there is one. `"max"` only does the last.
+            **kwargs: those of `QuantizableMixin.from_pretrained`; `height` and `width` plan for another picture size.
+
+        Raises:
+            ValueError: before anything is loaded, if nothing fits.
+        """
+        if memory is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        given, _ = split_config(kwargs.get("quantization_config"))
+        size = {name: kwargs.pop(name) for name in ("height", "width") if name in kwargs}
+        on_gpu = torch.cuda.is_available()
+        dtype = kwargs.setdefault("dtype", torch.bfloat16 if on_gpu else torch.float32)
+        shapes = ModelShapes.read(
+            pretrained_model_name_or_path, **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs}
+        )
+        plan = choose(shapes, memory, scheme=given and given.scheme, dtype=dtype, **size)
+        if plan.choice.scheme and given is None:
+            kwargs["quantization_config"] = QARVDConfig(plan.choice.scheme)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        apply_choice(pipe, plan.choice)
+        return pipe
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Covers the constructor, every loader, and `pipe.transformer = model`.
@@ -178,7 +229,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         """See `ARVDMixin.check_prompt`."""
         got = super().check_prompt(prompt, prompt_embeds, batch)
         if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
-            raise ValueError("the pipeline has no text encoder or tokenizer: pass prompt_embeds")
+            gone = " any more (text_encoder_offload is 'free')" if self.text_encoder_offload == "free" else ""
+            raise ValueError(f"the pipeline has no text encoder or tokenizer{gone}: pass prompt_embeds")
         expected = self.transformer.config.text_dim
         if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != expected):
             raise ValueError(f"prompt_embeds has shape {list(prompt_embeds.shape)}, expected [B, tokens, {expected}]")
@@ -192,14 +244,20 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         height: int | None,
         width: int | None,
         output_type: str,
+        image: Picture | None = None,
+        video: Any = None,
         **rollout: Any,
     ) -> StreamInputs:
-        """See `ARVDMixin.check_stream_inputs`."""
+        """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
         batch = self.check_prompt(prompt, prompt_embeds)
         if output_type != "latent" and self.vae is None:
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
             self.make_decoder()  # raises where streaming decode cannot work
+        if image is not None or video is not None:
+            if rollout["initial_latents"] is not None:
+                raise ValueError("give either initial_latents or an image or video as a start, got both")
+            rollout["initial_latents"] = self.encode_start(image, video, height, width, batch)
         start = rollout["latents"] if rollout["latents"] is not None else rollout["initial_latents"]
         shape = (batch, self.transformer.config.in_channels, *self._latent_size(height, width, start))
         initial = rollout["initial_latents"]
@@ -213,6 +271,38 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
             temporal_scale=self.vae_scale_factor_temporal,
         )
         return StreamInputs(self.causal_fields, shape, num_chunks, **rollout)
+
+    def encode_start(
+        self,
+        image: Picture | None = None,
+        video: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+    ) -> torch.Tensor:
+        """Initial latents `[B, C, F, h, w]` of a picture or a clip.
+
+        Args:
+            image: a picture. Where the model has no single first frame, it stands still for one chunk.
+            video: a clip; as much of its end is taken as makes whole chunks.
+            height: pixels; pictures are resized to it. None takes the pipeline config's.
+            width: see `height`.
+            batch: samples; one start serves all.
+
+        Raises:
+            ValueError: if there is no VAE, the clip is too short, or starts and samples differ in number.
+        """
+        if self.vae is None:
+            raise ValueError("the pipeline has no vae to encode a start with: pass initial_latents")
+        scale = self.vae_scale_factor_spatial
+        size = [scale * pixels for pixels in self._latent_size(height, width, None)]
+        pixels = start_pixels(image, video, self.video_processor, tuple(size))
+        if len(pixels) not in (1, batch):
+            raise ValueError(f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample")
+        pixels = fit_length(pixels, self.causal_fields, self.vae_scale_factor_temporal)
+        self.align_modules()
+        latents = encode_pixels(self.vae, pixels, self._execution_device)
+        return latents.expand(batch, -1, -1, -1, -1)
 
     def _latent_size(self, height: int | None, width: int | None, given: torch.Tensor | None) -> tuple[int, int]:
         """Latent height and width, from pixels, from given latents, or from the config."""
@@ -254,17 +344,13 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
 
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
         """See `ARVDMixin.make_cache`."""
-        return KVCache(
-            self.transformer.config.num_layers,
-            self.config.local_attention_frames,
-            self.config.sink_frames,
-            num_frames,
-            storage,
-        )
+        fields, layers = self.causal_fields, self.transformer.config.num_layers
+        window = (fields.local_attention_frames, fields.sink_frames)
+        return KVCache(layers, *window, num_frames, storage, fields.rope_mode, fields.sink_ema)
 
     def make_decoder(self) -> StreamingVAEDecoder:
         """See `ARVDMixin.make_decoder`."""
-        return StreamingVAEDecoder(self.vae)
+        return StreamingVAEDecoder(self.vae, self.vae_frames_at_once)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -272,7 +358,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
         num_chunks: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -284,14 +370,16 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
         output_type: str = "np",
         max_sequence_length: int | None = None,
         kv_cache: str | None = None,
+        overlap_decoding: bool = True,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **start: Any,
     ) -> ARVDPipelineOutput | tuple:
         """Generate a whole video: `stream`, joined.
 
-        Args are those of `stream`; without anything that tells a length, 7 chunks are generated. `initial_latents` are part
-        of the result.
+        Args are those of `stream`, `image` and `video` (see `encode_start`) included; without anything that tells a length,
+        7 chunks are generated. What the video starts with is part of the result.
 
         Examples:
 
@@ -314,8 +402,10 @@ class ARVDPipeline(ARVDMixin, LoraMixin, DiffusionPipeline):
             output_type=output_type,
             max_sequence_length=max_sequence_length,
             kv_cache=kv_cache,
+            overlap_decoding=overlap_decoding,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            **start,
         )
         frames = concatenate([chunk.frames for chunk in chunks], output_type)
         return ARVDPipelineOutput(frames=frames) if return_dict else (frames,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from ..calibration.calibrate import Progress
 from ..calibration.result import CalibrationResult
 from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
-from ..model_card import model_card
+from ..model_card import CARD_FILE, is_non_commercial, model_card, stated_licence
 from ..serialization import atomic_directory, atomic_file, stored_bytes
 from .quantization import (
     calibrate_pipeline,
@@ -30,6 +31,8 @@ from .sensitivity import measure_sensitivity
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
 
 REPORT_FILE = "fidelity.json"
 
@@ -196,8 +199,9 @@ class QuantizableMixin:
         _forget_local_paths(folder)
         config = self.quantization
         if config is None:
+            _copy_card(self.source, folder)
             return
-        if config.text_encoder == "int8":
+        if config.text_encoder == "int8" and self.text_encoder is not None:
             _copy_float_files(self.text_encoder.name_or_path, folder / "text_encoder")
         self.write_card(folder, report or self._stored_report(), repo_id)
 
@@ -214,9 +218,9 @@ class QuantizableMixin:
         config = self.quantization
         if config is None:
             raise ValueError("write_card describes a quantized pipeline, this one is float")
-        licence = _licence(config.base_model if repo_id else self.source)
+        licence = _licence(self.source, config.base_model if repo_id else None)
         card = model_card(config, stored_bytes(self.transformer), report, config.base_model, licence, repo_id)
-        texts = {"README.md": str(card)}
+        texts = {CARD_FILE: str(card)}
         if report is not None:
             texts[REPORT_FILE] = json.dumps(report, indent=2)
         for name, text in texts.items():
@@ -237,6 +241,7 @@ class QuantizableMixin:
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
+        _flag_licence(folder, repo_id)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(
@@ -256,6 +261,13 @@ def _forget_local_paths(folder: Path) -> None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _copy_card(source: str | None, target: Path) -> None:
+    """A float model keeps the card of the folder it came from, and its licence with it."""
+    card = Path(source or "") / CARD_FILE
+    if source and card.is_file():
+        shutil.copyfile(card, target / CARD_FILE)
+
+
 def _copy_float_files(source: str, target: Path) -> None:
     """Store an int8 text encoder as the float files it was quantized from: stock classes load those, and bits agree."""
     if not Path(source).is_dir():
@@ -267,12 +279,33 @@ def _copy_float_files(source: str, target: Path) -> None:
     shutil.copytree(source, target)
 
 
-def _licence(model: str | None) -> str | None:
-    """Licence stated by the card of a folder or Hub model; None where there is no card or no network."""
-    if not model or (Path(model).is_dir() and not (Path(model) / "README.md").is_file()):
-        return None
-    try:
-        card = ModelCard.load(Path(model) / "README.md" if Path(model).is_dir() else model)
-    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        return None
-    return card.data.license
+def _licence(*models: str | None) -> str | None:
+    """Licence stated by the first of several folders, files or Hub models that states one; None without card or network."""
+    for model in filter(None, models):
+        path = Path(model)
+        if path.exists():
+            licence = stated_licence(path.parent if path.is_file() else path)
+        else:
+            try:
+                licence = ModelCard.load(model).data.license
+            except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+                licence = None
+        if licence is not None:
+            return licence
+    return None
+
+
+def _flag_licence(folder: Path, repo_id: str) -> None:
+    """Say before an upload what its licence is not, or forbids."""
+    licence = _licence(str(folder))
+    if licence is None:
+        logger.warning(
+            "No licence is known of what is uploaded to %s: state it in README.md. Weights inherit the base model's.",
+            repo_id,
+        )
+    elif is_non_commercial(licence):
+        logger.warning(
+            "What is uploaded to %s is licensed %s: non-commercial. Quantized weights inherit that; the model card says so.",
+            repo_id,
+            licence,
+        )

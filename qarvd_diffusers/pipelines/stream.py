@@ -13,6 +13,7 @@ from ..models.causal_fields import PROMPT_SWITCHES
 from .output import Chunk
 from .stream_session import StreamSession
 from .stream_state import save_state
+from .text_encoder import load_prompt_embeds
 
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
@@ -77,14 +78,14 @@ class Stream(Iterator[Chunk]):
         self,
         prompt: str | list[str] | None = None,
         *,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
         on_prompt_switch: str | None = None,
     ) -> None:
         """Go on with another prompt from the next chunk on; checked at once.
 
         Args:
             prompt: one prompt, or one per sample, as many as the stream was started with.
-            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`.
+            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
             on_prompt_switch: what becomes of the cached frames, one of `PROMPT_SWITCHES`; None takes the pipeline config's.
 
         Raises:
@@ -94,6 +95,7 @@ class Stream(Iterator[Chunk]):
         how = on_prompt_switch or session.inputs.fields.on_prompt_switch
         if how not in PROMPT_SWITCHES:
             raise ValueError(f"on_prompt_switch is {how!r}, expected one of {', '.join(PROMPT_SWITCHES)}")
+        prompt_embeds = load_prompt_embeds(prompt_embeds)
         self._pipe.check_prompt(prompt, prompt_embeds, session.inputs.shape[0])
         if session.closing or self._ended:
             raise ValueError("the stream has ended: a new prompt would never be seen")

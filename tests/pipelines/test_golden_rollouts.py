@@ -21,8 +21,8 @@ FOUR_STEPS = (1000, 750, 500, 250)
 class RecordingPipeline(ARVDPipeline):
     """Keeps every flow, its input, and the cache."""
 
-    def make_cache(self, num_frames):
-        self.cache = super().make_cache(num_frames)
+    def make_cache(self, *args, **kwargs):
+        self.cache = super().make_cache(*args, **kwargs)
         return self.cache
 
     def run_pass(self, latents, *args, **kwargs):
@@ -44,11 +44,15 @@ def rollout(golden, fields, inputs, *, noise, renoise, initial=None):
         output_type="latent",
         on_pass=infos.append,
     )
-    latents = torch.cat([chunk.latents for chunk in stream], dim=2)
+    pieces = []
+    for chunk in stream:
+        pieces.append(chunk.latents)
+        cache = pipe.cache.clone()  # a stream that ends empties its own
+    latents = torch.cat(pieces, dim=2)
     by_role: dict = {}
     for info, recorded in zip(infos, pipe.passes, strict=True):
         by_role.setdefault((info.chunk, info.role, info.step), []).append(recorded)
-    return latents, by_role, pipe.cache
+    return latents, by_role, cache
 
 
 def rolled(renoise, batch):

@@ -34,7 +34,9 @@ def _fa3(query: Tensor, key: Tensor, value: Tensor, scales: tuple[Tensor, Tensor
     """FlashAttention-3 forward; `scales` are the per-head factors `[H]` of 8-bit q, k and v."""
     names = ("q_descale", "k_descale", "v_descale")
     descale = dict(zip(names, (scale[None].expand(query.shape[0], -1) for scale in scales or ()), strict=False))
-    return torch.ops.fa3_fwd.fwd(query, key, value, softmax_scale=query.shape[-1] ** -0.5, num_splits=1, **descale)[0]
+    splits = 0 if scales else 1  # 0: its own choice, which gains 2 to 4 % in 8 bits
+    scale = query.shape[-1] ** -0.5
+    return torch.ops.fa3_fwd.fwd(query, key, value, softmax_scale=scale, num_splits=splits, **descale)[0]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .dispatch import Dispatched
 
@@ -41,7 +42,10 @@ def operator(arguments: str, returns: str) -> Callable[[Function], Function]:
 
         @wraps(shape_function)
         def call(*args, **kwargs):
-            return overload(*args, **kwargs)
+            # Torch's dispatcher is for what traces or differentiates; without either it only costs as much as a launch.
+            if kwargs or type(args[0]) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return overload(*args, **kwargs)
+            return dispatched.run(*args)
 
         call.overload = overload
         return call
