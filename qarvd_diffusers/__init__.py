@@ -31,7 +31,9 @@ _PUBLIC = {
     "quantized_linears": "serialization",
     "stored_bytes": "serialization",
     "to_original_keys": "conversion",
+    "save_prompt_embeds": "pipelines.text_encoder",
     "SensitivityResult": "calibration.sensitivity",
+    "Stream": "pipelines.stream",
 }
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from .pipelines.arvd_mixin import ARVDMixin
     from .pipelines.pipeline_arvd import ARVDPipeline
     from .pipelines.sensitivity import measure_sensitivity
+    from .pipelines.stream import Stream
+    from .pipelines.text_encoder import save_prompt_embeds
     from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
     from .serialization import quantized_linears, stored_bytes
 
@@ -59,6 +63,7 @@ __all__ = [
     "QARVDConfig",
     "QARVDLinear",
     "SensitivityResult",
+    "Stream",
     "bundled_model_path",
     "calibrate",
     "convert_checkpoint",
@@ -66,6 +71,7 @@ __all__ = [
     "export_int8_tensorwise",
     "measure_sensitivity",
     "quantized_linears",
+    "save_prompt_embeds",
     "save_single_file",
     "stored_bytes",
     "to_original_keys",
