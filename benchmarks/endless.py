@@ -2,8 +2,9 @@
 
     python benchmarks/endless.py --prompts 3 --chunks 120 --storages auto int8
 
-Memory is what the process occupies (Linux, free pages given back first) or what is allocated on the GPU. Memory and time
-are medians over the chunks 20-40 and over the last 20. Adherence is judged on the three chunks that end at each tenth chunk.
+Memory is what the process occupies (Linux, free pages given back first) or what is allocated on the GPU; time is CPU time,
+which other work on the machine does not change, or wall time on a GPU. Both are medians over the chunks 20-40 and over the
+last 20. Adherence is judged on the three chunks that end at each tenth chunk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import gc
 import json
 import statistics
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,15 @@ def occupied_bytes(device: torch.device) -> int:
     return pages * 4096
 
 
+def line(row: dict) -> str:
+    growth = row["bytes_last"] / row["bytes_then"] - 1
+    wrong = ", ".join(str(mark) for mark, fine in row["right"].items() if not fine)
+    return (
+        f"| {row['storage']} | {row['prompt']} | {row['bytes_then'] / 1e6:.1f} | {row['bytes_last'] / 1e6:.1f} | "
+        f"{growth:+.2%} | {row['seconds_then']:.3f} | {row['seconds_last']:.3f} | {wrong or 'never'} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=3)
@@ -49,18 +60,22 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     marks = range(10, args.chunks + 1, 10)
     rows = []
+    print("| storage | prompt | MB, chunks 20-40 | last 20 | growth | s/chunk 20-40 | last 20 | judged wrong at |")
+    print("|---|---|---|---|---|---|---|---|")
     with tqdm(total=len(args.storages) * args.prompts * args.chunks, unit="chunk") as bar:
         for storage in args.storages:
             for seed, prompt in enumerate(held_out_prompts(args.prompts)):
-                seconds, memory, recent, right = [], [], [], {}
+                seconds, memory, recent, right, clock = [], [], [], {}, time.process_time
+                start = clock()
                 generator = torch.Generator().manual_seed(seed)
                 for chunk in pipe.stream(prompt, num_chunks=args.chunks, generator=generator, kv_cache=storage):
                     bar.update()
-                    seconds.append(chunk.seconds)
+                    seconds.append(chunk.seconds if pipe.device.type == "cuda" else clock() - start)
                     recent = [*recent[-2:], to_uint8(chunk.frames[0])]
                     if chunk.index + 1 in marks:
                         right[chunk.index + 1] = adherence(np.concatenate(recent), prompt).correct
                     memory.append(occupied_bytes(pipe.device))
+                    start = clock()
                 rows.append(
                     {
                         "storage": storage,
@@ -72,15 +87,7 @@ def main() -> None:
                         "right": right,
                     }
                 )
-    print("| storage | prompt | MB, chunks 20-40 | last 20 | growth | s/chunk 20-40 | last 20 | judged right |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        growth = row["bytes_last"] / row["bytes_then"] - 1
-        good = f"{sum(row['right'].values())} of {len(row['right'])}"
-        print(
-            f"| {row['storage']} | {row['prompt']} | {row['bytes_then'] / 1e6:.1f} | {row['bytes_last'] / 1e6:.1f} | "
-            f"{growth:+.2%} | {row['seconds_then']:.3f} | {row['seconds_last']:.3f} | {good} |"
-        )
+                print(line(rows[-1]), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=2), encoding="utf-8")
 

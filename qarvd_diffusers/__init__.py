@@ -32,7 +32,9 @@ _PUBLIC = {
     "quantized_linears": "serialization",
     "stored_bytes": "serialization",
     "to_original_keys": "conversion",
+    "save_prompt_embeds": "pipelines.text_encoder",
     "SensitivityResult": "calibration.sensitivity",
+    "Stream": "pipelines.stream",
 }
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from .pipelines.arvd_mixin import ARVDMixin
     from .pipelines.pipeline_arvd import ARVDPipeline
     from .pipelines.sensitivity import measure_sensitivity
+    from .pipelines.stream import Stream
+    from .pipelines.text_encoder import save_prompt_embeds
     from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
     from .serialization import quantized_linears, stored_bytes
 
@@ -66,6 +70,7 @@ __all__ = [
     "QARVDConfig",
     "QARVDLinear",
     "SensitivityResult",
+    "Stream",
     "bundled_model_path",
     "calibrate",
     "convert_checkpoint",
@@ -74,6 +79,7 @@ __all__ = [
     "measure_sensitivity",
     "quantize_folder",
     "quantized_linears",
+    "save_prompt_embeds",
     "save_single_file",
     "stored_bytes",
     "to_original_keys",

@@ -11,7 +11,11 @@ from .common import add_device_arguments, load_pipeline
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder or Hub id; `bundled` names the model that ships with the package")
-    parser.add_argument("--prompt", required=True)
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt")
+    text.add_argument(
+        "--prompt-embeds", metavar="FILE", help="safetensors file of save_prompt_embeds: no text encoder works"
+    )
     parser.add_argument("--out", required=True, help="mp4 file to write")
     parser.add_argument(
         "--chunks", type=int, default=7, help="chunks to generate; 0 goes on until Ctrl-C (default: 7)"
@@ -19,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
+    parser.add_argument("--image", metavar="FILE", help="picture that the video starts with")
+    parser.add_argument(
+        "--kv-cache", choices=("auto", "bf16", "int8", "fp8"), help="dtype of the cached keys and values"
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="fit into this much GPU memory, such as 8GB; see `qarvd plan`"
+    )
     parser.add_argument("--fps", type=int, help="frames per second of the file (default: the model's, else 16)")
     add_device_arguments(parser)
 
@@ -26,19 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import imageio.v2 as imageio
     import torch
+    from PIL import Image
 
     from ..evaluation.fidelity import to_uint8
     from ..serialization import atomic_file
 
-    pipe = load_pipeline(args.model, args)
+    size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
+    pipe = load_pipeline(args.model, args, **({"memory": args.memory, **size} if args.memory else {}))
+    start = {"image": Image.open(args.image).convert("RGB")} if args.image else {}
     fps = args.fps or pipe.config.get("fps") or 16
     stream = pipe.stream(
         args.prompt,
+        prompt_embeds=args.prompt_embeds,
         num_chunks=args.chunks or None,
         height=args.height,
         width=args.width,
+        kv_cache=args.kv_cache,
         generator=torch.Generator("cpu").manual_seed(args.seed),
         output_type="np",
+        **start,
     )
     frames, seconds = 0, []
     with (
