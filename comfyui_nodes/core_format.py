@@ -12,8 +12,12 @@ from safetensors.torch import save_file
 
 from .library import library
 
-# How ComfyUI tells a causal Wan model from an ordinary one.
-METADATA = {"config": json.dumps({"transformer": {"causal_ar": True}}), "format": "pt"}
+
+def metadata(pipe: Any) -> dict[str, str]:
+    """How ComfyUI tells a causal Wan model from an ordinary one, and what tensor shapes do not tell it."""
+    config = pipe.transformer.config
+    values = {"causal_ar": True, "num_heads": config.num_attention_heads, "text_dim": config.text_dim}
+    return {"config": json.dumps({"transformer": values}), "format": "pt"}
 
 
 def export_int8(pipe: Any, path: Path) -> list[str]:
@@ -47,7 +51,9 @@ def export_int8(pipe: Any, path: Path) -> list[str]:
         original[f"{module}.comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with library("serialization").atomic_file(path) as temporary:
-        save_file({key: tensor.contiguous().cpu() for key, tensor in original.items()}, temporary, metadata=METADATA)
+        save_file(
+            {key: tensor.contiguous().cpu() for key, tensor in original.items()}, temporary, metadata=metadata(pipe)
+        )
     config = pipe.quantization
     losses = [
         "lost: the rounding of the outlier channels' own scale" if exact < len(layers) else "weights: exact",

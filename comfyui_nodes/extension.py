@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folders
 from .nodes.compare import QARVDCompare, QARVDInfo
+from .nodes.core import QARVDDecode, QARVDToModel
 from .nodes.load import QARVDLoadPipeline, QARVDLoadQuantized
 from .nodes.quantize import QARVDCalibrationPrompts, QARVDQuantize, QARVDSaveQuantized
 from .nodes.stream import QARVDStreamGenerate
@@ -19,6 +20,8 @@ NODES = [
     QARVDSaveQuantized,
     QARVDEncodePrompt,
     QARVDStreamGenerate,
+    QARVDDecode,
+    QARVDToModel,
     QARVDCompare,
     QARVDInfo,
 ]

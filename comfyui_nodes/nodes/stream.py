@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..compat import NodeError, schema, stop_if_interrupted, widget, work
 from ..handles import PipelineHandle, PipelineType, StateType, StreamState
-from ..latents import denormalize, encode_start, normalize
+from ..latents import denormalize, normalize
 from ..preview import ChunkFeed, LatentPreview, picture, video
 
 PREVIEWS = ["video", "frames", "off"]
@@ -117,6 +117,15 @@ class QARVDStreamGenerate(io.ComfyNode):
                     advanced=True,
                     tooltip="First latent frames that are never forgotten; -1 takes the model's.",
                 ),
+                widget(
+                    io.Combo,
+                    "kv_cache",
+                    options=["auto", "bf16", "int8", "fp8"],
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="How keys and values of earlier frames are kept: as computed, or in 8 bits for half the memory.",
+                ),
                 io.Image.Input(
                     "start_image",
                     optional=True,
@@ -153,6 +162,7 @@ class QARVDStreamGenerate(io.ComfyNode):
         timesteps: str = "",
         kv_window: int = 0,
         sink: int = -1,
+        kv_cache: str = "auto",
         **start: Any,
     ) -> io.NodeOutput:
         if preview not in PREVIEWS:
@@ -165,22 +175,26 @@ class QARVDStreamGenerate(io.ComfyNode):
         fps = fps or float(pipe.config.fps)
         frames = pipe.causal_fields.num_frames_per_chunk * (num_chunks + 1)
         pipeline.load("transformer", "vae", memory=_working_bytes(pipe, size, frames))
-        initial = _start(pipeline, size, **start)
+        beginning = _start(pipeline, size, **start)
         generator = torch.Generator("cpu").manual_seed(seed % 2**63)
         if start.get("state") is not None:
             generator.set_state(start["state"].generator)
         watch = _Watch(cls.hidden.unique_id, pipe, num_chunks, fps, preview)
-        stream = pipe.stream(
-            prompt_embeds=embeds,
-            num_chunks=num_chunks,
-            height=None if initial is not None else size[1],
-            width=None if initial is not None else size[0],
-            initial_latents=initial,
-            generator=generator,
-            output_type="pt",
-            on_pass=watch.on_pass,
-            callback_on_step_end=watch.on_step,
-        )
+        try:
+            stream = pipe.stream(
+                prompt_embeds=embeds,
+                num_chunks=num_chunks,
+                width=size[0],
+                height=size[1],
+                generator=generator,
+                output_type="pt",
+                kv_cache=kv_cache,
+                on_pass=watch.on_pass,
+                callback_on_step_end=watch.on_step,
+                **beginning,
+            )
+        except ValueError as error:
+            raise NodeError(f"{error}.", "Change what starts the video, or the node's settings.") from error
         images, latents = watch.collect(stream, skip_start=start.get("state") is not None)
         everything = latents if start.get("state") is None else torch.cat([start["state"].latents, latents], dim=2)
         state = StreamState(pipeline.name, everything, generator.get_state())
@@ -311,20 +325,18 @@ def _check_size(pipeline: PipelineHandle, width: int, height: int) -> tuple[int,
     return size
 
 
-def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> torch.Tensor | None:
-    """Normalized latents the video starts with, `[1, C, F, H, W]`, or None."""
+def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> dict[str, torch.Tensor]:
+    """What the video starts with, as an argument of `stream`."""
     named = [name for name, value in given.items() if value is not None]
     if not named:
-        return None
+        return {}
     if len(named) > 1:
         raise NodeError(f"{' and '.join(named)} are both connected.", "Connect one of them: a video has one start.")
     value, pipe = given[named[0]], pipeline.pipe
-    if named[0] == "state":
-        latents = value.latents
-    elif named[0] == "start_image":
-        latents = encode_start(pipe, value, size, pipeline.device)
-    else:
-        latents = normalize(pipe.vae, value["samples"].float())
+    if named[0] == "start_image":
+        pictures = value[..., :3].permute(0, 3, 1, 2)
+        return {"image": pictures[0]} if len(pictures) == 1 else {"video": pictures}
+    latents = value.latents if named[0] == "state" else normalize(pipe.vae, value["samples"].float())
     try:
         pipe.causal_fields.context_pieces(latents.shape[2])
     except ValueError as error:
@@ -339,7 +351,7 @@ def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> tor
             f"{named[0]} is {got[1]} x {got[0]} pixels, the video {size[0]} x {size[1]}.",
             f"Set width to {got[1]} and height to {got[0]}.",
         )
-    return latents
+    return {"initial_latents": latents}
 
 
 def _working_bytes(pipe: Any, size: tuple[int, int], frames: int) -> int:

@@ -1,8 +1,10 @@
 // Shows the chunks of Q-ARVD Stream Generate as they arrive: each one plays at once, then all of them in order, in a loop.
+// Nodes that report in words show their text.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const NODE = "QARVDStreamGenerate";
+const TEXT_NODES = ["QARVDInfo", "QARVDCompare", "QARVDSaveQuantized"];
 const players = new WeakMap();
 
 // A node inside subgraphs has an id such as "29:12": one part per level.
@@ -88,9 +90,23 @@ function playerOf(node) {
   return players.get(node);
 }
 
+function showText(node) {
+  const box = document.createElement("pre");
+  box.className = "qarvd-text";
+  box.style.cssText =
+    "margin:0;padding:6px;width:100%;height:100%;min-height:80px;box-sizing:border-box;overflow:auto;background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px";
+  node.addDOMWidget("qarvd_text", "text", box, { serialize: false, hideOnZoom: false, getMinHeight: () => 80 }).serialize = false;
+  const onExecuted = node.onExecuted;
+  node.onExecuted = function (output) {
+    onExecuted?.apply(this, arguments);
+    if (output?.text) box.textContent = [].concat(output.text).join("\n");
+  };
+}
+
 app.registerExtension({
   name: "qarvd.stream",
   nodeCreated(node) {
+    if (TEXT_NODES.includes(node.comfyClass)) showText(node);
     if (node.comfyClass !== NODE) return;
     playerOf(node);
     const onExecuted = node.onExecuted;

@@ -99,11 +99,11 @@ class Run:
 class Server:
     """Start with `start`, end with `stop`; all state is below `base`."""
 
-    def __init__(self, tree: Path, base: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, tree: Path, base: Path, environment: dict[str, str] | None = None, pack: Path = PACK) -> None:
         self.tree, self.base, self.version = tree, base, version(tree)
         for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "qarvd").symlink_to(PACK, target_is_directory=True)
+        (base / "custom_nodes" / "qarvd").symlink_to(pack, target_is_directory=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -145,6 +145,11 @@ class Server:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+    def failed_imports(self) -> list[str]:
+        """Log lines about custom nodes that could not be imported (some of ComfyUI's own extras may be)."""
+        folder = str(self.base / "custom_nodes")
+        return [line for line in self.log.read_text().splitlines() if "IMPORT FAILED" in line and folder in line]
 
     @property
     def resident_bytes(self) -> int:

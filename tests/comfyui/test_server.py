@@ -25,6 +25,8 @@ NODES = {
     "QARVDStreamGenerate",
     "QARVDCompare",
     "QARVDInfo",
+    "QARVDToModel",
+    "QARVDDecode",
 }
 
 
