@@ -99,9 +99,7 @@ class Run:
 class Server:
     """Start with `start`, end with `stop`; all state is below `base`."""
 
-    def __init__(
-        self, tree: Path, base: Path, environment: dict[str, str] | None = None, pack: Path = PACK
-    ) -> None:
+    def __init__(self, tree: Path, base: Path, environment: dict[str, str] | None = None, pack: Path = PACK) -> None:
         self.tree, self.base, self.version = tree, base, version(tree)
         for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
