@@ -122,6 +122,20 @@ def quanto(pipe: ARVDPipeline, scheme: str, seed: int, weights: str) -> None:
     freeze(pipe.transformer)
 
 
+def torchao(pipe: ARVDPipeline, scheme: str, seed: int, kind: str) -> None:
+    """The same layers by torchao: int8 weights with int8 activations per token, or int4 weights in groups of 64."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    int8 = Int8DynamicActivationInt8WeightConfig() if kind == "int8 dynamic" else None
+    names = set(quantizable_linears(pipe.transformer, QARVDConfig(scheme)))
+    quantize_(
+        pipe.transformer,
+        int8 or IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
+        filter_fn=lambda module, name: name in names,
+    )
+
+
 PLAIN = {"outlier_detector": "none", "chunk_weights": "uniform"}
 RECIPES: dict[str, Callable[[ARVDPipeline, str, int], None]] = {
     "round to nearest": lambda *a: qarvd(*a, rounding="nearest", **PLAIN),
@@ -129,6 +143,8 @@ RECIPES: dict[str, Callable[[ARVDPipeline, str, int], None]] = {
     "SmoothQuant, round to nearest": smooth_quant,
     "optimum-quanto qint8, weights only": lambda *a: quanto(*a, "qint8"),
     "optimum-quanto qint4, weights only": lambda *a: quanto(*a, "qint4"),
+    "torchao int8 weights, int8 dynamic activations": lambda *a: torchao(*a, "int8 dynamic"),
+    "torchao int4, weights only": lambda *a: torchao(*a, "int4"),
     "reference (AdaRound)": lambda *a: qarvd(*a, reference_compat=True, outlier_alignment=32),
     "AdaRound, dual scale and chunk weights": lambda *a: qarvd(*a, rounding="adaround"),
     "closed form": lambda *a: qarvd(*a, rounding="gptq", **PLAIN),
@@ -137,6 +153,12 @@ RECIPES: dict[str, Callable[[ARVDPipeline, str, int], None]] = {
     "closed form, both": lambda *a: qarvd(*a, rounding="gptq"),
     "closed form, both, alignment 128": lambda *a: qarvd(*a, rounding="gptq", outlier_alignment=128),
     "closed form, both, quantized inputs": lambda *a: qarvd(*a, rounding="gptq", rounding_inputs="quantized"),
+    "split by inputs": lambda *a: qarvd(*a, outlier_detector="input"),
+    "split by weights": lambda *a: qarvd(*a, outlier_detector="mad_zscore"),
+    "split by weights, clipped inputs": lambda *a: qarvd(
+        *a, outlier_detector="mad_zscore", input_percentiles=(0.999, 0.9999, 0.99999)
+    ),
+    "default, alignment 128": lambda *a: qarvd(*a, outlier_alignment=128),
     "default": lambda *a: qarvd(*a),
 }
 

@@ -27,6 +27,7 @@ _PUBLIC = {
     "evaluate": "evaluation.fidelity",
     "export_int8_tensorwise": "conversion",
     "measure_sensitivity": "pipelines.sensitivity",
+    "quantize_folder": "conversion",
     "save_single_file": "conversion",
     "quantized_linears": "serialization",
     "stored_bytes": "serialization",
@@ -39,7 +40,13 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.sensitivity import SensitivityResult
     from .config import QARVDConfig
-    from .conversion import convert_checkpoint, export_int8_tensorwise, save_single_file, to_original_keys
+    from .conversion import (
+        convert_checkpoint,
+        export_int8_tensorwise,
+        quantize_folder,
+        save_single_file,
+        to_original_keys,
+    )
     from .evaluation.fidelity import evaluate
     from .linear import QARVDLinear
     from .models.kv_cache import KVCache
@@ -65,6 +72,7 @@ __all__ = [
     "evaluate",
     "export_int8_tensorwise",
     "measure_sensitivity",
+    "quantize_folder",
     "quantized_linears",
     "save_single_file",
     "stored_bytes",

@@ -91,8 +91,8 @@ class QARVDConfig(QuantizationConfigMixin):
         tie_inputs: layers that read the same tensor (q, k and v) share one outlier set and one activation quantizer,
             so that a kernel quantizes their input once.
         percentiles: candidates of the range search.
-        input_percentiles: those of static activations; None takes the whole range that was seen, and under
-            `reference_compat` the `percentiles`.
+        input_percentiles: those of static activations; None takes the `percentiles` beside 4-bit weights and under
+            `reference_compat`, and the whole range that was seen beside 8-bit weights.
         rounding: how weights become integers once their ranges are known. `nearest` needs no data; `gptq` minimises the
             chunk-weighted output error of every layer in closed form; `adaround` does so by gradient descent and also learns
             the activation step. `auto` takes `gptq` for 4-bit weights and `nearest` for 8-bit ones; under
@@ -233,7 +233,8 @@ class QARVDConfig(QuantizationConfigMixin):
         """Candidates for the range of static activations."""
         if self.input_percentiles is not None:
             return self.input_percentiles
-        return self.percentiles if self.reference_compat else (1.0,)
+        clipped = self.reference_compat or self.resolved_scheme.weight_bits == 4
+        return self.percentiles if clipped else (1.0,)
 
     @property
     def resolved_rounding(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import qarvd_kernels as ops
 from qarvd_kernels.checks import accumulator
@@ -210,11 +211,11 @@ class QARVDLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The de-quantized weight `[N, K]` in original channel order: a fresh copy that refuses to be written to.
+        """The de-quantized weight `[N, K]` in original channel order, computed on every use; refuses to be written to.
 
-        Merging an adapter writes to the weight of its base layer; into this copy it would go, and be lost.
+        Merging an adapter writes to the weight of its base layer; into a copy it would go, and be lost.
         """
-        return self.dequantized().as_subclass(_ReadOnlyWeight)
+        return _Weight(self)
 
     def dequantized(self) -> Tensor:
         """The weight as an ordinary tensor `[N, K]`, in original channel order and in the layer's dtype."""
@@ -311,14 +312,38 @@ class _StraightThrough(torch.autograd.Function):
 _WRITES = re.compile(
     r"__(i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|setitem)__|[a-z]\w*[a-z0-9]_"
 )
+_FACTS = {
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "element_size",
+    "is_floating_point",
+    "is_complex",
+    "get_device",
+    "__len__",
+}
+_VALUES = [getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")]
 
 
-class _ReadOnlyWeight(Tensor):
-    """What `QARVDLinear.weight` returns: an ordinary tensor to read, an error to write to."""
+class _Weight(Tensor):
+    """What `QARVDLinear.weight` returns: a tensor whose values are computed when they are needed, and an error to write to.
+
+    Adapters ask every layer for shape, dtype and device many times over.
+    """
+
+    @staticmethod
+    def __new__(cls, layer: QARVDLinear) -> _Weight:
+        weight = Tensor._make_wrapper_subclass(
+            cls, (layer.out_features, layer.in_features), dtype=layer.dtype, device=layer.weight_packed.device
+        )
+        weight._layer = layer
+        return weight
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        writes = func == Tensor.data.__set__ or _WRITES.fullmatch(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        writes = func == Tensor.data.__set__ or _WRITES.fullmatch(name)
         if writes and args and isinstance(args[0], cls) and func is not Tensor.requires_grad_:
             raise ValueError(
                 f"the weight {tuple(args[0].shape)} of a QARVDLinear is packed integers: what is written to its "
@@ -326,7 +351,14 @@ class _ReadOnlyWeight(Tensor):
                 "merge it into the float model and quantize that."
             )
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            if name in _FACTS or (name == "__get__" and func not in _VALUES):
+                return func(*args, **(kwargs or {}))
+            return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda weight: weight._layer.dequantized(), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def base_layer_name(model: nn.Module, name: str) -> str:

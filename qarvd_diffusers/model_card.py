@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .config import QARVDConfig
 
+CARD_FILE = "README.md"
 _UNMEASURED = (
     "No fidelity was measured for this checkpoint. `qarvd_diffusers.evaluate(float_pipe, pipe, prompts)` does."
 )
@@ -25,6 +28,14 @@ _COLUMNS = {
 def is_non_commercial(licence: str | None) -> bool:
     """Whether a licence identifier, such as `cc-by-nc-sa-4.0`, forbids commercial use."""
     return "nc" in (licence or "").lower().replace("_", "-").split("-") or "non-commercial" in (licence or "").lower()
+
+
+def stated_licence(folder: str | os.PathLike[str]) -> str | None:
+    """Licence identifier stated by the model card in a folder; None where there is no card, or it states none."""
+    try:
+        return ModelCard.load(Path(folder) / CARD_FILE).data.license if (Path(folder) / CARD_FILE).is_file() else None
+    except ValueError:
+        return None  # a README that is no model card
 
 
 def _licence_text(licence: str | None) -> str:

@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounding", choices=ROUNDINGS, default="auto", help="how weights become integers (default: by scheme)"
     )
+    parser.add_argument(
+        "--from-disk",
+        action="store_true",
+        help="block by block from the folder's files, for models that do not fit into memory (schemes without calibration)",
+    )
     parser.add_argument("--text-encoder", choices=("int8",), help="quantize the text encoder's weights when loading")
     add_device_arguments(parser)
 
@@ -38,6 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..calibration.processes import Processes
     from ..calibration.sensitivity import SensitivityResult
     from ..config import QARVDConfig
+    from ..conversion import quantize_folder
     from ..evaluation.fidelity import compare, describe, roll_out
     from ..pipelines.quantization import calibration_prompts, quantize_pipeline
 
@@ -51,6 +57,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         calibration_seed=args.seed,
         text_encoder=args.text_encoder,
     )
+    if args.from_disk:
+        sizes = quantize_folder(args.model, args.out, config)
+        return {"out": args.out, "scheme": args.scheme, "sizes": sizes, "report": None}
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     pipe = load_pipeline(args.model, args)
     wanted = args.evaluate if processes.is_main else 0

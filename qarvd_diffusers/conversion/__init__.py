@@ -4,6 +4,7 @@ from .checkpoint import LORA_NESTINGS, load_checkpoint, open_checkpoint
 from .convert import convert_checkpoint, export_checkpoint
 from .detect import Detected, detect_checkpoint
 from .folder import PIPELINE_STUB
+from .from_disk import quantize_folder
 from .lora import LoraLayer, check_fit, merge_lora, read_lora, to_peft
 from .names import to_diffusers_keys, to_original_keys
 from .network import infer_config, load_transformer_config
@@ -25,6 +26,7 @@ __all__ = [
     "load_transformer_config",
     "merge_lora",
     "open_checkpoint",
+    "quantize_folder",
     "read_lora",
     "save_single_file",
     "single_file_to_folder",

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
-from ..model_card import is_non_commercial
+from ..model_card import is_non_commercial, stated_licence
 from ..presets import NETWORKS, PRESETS, Preset, available, find_preset
 from ..tensor_files import TensorSpec
 from .checkpoint import NESTINGS, Checkpoint, open_checkpoint
@@ -91,22 +89,11 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
         reasons.append(f"weights: {checkpoint.weights}, which {family} is meant to use")
     beside = src if src.is_dir() else src.parent
     lora = next((beside / name for name in _LORA_FILES if (beside / name).is_file()), None)
-    licence = _stated_licence(beside) or preset.licence
+    # The card lies beside the file, or in the root of its repository.
+    licence = stated_licence(beside) or stated_licence(beside.parent) or preset.licence
     reasons.append(f"licence: {licence or 'not known'}{' (non-commercial)' if is_non_commercial(licence) else ''}")
     lora = lora if preset.has_lora else None
     return Detected(family, preset, network, checkpoint, specs, lora, licence, tuple(reasons))
-
-
-def _stated_licence(folder: Path) -> str | None:
-    """What the model card in the file's folder, or in the one above (a repository's root), states."""
-    for card in (folder / "README.md", folder.parent / "README.md"):
-        try:
-            licence = ModelCard.load(card).data.license if card.is_file() else None
-        except ValueError:
-            continue  # a README that is no model card
-        if licence is not None:
-            return licence
-    return None
 
 
 def network_of(specs: Mapping[str, TensorSpec]) -> str | None:

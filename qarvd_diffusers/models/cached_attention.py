@@ -40,7 +40,7 @@ class CachedSelfAttention:
         """The first half: store K/V, return the query `[B, tokens, heads, head_dim]` in the dtype that `attend` wants."""
         key_scale = value_scale = None
         if cache.key.dtype.itemsize == 1:
-            if start == 0 and not cache.scales_given:
+            if start == 0 and cache.fits_scales:
                 self._fit_scales(qkv, cache, rotary)
             key_scale, value_scale = cache.key_scale, cache.value_scale
         query_scale = self._query_scale if cache.key.dtype == _FP8 else None

@@ -11,7 +11,8 @@ import torch
 from .kv_storage import STORAGES, check_storage, decode, encode, fit_scale, is_quantized
 
 _FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
-_SCALE_MARGIN = 1.25  # room above the first chunk's largest value: see benchmarks/kv_cache.py
+# Room above the first chunk's largest value: see benchmarks/kv_cache.py. A float code is as precise under a larger scale.
+_SCALE_MARGINS = {torch.int8: 1.25, torch.float8_e4m3fn: 4.0}
 _FACTS = ("frames", "origin", "_next_frame", "_tokens_per_frame", "_capacity")  # bookkeeping of a saved cache
 
 
@@ -68,13 +69,21 @@ class KVLayerCache:
         """Widen the scales to hold a pass that sees nothing stored, so that no code stands under an older scale.
 
         Called by `update` for every pass at token 0: after the passes of the first chunk the scales stand. Does nothing
-        where storage is no 8 bits, or the scales were given.
+        where `fits_scales` says so.
         """
-        if not is_quantized(self.key.dtype) or self.scales_given:
+        if not self.fits_scales:
             return
         for name, tensor in (("key_scale", key), ("value_scale", value)):
-            scale, old = fit_scale(tensor, self.key.dtype, _SCALE_MARGIN), getattr(self, name)
+            margin = _SCALE_MARGINS[self.key.dtype]
+            scale, old = fit_scale(tensor, self.key.dtype, margin), getattr(self, name)
             setattr(self, name, scale if old is None else torch.maximum(old, scale))
+
+    @property
+    def fits_scales(self) -> bool:
+        """Whether a pass at token 0 has to set scales: of 8-bit storage whose scales were not given, in float8 once."""
+        if not is_quantized(self.key.dtype) or self.scales_given:
+            return False
+        return self.key.dtype == torch.int8 or self.key_scale is None
 
     def turn_back(self, cos: torch.Tensor, sin: torch.Tensor, stop: int) -> None:
         """Rotate the stored keys up to token `stop` back by an angle per pair; `cos`, `sin` `[pairs]` of the first pairs.

@@ -22,7 +22,7 @@ from ..models.kv_storage import check_storage
 from ..models.pass_info import PassInfo
 from ..serialization import align_float_tensors
 from .chunk_loop import ChunkLoop
-from .decoding import Decoder
+from .decoding import Decoder, check_decoder
 from .inputs import StreamInputs
 from .quantizable import QuantizableMixin
 from .stream import Stream
@@ -125,6 +125,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         max_sequence_length: int | None = None,
         kv_cache: str | None = None,
         overlap_decoding: bool = False,
+        decoder: Decoder | Callable[[], Decoder] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         on_pass: Callable[[PassInfo], None] | None = None,
@@ -152,6 +153,9 @@ class ARVDMixin(QuantizableMixin, ABC):
                 or `"fp8"`; None takes the pipeline's `kv_cache`.
             overlap_decoding: on a CUDA device, decode on a second CUDA stream while the next chunk is denoised. Chunks then
                 come out one chunk later, except the first, and a prompt takes effect one chunk later.
+            decoder: decodes instead of the pipeline's VAE, which need not be there then: an object with `decode(latents)` (see
+                `Decoder`) and the `latents_mean` and `latents_std` it was made for, or a function that makes one for this
+                stream. An object remembers earlier frames of one stream: do not interleave two over it.
             callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every denoising step; `step` counts
                 over all chunks. May return replaced tensors, and may set `pipeline._interrupt = True` to end the stream.
             callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to hand to the callback.
@@ -176,6 +180,7 @@ class ARVDMixin(QuantizableMixin, ABC):
             )
         storage = check_storage(kv_cache or self.kv_cache)
         prompt_embeds = load_prompt_embeds(prompt_embeds)
+        make_decoder = self._decoder_maker(decoder)
         inputs = self.check_stream_inputs(
             prompt=prompt,
             prompt_embeds=prompt_embeds,
@@ -187,12 +192,12 @@ class ARVDMixin(QuantizableMixin, ABC):
             renoise_latents=renoise_latents,
             initial_latents=initial_latents,
             generator=generator,
-            output_type=output_type,
+            output_type=output_type if make_decoder is None else "latent",  # the pipeline's VAE has nothing to do
             **start,
         )
         text = {"prompt": prompt, "prompt_embeds": prompt_embeds, "max_sequence_length": max_sequence_length}
         callback = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        session = StreamSession(inputs, text, output_type, storage, overlap_decoding, callback, on_pass)
+        session = StreamSession(inputs, text, output_type, storage, overlap_decoding, callback, on_pass, make_decoder)
         return Stream(self, session, run_stream(self, session))
 
     def restore_stream(
@@ -200,6 +205,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         path: str | os.PathLike[str],
         *,
         output_type: str | None = None,
+        decoder: Decoder | Callable[[], Decoder] | None = None,
         on_pass: Callable[[PassInfo], None] | None = None,
     ) -> Stream:
         """Go on with a stream that `Stream.save_state` wrote to a file, bit by bit as it would have gone on.
@@ -207,6 +213,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         Args:
             path: the file.
             output_type: see `Frames`; None takes that of the saved stream.
+            decoder: the decoder that the stream was started with, if it was another than the pipeline's.
             on_pass: see `stream`.
 
         Raises:
@@ -214,8 +221,19 @@ class ARVDMixin(QuantizableMixin, ABC):
         """
         saved = SavedStream.load(path)
         saved.check(self)
-        session = saved.session(output_type, on_pass)
+        session = saved.session(output_type, on_pass, self._decoder_maker(decoder))
         return Stream(self, session, run_stream(self, session))
+
+    def _decoder_maker(self, decoder: Decoder | Callable[[], Decoder] | None) -> Callable[[], Decoder] | None:
+        """What makes a stream's decoder, of what the caller gave: an object is taken as it is, from its start."""
+        if decoder is None:
+            return None
+        is_maker = isinstance(decoder, type) or (callable(decoder) and not hasattr(decoder, "decode"))
+        made = decoder() if is_maker else decoder
+        config = getattr(getattr(self, "vae", None), "config", {})
+        channels = self.transformer.config.in_channels
+        check_decoder(made, channels, config.get("latents_mean"), config.get("latents_std"))
+        return lambda: made
 
     def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:
         """A loop at the start of a stream; `text` are the arguments of `encode_prompt` that tell the prompt."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,38 @@ class Decoder(Protocol):
     """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+
+def check_decoder(decoder: Any, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse a decoder that was made for other latents.
+
+    Args:
+        decoder: says with `latents_mean` and `latents_std` (a number per channel) which latents it was made for: those of
+            the VAE whose normalized latents it decodes.
+        channels: latent channels of the transformer.
+        mean: of the pipeline's VAE; None where it has none, and only the number of channels can be compared.
+        std: see `mean`.
+
+    Raises:
+        ValueError: named.
+    """
+    name = type(decoder).__name__
+    if not callable(getattr(decoder, "decode", None)):
+        raise ValueError(f"decoder is a {name}, expected an object with decode(latents), or a function that makes one")
+    for key, expected in (("latents_mean", mean), ("latents_std", std)):
+        given = getattr(decoder, key, None)
+        if given is None:
+            raise ValueError(f"the decoder ({name}) does not say what latents it was made for: give it {key}")
+        given = torch.as_tensor(given, dtype=torch.float32).flatten().cpu()
+        if len(given) != channels:
+            raise ValueError(
+                f"the decoder ({name}) is made for {len(given)} latent channels, the model has {channels}"
+            )
+        if expected is not None and not torch.allclose(given, torch.tensor(expected), atol=1e-3):
+            raise ValueError(
+                f"the decoder ({name}) was made for latents of other statistics: its {key} is off by up to "
+                f"{(given - torch.tensor(expected)).abs().max():.3g} from that of the pipeline's VAE"
+            )
 
 
 @dataclass
@@ -70,11 +102,20 @@ class DecodeQueue:
 
     def _start(self, index: int, latents: torch.Tensor) -> _Job:
         if self._side is None:
-            return _Job(index, latents, self._decoder.decode(latents))
+            return _Job(index, latents, self._decode(latents))
         self._side.wait_stream(torch.cuda.current_stream(latents.device))
         latents.record_stream(self._side)
         with torch.cuda.stream(self._side):
-            return _Job(index, latents, self._decoder.decode(latents))
+            return _Job(index, latents, self._decode(latents))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        pixels = self._decoder.decode(latents)
+        if pixels.ndim != 5 or pixels.shape[:2] != (latents.shape[0], 3):
+            raise ValueError(
+                f"the decoder ({type(self._decoder).__name__}) gave {list(pixels.shape)}, expected pixels "
+                f"[{latents.shape[0]}, 3, frames, height, width] in [-1, 1]"
+            )
+        return pixels
 
     def _finish(self, job: _Job) -> tuple[int, Frames, torch.Tensor]:
         if self._side is None:

@@ -20,7 +20,7 @@ from .model_shapes import ModelShapes, cast, live_bytes, quantized_bytes
 from .streaming_vae import StreamingVAEDecoder
 
 if TYPE_CHECKING:
-    from .arvd_mixin import ARVDMixin
+    from .pipeline_arvd import ARVDPipeline
 
 RESERVE = 500_000_000  # CUDA context, kernels and library workspaces, which no allocator counts
 WINDOW = 21  # latent frames of the videos that models of unlimited window are trained on
@@ -36,12 +36,14 @@ class MemoryChoice:
         kv_cache: storage of the K/V cache.
         text_encoder: see `offload_text_encoder`.
         window: latent frames that are kept; None keeps the model's own window.
+        vae_frames_at_once: see `StreamingVAEDecoder`.
     """
 
     scheme: str | None = None
     kv_cache: str = "auto"
     text_encoder: str = "keep"
     window: int | None = None
+    vae_frames_at_once: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def estimate(
     stored = (STORAGES[choice.kv_cache] or dtype).itemsize
     text = 2 * layers * text_tokens * channels
     working = _pass_bytes(spec, choice.kv_cache, dtype, size, window, batch, fields.num_frames_per_chunk, text_tokens)
-    vae, encoder = (_vae_bytes(spec, dtype, size, batch, fields.num_frames_per_chunk), _encoder_bytes(spec, dtype))
+    vae = _vae_bytes(spec, dtype, size, batch, fields.num_frames_per_chunk, choice.vae_frames_at_once)
+    encoder = _encoder_bytes(spec, dtype)
     components = {
         "transformer weights": weights,
         "K/V cache": 2 * layers * window * frame * stored * batch,
@@ -156,8 +159,8 @@ def estimate(
 def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **options: object) -> MemoryPlan:
     """The choices that cost least quality and time among those that fit.
 
-    First the text encoder leaves the device, then the K/V cache goes to 8 bits, then a float transformer is quantized, then
-    the window shrinks.
+    First the text encoder leaves the device, then frames are decoded one by one, then the K/V cache goes to 8 bits, then a
+    float transformer is quantized, then the window shrinks.
 
     Args:
         shapes: of the model.
@@ -189,17 +192,17 @@ def _candidates(shapes: ModelShapes, scheme: str | None) -> Iterator[MemoryChoic
     least = fields.sink_frames + 2 * fields.num_frames_per_chunk  # a chunk that sees but its own sink is cut off
     windows = [own, *(w for w in range(own - fields.num_frames_per_chunk, least - 1, -fields.num_frames_per_chunk))]
     schemes = [scheme] if scheme or shapes.quantization else [None, DATA_FREE]
-    for window, quantized, storage, encoder in itertools.product(
-        windows, schemes, ("auto", "int8"), ("keep", "cpu", "stream")
+    for window, quantized, storage, at_once, encoder in itertools.product(
+        windows, schemes, ("auto", "int8"), (None, 1), ("keep", "cpu", "stream")
     ):
         unchanged = window == fields.local_attention_frames
-        yield MemoryChoice(quantized, storage, encoder, None if unchanged else window)
+        yield MemoryChoice(quantized, storage, encoder, None if unchanged else window, at_once)
 
 
-def apply_choice(pipe: ARVDMixin, choice: MemoryChoice) -> None:
+def apply_choice(pipe: ARVDPipeline, choice: MemoryChoice) -> None:
     """Set up a loaded pipeline, and bring it onto the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.kv_cache, pipe.window = choice.kv_cache, choice.window
+    pipe.kv_cache, pipe.window, pipe.vae_frames_at_once = choice.kv_cache, choice.window, choice.vae_frames_at_once
     if choice.text_encoder != "keep":
         pipe.offload_text_encoder(choice.text_encoder, device)
     pipe.to(device)
@@ -263,13 +266,15 @@ def _pass_bytes(
 
 
 @functools.lru_cache(maxsize=16)
-def _vae_bytes(spec: str, dtype: torch.dtype, size: tuple[int, int], batch: int, frames: int) -> _Part:
+def _vae_bytes(
+    spec: str, dtype: torch.dtype, size: tuple[int, int], batch: int, frames: int, at_once: int | None
+) -> _Part:
     shapes = _shapes(spec)
     if shapes.vae is None:
         return _Part()
     vae = shapes.empty_vae()
     weights = cast(vae, dtype)
-    decoder = StreamingVAEDecoder(vae)
+    decoder = StreamingVAEDecoder(vae, at_once)
     with torch.device("meta"):
         latents = _latents(shapes, size, batch, frames, dtype)
 

@@ -84,11 +84,15 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         width: see `height`.
         max_sequence_length: text tokens when a call does not say.
         fps: frames per second the model was trained at; for writing files.
+
+    Attributes:
+        vae_frames_at_once: see `StreamingVAEDecoder`; 1 takes least memory.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012 - names are diffusers'
     _optional_components = ["scheduler", "tokenizer", "text_encoder", "vae"]  # noqa: RUF012
+    vae_frames_at_once: int | None = None
 
     def __init__(
         self,
@@ -346,7 +350,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
 
     def make_decoder(self) -> StreamingVAEDecoder:
         """See `ARVDMixin.make_decoder`."""
-        return StreamingVAEDecoder(self.vae)
+        return StreamingVAEDecoder(self.vae, self.vae_frames_at_once)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

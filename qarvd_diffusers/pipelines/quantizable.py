@@ -18,7 +18,7 @@ from ..calibration.calibrate import Progress
 from ..calibration.result import CalibrationResult
 from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
-from ..model_card import is_non_commercial, model_card
+from ..model_card import CARD_FILE, is_non_commercial, model_card, stated_licence
 from ..serialization import atomic_directory, atomic_file, stored_bytes
 from .quantization import (
     calibrate_pipeline,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "fidelity.json"
-CARD_FILE = "README.md"
 
 
 class QuantizableMixin:
@@ -284,13 +283,13 @@ def _licence(*models: str | None) -> str | None:
     """Licence stated by the first of several folders, files or Hub models that states one; None without card or network."""
     for model in filter(None, models):
         path = Path(model)
-        folder = path.parent if path.is_file() else path
-        if path.exists() and not (folder / CARD_FILE).is_file():
-            continue
-        try:
-            licence = ModelCard.load(folder / CARD_FILE if path.exists() else model).data.license
-        except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-            continue
+        if path.exists():
+            licence = stated_licence(path.parent if path.is_file() else path)
+        else:
+            try:
+                licence = ModelCard.load(model).data.license
+            except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+                licence = None
         if licence is not None:
             return licence
     return None

@@ -25,7 +25,8 @@ def run_stream(pipe: ARVDMixin, session: StreamSession) -> Generator[Chunk]:
     pipe._num_timesteps = session.inputs.num_steps
     try:
         loop = session.loop = pipe.make_loop(session.inputs, kv_cache=session.kv_cache, **session.text)
-        session.decoder = None if session.output_type == "latent" else pipe.make_decoder()
+        make_decoder = session.make_decoder or pipe.make_decoder
+        session.decoder = None if session.output_type == "latent" else make_decoder()
         if session.saved is not None:
             session.saved.restore(loop, session.decoder)
         loop.on_pass = session.on_pass

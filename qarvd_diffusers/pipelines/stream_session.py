@@ -28,6 +28,7 @@ class StreamSession:
         overlap_decoding: see `ARVDMixin.stream`.
         callback: `callback_on_step_end` and the names of the tensors that it gets.
         on_pass: see `ARVDMixin.stream`.
+        make_decoder: makes the stream's decoder; None takes the pipeline's.
         saved: state to go on from; None starts at the beginning.
         loop: while the stream is alive.
         decoder: while the stream is alive; None for latents.
@@ -42,6 +43,7 @@ class StreamSession:
     overlap_decoding: bool = False
     callback: tuple[Callable | None, tuple[str, ...]] = (None, ())
     on_pass: Callable[[PassInfo], None] | None = None
+    make_decoder: Callable[[], Decoder] | None = None
     saved: SavedStream | None = None
     loop: ChunkLoop | None = None
     decoder: Decoder | None = None

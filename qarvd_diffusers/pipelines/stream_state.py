@@ -162,7 +162,12 @@ class SavedStream:
                 "model, scheme and dtype that the stream was made with"
             )
 
-    def session(self, output_type: str | None, on_pass: Callable[[PassInfo], None] | None) -> StreamSession:
+    def session(
+        self,
+        output_type: str | None,
+        on_pass: Callable[[PassInfo], None] | None,
+        make_decoder: Callable[[], Decoder] | None,
+    ) -> StreamSession:
         """What the continued stream starts from.
 
         Raises:
@@ -172,7 +177,15 @@ class SavedStream:
         if output_type != "latent" and self.facts["output_type"] == "latent":
             raise ValueError(f"{self.path} holds a stream of latents, without the VAE's memory: ask for 'latent'")
         text = {"prompt_embeds": self.tensors["prompt_embeds"]}
-        session = StreamSession(self._inputs, text, output_type, self.facts["kv_cache"], on_pass=on_pass, saved=self)
+        session = StreamSession(
+            self._inputs,
+            text,
+            output_type,
+            self.facts["kv_cache"],
+            on_pass=on_pass,
+            make_decoder=make_decoder,
+            saved=self,
+        )
         if self.facts["next_prompt"]:
             session.prompt = ({"prompt_embeds": self.tensors["next_prompt_embeds"]}, self.facts["next_prompt"])
         return session

@@ -112,7 +112,8 @@ def test_the_detector_is_chosen_by_scheme():
     ):
         assert other.resolved_outlier_detector == "mad_zscore"
     assert config_of("w8a8").resolved_input_percentiles == (1.0,)
-    assert config_of("w8a8", reference_compat=True).resolved_input_percentiles == config_of().percentiles
+    for clipped in (config_of("w4a8"), config_of("w8a8", reference_compat=True)):
+        assert clipped.resolved_input_percentiles == config_of().percentiles
     with pytest.raises(
         ValueError, match="outlier_detector is 'input', expected another one: the scheme w8a16 has no static"
     ):

@@ -146,6 +146,18 @@ def test_the_weight_can_be_read_but_not_written(tiny_pipeline):
             write(layer.weight)
 
 
+def test_adapters_do_not_cost_a_dequantization(tiny_pipeline, monkeypatch):
+    """PEFT looks at the weight's dtype and device dozens of times; at 14B every look at its values would take a second."""
+    pipe, seen = quantized(tiny_pipeline, "w8a16"), []
+    original = QARVDLinear.dequantized
+    monkeypatch.setattr(QARVDLinear, "dequantized", lambda layer: seen.append(layer) or original(layer))
+    pipe.load_lora_weights(as_file(random_lora(pipe.transformer), "kohya"), adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    generate(pipe, 1)
+    pipe.unload_lora_weights()
+    assert not seen
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_calibrating_with_an_adapter(tiny_pipeline, rounding, tmp_path):
     """Ranges are those of the adapted model, the checkpoint says which adapters, and reloading both gives the same video."""

@@ -7,7 +7,8 @@ name and
 
 which returns the reason why this implementation cannot (or should not) run there, or None. `arguments` holds the call's
 arguments by name, or is None when only the device is asked about. The first implementation that does not refuse is taken;
-a `refuses` that raises counts as a refusal. The reference never refuses.
+a `refuses` that raises counts as a refusal. The reference never refuses. Compiled implementations are handed contiguous
+tensors; what they write to, they must refuse if it is not.
 
 The environment variable `QARVD_KERNELS` (`cuda`, `triton` or `reference`) rules all other compiled implementations out.
 """
@@ -112,6 +113,15 @@ def choose(operator: str, theme: str, device: torch.device, arguments: Mapping[s
     return Choice(backend, getattr(_load(backend, theme), operator), tuple(refused + rest))
 
 
+def _on_contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, called with contiguous copies where a tensor is none."""
+
+    def call(*args: Any) -> Any:
+        return function(*[a.contiguous() if isinstance(a, Tensor) else a for a in args])
+
+    return call
+
+
 class Dispatched:
     """One operator: remembers, per kind of call, which implementation to call.
 
@@ -131,7 +141,6 @@ class Dispatched:
 
     def run(self, *args: Any) -> Any:
         """Call the implementation for these arguments."""
-        # `start` of a cache append changes from chunk to chunk: integers are part of the kind all the same, they are few.
         kind = tuple(
             [(a.dtype, a.shape, a.is_contiguous(), a.get_device()) if isinstance(a, Tensor) else a for a in args]
         )
@@ -142,11 +151,20 @@ class Dispatched:
 
     def _remember(self, kind: tuple, args: tuple) -> Callable[..., Any]:
         self.shape_function(*args)
-        if len(self._functions) >= _MOST_KINDS:
-            self._functions.clear()
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        devices = {str(t.device) for t in tensors}
+        if len(devices) > 1:
+            raise ValueError(
+                f"qarvd_kernels: the tensors of {self.name} are on {sorted(devices)}, expected one device"
+            )
         choice = self.choose(args)
         logger.debug("%s runs as %s; refused: %s", self.name, choice.backend, choice.refused)
-        return self._functions.setdefault(kind, choice.function)
+        function = choice.function
+        if choice.backend != "reference" and not all(t.is_contiguous() for t in tensors):
+            function = _on_contiguous(function)
+        if len(self._functions) >= _MOST_KINDS:
+            self._functions.clear()
+        return self._functions.setdefault(kind, function)
 
     def choose(self, args: tuple) -> Choice:
         """The implementation for a call with these arguments."""

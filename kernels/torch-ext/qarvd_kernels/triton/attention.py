@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .launch import Launcher, device_refusal, empty_refusal, round_to_int
 _LARGEST_ROW = 16384
 _FLOAT8_CAPABILITY = (8, 9)
 _HEAD_DIMS = (64, 128)
+_room = cache(triton.next_power_of_2)
 _MAGIC = tl.constexpr(0x4B400000)  # bits of 1.5 * 2^23: added to an integer below 2^22 it is that integer as a float
 _MAGIC_FLOAT = tl.constexpr(12582912.0)
 
@@ -32,6 +34,9 @@ def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | 
     if operator == "attention_int8":
         head_dim = arguments["query"].shape[3]
         return None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is none of {_HEAD_DIMS}"
+    head_dim = arguments["key_cache"].shape[3]
+    if head_dim != triton.next_power_of_2(head_dim):
+        return f"head_dim {head_dim} is no power of two"
     width = arguments["q_weight"].shape[0]
     if width > _LARGEST_ROW:
         return f"rows of {width} channels do not fit the registers of one program ({_LARGEST_ROW})"
@@ -41,27 +46,29 @@ def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | 
 
 
 @triton.jit
-def _store(row, scale, value, channel, mask, DIM: tl.constexpr):
-    """Write one token `[H * D]` in the number format of what `row` points to."""
+def _store(row, value, channel, mask):
+    """Write one token `[H, D]` in the number format of what `row` points to, clamped to its range."""
     dtype: tl.constexpr = row.dtype.element_ty
-    if scale is not None:
-        value = value / tl.load(scale + channel // DIM, mask=mask, other=1.0)
-        if dtype == tl.int8:
-            value = round_to_int(tl.minimum(tl.maximum(value, -127.0), 127.0))
-        else:
-            value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+    if dtype == tl.int8:
+        value = round_to_int(tl.minimum(tl.maximum(value, -127.0), 127.0))
+    elif dtype == tl.float8e4nv:
+        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
     tl.store(row + channel, value.to(dtype), mask=mask)
 
 
 @triton.jit
-def _norm_rotate(value, weight, cos, sin, eps, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """RMSNorm over the whole row, then RoPE on the pairs of every head."""
-    value = value * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps) * weight
-    even, odd = tl.split(tl.reshape(value, [BLOCK // 2, 2]))
-    pair = tl.arange(0, BLOCK // 2)
-    c = tl.load(cos + pair % (DIM // 2), mask=pair < WIDTH // 2, other=0.0)
-    s = tl.load(sin + pair % (DIM // 2), mask=pair < WIDTH // 2, other=0.0)
-    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK])
+def _inverse(scale, head, HEADS: tl.constexpr):
+    """1 / scale per head, as a column."""
+    return (1.0 / tl.load(scale + head, mask=head < HEADS, other=1.0))[:, None]
+
+
+@triton.jit
+def _norm_rotate(value, weight, c, s, eps, HEADS: tl.constexpr, DIM: tl.constexpr, ROOM: tl.constexpr):
+    """RMSNorm over all heads, then RoPE on the pairs of each."""
+    square = tl.sum(tl.sum(value * value, axis=1), axis=0)
+    value = value * tl.rsqrt(square / (HEADS * DIM) + eps) * weight
+    even, odd = tl.split(tl.reshape(value, [ROOM, DIM // 2, 2]))
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROOM, DIM])
 
 
 @triton.jit(do_not_specialize=["eps", "tokens", "room_key", "room_value", "start"])
@@ -84,28 +91,40 @@ def qk_norm_rope_append_kernel(
     start,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
     WIDTH: tl.constexpr = HEADS * DIM
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)  # 0 query, 1 key, 2 value
     batch, token = row // tokens, row % tokens
-    channel = tl.arange(0, BLOCK)
-    mask = channel < WIDTH
+    head = tl.arange(0, ROOM)
+    channel = head[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    mask = (head < HEADS)[:, None]
     value = tl.load(qkv + row * (3 * WIDTH) + part * WIDTH + channel, mask=mask, other=0.0).to(tl.float32)
     if part == 2:
-        _store(value_cache + (batch * room_value + start + token) * WIDTH, value_scale, value, channel, mask, DIM)
+        if value_scale is not None:
+            value *= _inverse(value_scale, head, HEADS)
+        _store(value_cache + (batch * room_value + start + token) * WIDTH, value, channel, mask)
     else:
+        # Loads come before the reduction of the norm, whose barrier they could not pass later.
+        pair = (token * (DIM // 2) + tl.arange(0, DIM // 2))[None, :]
+        c, s = tl.load(cos + pair), tl.load(sin + pair)
         if part == 0:
             weight = tl.load(q_weight + channel, mask=mask, other=0.0)
+            if query_scale is not None:
+                inverse = _inverse(query_scale, head, HEADS)
+            value = _norm_rotate(value, weight, c, s, eps, HEADS, DIM, ROOM)
+            if query_scale is not None:
+                value *= inverse
+            _store(query + row * WIDTH, value, channel, mask)
         else:
             weight = tl.load(k_weight + channel, mask=mask, other=0.0)
-        table = token * (DIM // 2)
-        value = _norm_rotate(value, weight, cos + table, sin + table, eps, WIDTH, DIM, BLOCK)
-        if part == 0:
-            _store(query + row * WIDTH, query_scale, value, channel, mask, DIM)
-        else:
-            _store(key_cache + (batch * room_key + start + token) * WIDTH, key_scale, value, channel, mask, DIM)
+            if key_scale is not None:
+                inverse = _inverse(key_scale, head, HEADS)
+            value = _norm_rotate(value, weight, c, s, eps, HEADS, DIM, ROOM)
+            if key_scale is not None:
+                value *= inverse
+            _store(key_cache + (batch * room_key + start + token) * WIDTH, value, channel, mask)
 
 
 @triton.jit
@@ -226,16 +245,15 @@ def qk_norm_rope_append(
     (batch, tokens), (heads, head_dim) = qkv.shape[:2], key_cache.shape[2:]
     dtype = qkv.dtype if query_scale is None else key_cache.dtype
     query = torch.empty((batch, tokens, heads, head_dim), dtype=dtype, device=qkv.device)
-    block = triton.next_power_of_2(heads * head_dim)
+    room = _room(heads)
     scales = (query_scale, key_scale, value_scale)
-    numbers = (eps, tokens, key_cache.shape[1], value_cache.shape[1], start)
-    tables = (cos.contiguous(), sin.contiguous())
     _append(
-        qkv.get_device(),
         (batch * tokens, 3, 1),
-        (qkv.contiguous(), q_weight, k_weight, *tables, key_cache, value_cache, *scales, query, *numbers),
-        (heads, head_dim, block),
-        (min(max(block // 512, 1), 16), 1),
+        (qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, *scales, query),
+        (eps, tokens, key_cache.shape[1], value_cache.shape[1], start),
+        (heads, head_dim, room),
+        (min(max(room * head_dim // 512, 1), 16), 1),
+        (qkv.dtype, key_cache.dtype, value_cache.dtype, query_scale is None),
     )
     return query
 
@@ -244,19 +262,17 @@ def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor | None, length: int
 ) -> Tensor:
     """`[B, T, H, D]`; 8-bit values are widened to float16, which holds each of them exactly."""
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    result = torch.empty_like(query)
     batch, tokens, heads, head_dim = query.shape
-    rows, keys, warps, stages = attention_config(query.get_device(), head_dim)
+    plain = value_scale is None
+    rows, keys, warps, stages = attention_config(query.get_device(), head_dim, plain)
     score_scale = head_dim**-0.5 * 1.4426950408889634  # softmax in base 2
     _attention(
-        query.get_device(),
         (triton.cdiv(tokens, rows), heads, batch),
-        (
-            *(query, key, value, key_scale, value_scale, result),
-            *(tokens, key.shape[1], value.shape[1], length, score_scale),
-        ),
+        (query, key, value, key_scale, value_scale, result),
+        (tokens, key.shape[1], value.shape[1], length, score_scale),
         (heads, head_dim, rows, keys, value.dtype == torch.bfloat16),
         (warps, stages),
+        (query.dtype, value.dtype),
     )
     return result

@@ -1,8 +1,8 @@
 """Tile sizes from `configs.json`: measured where it says when and on what, otherwise reasoned; never searched at run time.
 
-Per class of GPUs: `gemm` holds `[BLOCK_M, BLOCK_N, BLOCK_K, STRIPE, warps, stages]` per shape `NxK` with a default, one entry
-for few rows (a text prompt) and one for the residual epilogue, which needs registers; `attention` holds `[query rows, keys
-per step, warps, stages]` per head dimension.
+Per class of GPUs: `gemm` holds `[BLOCK_M, BLOCK_N, BLOCK_K, STRIPE, warps, stages]` per shape `NxK` with a default, two
+for fewer rows (a text prompt) and one for the residual epilogue, which needs registers; `attention` holds `[query rows, keys
+per step, warps, stages]` per head dimension and kind of values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 _FILE = Path(__file__).with_name("configs.json")
-_FEW_ROWS = 256
+_FEW_ROWS, _SOME_ROWS = 64, 768
 _INTERPRETED_GEMM, _INTERPRETED_ATTENTION = (16, 16, 32, 4, 1, 1), (16, 32, 1, 1)
 
 
@@ -35,13 +35,15 @@ def gemm_config(device: int, m: int, n: int, k: int, residual: bool) -> tuple[in
     if device < 0:
         return _INTERPRETED_GEMM
     entries = table()[architecture(torch.cuda.get_device_capability(device))]["gemm"]
-    special = "few_rows" if m <= _FEW_ROWS else "residual" if residual else "default"
-    return tuple(entries.get(f"{n}x{k}", entries[special]) if special == "default" else entries[special])
+    if m <= _SOME_ROWS:
+        return tuple(entries["few_rows" if m <= _FEW_ROWS else "some_rows"])
+    return tuple(entries["residual"] if residual else entries.get(f"{n}x{k}", entries["default"]))
 
 
 @cache
-def attention_config(device: int, head_dim: int) -> tuple[int, ...]:
-    """For heads of this size on the GPU of this index."""
+def attention_config(device: int, head_dim: int, plain: bool) -> tuple[int, ...]:
+    """For heads of this size and plain (16-bit) or 8-bit values on the GPU of this index."""
     if device < 0:
         return _INTERPRETED_ATTENTION
-    return tuple(table()[architecture(torch.cuda.get_device_capability(device))]["attention"][str(head_dim)])
+    entries = table()[architecture(torch.cuda.get_device_capability(device))]["attention"]
+    return tuple(entries[f"{head_dim} {'plain' if plain else '8-bit'} values"])

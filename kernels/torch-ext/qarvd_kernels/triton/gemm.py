@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import gemm_config
-from .launch import Launcher, block_of, device_refusal, empty_refusal, group_values, quantize, round_to_int
+from .launch import (
+    Launcher,
+    block_of,
+    device_refusal,
+    empty_refusal,
+    group_quantizer,
+    group_values,
+    quantize,
+    round_to_int,
+)
 
 _MULTIPLE = 16  # of K and of the number of outliers: 16-byte copies never straddle the border of the groups
 _PLAIN, _GELU, _RESIDUAL = 0, 1, 2
@@ -113,9 +122,9 @@ def dual_scale_gemm_kernel(
         if EPILOGUE == _PLAIN_:
             tl.store(out + start + at, y.to(out.dtype.element_ty), mask=mask)
         elif EPILOGUE == _GELU_:
-            inverse = 1.0 / group_values(out_scale, OUT_OUTLIERS, n)
-            zero_point = group_values(out_zero_point, OUT_OUTLIERS, n)
-            tl.store(out + start + at, quantize(_gelu(y), inverse[None, :], zero_point[None, :]), mask=mask)
+            inverse, low, offset = group_quantizer(out_scale, out_zero_point, OUT_OUTLIERS, n)
+            code = quantize(_gelu(y), inverse[None, :], low[None, :], offset[None, :])
+            tl.store(out + start + at, code, mask=mask)
         else:
             if gate is not None:
                 y *= tl.load(gate + ((first + row) // rows_per_gate)[:, None] * N + column[None, :])
@@ -143,19 +152,16 @@ def _launch(
     prepared: tuple, out: Tensor, epilogue: int, residual=None, gate=None, quantizer=(None, None, 0)
 ) -> Tensor:
     a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = prepared
-    a, weight = a.contiguous(), weight.contiguous()
     (m, k), n = a.shape, weight.shape[0]
     out_scale, out_zero_point, out_outliers = quantizer
     block_m, block_n, block_k, stripe, warps, stages = gemm_config(a.get_device(), m, n, k, epilogue == _RESIDUAL)
     _gemm(
-        a.get_device(),
-        (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), 1, 1),
-        (
-            *(a, weight, ratio, scale, bias, row_sums, row_sum_scale, residual, gate, out_scale, out_zero_point, out),
-            *(m, 1 if gate is None else m // gate.shape[0]),
-        ),
+        (-(-m // block_m) * -(-n // block_n), 1, 1),
+        (a, weight, ratio, scale, bias, row_sums, row_sum_scale, residual, gate, out_scale, out_zero_point, out),
+        (m, 1 if gate is None else m // gate.shape[0]),
         (n, k, num_outliers, out_outliers, epilogue, block_m, block_n, block_k, stripe),
         (warps, stages),
+        (out.dtype, row_sums is None, gate is None),
     )
     return out
 
@@ -208,18 +214,13 @@ def dual_scale_gemm_residual(
     gate: Tensor | None,
 ) -> Tensor:
     """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
-    out = torch.empty(residual.shape, dtype=residual.dtype, device=a.device)
+    out = torch.empty_like(residual)
     prepared = (a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale)
-    return _launch(prepared, out, _RESIDUAL, residual=residual.contiguous(), gate=gate)
+    return _launch(prepared, out, _RESIDUAL, residual=residual, gate=gate)
 
 
 def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:
     """Write the int8 operand `[N, K]` of a 4-bit weight into `out`."""
     (n, columns), block = weight_packed.shape, block_of(weight_packed.shape[1], 1024)
-    _expand_int4(
-        weight_packed.get_device(),
-        (n, triton.cdiv(columns, block), 1),
-        (weight_packed.contiguous(), weight_zero_point, out),
-        (columns, num_outliers, block),
-        (4, 1),
-    )
+    grid = (n, triton.cdiv(columns, block), 1)
+    _expand_int4(grid, (weight_packed, weight_zero_point, out), (), (columns, num_outliers, block), (4, 1), ())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,9 +42,8 @@ class Launcher:
     """A Triton kernel whose compiled variants are kept at hand.
 
     Triton's own look-up binds and specializes every argument on every call, which takes longer than a small kernel runs.
-    Here a variant is found by what can differ: the constants, the dtypes of the tensors and whether they are aligned.
-    The kernel's parameters must be: tensors (or None) and numbers first, numbers exempt from specialization, then the
-    constants.
+    Here the caller names what decides the variant, and addresses are handed over as numbers. The kernel's parameters must
+    be: tensors (or None), then numbers (exempt from specialization), then constants, whose names are in capitals.
 
     Args:
         function: decorated with `triton.jit`.
@@ -50,36 +51,52 @@ class Launcher:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        names = list(function.arg_names)
-        self._constant_names = [name for name in names if name.isupper()]
-        self._variants: dict[tuple, Any] = {}
+        self._constant_names = [name for name in function.arg_names if name.isupper()]
+        self._variants: dict[tuple, tuple] = {}
 
     def __call__(
-        self, device: int, grid: tuple[int, int, int], arguments: tuple, constants: tuple, options: tuple[int, int]
+        self,
+        grid: tuple[int, int, int],
+        tensors: tuple[Tensor | None, ...],
+        numbers: tuple[int | float, ...],
+        constants: tuple[int, ...],
+        options: tuple[int, int],
+        kind: tuple,
     ) -> None:
-        """Run on the current stream of a device.
+        """Run on the current stream of the device that holds the tensors; they are contiguous, the first one is not None.
 
         Args:
-            device: index of the CUDA device that holds the tensors.
             grid: number of programs.
-            arguments: tensors, numbers and Nones, in the kernel's order.
-            constants: its compile-time constants, in order.
+            tensors: in the kernel's order.
+            numbers: likewise.
+            constants: likewise.
             options: number of warps, number of pipeline stages.
+            kind: the dtypes that can vary, and which optional tensors are None.
         """
-        if not INTERPRETED.value and torch._C._cuda_getDevice() != device:
-            with torch.cuda.device(device):
-                return self(device, grid, arguments, constants, options)
-        kinds = [(a.dtype, a.data_ptr() % _ALIGNMENT == 0) if isinstance(a, Tensor) else a is None for a in arguments]
-        variant = (device, constants, options, *kinds)
-        compiled = self._variants.get(variant)
-        if compiled is not None:
-            compiled[grid](*arguments, *constants)
-            return None
+        device = tensors[0].get_device()
+        addresses, joined = [], 0
+        for tensor in tensors:
+            address = None if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            joined |= address or 0
+        key = (device, kind, constants, options, joined % _ALIGNMENT == 0)
+        variant = self._variants.get(key)
+        if variant is None or device != torch.cuda.current_device():
+            self._compile(key, grid, tensors, numbers)
+            return
+        run, function, metadata, current_stream = variant
+        stream = current_stream(device)
+        run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
+
+    def _compile(self, key: tuple, grid: tuple, tensors: tuple, numbers: tuple) -> None:
+        """The long way round: by Triton itself, on the right device."""
+        device, _, constants, (warps, stages), _ = key
         named = dict(zip(self._constant_names, constants, strict=True))
-        compiled = self.function[grid](*arguments, **named, num_warps=options[0], num_stages=options[1])
+        with torch.cuda.device(device) if device >= 0 else nullcontext():
+            compiled = self.function[grid](*tensors, *numbers, **named, num_warps=warps, num_stages=stages)
         if compiled is not None:  # the interpreter compiles nothing
-            self._variants[variant] = compiled
-        return None
+            current_stream = triton.runtime.driver.active.get_current_stream
+            self._variants[key] = (compiled.run, compiled.function, compiled.packed_metadata, current_stream)
 
 
 @triton.jit
@@ -94,19 +111,27 @@ def round_to_int(x):
 
 
 @triton.jit
-def quantize(x, inverse_scale, zero_point):
-    """float32 -> int8 code - 128 of a static quantizer. Clamping before rounding to integer ends changes nothing."""
-    low = -zero_point.to(tl.float32)
-    level = tl.minimum(tl.maximum(x * inverse_scale, low), low + 255.0)
-    return (round_to_int(level) + (zero_point - 128)).to(tl.int8)
-
-
-@triton.jit
 def group_values(table, first, index):
     """Per element: entry 0 of a table of two where `index < first`, else entry 1."""
     return tl.where(index < first, tl.load(table), tl.load(table + 1))
 
 
+@triton.jit
+def group_quantizer(scale, zero_point, first, index):
+    """Per element: inverse scale, lowest level (as float32) and offset of its group; see `quantize`."""
+    outlier, normal = tl.load(zero_point), tl.load(zero_point + 1)
+    inverse = tl.where(index < first, 1.0 / tl.load(scale), 1.0 / tl.load(scale + 1))
+    low = tl.where(index < first, -outlier.to(tl.float32), -normal.to(tl.float32))
+    return inverse, low, tl.where(index < first, outlier - 128, normal - 128)
+
+
+@triton.jit
+def quantize(x, inverse, low, offset):
+    """float32 -> int8 code - 128 of a static quantizer; clamping to integer ends before rounding changes nothing."""
+    return (round_to_int(tl.minimum(tl.maximum(x * inverse, low), low + 255.0)) + offset).to(tl.int8)
+
+
+@cache
 def block_of(size: int, largest: int) -> int:
     """The power of two that covers `size`, or `largest`."""
     return min(triton.next_power_of_2(size), largest)

@@ -66,9 +66,9 @@ def dequantize_weight(
     """The weight `[N, K]` in its original channel order."""
     n, k = weight_packed.shape[0], weight_packed.shape[1] * 8 // bits
     weight, block = torch.empty((n, k), dtype=out_dtype, device=weight_packed.device), block_of(k, _BLOCK)
-    stored = [t.contiguous() for t in (weight_packed, weight_scale, weight_zero_point, channel_order)]
+    tensors = (weight_packed, weight_scale, weight_zero_point, channel_order, weight)
     constants = (k, num_outliers, bits, block)
-    _dequantize_weight(weight_packed.get_device(), (n, triton.cdiv(k, block), 1), (*stored, weight), constants, (8, 1))
+    _dequantize_weight((n, triton.cdiv(k, block), 1), tensors, (), constants, (8, 1), (out_dtype,))
     return weight
 
 

@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, block_of, device_refusal, empty_refusal, group_values, quantize
+from .launch import Launcher, block_of, device_refusal, empty_refusal, group_quantizer, quantize
 
 _BLOCK = 512
-_ROWS = 8
 
 
 def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
@@ -21,7 +20,7 @@ def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | 
     return device_refusal(device) or empty_refusal(arguments)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "zero"])
 def quantize_static_kernel(
     x,
     channel_order,
@@ -29,20 +28,23 @@ def quantize_static_kernel(
     input_zero_point,
     codes,
     rows,
+    zero,
     K: tl.constexpr,
     OUTLIERS: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # A zero that the compiler cannot see gives channels to lanes one by one: the gather below is then nearly contiguous.
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK) + zero
     order = tl.load(channel_order + channel, mask=channel < K, other=0)
-    inverse = 1.0 / group_values(input_scale, OUTLIERS, channel)
-    zero_point = group_values(input_zero_point, OUTLIERS, channel)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    mask = (row < rows) & (channel < K)[None, :]
-    value = tl.load(x + row * K + order[None, :], mask=mask, other=0.0).to(tl.float32)
-    code = quantize(value, inverse[None, :], zero_point[None, :])
-    tl.store(codes + row * K + channel[None, :], code, mask=mask)
+    inverse, low, offset = group_quantizer(input_scale, input_zero_point, OUTLIERS, channel)
+    first = tl.program_id(0).to(tl.int64) * 2
+    here = channel < K
+    there = channel < tl.where(first + 1 < rows, K, 0)
+    # Both loads before the first store, which they could not pass.
+    value = tl.load(x + first * K + order, mask=here, other=0.0).to(tl.float32)
+    below = tl.load(x + first * K + K + order, mask=there, other=0.0).to(tl.float32)
+    tl.store(codes + first * K + channel, quantize(value, inverse, low, offset), mask=here)
+    tl.store(codes + first * K + K + channel, quantize(below, inverse, low, offset), mask=there)
 
 
 @triton.jit
@@ -67,20 +69,16 @@ def quantize_static(
     x: Tensor, channel_order: Tensor, num_outliers: int, input_scale: Tensor, input_zero_point: Tensor
 ) -> Tensor:
     """Float `[..., K]` -> int8 `[..., K]`, permuted."""
-    codes, k = torch.empty(x.shape, dtype=torch.int8, device=x.device), x.shape[-1]
+    codes, k = torch.empty_like(x, dtype=torch.int8), x.shape[-1]
     rows, block = x.numel() // k, block_of(k, _BLOCK)
-    _quantize_static(
-        x.get_device(),
-        (triton.cdiv(rows, _ROWS), triton.cdiv(k, block), 1),
-        (x.contiguous(), channel_order, input_scale, input_zero_point, codes, rows),
-        (k, num_outliers, _ROWS, block),
-        (4, 1),
-    )
+    grid = (triton.cdiv(rows, 2), triton.cdiv(k, block), 1)
+    tensors = (x, channel_order, input_scale, input_zero_point, codes)
+    _quantize_static(grid, tensors, (rows, 0), (k, num_outliers, block), (4, 1), (x.dtype,))
     return codes
 
 
 def row_sums(a: Tensor, num_outliers: int) -> Tensor:
     """int8 `[M, K]` -> int32 `[M, 2]`."""
     (rows, k), sums = a.shape, torch.empty((a.shape[0], 2), dtype=torch.int32, device=a.device)
-    _row_sums(a.get_device(), (rows, 1, 1), (a.contiguous(), sums), (k, num_outliers, block_of(k, 2048)), (4, 1))
+    _row_sums((rows, 1, 1), (a, sums), (), (k, num_outliers, block_of(k, 2048)), (4, 1), ())
     return sums

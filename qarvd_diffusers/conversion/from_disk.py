@@ -1,0 +1,177 @@
+"""Quantizing a model folder that does not fit into memory: layer by layer from its shards, one block in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from ..calibration.blocks import block_name
+from ..calibration.calibrate import Progress
+from ..calibration.splits import split_inputs
+from ..calibration.targets import input_groups, quantizable_linears
+from ..calibration.weights import quantize_weight
+from ..config import QARVDConfig, QuantizedModule
+from ..linear import LinearQParams, stored_tensors
+from ..model_card import CARD_FILE, model_card, stated_licence
+from ..models import CausalWanTransformer3DModel
+from ..packing import pack
+from ..serialization import atomic_directory
+from ..tensor_files import TensorSpec, write_shards
+from .convert import STEM, folder_tensors
+from .network import load_transformer_config
+
+
+def quantize_folder(
+    src: str | Path, out_dir: str | Path, config: QARVDConfig, progress: Progress | None = None
+) -> dict[str, int]:
+    """Quantize the transformer of a diffusers folder, with a scheme that needs no data, without loading it.
+
+    The result is the one that `ARVDPipeline.from_pretrained(src, quantization_config=config)` gives, bit by bit; what is in
+    memory at a time is one block of it. Every block becomes a shard.
+
+    Args:
+        src: diffusers folder of a float model.
+        out_dir: folder to create; must not exist yet. It appears only when complete.
+        config: a scheme without calibration, rounded to nearest.
+        progress: called for every layer.
+
+    Returns:
+        Bytes, as `stored_bytes` of the quantized model.
+
+    Raises:
+        ValueError: the scheme needs calibration, the folder is quantized or incomplete, or a weight is not finite.
+        FileExistsError: if `out_dir` exists.
+    """
+    src, out_dir = Path(src), Path(out_dir)
+    if config.needs_calibration:
+        raise ValueError(
+            f"scheme {config.scheme} with rounding {config.resolved_rounding!r} has to run the model and cannot work from disk: "
+            "use w8a8_dynamic, w8a16 or w4a16 with rounding='nearest', or load the pipeline and call quantize"
+        )
+    if out_dir.exists():
+        raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
+    path = src / "transformer" / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: expected a diffusers folder of a Wan model")
+    stored = load_transformer_config(path)
+    if stored.get("quantization_config") is not None:
+        raise ValueError(f"{src} is quantized already: quantize the float model")
+    with init_empty_weights():
+        model = CausalWanTransformer3DModel.from_config(stored)
+    specs, fetch = folder_tensors(path.parent)
+    missing = sorted(model.state_dict().keys() - specs.keys())
+    if missing:
+        raise ValueError(f"{path.parent} lacks {len(missing)} tensors (first: {missing[0]}): a shard is missing")
+    work = _FromDisk(model, specs, fetch, config, progress)
+    final = config.for_checkpoint(work.descriptions)
+    with atomic_directory(out_dir) as folder:
+        shutil.copytree(src, folder, dirs_exist_ok=True, ignore=_transformer_weights)
+        write_shards(folder / "transformer", STEM, work.shards(), work)
+        model.register_to_config(quantization_config=final)
+        model.save_config(folder / "transformer")
+        card = model_card(final, work.sizes(), None, final.base_model, stated_licence(src))
+        (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
+    return work.sizes()
+
+
+def _transformer_weights(folder: str, names: Sequence[str]) -> set[str]:
+    kept_away = {name for name in names if name.startswith(STEM) or name == "config.json"}
+    return kept_away if Path(folder).name == "transformer" else set()
+
+
+class _Linears(Mapping[str, nn.Linear]):
+    """The Linears of a model whose weights lie on disk: each is read when it is asked for, and not kept."""
+
+    def __init__(self, empty: Mapping[str, nn.Linear], fetch: Callable[[str], torch.Tensor]) -> None:
+        self._empty, self._fetch = empty, fetch
+
+    def __getitem__(self, name: str) -> nn.Linear:
+        linear = nn.Linear(*reversed(self._empty[name].weight.shape), bias=False, device="meta")
+        linear.weight = nn.Parameter(self._fetch(f"{name}.weight"), requires_grad=False)
+        return linear
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._empty)
+
+    def __len__(self) -> int:
+        return len(self._empty)
+
+
+class _FromDisk:
+    """Tensors of the quantized model by name, made block by block as they are asked for."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Mapping[str, TensorSpec],
+        fetch: Callable[[str], torch.Tensor],
+        config: QARVDConfig,
+        progress: Progress | None,
+    ) -> None:
+        self._specs, self._fetch, self._config, self._progress = specs, fetch, config, progress
+        empty = quantizable_linears(model, config)
+        self._linears = _Linears(empty, fetch)
+        groups = input_groups(model, empty, config)
+        splits = split_inputs(model, self._linears, groups, config)
+        self._outliers = {name: split for group, split in zip(groups, splits, strict=True) for name in group}
+        scheme = config.resolved_scheme
+        self.descriptions = {
+            name: QuantizedModule(self._outliers[name].num_outliers, scheme.weight_bits, scheme.activation)
+            for name in empty
+        }
+        self._sizes = {name: (linear.in_features, linear.out_features) for name, linear in empty.items()}
+        self._made: dict[str, torch.Tensor] = {}
+        self._done = 0
+
+    def shards(self) -> list[dict[str, TensorSpec]]:
+        """Specs of the tensors of every block, and of what is in no block."""
+        shards: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
+        for key, spec in self._specs.items():
+            module, _, leaf = key.rpartition(".")
+            if module not in self.descriptions or leaf != "weight":
+                shards[block_name(key)][key] = spec
+        for name, description in self.descriptions.items():
+            stored = stored_tensors(*self._sizes[name], description)
+            shards[block_name(name)] |= {f"{name}.{leaf}": TensorSpec(*spec) for leaf, spec in stored.items()}
+        return list(shards.values())
+
+    def __call__(self, key: str) -> torch.Tensor:
+        module, _, leaf = key.rpartition(".")
+        if module not in self.descriptions or leaf == "bias":
+            return self._fetch(key)
+        if key not in self._made:
+            self._made = self._quantize(block_name(module))
+        return self._made.pop(key)
+
+    def _quantize(self, block: str) -> dict[str, torch.Tensor]:
+        made = {}
+        for name, description in self.descriptions.items():
+            if block_name(name) != block:
+                continue
+            outliers = self._outliers[name]
+            codes, grid = quantize_weight(self._linears[name].weight, outliers, self._config)
+            tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), outliers.channel_order)
+            made |= {f"{name}.{k}": v for k, v in LinearQParams(*tensors, None, None, description).tensors().items()}
+            self._done += 1
+            if self._progress is not None:
+                self._progress("quantizing weights", self._done, len(self.descriptions))
+        return made
+
+    def sizes(self) -> dict[str, int]:
+        """As `stored_bytes` of the quantized model."""
+        shards = self.shards()
+        inside = {key: spec for shard in shards for key, spec in shard.items()}
+        quantized = sum(spec.nbytes for key, spec in inside.items() if key.rpartition(".")[0] in self.descriptions)
+        return {
+            "quantized": quantized,
+            "bfloat16": sum(
+                2 * (k * n + (n if f"{name}.bias" in inside else 0)) for name, (k, n) in self._sizes.items()
+            ),
+            "total": sum(spec.nbytes for spec in inside.values()),
+        }
