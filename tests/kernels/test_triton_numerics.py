@@ -22,7 +22,13 @@ from qarvd_kernels.reference import gemm as gemm_reference
 from qarvd_kernels.reference import linear as linear_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on numpy, which has neither bfloat16 nor float8
-GEMM_SHAPES = [(1, 64, 16, 32), (7, 96, 24, 0), (35, 80, 33, 48), (17, 64, 16, 64)]  # M, K, N, outliers
+GEMM_SHAPES = [
+    (1, 64, 16, 32),
+    (7, 96, 24, 0),
+    (35, 80, 33, 48),
+    (17, 64, 16, 64),
+    (150, 32, 40, 16),
+]  # M, K, N, outliers
 
 
 @pytest.fixture
