@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from qarvd_kernels.checks import accumulator
 
 from .config import QuantizedModule
 from .packing import packed_columns
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,16 @@ def stored_tensors(
     return specs
 
 
+class _Folded(NamedTuple):
+    """The constants of `qarvd_kernels.PreparedLinear`; all None for a layer that it refuses."""
+
+    num_outliers: int | None = None
+    ratio: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    row_sum_scale: Tensor | None = None
+
+
 class QARVDLinear(nn.Linear):
     """A frozen linear layer with packed 4- or 8-bit weights, dual scales and (static or dynamic) int8 activations.
 
@@ -102,6 +115,7 @@ class QARVDLinear(nn.Linear):
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
         self._row_order: Tensor | None = None
+        self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
         for name in ("input_scale", "input_zero_point"):
             self.register_parameter(name, None)
         for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
@@ -182,6 +196,7 @@ class QARVDLinear(nn.Linear):
             self._permute_rows(order)
 
     def _permute_rows(self, order: Tensor) -> None:
+        self._folded = None
         for name in PER_ROW:
             tensor = getattr(self, name)
             if tensor is not None:
@@ -197,6 +212,7 @@ class QARVDLinear(nn.Linear):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.store_rows_in(None)
+        self._folded = None
         super()._load_from_state_dict(*args)
 
     @property
@@ -253,10 +269,51 @@ class QARVDLinear(nn.Linear):
             return ops.dual_scale_linear_dynamic(codes, scale, *weight, *layout)
         quantizer = (self.input_scale, self.input_zero_point)
         codes = ops.quantize_static(x, self.channel_order, self.num_outliers, *quantizer)
+        folded = self._fold(x)
+        if folded is not None:
+            return self._compute_folded(codes.reshape(-1, self.in_features), folded, x)
         return ops.dual_scale_linear_static(codes, *weight, *quantizer, *layout)
+
+    def _fold(self, x: Tensor) -> _Folded | None:
+        """What the compiled integer product reads beside the weight; None where it does not run.
+
+        Folding reads tensor values, which tracing cannot: a layer that is compiled before its first call does without.
+        """
+        if x.dtype == torch.float64 or not self._kernels_run(x.device):
+            return None
+        if self._folded is None and not torch.compiler.is_compiling():
+            self._folded = self._fold_constants()
+        return self._folded if self._folded is not None and self._folded.ratio is not None else None
+
+    @staticmethod
+    def _kernels_run(device: torch.device) -> bool:
+        return device.type == "cuda" and ops.accelerated(device)
+
+    def _fold_constants(self) -> _Folded:
+        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
+        quantizer = (self.input_scale, self.input_zero_point)
+        try:
+            prepared = ops.prepare_linear(*weight, *quantizer, self.bias, self.weight_bits, self.num_outliers)
+        except ops.LayerRefused as refusal:
+            logger.info("a layer %s stays on the unprepared operators: %s", tuple(self.weight_packed.shape), refusal)
+            return _Folded()
+        # Not the weight: offloading may move it between calls, and nothing here must keep it on the GPU.
+        return _Folded(*(getattr(prepared, name) for name in _Folded._fields))
+
+    def _compute_folded(self, codes: Tensor, folded: _Folded, x: Tensor) -> Tensor:
+        if self.weight_bits == 8:
+            operand = self.weight_packed.view(torch.int8)
+        else:
+            operand = torch.empty((self.out_features, self.in_features), dtype=torch.int8, device=x.device)
+            ops.expand_int4(self.weight_packed, self.weight_zero_point, self.num_outliers, operand)
+        sums = None if folded.row_sum_scale is None else ops.row_sums(codes, folded.num_outliers)
+        constants = (folded.num_outliers, folded.ratio, folded.scale, folded.bias, sums, folded.row_sum_scale)
+        return ops.dual_scale_gemm(codes, operand, *constants, x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QARVDLinear:
         # Module.to(dtype), half() and layerwise casting all come through here, and would cast the scales.
+        self._folded = None
+
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)

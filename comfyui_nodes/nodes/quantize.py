@@ -292,10 +292,14 @@ class QARVDSaveQuantized(io.ComfyNode):
         if format == FORMATS[1]:
             path = _free_path(folders.saved_folder().parent / "diffusion_models", f"{name}.safetensors", overwrite)
             losses = export_int8(pipeline.pipe, path)
-            return io.NodeOutput(str(path), ui=ui.PreviewText("\n".join([f"saved {path}", *losses])))
+            return io.NodeOutput(str(path), ui=ui.PreviewText("\n".join([_saved(path), *losses])))
         path = _free_path(folders.saved_folder(), name, overwrite)
         pipeline.pipe.save_pretrained(path)
-        return io.NodeOutput(str(path), ui=ui.PreviewText(f"saved {path}\n{describe(pipeline)}"))
+        return io.NodeOutput(str(path), ui=ui.PreviewText(f"{_saved(path)}\n{describe(pipeline)}"))
+
+
+def _saved(path: Path) -> str:
+    return f"saved {path.relative_to(folders.saved_folder().parent.resolve()).as_posix()} in the output folder"
 
 
 def _free_path(root: Path, name: str, overwrite: bool) -> Path:

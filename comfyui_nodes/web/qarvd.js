@@ -27,17 +27,27 @@ class Player {
     this.root.className = "qarvd-player";
     this.root.style.cssText =
       "display:flex;flex-direction:column;width:100%;height:100%;min-height:240px;background:#111;border-radius:6px;overflow:hidden;position:relative";
-    this.video = document.createElement("video");
-    Object.assign(this.video, { muted: true, autoplay: true, playsInline: true });
-    this.video.style.cssText = "flex:1 1 0;height:0;min-height:0;width:100%;object-fit:contain;image-rendering:pixelated";
+    // Two videos lie over each other: the next chunk loads in the hidden one, so that nothing flickers between chunks.
+    this.stage = document.createElement("div");
+    this.stage.style.cssText = "position:relative;flex:1 1 0;min-height:0;width:100%";
+    this.videos = [0, 1].map(() => {
+      const video = Object.assign(document.createElement("video"), { muted: true, playsInline: true });
+      video.style.cssText =
+        "position:absolute;inset:0;width:100%;height:100%;object-fit:contain;image-rendering:pixelated;visibility:hidden";
+      video.addEventListener("loadeddata", () => this.reveal(video));
+      video.addEventListener("ended", () => {
+        if (video === this.videos[0]) this.play((this.playing + 1) % this.chunks.length);
+      });
+      this.stage.append(video);
+      return video;
+    });
     this.still = document.createElement("img");
     this.still.style.cssText =
       "position:absolute;right:6px;top:6px;width:25%;border:1px solid #888;border-radius:3px;image-rendering:pixelated;display:none";
     this.caption = document.createElement("div");
     this.caption.style.cssText = "color:#ddd;font:12px sans-serif;padding:4px 6px;text-align:center";
     this.caption.textContent = "chunks appear here as they are made";
-    this.root.append(this.video, this.still, this.caption);
-    this.video.addEventListener("ended", () => this.play((this.playing + 1) % this.chunks.length));
+    this.root.append(this.stage, this.still, this.caption);
   }
 
   add(chunk) {
@@ -68,11 +78,20 @@ class Player {
     if (!chunk) return;
     this.playing = index;
     const query = new URLSearchParams({ filename: chunk.filename, subfolder: chunk.subfolder, type: chunk.type });
-    this.video.src = api.apiURL(`/view?${query}`);
-    this.video.play().catch(() => {});
+    this.videos[1].src = api.apiURL(`/view?${query}`);
+  }
+
+  reveal(video) {
+    if (video !== this.videos[1]) return;
+    this.videos.reverse();
+    video.style.visibility = "visible";
+    video.play().catch(() => {});
+    this.videos[1].style.visibility = "hidden";
+    this.videos[1].pause();
+    const chunk = this.chunks[this.playing];
     const made = this.chunks.length;
     const status = made < chunk.total ? `${made} of ${chunk.total} chunks made` : `all ${made} chunks made`;
-    this.caption.textContent = `chunk ${index + 1} · ${chunk.frames} frames in ${chunk.seconds.toFixed(2)} s · ${status}`;
+    this.caption.textContent = `chunk ${this.playing + 1} · ${chunk.frames} frames in ${chunk.seconds.toFixed(2)} s · ${status}`;
   }
 }
 

@@ -6,6 +6,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+import qarvd_kernels as ops
+
 from ..linear import QARVDLinear
 from .fused_block import FusedBlock, PassState, Workspace
 from .kv_cache import KVCache
@@ -18,6 +20,7 @@ class FusedPass:
 
     Raises:
         ValueError: with the reason, if the transformer cannot run like this (see `refusal`).
+        LayerRefused: if the integer sums of a layer could overflow the kernels' accumulators.
     """
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
@@ -25,7 +28,7 @@ class FusedPass:
         if reason is not None:
             raise ValueError(f"no fused pass: {reason}")
         workspace = Workspace()
-        self._blocks = [FusedBlock(block, workspace) for block in transformer.blocks]
+        self._blocks = [_fused_block(index, block, workspace) for index, block in enumerate(transformer.blocks)]
         self._tables = torch.cat([block.scale_shift_table.detach() for block in transformer.blocks]).float()
         self._modules = list(transformer.blocks.modules())
         self._placement = _placement(transformer)
@@ -89,6 +92,13 @@ class FusedPass:
         sizes = [size // step for size, step in zip(shape[2:], patch, strict=True)]
         patches = transformer.proj_out(normed).reshape(shape[0], *sizes, *patch, -1)
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _fused_block(index: int, block: nn.Module, workspace: Workspace) -> FusedBlock:
+    try:
+        return FusedBlock(block, workspace)
+    except ops.LayerRefused as error:
+        raise ops.LayerRefused(f"in block {index}, {error}") from error
 
 
 def _linears(transformer: WanTransformer3DModel) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ import qarvd_kernels as ops
 from .fused_pass import FusedPass, refusal
 from .kv_cache import KVCache, KVLayerCache
 from .single_file import read_single_file
+
+logger = logging.getLogger(__name__)
 
 
 class CausalTimesteps(Timesteps):
@@ -306,8 +309,16 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if timestep.shape not in ((batch,), (batch, frames)):
             return None
         if self._fused_pass is None or not self._fused_pass.fits(self):
-            self._fused_pass = None if self.fusion_refusal is not None else FusedPass(self)
+            self._fused_pass = None if self.fusion_refusal is not None else self._build_fused_pass()
         return self._fused_pass
+
+    def _build_fused_pass(self) -> FusedPass | None:
+        try:
+            return FusedPass(self)
+        except ops.LayerRefused as error:
+            logger.warning("This model runs layer by layer, not on fused kernels: %s", error)
+            self.fused_pass = False
+            return None
 
     @property
     def fusion_refusal(self) -> str | None:

@@ -177,6 +177,18 @@ def test_refused_models_still_run():
     assert torch.equal(roll_out(model, fused=True)[0], roll_out(model, fused=False)[0])
 
 
+def test_a_layer_that_could_overflow_runs_layer_by_layer(caplog):
+    model = quantized()
+    layer = next(m for m in model.blocks[1].modules() if isinstance(m, QARVDLinear) and m.num_outliers > 0)
+    with torch.no_grad():
+        layer.weight_scale[:, 0] = 1e6 * layer.weight_scale[:, 1]
+    expected, _ = roll_out(model, fused=False)
+    with caplog.at_level("WARNING"):
+        got, _ = roll_out(model, fused=True)
+    assert "in block 1" in caplog.text and "integer sum" in caplog.text
+    assert torch.equal(got, expected)
+
+
 def test_rows_in_another_order_change_nothing():
     model = quantized()
     layer: QARVDLinear = model.blocks[0].attn1.to_q

@@ -406,7 +406,6 @@ def test_a_long_stream_keeps_its_size(pipe):
     stream.close()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what the process occupies from Linux's /proc")
 def test_120_chunks_take_no_more_memory_and_time_than_20(pipe):
     """Past the end of a short RoPE table; the process gives free pages back before it is measured."""

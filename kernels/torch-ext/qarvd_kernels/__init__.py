@@ -6,6 +6,8 @@ beside it and are chosen per call, see `dispatch` and `report`.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from . import dispatch
@@ -43,8 +45,9 @@ def report(device: torch.device | str | None = None) -> list[tuple[str, str, lis
     return [(name, choice.backend, list(choice.refused)) for name, choice in choices]
 
 
+@cache
 def accelerated(device: torch.device | str) -> bool:
-    """Whether compiled kernels of the integer matrix product run on this device."""
+    """Whether compiled kernels of the integer matrix product run on this device; the answer is remembered."""
     return dispatch.choose("dual_scale_gemm", "gemm", torch.device(device)).backend != "reference"
 
 

@@ -1,4 +1,17 @@
-"""QK norm, RoPE and cache append in one pass over qkv; and attention whose scores are integer products."""
+"""QK norm, RoPE and cache append in one pass over qkv; and attention whose scores are integer products.
+
+Attention on an H200, 4680 queries, 12 heads of 128, microseconds (2026-11-23, torch 2.11.0+cu130, triton 3.6.0):
+
+    keys                         4680   18720   32760
+    cuDNN, bfloat16               263     996    1732
+    torch flash, bfloat16         454    1736    3022
+    this, float8 values           309    1158    2007
+    this, bfloat16 values         312    1178    2022
+    this, int8 values             373    1417    2481
+
+So on Hopper it beats FlashAttention-2 and loses to cuDNN: there an int8 cache saves memory, not time. It is meant for GPUs
+that have neither cuDNN's nor FlashAttention-3's Hopper kernels, where it has not been timed.
+"""
 
 from __future__ import annotations
 
