@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
+import statistics
+import sys
 import threading
+import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -399,3 +404,21 @@ def test_a_long_stream_keeps_its_size(pipe):
             break
     assert len(set(sizes[3:])) == 1 and sizes[-1][1] == 9
     stream.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what the process occupies from Linux's /proc")
+def test_120_chunks_take_no_more_memory_and_time_than_20(pipe):
+    """Past the end of a short RoPE table; the process gives free pages back before it is measured."""
+    pipe.transformer.rope.max_seq_len = 64
+    trim, memory, seconds = ctypes.CDLL(None).malloc_trim, [], []
+    start = time.process_time()
+    for chunk in pipe.stream(PROMPT, num_chunks=120, generator=seeded(), kv_cache="int8", output_type="latent"):
+        seconds.append(time.process_time() - start)
+        assert chunk.latents.shape[2] == 3
+        if chunk.index in (20, 30, 40, 99, 109, 119):
+            gc.collect()
+            trim(0)
+            memory.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        start = time.process_time()
+    assert statistics.median(memory[3:]) < 1.01 * statistics.median(memory[:3])
+    assert statistics.median(seconds[-20:]) < 1.5 * statistics.median(seconds[20:40])
