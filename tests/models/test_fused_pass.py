@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny_wan import CHUNKS, make_run, make_wan
 from torch import nn
 
 from qarvd_diffusers.bench.shapes import SHAPES, random_transformer
@@ -15,7 +16,6 @@ from qarvd_diffusers.calibration.calibrate import apply, calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.linear import QARVDLinear
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
-from tests.calibration.tiny_wan import CHUNKS, make_run, make_wan
 
 
 def quantized(scheme="w8a8", **changes):
