@@ -136,7 +136,7 @@ calibrate(wan, make_run(wan), config, slow, ResumeFolder(sys.argv[2], "one")).sa
 
 
 def start(folder, result, pause):
-    arguments = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), str(result), str(pause)]
+    arguments = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent.parent), str(folder), str(result), str(pause)]
     return subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
