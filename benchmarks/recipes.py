@@ -168,7 +168,7 @@ class Simulated(nn.Module):
 
     def __init__(self, layer: QARVDLinear) -> None:
         super().__init__()
-        self.bias, weight = layer.bias, layer.weight
+        self.bias, weight = layer.bias, layer.dequantized()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.order, self.quantizer = layer.channel_order.long(), None
         if layer.activation == "static":
