@@ -370,7 +370,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         output_type: str = "np",
         max_sequence_length: int | None = None,
         kv_cache: str | None = None,
-        overlap_decoding: bool = True,
+        overlap_decoding: bool = False,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
