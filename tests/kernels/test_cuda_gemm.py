@@ -77,7 +77,7 @@ def test_kernels_compile_to_hopper_integer_products_without_spills(tmp_path):
     assert usage and set(usage) == {("0", "0", "0")}
     assert "serialized" not in result.stderr and "warning" not in result.stderr.lower()
     ptx = (tmp_path / "gemm.ptx").read_text()
-    for columns in gemm._TILE_COLUMNS:
+    for columns, _ in gemm._TILES:
         assert f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8" in ptx
     assert "multicast::cluster" in ptx and "setmaxnreg" in ptx
 
@@ -289,13 +289,16 @@ class TestOnGPU:
 class TestMoreOnGPU:
     pytestmark = gpu
 
-    @pytest.mark.parametrize("columns", gemm._TILE_COLUMNS)
-    def test_every_tile_width(self, columns, monkeypatch):
-        monkeypatch.setattr(gemm, "tile_columns", lambda *_: columns)
+    @pytest.mark.parametrize("tile", gemm._TILES)
+    def test_every_tile(self, tile, monkeypatch):
+        monkeypatch.setattr(gemm, "tile", lambda *_: tile)
         for m, n, k, outliers in SHAPES:
             a, weight, ratio, scale, bias = make(m, n, k)
+            expected = accumulate(a, weight, outliers, ratio)
             got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, torch.int32)
-            assert torch.equal(got, accumulate(a, weight, outliers, ratio)), (m, n, k, outliers)
+            assert torch.equal(got, expected), (m, n, k, outliers)
+            got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, torch.bfloat16)
+            assert relative_error(got, expected.double() * scale.double() + bias.double()) <= 2e-3
 
     def test_views(self):
         a, weight, ratio, scale, bias = make(300, 512, 512)

@@ -18,7 +18,11 @@ from .build import library, refusal
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int8: 4}
 _ALIGNMENT = 16  # bytes; what the copy engine asks of addresses and rows
 _COLUMNS = 32  # weight rows that one thread's accumulators are spread over
-_TILE_ROWS, _TILE_COLUMNS = 128, (256, 224, 192, 160, 128)
+_TILE_ROWS = 128
+# Columns of a tile and bytes of a K block, as compiled in src/gemm.cu.
+_TILES = ((256, 64), (256, 128), (224, 64), (224, 128), (192, 64), (160, 128), (128, 64))
+_LONG_K = 4096  # from here on K blocks of 128 are the faster ones
+_TUNED_ROWS = 2048  # the tuned tiles hold for full-size activations (measured with 4680 rows)
 _TUNED = Path(__file__).with_name("gemm_configs.json")
 
 
@@ -130,7 +134,7 @@ def _launch(
         _FORMATS[out.dtype],
         *quantizer,
         *sums,
-        tile_columns(m, n, k, device),
+        *tile(m, n, k, device),
         device,
         torch._C._cuda_getCurrentRawStream(device),
     )
@@ -143,23 +147,24 @@ def _launch(
 
 
 @cache
-def tile_columns(m: int, n: int, k: int, device: int) -> int:
-    """Width of the tiles: the tuned one for `N x K`, else the one that keeps the multiprocessors busiest."""
+def tile(m: int, n: int, k: int, device: int) -> tuple[int, int]:
+    """One of `_TILES`: the tuned one for `N x K`, else one that keeps the multiprocessors busiest."""
     tuned = _tuned().get(f"{n}x{k}")
-    if tuned is not None:
-        return tuned
+    if tuned is not None and m >= _TUNED_ROWS:
+        return tuple(tuned)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def cost(width: int) -> int:
-        tiles = -(-m // _TILE_ROWS) * -(-n // width)
-        return -(-tiles // processors) * width
+    def cost(candidate: tuple[int, int]) -> tuple[int, bool]:
+        columns, block_k = candidate
+        tiles = -(-m // _TILE_ROWS) * -(-n // columns)
+        return -(-tiles // processors) * columns, (block_k == 128) != (k >= _LONG_K)
 
-    return min(_TILE_COLUMNS, key=cost)
+    return min(_TILES, key=cost)
 
 
 @cache
-def _tuned() -> dict[str, int]:
-    return json.loads(_TUNED.read_text(encoding="utf-8"))["tile_columns"]
+def _tuned() -> dict[str, list[int]]:
+    return json.loads(_TUNED.read_text(encoding="utf-8"))["tiles"]
 
 
 @cache
@@ -167,7 +172,7 @@ def _functions() -> tuple[Any, Any]:
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     gemm, expand = library().qarvd_gemm, library().qarvd_expand_int4
     gemm.argtypes = [pointer, long, pointer, *[integer] * 4, *[pointer] * 6, integer, pointer, pointer, integer]
-    gemm.argtypes += [pointer, pointer, integer, integer, integer, pointer]
+    gemm.argtypes += [pointer, pointer, *[integer] * 4, pointer]
     expand.argtypes = [pointer, pointer, pointer, *[integer] * 4, pointer]
     return gemm, expand
 

@@ -48,9 +48,8 @@ constexpr int tile_rows = 128, consumers = 2, consumer_rows = tile_rows / consum
 constexpr int warpgroup = 128, gemm_threads = (consumers + 1) * warpgroup, consumer_warps = consumers * 4;
 constexpr int cluster_blocks = 2, shared_limit = 227 * 1024;
 constexpr int group_columns = 32, own_columns = 8;  // columns that are permuted among each other; those of one thread
-constexpr int block_k = 64;  // small, because a deep ring of small blocks hides more latency than a shallow one
 
-template <int tile_columns>
+template <int tile_columns, int block_k>
 struct Layout {
     static constexpr int a_bytes = tile_rows * block_k, stage = a_bytes + tile_columns * block_k;
     static constexpr int line = tile_columns * 4, lines_bytes = 3 * line, lines_buffers = 2;  // ratio, scale, bias
@@ -63,9 +62,9 @@ struct Layout {
     static_assert(stages >= 3 && (2 * stages + 2 * lines_buffers) * 8 <= barriers_bytes);
 };
 
-template <int tile_columns>
+template <int tile_columns, int block_k>
 struct Shared {
-    using L = Layout<tile_columns>;
+    using L = Layout<tile_columns, block_k>;
     uint32_t base;
     __device__ __forceinline__ uint32_t a(int stage) const { return base + stage * L::stage; }
     __device__ __forceinline__ uint32_t b(int stage) const { return a(stage) + L::a_bytes; }
@@ -114,10 +113,10 @@ struct Ring {
 };
 
 // The producer: one thread.
-template <int tile_columns>
+template <int tile_columns, int block_k>
 __device__ __forceinline__ void produce(
-    const Maps& maps, const GemmParameters& p, Shared<tile_columns> shared) {
-    using L = Layout<tile_columns>;
+    const Maps& maps, const GemmParameters& p, Shared<tile_columns, block_k> shared) {
+    using L = Layout<tile_columns, block_k>;
     const int rank = cluster_rank(), clusters = gridDim.x / cluster_blocks;
     Ring<L::stages> ring;
     Ring<L::lines_buffers> lines;
@@ -184,11 +183,11 @@ __device__ __forceinline__ constexpr int accumulator(int group, int half, int i)
 }
 
 // acc = rint(float(acc) * ratio[n]), ties to even.
-template <int first_group, int end_group>
+template <int tile_columns>
 __device__ __forceinline__ void rescale(int* accumulators, uint32_t ratios) {
     constexpr float round = 12582912.0f, reach = 4194304.0f;  // 1.5 * 2^23; adding it rounds what is below 2^22
 #pragma unroll
-    for (int group = first_group; group < end_group; ++group) {
+    for (int group = 0; group < tile_columns / group_columns; ++group) {
         const Values<own_columns> ratio = load_shared(ratios + group * group_columns * 4);
         // The conversion to an integer runs at an eighth of the rate of additions, so half of the values take these.
         float added[own_columns], largest = 0.0f;
@@ -252,7 +251,8 @@ __device__ __forceinline__ uint32_t pack_half(float x, float y) {
 
 template <Format format>
 __device__ __forceinline__ float2 unpack_half(uint32_t packed) {
-    if constexpr (format == Format::bfloat16) return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(packed));
+    if constexpr (format == Format::bfloat16)
+        return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(packed));
     return __half22float2(reinterpret_cast<const __half2&>(packed));
 }
 
@@ -272,7 +272,8 @@ __device__ __forceinline__ void finish_extras(const GemmParameters& p, Values<ow
     if constexpr (format != Format::int8) {
         if (p.residual == nullptr) return;
         if (p.gate != nullptr) {
-            const Values<own_columns> gate = load_global(p.gate + static_cast<long long>(row / p.gate_rows) * p.n + column);
+            const long long place = static_cast<long long>(row / p.gate_rows) * p.n + column;
+            const Values<own_columns> gate = load_global(p.gate + place);
 #pragma unroll
             for (int i = 0; i < own_columns; ++i) y.of[i] *= gate.of[i];
         }
@@ -294,7 +295,7 @@ __device__ __forceinline__ void finish_extras(const GemmParameters& p, Values<ow
 }
 
 // Registers to global memory. Thread `lane` holds columns 8 (lane % 4) to + 7 of every 32, of two rows.
-template <int tile_columns, int first_group, int end_group, Format format, bool extras>
+template <int tile_columns, Format format, bool extras>
 __device__ __forceinline__ void store(
     const GemmParameters& p, const int* accumulators, uint32_t scales, int row, int column) {
     float2 inverse_scale, zero_point;  // of the two output groups
@@ -304,7 +305,7 @@ __device__ __forceinline__ void store(
         zero_point = make_float2(__ldg(p.out_zero_point) - 128, __ldg(p.out_zero_point + 1) - 128);
     }
 #pragma unroll
-    for (int group = first_group; group < end_group; ++group) {
+    for (int group = 0; group < tile_columns / group_columns; ++group) {
         const int at = group * group_columns;
         if (column + at >= p.n) break;
         const Values<own_columns> scale = load_shared(scales + at * 4);
@@ -323,7 +324,7 @@ __device__ __forceinline__ void store(
                         accumulators[accumulator(group, half, i + 2)], accumulators[accumulator(group, half, i + 3)]);
             } else {
                 Values<own_columns> y;
-    #pragma unroll
+#pragma unroll
                 for (int i = 0; i < own_columns; ++i)
                     y.of[i] = fmaf(__int2float_rn(accumulators[accumulator(group, half, i)]), scale.of[i], bias.of[i]);
                 if constexpr (extras)
@@ -338,7 +339,7 @@ __device__ __forceinline__ void store(
                     const float inverse = normal ? inverse_scale.y : inverse_scale.x;
                     const float zero = normal ? zero_point.y : zero_point.x;
                     uint32_t codes[own_columns];
-    #pragma unroll
+#pragma unroll
                     for (int i = 0; i < own_columns; i += 2) {
                         gelu_tanh(y.of[i], y.of[i + 1]);
                         codes[i] = quantize(y.of[i], inverse, zero);
@@ -360,29 +361,27 @@ __device__ __forceinline__ void store(
 }
 
 // Every format has code of its own behind one branch: a test for each element would cost as much as the arithmetic.
-template <int tile_columns, int first_group, int end_group, Output output, bool extras>
-__device__ __forceinline__ void store_format(
-    const GemmParameters& p, const int* accumulators, uint32_t scales, int row, int column) {
+template <int tile_columns, Output output, bool extras, typename... Arguments>
+__device__ __forceinline__ void store_format(const GemmParameters& p, Arguments... arguments) {
     if constexpr (output == Output::gelu_int8) {
-        store<tile_columns, first_group, end_group, Format::int8, extras>(p, accumulators, scales, row, column);
+        store<tile_columns, Format::int8, extras>(p, arguments...);
     } else if constexpr (output == Output::full_precision) {
         if (p.format == Format::float32)
-            store<tile_columns, first_group, end_group, Format::float32, extras>(p, accumulators, scales, row, column);
+            store<tile_columns, Format::float32, extras>(p, arguments...);
         else
-            store<tile_columns, first_group, end_group, Format::int32, false>(p, accumulators, scales, row, column);
+            store<tile_columns, Format::int32, false>(p, arguments...);
     } else {
         if (p.format == Format::bfloat16)
-            store<tile_columns, first_group, end_group, Format::bfloat16, extras>(p, accumulators, scales, row, column);
+            store<tile_columns, Format::bfloat16, extras>(p, arguments...);
         else
-            store<tile_columns, first_group, end_group, Format::float16, extras>(p, accumulators, scales, row, column);
+            store<tile_columns, Format::float16, extras>(p, arguments...);
     }
 }
 
 // One consumer warpgroup: 64 rows of the tile.
-template <int tile_columns, Output output>
-__device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_columns> shared, int consumer) {
-    using L = Layout<tile_columns>;
-    constexpr int groups = tile_columns / group_columns;
+template <int tile_columns, int block_k, Output output>
+__device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_columns, block_k> shared, int consumer) {
+    using L = Layout<tile_columns, block_k>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int rank = cluster_rank(), clusters = gridDim.x / cluster_blocks;
     const uint32_t own_rows = consumer * consumer_rows * block_k;
@@ -420,7 +419,7 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_col
         if (p.blocks_outliers) {
             run(0, p.blocks_outliers);
             barrier_wait(shared.lines_full(lines.index), lines.phase);
-            rescale<0, groups>(accumulators, own_lines);
+            rescale<tile_columns>(accumulators, own_lines);
             wgmma_pin<0, tile_columns / 2>(accumulators);
         }
         if (p.blocks_outliers < p.blocks) run(p.blocks_outliers, p.blocks);
@@ -428,23 +427,22 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_col
 
         const int row = tile.row + consumer * consumer_rows + warp * 16 + lane / 4;
         const int column = tile.column + lane % 4 * own_columns;
-        const uint32_t scales = own_lines + L::line;
         if (p.row_sums == nullptr && p.residual == nullptr)
-            store_format<tile_columns, 0, groups, output, false>(p, accumulators, scales, row, column);
+            store_format<tile_columns, output, false>(p, accumulators, own_lines + L::line, row, column);
         else
-            store_format<tile_columns, 0, groups, output, true>(p, accumulators, scales, row, column);
+            store_format<tile_columns, output, true>(p, accumulators, own_lines + L::line, row, column);
         __syncwarp();
         if (lane == 0) barrier_arrive(shared.lines_empty(lines.index));
         lines.advance();
     }
 }
 
-template <int tile_columns, Output output>
+template <int tile_columns, int block_k, Output output>
 __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(gemm_threads, 1)
     gemm_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GemmParameters p) {
-    using L = Layout<tile_columns>;
+    using L = Layout<tile_columns, block_k>;
     extern __shared__ __align__(1024) unsigned char memory[];
-    const Shared<tile_columns> shared{shared_address(memory)};
+    const Shared<tile_columns, block_k> shared{shared_address(memory)};
     const int role = __shfl_sync(0xFFFFFFFF, threadIdx.x / warpgroup, 0);
     if (threadIdx.x == 0) {
         if (shared.base % 1024) __trap();  // the swizzles count on it
@@ -464,14 +462,16 @@ __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(gemm_th
         barrier_init_fence();
     }
     cluster_sync();
+    allow_next_kernel();
+    await_last_kernel();
 
     if (role == 0) {
         registers_decrease<40>();
-        if (threadIdx.x == 0) produce<tile_columns>(maps, p, shared);
+        if (threadIdx.x == 0) produce<tile_columns, block_k>(maps, p, shared);
         __syncwarp();
     } else {
         registers_increase<232>();
-        consume<tile_columns, output>(p, shared, role - 1);
+        consume<tile_columns, block_k, output>(p, shared, role - 1);
         __syncwarp();
     }
     cluster_sync();  // a block must not leave while its partner still signals its barriers

@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_line(uint32_t target, const void* source, u
         : "memory");
 }
 
-// ---- cluster, named barriers, registers
+// ---- cluster, neighbouring kernels, registers
 
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
@@ -103,13 +103,11 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
+// Lets the next kernel of the stream start its prologue.
+__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
+// Waits for the results of the kernels before this one.
+__device__ __forceinline__ void await_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 template <int registers>
 __device__ __forceinline__ void registers_increase() {
