@@ -135,7 +135,7 @@ class _Last:
 
 
 def _starts_rollout(info: PassInfo) -> bool:
-    return info.frame_offset == 0 and info.step == 0 and info.role != "refresh"
+    return info.frame_offset == 0 and info.step == 0 and info.role in ("denoise", "context")
 
 
 def _describe(info: PassInfo) -> str:
