@@ -150,6 +150,22 @@ class CausalFields:
         first = self.first_chunk_timesteps
         return first if chunk == 0 and first is not None else self.denoising_timesteps
 
+    def passes(self, chunk: int, context_frames: int = 0) -> dict[str, int]:
+        """How many passes of which role generated chunk `chunk` behind `context_frames` given frames takes."""
+        counts = {"denoise": len(self.timesteps_of_chunk(chunk))}
+        if self.context_mode == "refresh":
+            return counts | {"refresh": 1}
+        seen = min(
+            context_frames // self.num_frames_per_chunk + chunk,
+            self.local_attention_frames // self.num_frames_per_chunk - 1,
+        )
+        return counts | {"rebuild": seen}
+
+    def pass_share(self, chunk: int, context_frames: int = 0) -> float:
+        """`PassInfo.share` of the passes of a chunk: passes of a late chunk over its own."""
+        late = max(1, self.local_attention_frames)
+        return sum(self.passes(late).values()) / sum(self.passes(chunk, context_frames).values())
+
     def num_renoises(self, chunk: int) -> int:
         """Noise draws behind the starting noise of generated chunk `chunk`."""
         return len(self.timesteps_of_chunk(chunk)) - 1 if self.sampler == "renoise" else 0

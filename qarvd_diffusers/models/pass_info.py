@@ -18,6 +18,8 @@ class PassInfo:
         timestep: timestep the transformer is given.
         frame_offset: absolute index of the first latent frame of the pass.
         num_frames: latent frames in the pass.
+        share: what the pass counts beside others in calibration. 1 where all chunks take equally many passes; in a chunk of
+            twice as many each counts half, since sensitivities are measured, and given, per chunk.
     """
 
     chunk: int
@@ -26,3 +28,4 @@ class PassInfo:
     timestep: float
     frame_offset: int
     num_frames: int
+    share: float = 1.0

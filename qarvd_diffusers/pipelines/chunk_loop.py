@@ -131,7 +131,8 @@ class ChunkLoop:
                 yield chunk, latents
                 return
             if fields.context_mode == "refresh":
-                self._pass(latents, PassInfo(chunk, "refresh", 0, float(fields.context_noise), offset, frames))
+                info = PassInfo(chunk, "refresh", 0, float(fields.context_noise), offset, frames, self._share(chunk))
+                self._pass(latents, info)
             self._next_chunk = chunk + 1
             self._remember(latents)
             yield chunk, latents
@@ -198,8 +199,8 @@ class ChunkLoop:
         offset = done - latents.shape[2]
         self.cache.restart(offset)
         for step, piece in enumerate(latents.split(fields.num_frames_per_chunk, dim=2)):
-            info = PassInfo(self._next_chunk, "rebuild", step, float(fields.context_noise), offset, piece.shape[2])
-            self._pass(piece, info)
+            where = (float(fields.context_noise), offset, piece.shape[2])
+            self._pass(piece, PassInfo(self._next_chunk, "rebuild", step, *where, self._share(self._next_chunk)))
             offset += piece.shape[2]
 
     def _reencoded(self, frame: int) -> torch.Tensor:
@@ -235,8 +236,8 @@ class ChunkLoop:
         sample = _clamp(self.inputs.noise(offset, frames, self.device, self._dtype), start)
         finite = []
         for step, timestep in enumerate(timesteps):
-            clamped = 0 if start is None else start.shape[2]
-            flow = self._pass(sample, PassInfo(chunk, "denoise", step, float(timestep), offset, frames), clamped)
+            info = PassInfo(chunk, "denoise", step, float(timestep), offset, frames, self._share(chunk))
+            flow = self._pass(sample, info, 0 if start is None else start.shape[2])
             noise = None
             if step < self.inputs.fields.num_renoises(chunk):
                 noise = self.inputs.renoise(chunk, step, frames, flow.device, flow.dtype)
@@ -256,6 +257,9 @@ class ChunkLoop:
                     "bfloat16 or float32, and check prompt_embeds, latents and, if it is quantized, its calibration"
                 )
         return sample
+
+    def _share(self, chunk: int) -> float:
+        return self.inputs.fields.pass_share(chunk, self.inputs.context_frames)
 
     def _pass(self, latents: torch.Tensor, info: PassInfo, clamped: int = 0) -> torch.Tensor:
         """One pass, its first `clamped` frames at timestep 0."""
