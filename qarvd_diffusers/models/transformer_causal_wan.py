@@ -61,7 +61,7 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module.
 
     With a `cache_start` bound it is a third output; with `window_frames` bound too, the table of all frames in the window is
-    a fourth and a fifth, and the pass takes the last positions in it. The stock forward hands RoPE through to every block untouched, and of
+    a fourth and a fifth: earlier frames count from 0, the pass has its own positions. The stock forward hands RoPE through to every block untouched, and of
     all values that reach a block only its arguments may change between passes without recompiling it.
     """
 
@@ -93,12 +93,12 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         tables = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
         if self.cache_start is None or self.window_frames is None:
             return tables if self.cache_start is None else (*tables, self.cache_start)
-        window = [self.window_frames // self.patch_size[0], *sizes[1:]]
-        return (
-            *tables,
-            self.cache_start,
-            *(self._table(f, [0, 0, 0], window) for f in (self.freqs_cos, self.freqs_sin)),
+        past = [self.window_frames // self.patch_size[0] - sizes[0], *sizes[1:]]
+        window = (
+            torch.cat([self._table(freqs, [0, 0, 0], past), own], dim=1)
+            for freqs, own in zip((self.freqs_cos, self.freqs_sin), tables, strict=True)
         )
+        return (*tables, self.cache_start, *window)
 
     def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ; up to twice the table."""
@@ -111,7 +111,7 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
         parts = []
         for axis, part in enumerate(freqs.split([self.t_dim, self.h_dim, self.w_dim], dim=1)):
-            view = [1, 1, 1, -1]
+            view = [1, 1, 1, part.shape[1]]
             view[axis] = sizes[axis]
             parts.append(part[starts[axis] : starts[axis] + sizes[axis]].view(view).expand(*sizes, -1))
         return torch.cat(parts, dim=-1).reshape(1, -1, 1, freqs.shape[1])
@@ -357,7 +357,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             layers = kv_cache.layers
             if kv_cache.rope_mode == "window":
                 window = len(kv_cache.frames)
-                position = window - frames
+                position = window - frames + kv_cache.shift
             else:
                 position = kv_cache.reindex(frames, self.rope.max_seq_len, self.rope.turn)
         try:

@@ -172,7 +172,7 @@ def calibrate_pipeline(
         def run(on_pass: Callable[[PassInfo], None], chosen: Sequence[tuple[int, torch.Tensor]] = rollouts) -> None:
             fields, passes = pipe.causal_fields, itertools.count(1)
             chunks = range(config.calibration_chunks)
-            total = len(chosen) * sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in chunks)
+            total = len(chosen) * sum(sum(fields.passes(chunk).values()) for chunk in chunks)
 
             def observed(info: PassInfo) -> None:
                 step()

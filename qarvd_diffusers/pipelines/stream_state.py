@@ -25,7 +25,7 @@ from .stream_session import StreamSession
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
 
-_KEY, _VERSION = "qarvd_stream", 1  # metadata entry of the file
+_KEY, _VERSION = "qarvd_stream", 2  # metadata entry of the file
 _SAMPLES = 16  # values per tensor that tell one model from another
 
 
