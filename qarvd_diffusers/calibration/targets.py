@@ -91,7 +91,7 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
         bits = {name: config.scheme_of(name).weight_bits for name in group}
         if len(set(bits.values())) > 1:
             raise ValueError(
-                f"module_bits gives {bits}, but these layers read one tensor and are computed together: give them the same "
+                f"module_bits gives {bits}, but these layers read one tensor and are calibrated as one: give them the same "
                 "bits, or set tie_inputs=False"
             )
     return [tuple(group) for group in groups.values()]
