@@ -21,8 +21,9 @@ FORMAT = "qarvd-calibration-2"
 METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results shall be equal files
 
 
-# Of what lies in cached and saved results; 2: 8-bit codes are stored as the signed operand of the integer product.
-RESULT_FORMAT = 2
+# Of cached and saved results; another number makes old ones unknown. 2: 8-bit codes are stored as the signed operand of the
+# integer product. 3: no layer that reads the prompt's words is split by its inputs.
+RESULT_FORMAT = 3
 
 
 def config_hash(config: QARVDConfig) -> str:
