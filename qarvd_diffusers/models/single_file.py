@@ -66,4 +66,8 @@ def read_single_file(path: str | os.PathLike[str]) -> SingleFileHeader | None:
         )
     if config is None:
         return header
-    return SingleFileHeader(header.transformer, QARVDConfig.from_dict(config), header.pipeline)
+    try:
+        quantization = QARVDConfig.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return SingleFileHeader(header.transformer, quantization, header.pipeline)
