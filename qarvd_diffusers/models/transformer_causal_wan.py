@@ -221,6 +221,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     Attributes:
         fused_pass: whether cached passes of a statically quantized model run on fused integer kernels (`FusedPass`); None,
             the default, means wherever kernels for the device exist.
+        context_parallel: the processes that make one stream together, after `enable_parallelism`, or None.
     """
 
     _skip_keys = ["kv_cache"]  # noqa: RUF012 - accelerate must hand the cache through, not copy it
@@ -233,7 +234,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def _install_causal_parts(self) -> None:
         self.fused_pass: bool | None = None
         self._fused_pass: FusedPass | None = None
-        self._context_parallel: ContextParallel | None = None
+        self.context_parallel: ContextParallel | None = None
         self.rope = CausalWanRotaryPosEmbed(self.rope)
         self.condition_embedder.timesteps_proj = CausalTimesteps(self.condition_embedder.timesteps_proj)
         for block in self.blocks:
@@ -388,16 +389,16 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if not isinstance(wanted, ContextParallelConfig):
             super().enable_parallelism(config=config, cp_plan=cp_plan)
             return
-        if self._context_parallel is not None:
+        if self.context_parallel is not None:
             raise RuntimeError("this transformer runs on several GPUs already: enable_parallelism() was called before")
         if self.config.added_kv_proj_dim is not None:
             raise ValueError("a model that attends to images cannot run on several GPUs")
-        self._context_parallel = ContextParallel.from_config(wanted, self.config.num_attention_heads, self.device)
+        self.context_parallel = ContextParallel.from_config(wanted, self.config.num_attention_heads, self.device)
         self._parallel_config = config
 
     def _split(self, kv_cache: KVCache | None, frame_offset: int, *inputs: torch.Tensor) -> TokenSplit | None:
         """How this pass is shared out between processes, if it is; `inputs` are latents, timestep and text."""
-        if self._context_parallel is None:
+        if self.context_parallel is None:
             return None
         if kv_cache is None or torch.is_grad_enabled():
             raise ValueError(
@@ -409,8 +410,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache.frames[-frames:][:1] != [frame_offset] or kv_cache.layers[0].get_text() is None:
             names = ("latents", "timestep", "prompt embeddings")
             place = torch.tensor(frame_offset, device=inputs[0].device)
-            self._context_parallel.require_same(dict(zip((*names, "frame offset"), (*inputs, place), strict=True)))
-        return self._context_parallel.split(frames * self._tokens_per_frame(inputs[0]))
+            self.context_parallel.require_same(dict(zip((*names, "frame offset"), (*inputs, place), strict=True)))
+        return self.context_parallel.split(frames * self._tokens_per_frame(inputs[0]))
 
     @contextmanager
     def _bind(
