@@ -65,7 +65,7 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module.
 
     With a `cache_start` bound it is a third output; with `window_frames` bound too, the table of all frames in the window is
-a fourth and a fifth: earlier frames count from 0, the pass has its own positions. With a `split` bound, cos and sin are those
+    a fourth and a fifth: earlier frames count from 0, the pass has its own positions. With a `split` bound, cos and sin are those
     of its own tokens. The stock forward hands RoPE through to every block untouched, and of
     all values that reach a block only its arguments may change between passes without recompiling it.
     """
