@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from qarvd_diffusers.evaluation.fidelity import to_uint8
 from qarvd_diffusers.evaluation.moving_shapes import adherence, held_out_prompts, sample_scene
 from qarvd_diffusers.linear import QARVDLinear
 from qarvd_diffusers.pipelines.output import Chunk
+from qarvd_kernels import quantize_dynamic
 
 BATCH = 8  # prompts generated together
 ALIGNMENT = 16  # the bundled model is 256 wide: the default of 128 would call half of all channels outliers
@@ -175,15 +177,25 @@ class Simulated(nn.Module):
         super().__init__()
         self.bias, weight = layer.bias, layer.dequantized()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.order, self.quantizer = layer.channel_order.long(), None
+        self.order, self.quantizer = layer.channel_order, None
         if layer.activation == "static":
             self.quantizer = InputQuantizer(layer.input_scale, layer.input_zero_point, layer.num_outliers)
-            weight = weight[:, self.order].contiguous()
+        elif layer.activation == "dynamic":
+            self.quantizer = partial(quantized_per_token, num_outliers=layer.num_outliers)
+        if self.quantizer is not None:
+            weight = weight[:, self.order.long()].contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.quantizer is None else self.quantizer(x[..., self.order])
+        x = x if self.quantizer is None else self.quantizer(x.index_select(-1, self.order))
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def quantized_per_token(x: Tensor, num_outliers: int) -> Tensor:
+    """Permuted channels `[..., K]`, rounded to the grids of `w8a8_dynamic`."""
+    codes, scale = quantize_dynamic(x, torch.arange(x.shape[-1], dtype=torch.int32), num_outliers)
+    parts = codes.float().tensor_split([num_outliers], dim=-1)
+    return torch.cat([part * scale[..., g, None] for g, part in enumerate(parts)], dim=-1)
 
 
 def simulate(transformer: nn.Module) -> None:
