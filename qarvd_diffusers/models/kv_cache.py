@@ -57,15 +57,20 @@ class KVLayerCache:
         gradients enabled the past is constant and the current chunk's K/V keep their graph.
         """
         stop = start + key.shape[1]
-        if start == 0:
-            self.fit_scales(key, value)
-        self.key[:, start:stop] = encode(key.detach(), self.key_scale, self.key.dtype)
-        self.value[:, start:stop] = encode(value.detach(), self.value_scale, self.value.dtype)
+        self.write(key, value, start)
         if self.key.dtype == key.dtype and not torch.is_grad_enabled():
             return self.key[:, :stop], self.value[:, :stop]
         # Buffers are overwritten by the next pass; autograd must not have saved views of them.
         past_key, past_value = self.read(0, start, key.dtype)
         return torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        """Write K/V `[B, tokens, heads, head_dim]` at token `start`."""
+        if start == 0:
+            self.fit_scales(key, value)
+        stop = start + key.shape[1]
+        self.key[:, start:stop] = encode(key.detach(), self.key_scale, self.key.dtype)
+        self.value[:, start:stop] = encode(value.detach(), self.value_scale, self.value.dtype)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the tokens `start:stop` in `dtype`."""

@@ -144,12 +144,17 @@ def calibrate_pipeline(
         The integer weights and quantizer parameters of every quantizable Linear.
 
     Raises:
-        ValueError: the pipeline is quantized already, `resume` was made with another model, config or prompts, or the
-            processes of a launch differ in them.
+        ValueError: the pipeline is quantized already, or runs on several GPUs; `resume` was made with another model, config
+            or prompts; or the processes of a launch differ in them.
         RuntimeError: another process of a launch ended.
     """
     if quantized_linears(pipe.transformer):
         raise ValueError("The transformer is quantized already; calibrate the float model.")
+    if getattr(pipe.transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            "The transformer was split by enable_parallelism(): calibrate before it. The processes of a launch share the "
+            "prompts and layers of a calibration by themselves."
+        )
     if not config.needs_calibration:
         return quantize_weights(pipe.transformer, config, progress)
     processes = Processes.launched()

@@ -127,6 +127,7 @@ class Stream(Iterator[Chunk]):
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write all that the stream goes on from, after the chunk handed out last, to a safetensors file.
 
+        Of several GPUs that make one stream, each saves the part that it holds: give each a file of its own.
         `ARVDMixin.restore_stream` goes on from it, bit by bit as this stream does, in any process with the same model.
 
         Raises:
