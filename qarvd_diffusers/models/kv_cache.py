@@ -57,15 +57,20 @@ class KVLayerCache:
         gradients enabled the past is constant and the current chunk's K/V keep their graph.
         """
         stop = start + key.shape[1]
-        if start == 0:
-            self.fit_scales(key, value)
-        self.key[:, start:stop] = encode(key.detach(), self.key_scale, self.key.dtype)
-        self.value[:, start:stop] = encode(value.detach(), self.value_scale, self.value.dtype)
+        self.write(key, value, start)
         if self.key.dtype == key.dtype and not torch.is_grad_enabled():
             return self.key[:, :stop], self.value[:, :stop]
         # Buffers are overwritten by the next pass; autograd must not have saved views of them.
         past_key, past_value = self.read(0, start, key.dtype)
         return torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        """Write K/V `[B, tokens, heads, head_dim]` at token `start`."""
+        if start == 0:
+            self.fit_scales(key, value)
+        stop = start + key.shape[1]
+        self.key[:, start:stop] = encode(key.detach(), self.key_scale, self.key.dtype)
+        self.value[:, start:stop] = encode(value.detach(), self.value_scale, self.value.dtype)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the tokens `start:stop` in `dtype`."""
@@ -146,6 +151,10 @@ class KVCache:
     that a stream without end computes what a table without end would give. The first pass at a new frame
     offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
     rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
+
+    `begin_shot` moves the frames appended next, and all later ones, further on than their index, and may pin them: they are then
+    evicted only while they do not stand right behind the sink (LongLive 2.0). `restart` empties the cache for a context that
+    is encoded anew.
 
     With `rope_mode="window"` keys are stored before RoPE and a frame's position is its slot in the window, counted anew in
     every pass (Infinity-RoPE); `sink_ema` then lets evicted frames live on in the sink as a moving average (Reward Forcing).
