@@ -30,7 +30,9 @@ def config_hash(config: QARVDConfig) -> str:
     """Hash of the fields that decide a calibration's outcome (the text encoder's do not)."""
     values = config.replace(modules=None, text_encoder=None, calibration_adapters=None).to_dict()
     del values["format"]  # without modules there is none
-    return hashlib.blake2b(json.dumps([PACKED_FORMAT, REVISION, values], sort_keys=True).encode(), digest_size=20).hexdigest()
+    return hashlib.blake2b(
+        json.dumps([PACKED_FORMAT, REVISION, values], sort_keys=True).encode(), digest_size=20
+    ).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
