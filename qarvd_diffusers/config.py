@@ -45,6 +45,7 @@ SCHEMES: dict[str, Scheme] = {
     "w8a16": Scheme(8, "none", symmetric_weights=True),
     "w4a16": Scheme(4, "none", symmetric_weights=False),
     "w8a8_dynamic": Scheme(8, "dynamic", symmetric_weights=True),
+    "w4a8_dynamic": Scheme(4, "dynamic", symmetric_weights=False),
 }
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
@@ -85,7 +86,7 @@ class QARVDConfig(QuantizationConfigMixin):
     """Configuration of Q-ARVD quantization (arXiv 2605.21072); JSON both ways, unknown keys refused.
 
     Args:
-        scheme: one of `w8a8`, `w4a8`, `w8a16`, `w4a16`, `w8a8_dynamic`.
+        scheme: one of `w8a8`, `w4a8`, `w8a16`, `w4a16`, `w8a8_dynamic`, `w4a8_dynamic`.
         reference_compat: reproduce the public reference code, its choices included (asymmetric 8-bit weights,
             unclamped zero-points, chunk weights ignored on dual-scale layers).
         outlier_detector: `mad_zscore` (modified z-score of the input channels' weight norms), `iqr`, `none`, or `input`: the
