@@ -14,8 +14,9 @@ from ..config import QARVDConfig
 from ..models.kv_cache import KVCache
 from ..models.pass_info import PassInfo
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from .breakdown import breakdown
 from .shapes import CHUNK_FRAMES, Shape, random_inputs, random_transformer
-from .timing import median_ms
+from .timing import median_ms, time_limit
 
 TIMESTEP = 750.0
 
@@ -55,15 +56,22 @@ class PassRunner:
         )[0]
 
 
-def measure(runner: PassRunner, chunks: Sequence[int], repeats: int) -> tuple[dict[str, float], dict[int, Tensor]]:
-    """Median milliseconds of a denoising pass at each of `chunks` (0-based), and the flow it gave, in float32 on the CPU."""
+def measure(
+    runner: PassRunner, chunks: Sequence[int], repeats: int, at_chunk: Callable[[int], None] = lambda chunk: None
+) -> tuple[dict[str, float], dict[int, Tensor]]:
+    """Median milliseconds of a denoising pass at each of `chunks` (0-based), and the flow it gave, in float32 on the CPU.
+
+    Args:
+        at_chunk: called while the runner stands at a chunk that was timed.
+    """
     times, flows = {}, {}
-    runner.reset()
     for chunk in range(max(chunks) + 1):
-        flows[chunk] = runner(chunk).float().cpu()
+        flow = runner(chunk)
         if chunk in chunks:
+            flows[chunk] = flow.float().cpu()
             times[str(chunk + 1)] = median_ms(lambda chunk=chunk: runner(chunk), repeats)
-    return times, {chunk: flows[chunk] for chunk in chunks}
+            at_chunk(chunk)
+    return times, flows
 
 
 def quantized(transformer: CausalWanTransformer3DModel, shape: Shape, scheme: str) -> CausalWanTransformer3DModel:
@@ -93,10 +101,12 @@ def build(name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> 
     model = copy.deepcopy(transformer)
     if name.startswith("torchao"):
         _quantize_with_torchao(model, name)
+    runner = PassRunner(model, shape)
     if name != "bf16":
         model.set_attention_backend("_native_cudnn")
+        runner(0)  # so that the block is not compiled for the one pass that projects the prompt
         model.compile_repeated_blocks(fullgraph=True)
-    return PassRunner(model, shape)
+    return runner
 
 
 def _quantize_with_torchao(model: CausalWanTransformer3DModel, name: str) -> None:
@@ -111,19 +121,9 @@ def _quantize_with_torchao(model: CausalWanTransformer3DModel, name: str) -> Non
     if name == "torchao-fp8":
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(model.blocks, config)
-
-
-def breakdown(runner: PassRunner, chunk: int) -> list[dict[str, Any]]:
-    """Milliseconds on the GPU by kernel of one pass over `chunk`, the chunk the runner stands at; largest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        runner(chunk)
-        torch.cuda.synchronize()
-    rows = [
-        {"kernel": event.key[:100], "calls": event.count, "ms": event.self_device_time_total / 1000}
-        for event in profile.key_averages()
-        if event.self_device_time_total > 0
-    ]
-    return sorted(rows, key=lambda row: -row["ms"])
+    # It switches this on, and searching every kernel's launch in all directions takes minutes.
+    torch._inductor.config.coordinate_descent_tuning = False
+    torch._inductor.config.coordinate_descent_check_all_directions = False
 
 
 def bench_passes(
@@ -133,22 +133,34 @@ def bench_passes(
     chunks: Sequence[int] = (0, 3, 6),
     repeats: int = 10,
     on_result: Callable[[dict[str, Any]], None] = lambda result: None,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """Time every variant on the same weights and inputs.
 
+    Args:
+        seconds: after which a variant (its compilation, above all) is given up.
+
     Returns:
-        Per variant: `name`, `ms` by chunk (1-based) and their mean, `bytes` of the parameters, peak memory, relative
-        error of the flow against the first variant; or `error`, where it could not be measured.
+        Per variant: `name`, `ms` by chunk (1-based) and their mean, peak memory, relative error of the flow against the
+        first variant, and of ours the `operations` by chunk (see `breakdown`); or `error`, where it could not be
+        measured.
     """
     transformer = random_transformer(shape, device, torch.bfloat16)
     results, truth = [], None
     for name in variants:
         result: dict[str, Any] = {"name": name}
+        operations: dict[str, Any] = {}
         try:
-            runner = build(name, transformer, shape)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            result["ms"], flows = measure(runner, chunks, repeats)
+            with time_limit(seconds):
+                runner = build(name, transformer, shape)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+
+                def look(chunk: int, name: str = name, runner: PassRunner = runner, rows: dict = operations) -> None:
+                    if device.type == "cuda" and name.startswith("w"):
+                        rows[str(chunk + 1)] = breakdown(lambda: runner(chunk), shape, chunk, "-" in name)
+
+                result["ms"], flows = measure(runner, chunks, repeats, look)
             result["mean_ms"] = sum(result["ms"].values()) / len(result["ms"])
             truth = truth or flows
             result["relative_error"] = {
@@ -156,9 +168,9 @@ def bench_passes(
             }
             if device.type == "cuda":
                 result["peak_bytes"] = torch.cuda.max_memory_allocated()
-                result["kernels"] = breakdown(runner, max(chunks))[:20]
-            del runner
-        except (ImportError, RuntimeError, ValueError, TypeError) as error:
+                result["operations"] = operations
+            del runner, look
+        except (ImportError, RuntimeError, ValueError, TypeError, TimeoutError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
         results.append(result)
         on_result(result)

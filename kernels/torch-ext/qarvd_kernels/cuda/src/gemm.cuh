@@ -40,7 +40,6 @@ struct GemmParameters {
     const float* out_scale;     // [2], GELU only
     const int* out_zero_point;  // [2], GELU only
     int out_outliers;
-    int lead;
     void* out;
     Format format;
 };
@@ -389,13 +388,6 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_col
     Ring<L::stages> ring;
     Ring<L::lines_buffers> lines;
     int accumulators[tile_columns / 2];
-    // One consumer runs ahead of the other by this many K blocks, so that each finds the tensor cores free while the
-    // other re-scales or stores. The ring bounds the distance, and nothing closes it again.
-    int ahead = min(p.lead, p.blocks);
-    if (consumer > 0) {
-        if (ahead > 0) group_sync(1, consumers * warpgroup);
-        ahead = 0;
-    }
     for (int pair = blockIdx.x / cluster_blocks; pair * cluster_blocks < p.tiles; pair += clusters) {
         const Tile tile(p, pair, rank, tile_columns);
         const uint32_t own_lines = shared.lines(lines.index) + lane % 4 * own_columns * 4;
@@ -417,7 +409,6 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_col
                 release();
                 held = ring.index;
                 ring.advance();
-                if (--ahead == 0) group_arrive(1, consumers * warpgroup);
             }
             wgmma_wait<0>();
             wgmma_pin<0, tile_columns / 2>(accumulators);

@@ -50,15 +50,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// Named barriers among warps of one block: those that arrive do not wait. Number 0 is __syncthreads.
-__device__ __forceinline__ void group_arrive(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void group_sync(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // ---- bulk copies
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {

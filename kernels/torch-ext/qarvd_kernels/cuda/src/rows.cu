@@ -8,6 +8,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "ptx.cuh"
 
 namespace {
@@ -15,11 +17,7 @@ namespace {
 using namespace qarvd;
 
 constexpr int own = 8, warp = 32, most_warps = 20;  // channels of a thread
-constexpr int warp_channels = own * warp;
-#ifndef TURN
-#define TURN 2
-#endif
-constexpr int turn = TURN;  // rows in flight
+constexpr int warp_channels = own * warp, turn = 2;  // rows in flight
 constexpr float magic = 12582912.0f;                 // 1.5 * 2^23; adding it rounds and leaves the integer in the low bits
 
 struct Parameters {
@@ -167,7 +165,7 @@ struct Codes {
 
 template <typename T, Kind kind>
 __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters p) {
-    extern __shared__ __align__(16) unsigned char memory[];  // codes of `turn` rows; at first the inverse order
+    extern __shared__ __align__(16) unsigned char memory[];  // codes of a turn; at first the inverse order
     __shared__ float2 parts[turn][most_warps];
     const int first = threadIdx.x * own, warps = blockDim.x / warp, own_warp = threadIdx.x / warp;
     const int segment = blockIdx.x / p.segment_blocks, block = blockIdx.x % p.segment_blocks;
@@ -177,15 +175,6 @@ __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters
     uint32_t places[own / 2];
     find_places(p.order, first, memory, places);
     await_last_kernel();
-
-    const Codes<kind> codes(p, first, p.scale != nullptr ? begin / p.rows_per_scale : 0, places);
-    float gate[own];
-    if constexpr (kind == Kind::add_norm) {
-#pragma unroll
-        for (int i = 0; i < own; ++i) gate[i] = 1.0f;
-        if (p.gate != nullptr)
-            load_table(p.gate + static_cast<long long>(begin / p.rows_per_gate) * p.channels + first, gate);
-    }
 
     auto at = [&](int row) { return static_cast<long long>(row) * p.channels + first; };
     uint4 x[turn], y[turn];
@@ -199,6 +188,14 @@ __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters
         }
     };
     fetch(begin);
+    const Codes<kind> codes(p, first, p.scale != nullptr ? begin / p.rows_per_scale : 0, places);
+    float gate[own];
+    if constexpr (kind == Kind::add_norm) {
+#pragma unroll
+        for (int i = 0; i < own; ++i) gate[i] = 1.0f;
+        if (p.gate != nullptr)
+            load_table(p.gate + static_cast<long long>(begin / p.rows_per_gate) * p.channels + first, gate);
+    }
     for (int row = begin; row < end; row += turn) {
         float values[turn][own];
 #pragma unroll
@@ -244,8 +241,28 @@ __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters
     }
 }
 
+constexpr int devices_limit = 64, widths = most_warps + 1;
+
+// Blocks of a width that run at once, so that one wave of them covers all rows.
 template <typename T, Kind kind>
-cudaError_t launch(const Parameters& p, int blocks, cudaStream_t stream) {
+int room(int device, int channels) {
+    static std::atomic<int> known[devices_limit][widths];
+    std::atomic<int>& blocks = known[device][channels / warp_channels];
+    if (blocks.load() == 0) {
+        int processors = 0, each = 0;
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, rows_kernel<T, kind>, channels / own, turn * channels);
+        blocks = max(1, processors * each);
+    }
+    return blocks;
+}
+
+template <typename T, Kind kind>
+cudaError_t launch(Parameters p, int rows, int device, cudaStream_t stream) {
+    const int wanted = room<T, kind>(device, p.channels), fair = (rows + wanted - 1) / wanted;
+    p.block_rows = min((fair + turn - 1) / turn * turn, p.segment_rows);
+    p.segment_blocks = (p.segment_rows + p.block_rows - 1) / p.block_rows;
+    const int blocks = rows / p.segment_rows * p.segment_blocks;
     cudaLaunchAttribute early{};  // finding places overlaps the end of the kernel before
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -266,12 +283,13 @@ int greatest_common_divisor(int a, int b) {
 }  // namespace
 
 // Returns 0 or a CUDA error. x, y, total [rows, channels] bfloat16 (half = 0) or float16 (half = 1); codes int8 of the
-// same shape. Without eps >= 0 nothing is normed; without y nothing is added. `channels` is a multiple of 256, at most 8192.
+// same shape. Without eps >= 0 nothing is normed; without y nothing is added. `channels` is a multiple of 256, at most 5120.
 extern "C" int qarvd_rows(const void* x, const void* y, const float* gate, const float* weight, const float* bias,
                           const float* scale, const float* shift, const int* order, const float* input_scale,
                           const int* input_zero_point, void* total, void* codes, int rows, int channels, int outliers,
-                          int rows_per_gate, int rows_per_scale, float eps, int half, int blocks_wanted, int device,
+                          int rows_per_gate, int rows_per_scale, float eps, int half, int device,
                           void* stream) {
+    if (device < 0 || device >= devices_limit) return cudaErrorInvalidDevice;
     int current = device;
     cudaError_t error = cudaGetDevice(&current);
     if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
@@ -280,15 +298,11 @@ extern "C" int qarvd_rows(const void* x, const void* y, const float* gate, const
                  static_cast<int8_t*>(codes), channels, outliers, rows_per_gate, rows_per_scale};
     p.eps = eps;
     p.segment_rows = greatest_common_divisor(gate ? rows_per_gate : rows, scale ? rows_per_scale : rows);
-    p.block_rows = (rows + blocks_wanted - 1) / blocks_wanted;
-    p.block_rows = min((p.block_rows + turn - 1) / turn * turn, p.segment_rows);
-    p.segment_blocks = (p.segment_rows + p.block_rows - 1) / p.block_rows;
-    const int blocks = rows / p.segment_rows * p.segment_blocks;
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     auto run = [&](auto type) {
         using T = decltype(type);
-        if (eps < 0) return launch<T, Kind::quantize>(p, blocks, queue);
-        return y ? launch<T, Kind::add_norm>(p, blocks, queue) : launch<T, Kind::norm>(p, blocks, queue);
+        if (eps < 0) return launch<T, Kind::quantize>(p, rows, device, queue);
+        return y ? launch<T, Kind::add_norm>(p, rows, device, queue) : launch<T, Kind::norm>(p, rows, device, queue);
     };
     error = half ? run(__half()) : run(__nv_bfloat16());
     if (current != device) cudaSetDevice(current);
