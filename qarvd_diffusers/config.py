@@ -49,6 +49,10 @@ SCHEMES: dict[str, Scheme] = {
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
 
+PACKED_FORMAT = 2
+"""Layout of packed tensors, in checkpoints and in results of calibration. 2: 8-bit codes are stored as the signed operand of
+the integer product. Before it there was none that said its number."""
+
 # Published chunk sensitivities of Self-Forcing at W4A8 (arXiv 2605.21072), share of the total error per chunk.
 PUBLISHED_SENSITIVITY = (0.5462, 0.1668, 0.1189, 0.0789, 0.0534, 0.0263, 0.0096)
 
@@ -115,6 +119,7 @@ class QARVDConfig(QuantizationConfigMixin):
         calibration_adapters: name -> scale of the adapters (LoRA) that were active in the calibration rollouts; written by
             quantization. The checkpoint holds the base model alone: load them again to get what was calibrated.
         modules: written by quantization, read by loading: name -> `QuantizedModule` (or its dict).
+        format: layout of the tensors of `modules`, `PACKED_FORMAT`; written by quantization, another one is refused.
     """
 
     scheme: str = "w8a8"
@@ -137,6 +142,7 @@ class QARVDConfig(QuantizationConfigMixin):
     base_model: str | None = None
     calibration_adapters: Mapping[str, float] | None = None
     modules: Mapping[str, QuantizedModule] | None = None
+    format: int | None = None
     quant_method: str = dataclasses.field(default=QARVDMethod.QARVD, kw_only=True)  # the base puts it first
 
     def __post_init__(self) -> None:
@@ -159,6 +165,8 @@ class QARVDConfig(QuantizationConfigMixin):
                 name: entry if isinstance(entry, QuantizedModule) else QuantizedModule(**entry)
                 for name, entry in self.modules.items()
             }
+        else:
+            self.format = None
         self._check()
         self.__dict__["_frozen"] = True
 
@@ -210,6 +218,14 @@ class QARVDConfig(QuantizationConfigMixin):
             "calibration_prompts",
             "prompts that differ (all of them are the same: one is enough)",
         )
+        if self.modules is not None and self.format != PACKED_FORMAT:
+            older = self.format is None or self.format < PACKED_FORMAT
+            remedy = "quantize the float model again" if older else "update qarvd_diffusers"
+            raise ValueError(
+                f"the checkpoint's quantization_config.format is {self.format!r}, this version of qarvd_diffusers reads "
+                f"{PACKED_FORMAT}: its packed weights are laid out in another way. {remedy.capitalize()}"
+                f"{f' ({self.base_model})' if older and self.base_model else ''}."
+            )
         require(self.calibration_chunks >= 1, "calibration_chunks", "a positive integer")
         require(self.text_encoder in (None, "int8"), "text_encoder", "None or 'int8'")
 
@@ -276,7 +292,7 @@ class QARVDConfig(QuantizationConfigMixin):
 
     def for_checkpoint(self, modules: Mapping[str, QuantizedModule]) -> QARVDConfig:
         """The config that is stored: names the quantized modules, drops the prompts (they may be private)."""
-        return self.replace(modules=modules, calibration_prompts=None)
+        return self.replace(modules=modules, format=PACKED_FORMAT, calibration_prompts=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""

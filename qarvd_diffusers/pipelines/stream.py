@@ -99,6 +99,8 @@ class Stream(Iterator[Chunk]):
         self._pipe.check_prompt(prompt, prompt_embeds, session.inputs.shape[0])
         if session.closing or self._ended:
             raise ValueError("the stream has ended: a new prompt would never be seen")
+        if how == "cut" and prompt is not None:
+            prompt = _prefixed(prompt, session.inputs.fields.shot_prefix)
         text = {**session.text, "prompt": prompt, "prompt_embeds": prompt_embeds}
         session.prompt = (text, how)
 
@@ -125,6 +127,7 @@ class Stream(Iterator[Chunk]):
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write all that the stream goes on from, after the chunk handed out last, to a safetensors file.
 
+        Of several GPUs that make one stream, each saves the part that it holds: give each a file of its own.
         `ARVDMixin.restore_stream` goes on from it, bit by bit as this stream does, in any process with the same model.
 
         Raises:
@@ -138,3 +141,9 @@ class Stream(Iterator[Chunk]):
     @property
     def _ended(self) -> bool:
         return self._chunks.gi_frame is None
+
+
+def _prefixed(prompt: str | list[str], prefix: str) -> str | list[str]:
+    if isinstance(prompt, list):
+        return [_prefixed(text, prefix) for text in prompt]
+    return prompt if prompt.startswith(prefix) else prefix + prompt

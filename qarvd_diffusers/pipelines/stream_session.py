@@ -31,7 +31,7 @@ class StreamSession:
         make_decoder: makes the stream's decoder; None takes the pipeline's.
         saved: state to go on from; None starts at the beginning.
         loop: while the stream is alive.
-        decoder: while the stream is alive; None for latents.
+        decoder: while the stream is alive; None where nothing needs pixels.
         prompt: `(arguments of encode_prompt, how)` that wait for the next chunk.
         closing: the stream is to end as soon as possible.
     """
@@ -55,5 +55,5 @@ class StreamSession:
         for part, method in ((self.loop and self.loop.cache, "clear"), (self.decoder, "reset")):
             getattr(part, method, lambda: None)()
         if self.loop is not None:
-            self.loop.on_step = self.loop.before_chunk = None  # these refer back to the loop
+            self.loop.on_step = self.loop.before_chunk = self.loop.reencode = None  # these refer back to the loop
         self.loop = self.decoder = None

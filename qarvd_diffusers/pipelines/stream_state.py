@@ -25,12 +25,12 @@ from .stream_session import StreamSession
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
 
-_KEY, _VERSION = "qarvd_stream", 1  # metadata entry of the file
+_KEY, _VERSION = "qarvd_stream", 2  # metadata entry of the file
 _SAMPLES = 16  # values per tensor that tell one model from another
 
 
 def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
-    """Short hashes of what a stream's continuation depends on: causal fields, transformer, VAE.
+    """Short hashes of what a stream's continuation depends on: causal fields, transformer, VAE, and its part of the heads.
 
     Of each tensor a few values are looked at. Those of a quantized layer are compared without regard to their order, which
     the layout for a kernel may change.
@@ -54,7 +54,9 @@ def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
                     continue
                 values = values.sort().values
             hash_tensors(digest, [(key, values[:: max(1, len(values) // _SAMPLES)])])
-    return {name: digest.hexdigest() for name, digest in hashes.items()}
+    found = {name: digest.hexdigest() for name, digest in hashes.items()}
+    parallel = getattr(pipe.transformer, "context_parallel", None)
+    return found if parallel is None else found | {"process": f"{parallel.rank} of {parallel.size}"}
 
 
 def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[str]) -> None:

@@ -25,7 +25,7 @@ from qarvd_diffusers.presets import NETWORKS, PRESETS, available, find_preset
 
 RUNS = {
     "self-forcing", "causal-forcing", "causal-forcing-framewise", "causal-forcing-framewise-2step",
-    "causal-forcing-framewise-1step", "longlive", "causvid", "infinity-rope", "reward-forcing",
+    "causal-forcing-framewise-1step", "longlive", "longlive-2", "causvid", "krea", "infinity-rope", "reward-forcing",
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def loaded(folder, **kwargs):
 
 
 def test_presets_that_run_and_those_that_do_not():
-    assert set(available()) >= RUNS
+    assert set(available()) == RUNS
     longlive = find_preset("longlive").fields
     assert (longlive.local_attention_frames, longlive.sink_frames) == (12, 3)
     for family, preset in PRESETS.items():
@@ -62,6 +62,8 @@ def test_presets_that_run_and_those_that_do_not():
         ("models/causal_forcing-framewise.safetensors", "causal-forcing-framewise"),
         ("self-forcing/longlive_base.pt", "longlive"),  # the file says more than a folder
         ("CausVid/autoregressive_checkpoint/model.pt", "causvid"),
+        ("krea/krea-realtime-video-14b.safetensors", "krea"),
+        ("LongLive-2.0-5B/model_bf16.pt", "longlive-2"),
     ],
 )
 def test_detection_by_name(original, tmp_path, path, family):
@@ -76,15 +78,11 @@ def test_detection_by_name(original, tmp_path, path, family):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("krea/krea-realtime-video-14b.safetensors", "family 'krea' is known but cannot run: it needs a context"),
-        (
-            "LongLive-2.0-5B/model_bf16.safetensors",
-            "family 'longlive-2' is known but cannot run: it needs the UniPC sampler",
-        ),
         (
             "rolling_forcing/model.safetensors",
             "family 'rolling-forcing' is known but cannot run.*noise levels jointly",
         ),
+        ("chunkwise/longvideo.safetensors", "family 'causal-forcing-long' is known but cannot run.*levels jointly"),
         ("somewhere/model.safetensors", "the family cannot be told.*Pass the family: self-forcing"),
     ],
 )
@@ -104,7 +102,8 @@ def test_a_network_of_another_size(tmp_path, monkeypatch):
     save_file({"patch_embedding.weight": torch.zeros(24, 4, 1, 2, 2), "blocks.0.modulation": torch.zeros(1)}, tmp_path / "a.safetensors")  # fmt: skip
     with pytest.raises(ValueError, match=r"is a 14B network, the family 'self-forcing' is 1\.3B"):
         detect_checkpoint(tmp_path / "a.safetensors", "self-forcing")
-    with pytest.raises(ValueError, match="family 'krea' is known but cannot run"):  # the only one of this size
+    # The only member of this size; but the bidirectional model has these tensors too.
+    with pytest.raises(ValueError, match=r"the family cannot be told.*Found: 14B\. Pass the family: krea"):
         detect_checkpoint(tmp_path / "a.safetensors")
 
 

@@ -38,8 +38,9 @@ class RecordingPipeline(ARVDPipeline):
         return flow
 
 
-def replay(golden, inputs, fields, frames, switches):
+def replay(golden, inputs, fields, frames, switches, hows=()):
     """Latents of a rollout whose prompt changes at the first chunk that starts at or behind each switch."""
+    hows = iter(hows)
     pipe = RecordingPipeline(golden.transformer(), **fields.to_dict())
     pipe.set_progress_bar_config(disable=True)
     pipe.infos, pipe.flows = [], {}
@@ -56,7 +57,7 @@ def replay(golden, inputs, fields, frames, switches):
     for start in range(0, frames, 3):
         if switches and start >= switches[0]:
             switches.pop(0)
-            stream.set_prompt(prompt_embeds=inputs[next(prompts)])
+            stream.set_prompt(prompt_embeds=inputs[next(prompts)], on_prompt_switch=next(hows, None))
         pieces.append(next(stream).latents)
     final = pipe.cache.visible(0)[0].clone()
     assert next(stream, None) is None
