@@ -114,6 +114,9 @@ class QARVDConfig(QuantizationConfigMixin):
         calibration_seed: seed of the calibration noise.
         modules_to_not_convert: names (or their leading or trailing parts) of Linears that stay float, besides the time
             embedding, the patch embedding and the output head.
+        module_bits: name (or whole parts of it) of Linears -> 4 or 8 bits for their weights, in place of the scheme's; of
+            several that fit a layer the last counts, and layers that read one tensor must agree. All else (rounding,
+            percentiles, detector) stays as the scheme says. `ARVDPipeline.choose_bits` finds some.
         text_encoder: `"int8"` quantizes the text encoder's weights with optimum-quanto at load time; None leaves it.
         base_model: Hub id of the float model; written by quantization.
         calibration_adapters: name -> scale of the adapters (LoRA) that were active in the calibration rollouts; written by
@@ -138,6 +141,7 @@ class QARVDConfig(QuantizationConfigMixin):
     calibration_chunks: int = 7
     calibration_seed: int = 0
     modules_to_not_convert: tuple[str, ...] = ()
+    module_bits: Mapping[str, int] | None = None
     text_encoder: str | None = None
     base_model: str | None = None
     calibration_adapters: Mapping[str, float] | None = None
@@ -227,6 +231,11 @@ class QARVDConfig(QuantizationConfigMixin):
                 f"{f' ({self.base_model})' if older and self.base_model else ''}."
             )
         require(self.calibration_chunks >= 1, "calibration_chunks", "a positive integer")
+        require(
+            all(bits in (4, 8) for bits in (self.module_bits or {}).values()),
+            "module_bits",
+            "4 or 8 bits for each name",
+        )
         require(self.text_encoder in (None, "int8"), "text_encoder", "None or 'int8'")
 
     @property
@@ -234,6 +243,15 @@ class QARVDConfig(QuantizationConfigMixin):
         """The `Scheme` of this config; the reference quantizes 8-bit weights asymmetrically."""
         scheme = SCHEMES[self.scheme]
         return dataclasses.replace(scheme, symmetric_weights=False) if self.reference_compat else scheme
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The `Scheme` of one Linear: `resolved_scheme` with the bits that `module_bits` gives it."""
+        scheme = self.resolved_scheme
+        given = [bits for pattern, bits in (self.module_bits or {}).items() if named_by(name, pattern)]
+        if not given or given[-1] == scheme.weight_bits:
+            return scheme
+        symmetric = given[-1] == 8 and not self.reference_compat
+        return dataclasses.replace(scheme, weight_bits=given[-1], symmetric_weights=symmetric)
 
     @property
     def resolved_outlier_detector(self) -> str:
@@ -321,6 +339,11 @@ class QARVDConfig(QuantizationConfigMixin):
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         raise AttributeError("QARVDConfig is frozen: use config.replace(name=value), which returns a new config")
+
+
+def named_by(name: str, pattern: str) -> bool:
+    """Whether `pattern` is the dotted name or some whole parts of it (`attn1`, `blocks.0`, `to_q`)."""
+    return f".{pattern}." in f".{name}."
 
 
 def parse_prompts(lines: Sequence[str], source: str) -> tuple[str, ...]:

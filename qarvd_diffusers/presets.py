@@ -49,6 +49,7 @@ class Preset:
         file_names: parts of file or folder names by which it is recognized, in lower case; the longest match wins.
         has_lora: the release is a base and a LoRA that must be merged.
         licence: of the released weights, as far as known; a model card beside the file overrides it.
+        height, width, fps: pixels and frames per second that it is trained at.
         lacks: mechanisms that its roll-out needs and that do not exist here; such a model is refused.
     """
 
@@ -59,7 +60,14 @@ class Preset:
     file_names: tuple[str, ...] = ()
     has_lora: bool = False
     licence: str | None = None
+    height: int = 480
+    width: int = 832
+    fps: int = 16
     lacks: tuple[str, ...] = ()
+
+    def pipeline_config(self) -> dict[str, Any]:
+        """Values of the pipeline's config, as plain JSON types."""
+        return {**self.fields.to_dict(), "height": self.height, "width": self.width, "fps": self.fps}
 
     def replace(self, **changes: Any) -> Preset:
         return dataclasses.replace(self, **changes)
@@ -142,10 +150,12 @@ PRESETS: dict[str, Preset] = {
             sampler="unipc",
         ),
         network="5B",
-        source="Efficient-Large-Model/LongLive-2.0-5B: model_bf16.pt",
+        source="Efficient-Large-Model/LongLive-2.0-5B: model_bf16.pt, its LoRA merged",
         weights="generator",
         file_names=("longlive-2", "longlive2", "longlive_2"),
-        has_lora=True,
+        height=704,
+        width=1280,
+        fps=24,
     ),
     "infinity-rope": Preset(
         # A cut puts the chunk, in slots 3 to 5 of the window, at 45 to 47.

@@ -206,12 +206,12 @@ def _quantize_weights(
     progress: Progress | None,
 ) -> dict[str, LinearQParams]:
     """Integer weights of every layer, on the CPU and in the order of `linears`; input quantizers are still missing."""
-    scheme = config.resolved_scheme
     found = {name: outlier_set for group, outlier_set in zip(groups, outliers, strict=True) for name in group}
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
+        scheme = config.scheme_of(name)
         description = QuantizedModule(found[name].num_outliers, scheme.weight_bits, scheme.activation)
-        codes, grid = quantize_weight(linear.weight, found[name], config)
+        codes, grid = quantize_weight(linear.weight, found[name], config, name)
         tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), found[name].channel_order)
         layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)
         if progress is not None:

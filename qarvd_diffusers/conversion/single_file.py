@@ -182,7 +182,7 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
             f"{len(layers) - exact} layers were rounded again to one symmetric int8 grid per output channel: the separate scale "
             "of the outlier channels, zero-points and learned rounding are lost there."
         )
-    if some.weight_bits == 4:
+    if any(layer.weight_bits == 4 for layer in layers.values()):
         lost.append("4-bit storage is lost: the format takes 8 bits per weight.")
     kinds = {
         "static": "Calibrated activation scales are lost: ComfyUI finds symmetric ones per token at run time.",

@@ -152,6 +152,10 @@ class KVCache:
     offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
     rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
 
+    `begin_shot` moves the frames appended next, and all later ones, further on than their index, and may pin them: they are then
+    evicted only while they do not stand right behind the sink (LongLive 2.0). `restart` empties the cache for a context that
+    is encoded anew.
+
     With `rope_mode="window"` keys are stored before RoPE and a frame's position is its slot in the window, counted anew in
     every pass (Infinity-RoPE); `sink_ema` then lets evicted frames live on in the sink as a moving average (Reward Forcing).
 

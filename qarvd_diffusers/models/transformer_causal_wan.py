@@ -108,10 +108,12 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         return (*tables, self.cache_start, *window)
 
     def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ; up to twice the table."""
-        rows = [min(frames, self.max_seq_len - 1), max(0, frames - self.max_seq_len + 1)]
+        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ."""
+        times, rest = divmod(frames, self.max_seq_len - 1)
+        rows = [self.max_seq_len - 1, rest]
         cos, sin = (table[rows, : self.t_dim].cpu().double() for table in (self.freqs_cos, self.freqs_sin))
-        turned = torch.complex(cos[:, 0::2], sin[:, 1::2]).prod(dim=0)
+        last, turned = torch.complex(cos[:, 0::2], sin[:, 1::2])
+        turned = turned * last**times
         device = self.freqs_cos.device
         return turned.real.float().to(device), turned.imag.float().to(device)
 

@@ -80,10 +80,9 @@ def _chunks(pipe: ARVDMixin, session: StreamSession, loop: ChunkLoop) -> Generat
 
 
 def _switch_prompt(pipe: ARVDMixin, session: StreamSession) -> None:
-    waiting, session.prompt = session.prompt, None
-    if waiting is not None:
-        text, how = waiting
-        session.loop.switch_prompt(pipe.embed_prompt(**text), how)
+    if changes := session.encode_changes(pipe):
+        change = changes.pop(0)
+        session.loop.switch_prompt(pipe.embed_prompt(**change.text), change.how)
 
 
 def _progress_bar(pipe: ARVDMixin, num_steps: int | None) -> Any:

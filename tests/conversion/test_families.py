@@ -230,18 +230,45 @@ def test_unfitting_loras_leave_nothing(tiny_pipeline, original, tmp_path, conten
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.pt", "style.pt"]
 
 
-@pytest.mark.parametrize("member", ["causal_forcing_framewise", "causvid", "longlive"])
+@pytest.mark.parametrize("member", ["causal_forcing_framewise", "causvid", "longlive", "krea_realtime", "longlive2"])
 def test_golden_members_convert_both_ways(golden_family, tmp_path, member):
     """The members' own weights and names: into a folder and back, bit by bit."""
     golden = golden_family(member)
-    family = {"causal_forcing_framewise": "causal-forcing-framewise"}.get(member, member)
+    family = {
+        "causal_forcing_framewise": "causal-forcing-framewise",
+        "krea_realtime": "krea",
+        "longlive2": "longlive-2",
+    }.get(member, member)
     stored = golden.state_dict()
     torch.save({"generator": stored}, tmp_path / "model.pt")
     heads = golden.original_config()["num_heads"]
     out = convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", family, lora="none", num_attention_heads=heads)
+    pipe = ARVDPipeline.from_pretrained(out)
+    assert pipe.causal_fields == PRESETS[family].fields
+    assert (pipe.config.height, pipe.config.fps) == ((704, 24) if family == "longlive-2" else (480, 16))
     convert_module.export_checkpoint(out, tmp_path / "back.safetensors")
     back = open_checkpoint(tmp_path / "back.safetensors").shards[0].load()
     assert back.keys() == stored.keys() and all(torch.equal(back[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize("family", available())
+def test_windows_that_a_preset_cannot_hold(tiny_pipeline, family):
+    """Named when the pipeline is made, and when a stream is asked for, before anything runs."""
+    fields = PRESETS[family].fields
+    least = fields.sink_frames + fields.num_frames_per_chunk
+    components = {**tiny_pipeline.components, "scheduler": None}
+    small = {**fields.to_dict(), "local_attention_frames": least - 1}
+    message = "local_attention_frames is .* at least sink_frames \\+ num_frames_per_chunk"
+    with pytest.raises(ValueError, match=message):
+        ARVDPipeline(**components, **small)
+    pipe = ARVDPipeline(**components, **fields.to_dict(), height=32, width=48)
+    pipe.window = least - 1
+    with pytest.raises(ValueError, match=message):
+        pipe.stream("a red circle")
+    if fields.pin_shots or fields.context_mode == "rebuild":
+        pipe.window = least + 1
+        with pytest.raises(ValueError, match=r"pin_shots is True, .* two chunks|two or more whole chunks"):
+            pipe.stream("a red circle")
 
 
 MEASURE = """

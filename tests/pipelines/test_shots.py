@@ -157,9 +157,9 @@ def test_prompt_of_a_cut_gets_its_prefix(tiny_pipeline):
     pipe = ARVDPipeline(**tiny_pipeline.components, height=32, width=48, shot_prefix="The scene transitions. ")
     stream = pipe.stream("a red circle", output_type="latent")
     stream.set_prompt("a blue square", on_prompt_switch="cut")
-    assert stream._session.prompt[0]["prompt"] == "The scene transitions. a blue square"
+    assert stream._session.changes[0].text["prompt"] == "The scene transitions. a blue square"
     stream.set_prompt(["The scene transitions. a"], on_prompt_switch="cut")
-    assert stream._session.prompt[0]["prompt"] == ["The scene transitions. a"]
+    assert stream._session.changes[0].text["prompt"] == ["The scene transitions. a"]
 
 
 def test_clamped_start_takes_any_number_of_frames(tiny_pipeline):
