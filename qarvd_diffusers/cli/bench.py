@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def keep(name: str, value: Any) -> None:
         result[name] = value
+        if args.shape == "1.3b" and args.layers is None:
+            result["bars"] = judge(result)
         if args.out:
             partial = Path(f"{args.out}.partial")
             partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
@@ -95,8 +97,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             on_result,
             args.seconds,
         )
-    if args.shape == "1.3b" and args.layers is None:
-        keep("bars", judge(result))
     return result
 
 
