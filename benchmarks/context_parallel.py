@@ -1,6 +1,6 @@
 """One stream on one GPU and on all GPUs of a job: time of a chunk, and whether the latents are the same.
 
-    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --shape 14b --variants bf16 w8a8 w8a8-fp8 --out results.json
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --shape 14b:20 1.3b --variants bf16 w8a8 w8a8-fp8 --out results.json
 
 Random weights, the same in every process; 832 x 480, chunks of 3 latent frames. A chunk is 4 denoising passes and one that
 refreshes the cache, timed over the last of 7 chunks, whose cache holds 21 latent frames. "equal" compares the latents of
@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -101,12 +102,17 @@ def compare_latents(shape: Shape, scheme: str, device: torch.device, layers: int
         model = quantized(model.to(torch.bfloat16), small, scheme)
         share_weights(model)
         model = model.float()
+    if device.type == "cuda":
+        model.set_attention_backend("native")  # what a variant chose is chosen for the whole process
     latents, text = random_inputs(small, device, torch.float32)
 
     def stream() -> torch.Tensor:
         pipe = ARVDPipeline(transformer=model)
         pipe.set_progress_bar_config(disable=True)
-        noise = {"latents": torch.cat([latents, latents.flip(2)], dim=2), "generator": torch.Generator().manual_seed(2)}
+        noise = {
+            "latents": torch.cat([latents, latents.flip(2)], dim=2),
+            "generator": torch.Generator().manual_seed(2),
+        }
         chunks = pipe.stream(prompt_embeds=text, output_type="latent", **noise)
         return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
@@ -138,8 +144,9 @@ def time_exchange(shape: Shape, device: torch.device) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="+", choices=tuple(SHAPES), default=["14b"])
-    parser.add_argument("--layers", type=int, help="fewer transformer blocks")
+    parser.add_argument(
+        "--shape", nargs="+", default=["14b"], help="names of shapes; 14b:20 has 20 blocks instead of 40"
+    )
     parser.add_argument("--variants", nargs="*", default=["bf16", "w8a8", "w8a8-fp8"])
     parser.add_argument("--equal", nargs="*", default=["float", "w8a8"], help="schemes whose latents are compared")
     parser.add_argument("--repeats", type=int, default=3)
@@ -166,21 +173,21 @@ def main() -> None:
                 with open(args.out, "w", encoding="utf-8") as file:
                     json.dump(results, file, indent=1)
 
-    for name in args.shape:
+    for wanted in args.shape:
+        name, _, layers = wanted.partition(":")
         shape = SHAPES[name]
-        shape = Shape(shape.heads, shape.ffn, args.layers or shape.layers)
-        for scheme in args.equal:
-            report({"shape": name} | compare_latents(shape, scheme, device))
+        shape = Shape(shape.heads, shape.ffn, int(layers or shape.layers))
         report({"shape": name, "exchange_us": time_exchange(shape, device)})
-        if not args.variants:
-            continue
-        model = random_transformer(shape, device, torch.bfloat16)
-        for variant in args.variants:
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            report({"shape": name, "layers": shape.layers} | compare_times(model, variant, shape, args.repeats))
+        model = random_transformer(shape, device, torch.bfloat16) if args.variants else None
+        work = [partial(compare_times, model, variant, shape, args.repeats) for variant in args.variants]
+        for step in [*work, *(partial(compare_latents, shape, scheme, device) for scheme in args.equal)]:
             if cuda:
                 torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                report({"shape": name, "layers": shape.layers} | step())
+            except (RuntimeError, ValueError) as error:
+                report({"shape": name, "failed": str(step.args[1:]), "error": repr(error)})
     dist.destroy_process_group()
 
 
