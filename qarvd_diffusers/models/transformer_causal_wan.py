@@ -65,8 +65,8 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module.
 
     With a `cache_start` bound it is a third output; with `window_frames` bound too, the table of all frames in the window is
-    a fourth and a fifth, and the pass takes the last positions in it. With a `split` bound, cos and sin are those of its own
-    tokens. The stock forward hands RoPE through to every block untouched, and of
+    a fourth and a fifth: earlier frames count from 0, the pass has its own positions. With a `split` bound, cos and sin are those
+    of its own tokens. The stock forward hands RoPE through to every block untouched, and of
     all values that reach a block only its arguments may change between passes without recompiling it.
     """
 
@@ -96,30 +96,31 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
                     f"{self.max_seq_len} positions: choose a smaller picture or local_attention_frames, or load the "
                     "transformer with a larger rope_max_seq_len in its config"
                 )
-        tables = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
-        if self.split is not None:
-            tables = self.split.own(tables[0]), self.split.own(tables[1])
+        present = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
+        tables = present if self.split is None else tuple(self.split.own(table) for table in present)
         if self.cache_start is None or self.window_frames is None:
             return tables if self.cache_start is None else (*tables, self.cache_start)
-        window = [self.window_frames // self.patch_size[0], *sizes[1:]]
-        return (
-            *tables,
-            self.cache_start,
-            *(self._table(f, [0, 0, 0], window) for f in (self.freqs_cos, self.freqs_sin)),
+        past = [self.window_frames // self.patch_size[0] - sizes[0], *sizes[1:]]
+        window = (
+            torch.cat([self._table(freqs, [0, 0, 0], past), own], dim=1)
+            for freqs, own in zip((self.freqs_cos, self.freqs_sin), present, strict=True)
         )
+        return (*tables, self.cache_start, *window)
 
     def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ; up to twice the table."""
-        rows = [min(frames, self.max_seq_len - 1), max(0, frames - self.max_seq_len + 1)]
+        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ."""
+        times, rest = divmod(frames, self.max_seq_len - 1)
+        rows = [self.max_seq_len - 1, rest]
         cos, sin = (table[rows, : self.t_dim].cpu().double() for table in (self.freqs_cos, self.freqs_sin))
-        turned = torch.complex(cos[:, 0::2], sin[:, 1::2]).prod(dim=0)
+        last, turned = torch.complex(cos[:, 0::2], sin[:, 1::2])
+        turned = turned * last**times
         device = self.freqs_cos.device
         return turned.real.float().to(device), turned.imag.float().to(device)
 
     def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
         parts = []
         for axis, part in enumerate(freqs.split([self.t_dim, self.h_dim, self.w_dim], dim=1)):
-            view = [1, 1, 1, -1]
+            view = [1, 1, 1, part.shape[1]]
             view[axis] = sizes[axis]
             parts.append(part[starts[axis] : starts[axis] + sizes[axis]].view(view).expand(*sizes, -1))
         return torch.cat(parts, dim=-1).reshape(1, -1, 1, freqs.shape[1])
@@ -431,7 +432,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             layers = kv_cache.layers
             if kv_cache.rope_mode == "window":
                 window = len(kv_cache.frames)
-                position = window - frames
+                position = window - frames + kv_cache.shift
             else:
                 position = kv_cache.reindex(frames, self.rope.max_seq_len, self.rope.turn)
         hooks = []

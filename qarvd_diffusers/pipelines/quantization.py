@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from ..bundled import bundled_prompts
 from ..calibration.calibrate import Progress, apply, calibrate, quantize_weights
 from ..calibration.processes import Processes
-from ..calibration.result import RESULT_FORMAT, CalibrationResult
+from ..calibration.result import CalibrationResult
 from ..calibration.resume import ResumeFolder
-from ..config import QARVDConfig, parse_prompts
+from ..config import PACKED_FORMAT, QARVDConfig, parse_prompts
 from ..models.pass_info import PassInfo
 from ..quantizer import attach
 from ..serialization import quantized_linears
@@ -105,7 +105,7 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
     ).to_dict()
     rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
     model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
-    described = [RESULT_FORMAT, settings, rollout, model, torch.__version__]
+    described = [PACKED_FORMAT, settings, rollout, model, torch.__version__]
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     hash_tensors(digest, pipe.transformer.state_dict().items())
     hash_tensors(digest, ((f"prompt {i}", e) for i, e in enumerate(embeds)))
@@ -177,7 +177,7 @@ def calibrate_pipeline(
         def run(on_pass: Callable[[PassInfo], None], chosen: Sequence[tuple[int, torch.Tensor]] = rollouts) -> None:
             fields, passes = pipe.causal_fields, itertools.count(1)
             chunks = range(config.calibration_chunks)
-            total = len(chosen) * sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in chunks)
+            total = len(chosen) * sum(sum(fields.passes(chunk).values()) for chunk in chunks)
 
             def observed(info: PassInfo) -> None:
                 step()
