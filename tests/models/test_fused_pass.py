@@ -243,6 +243,28 @@ def test_rows_in_another_order_change_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", ("w8a8", "w4a8", "w8a16"))
+def test_group_offload_on_a_stream(scheme):
+    """Weights that were laid out for fused kernels leave the GPU between passes; the flow is that of layer by layer."""
+    device, shape = torch.device("cuda"), SHAPES["toy"]
+    model = quantized_by_one_pass(random_transformer(shape, device, torch.bfloat16), shape, scheme)
+    runner = PassRunner(model, shape)  # inputs on the GPU
+    runner(0)
+    model.fused_pass = False
+    runner.reset()
+    expected = [runner(chunk) for chunk in range(2)]
+    model.fused_pass = None
+    model.to("cpu")
+    offload = {"onload_device": device, "offload_device": torch.device("cpu"), "offload_type": "block_level"}
+    model.enable_group_offload(**offload, num_blocks_per_group=1, use_stream=True, record_stream=True)
+    runner.reset()
+    for chunk, flow in enumerate(expected):
+        assert torch.equal(runner(chunk), flow)
+    assert model.blocks[0].attn1.to_q.weight_packed.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
 @pytest.mark.parametrize("storage", ("auto", "fp8", "int8"))
 def test_on_the_gpu(scheme, storage):
