@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--end-to-end",
         action="store_true",
-        help="time whole videos of 81 and 321 frames, text encoder and VAE included",
+        help="time whole videos, text encoder and VAE included",
+    )
+    parser.add_argument(
+        "--frames", nargs="+", type=int, default=[81, 321], help="of the whole videos, 12 k - 3 (default: 81 321)"
     )
     parser.add_argument("--repeats", type=int, default=10, help="runs the median is taken of (default: 10)")
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
@@ -70,7 +73,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         keep("end_to_end" if args.end_to_end else "passes", done)
 
     if args.end_to_end:
-        bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, on_result=on_result)
+        lengths = [(frames + 3) // 12 for frames in args.frames]
+        bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, lengths, on_result)
         return result
     if "gemm" in args.parts:
         keep("gemm", bench_gemm(shape, device, 3 * args.repeats))

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers import AutoencoderKLWan
 
 from ..config import QARVDConfig
 from ..models.kv_cache import KVCache
 from ..models.kv_storage import STORAGES
 from .model_shapes import ModelShapes, cast, live_bytes, quantized_bytes
-from .streaming_vae import StreamingVAEDecoder
+from .streaming_vae import StreamingVAEDecoder, optimize_vae
 
 if TYPE_CHECKING:
     from .pipeline_arvd import ARVDPipeline
@@ -200,8 +201,10 @@ def _candidates(shapes: ModelShapes, scheme: str | None) -> Iterator[MemoryChoic
 
 
 def apply_choice(pipe: ARVDPipeline, choice: MemoryChoice) -> None:
-    """Set up a loaded pipeline, and bring it onto the GPU if there is one."""
+    """Set up a loaded pipeline, and bring it onto the GPU if there is one, its VAE with the modules that need least memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and isinstance(getattr(pipe, "vae", None), AutoencoderKLWan):
+        optimize_vae(pipe.vae)
     pipe.kv_cache, pipe.window, pipe.vae_frames_at_once = choice.kv_cache, choice.window, choice.vae_frames_at_once
     if choice.text_encoder != "keep":
         pipe.offload_text_encoder(choice.text_encoder, device)
@@ -273,6 +276,7 @@ def _vae_bytes(
     if shapes.vae is None:
         return _Part()
     vae = shapes.empty_vae()
+    optimize_vae(vae)
     weights = cast(vae, dtype)
     decoder = StreamingVAEDecoder(vae, at_once)
     with torch.device("meta"):
@@ -291,7 +295,8 @@ def _encoder_bytes(spec: str, dtype: torch.dtype) -> _Part:
     if shapes.text_encoder is None:
         return _Part()
     encoder, values = shapes.empty_text_encoder(), shapes.text_encoder
-    largest = max(parameter.numel() for parameter in encoder.parameters()) * dtype.itemsize
+    table = encoder.get_input_embeddings().weight  # stays in host memory
+    largest = max(weight.numel() for weight in encoder.parameters() if weight is not table) * dtype.itemsize
     tokens, heads = shapes.index.get("max_sequence_length", 512), values["num_heads"]
     # Attention scores with their bias and softmax in float32, and the two branches of the gated feed-forward layer.
     working = 12 * heads * tokens * tokens + tokens * dtype.itemsize * (4 * values["d_ff"] + 8 * values["d_model"])
