@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from ..bundled import bundled_model_path
@@ -21,6 +20,7 @@ from ..pipelines.pipeline_arvd import ARVDPipeline
 from ..pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
 from .shapes import Shape, random_transformer
 from .transformer import quantized
+from .vae import random_vae
 
 _WINDOW = 21  # latent frames: the length the family is trained at
 WARM_UP = 4  # chunks: the first, the second and the third compile
@@ -29,7 +29,6 @@ WARM_UP = 4  # chunks: the first, the second and the third compile
 def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, device: torch.device) -> ARVDPipeline:
     """A pipeline of real sizes with random weights: UMT5-XXL's shape and Wan's VAE, or small ones for the toy shape."""
     large = shape.heads > 1
-    vae_config = {} if large else {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     text_config = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     if large:
         text_config = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -41,23 +40,20 @@ def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, devi
             text_encoder = UMT5EncoderModel(
                 UMT5Config(vocab_size=256384, feed_forward_proj="gated-gelu", **text_config)
             )
-            vae = AutoencoderKLWan(**vae_config)
     finally:
         torch.set_default_dtype(default)
     return ARVDPipeline(
         transformer=transformer,
         tokenizer=AutoTokenizer.from_pretrained(Path(bundled_model_path()) / "tokenizer"),
         text_encoder=text_encoder.eval(),
-        vae=vae.eval(),
+        vae=random_vae(shape, device, dtype),
         height=480 if large else 32,
         width=832 if large else 48,
         local_attention_frames=_WINDOW,
     )
 
 
-def _pipeline(
-    whole: ARVDPipeline, name: str, transformer: CausalWanTransformer3DModel, shape: Shape
-) -> ARVDPipeline:
+def _pipeline(whole: ARVDPipeline, name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> ARVDPipeline:
     """A pipeline around the transformer of variant `name`; a float one decodes as diffusers does, frame by frame."""
     vae = copy.deepcopy(whole.vae)
     fields = {key: whole.config[key] for key in ("height", "width", "local_attention_frames")}

@@ -1,4 +1,4 @@
-"""Measure speed on this machine: matrix products, attention, transformer passes, whole videos; ours beside what else there is."""
+"""Measure speed on this machine: matrix products, attention, transformer passes, VAE, whole videos; ours beside what else there is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .common import table
 
-PARTS = ("gemm", "attention", "passes")
+PARTS = ("gemm", "attention", "passes", "vae")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench.gemm import bench_gemm
     from ..bench.shapes import SHAPES
     from ..bench.transformer import bench_passes
+    from ..bench.vae import bench_vae
     from .info import environment
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -89,6 +90,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.repeats,
             on_result,
         )
+    if "vae" in args.parts:
+        keep("vae", bench_vae(shape, device, args.repeats))
     return result
 
 
@@ -123,6 +126,12 @@ def render(result: dict[str, Any]) -> str:
                 [(*row, *[""] * (width - len(row))) for row in body],
             )
         )
+    if "vae" in result:
+        rows = [
+            (one["name"], *map(_rounded, (one["ms"], one["peak_bytes"] / 1e9, one["relative_error"])))
+            for one in result["vae"]
+        ]
+        parts.append("VAE, a chunk of 3 latent frames\n" + table(("decoder", "ms", "peak GB", "relative error"), rows))
     videos = result.get("end_to_end")
     if videos:
         parts.append("whole videos\n" + _videos(videos))

@@ -53,7 +53,9 @@ class FastNormSiLU(WanRMS_norm):
 class FastResidualBlock(WanResidualBlock):
     """Norms write straight into the input of the convolution behind them."""
 
-    def forward(self, x: torch.Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None
+    ) -> torch.Tensor:
         memory = feat_cache if feat_cache is not None else [None, None]
         place = feat_idx if feat_idx is not None else [0]
         hidden = x

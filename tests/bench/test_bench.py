@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 
 from qarvd_diffusers.bench import VIDEO_VARIANTS
@@ -50,7 +49,7 @@ def test_command(tmp_path, capsys):
     arguments = ["bench", "--shape", "toy", "--device", "cpu", "--repeats", "1", "--chunks", "1"]
     assert main([*arguments, "--variants", "bf16", "w8a8", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert {"gemm", "attention", "passes", "versions", "date", "command"} <= result.keys()
+    assert {"gemm", "attention", "passes", "vae", "versions", "date", "command"} <= result.keys()
     assert "dual-scale int8" in capsys.readouterr().out
 
 
