@@ -70,6 +70,7 @@ def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[
     if session.prompt is not None:  # what waits is part of the state; it must not be encoded twice
         text, how = session.prompt
         session.prompt = ({"prompt_embeds": pipe.embed_prompt(**text)}, how)
+    loop.refresh()
     cache, cache_facts = loop.cache.state()
     where, loop_facts = loop.state()
     decoder = {} if session.decoder is None else session.decoder.state_dict()
