@@ -12,7 +12,7 @@ from ..pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
 from .shapes import CHUNK_FRAMES, LATENT_HEIGHT, LATENT_WIDTH, Shape
 from .timing import median_ms
 
-VAE_VARIANTS = ("frame by frame", "together", "together, optimized")
+VAE_VARIANTS = ("frame by frame", "together", "frame by frame, optimized", "together, optimized")
 
 
 def random_vae(shape: Shape, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
@@ -37,7 +37,7 @@ def bench_vae(shape: Shape, device: torch.device, repeats: int) -> list[dict[str
         vae = random_vae(shape, device, dtype)
         if name.endswith("optimized"):
             optimize_vae(vae)
-        decoder = StreamingVAEDecoder(vae, frames_at_once=1 if name == "frame by frame" else CHUNK_FRAMES)
+        decoder = StreamingVAEDecoder(vae, frames_at_once=1 if name.startswith("frame by frame") else CHUNK_FRAMES)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()

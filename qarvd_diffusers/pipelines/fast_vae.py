@@ -2,7 +2,8 @@
 
 A chunk at 832x480 is a tensor of 0.9 GB before every convolution of the last stage. diffusers reads or writes one some
 twenty times for a norm, a SiLU, remembered frames and padding; here it is read and written once. Each class computes what
-its base class computes, and is put in place by changing the class of the module: parameters, names and hooks stay.
+its base class computes, without gradients, and is put in place by changing the class of the module: parameters, names and
+hooks stay.
 """
 
 from __future__ import annotations
@@ -34,49 +35,80 @@ class FastCausalConv3d(WanCausalConv3d):
             missing -= cache_x.shape[2]
         if missing:
             pieces.insert(0, x.new_zeros(*x.shape[:2], missing, *x.shape[3:]))
-        return self.convolve(torch.cat(pieces, dim=2) if len(pieces) > 1 else x)
+        return self.convolve(torch.cat(pieces, dim=2) if len(pieces) > 1 else x, self.bias)
 
-    def convolve(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` with the frames of the past in front."""
-        return F.conv3d(x, self.weight, self.bias, self.stride, (0, self._padding[2], self._padding[0]))
+    def convolve(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x` with the frames of the past in front. torch adds a bias in a pass of its own: better left to what comes next."""
+        return F.conv3d(x, self.weight, bias, self.stride, (0, self._padding[2], self._padding[0]))
 
 
 class FastNormSiLU(WanRMS_norm):
     """The norm and the SiLU behind it."""
 
-    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None, lead: int = 0) -> torch.Tensor:
-        """`[B, C, F, H, W]` -> `[B, C, lead + F, H, W]`, channels-last; `past` as in `rms_norm_silu`."""
-        out = ops.rms_norm_silu(_rows(x), self.gamma.flatten(), None if past is None else _rows(past), lead)
+    def forward(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        past: torch.Tensor | None = None,
+        lead: int = 0,
+    ) -> torch.Tensor:
+        """`[B, C, F, H, W]` -> `[B, C, lead + F, H, W]`, channels-last; the rest as in `rms_norm_silu`."""
+        past = None if past is None else _rows(past)
+        out = ops.rms_norm_silu(_rows(x), bias, self.gamma.flatten(), past, lead)
         return out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
 
 
 class FastResidualBlock(WanResidualBlock):
-    """Norms write straight into the input of the convolution behind them."""
+    """Norms write straight into the input of the convolution behind them, and add the bias of the one before."""
 
     def forward(
         self, x: torch.Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None
     ) -> torch.Tensor:
         memory = feat_cache if feat_cache is not None else [None, None]
         place = feat_idx if feat_idx is not None else [0]
-        hidden = x
+        hidden, bias = x, None
         for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
-            hidden = norm(hidden, memory[place[0]], _REMEMBERED)
-            memory[place[0]] = hidden[:, :, -_REMEMBERED:].clone()
+            hidden = norm(hidden, bias, memory[place[0]], _REMEMBERED)
+            memory[place[0]] = _kept(hidden[:, :, -_REMEMBERED:], memory[place[0]])
             place[0] += 1
-            hidden = conv.convolve(hidden)
-        return hidden.add_(self.conv_shortcut(x))
+            hidden, bias = conv.convolve(hidden, None), conv.bias
+        # Summed up in place: the callers of a block have no use for its input, but hold on to it.
+        total = _flat(self.conv_shortcut(x))
+        ops.add_bias(total, _flat(hidden), bias)
+        return total.view(hidden.shape[0], *hidden.shape[2:], -1).permute(0, 4, 1, 2, 3)
 
 
 class FastUpsample(WanUpsample):
-    """Repeats pixels in their own dtype."""
+    """Repeats pixels in their own dtype, channels-last."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.Upsample.forward(self, x)
+        if self.scale_factor != (2.0, 2.0):
+            return super().forward(x)
+        batch, channels, height, width = x.shape
+        pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        return pixels.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+def _kept(frames: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    """A copy of `frames`, in the place of the old one where it fits: memory that lives long must not wander."""
+    if old is None or old.shape != frames.shape or old.stride(1) != frames.stride(1):
+        return frames.clone()
+    return old.copy_(frames)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """`[B, C, F, H, W]` -> `[B * F * H * W, C]`."""
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 3)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """`[B, C, F, H, W]` -> `[B, F, H * W, C]`, without a copy where memory lies channels-last."""
     return x.permute(0, 2, 3, 4, 1).flatten(2, 3)
+
+
+def is_fast(decoder: WanDecoder3d) -> bool:
+    """Whether `install_fast_modules` was called on it."""
+    return any(isinstance(module, FastResidualBlock) for module in decoder.modules())
 
 
 def install_fast_modules(decoder: WanDecoder3d) -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-from .fast_vae import install_fast_modules
+from .fast_vae import install_fast_modules, is_fast
 
 
 class StreamingVAEDecoder:
@@ -20,9 +20,9 @@ class StreamingVAEDecoder:
 
     Args:
         vae: the VAE; none of its state is changed.
-        frames_at_once: latent frames that go through the decoder together. More fill a GPU better and take more memory; the
-            result is the same but for the order of float sums, and the same bit by bit with 1. None takes 1 on the CPU and
-            all that `decode` is given elsewhere.
+        frames_at_once: latent frames that go through the decoder together. More take more memory, and on a GPU less time
+            unless the decoder is optimized (`optimize_vae`); the result is the same but for the order of float sums, and the
+            same bit by bit with 1. None takes 1 on the CPU or if the decoder is optimized, else all that `decode` is given.
 
     Raises:
         ValueError: if the VAE is of another class or has tiling switched on.
@@ -68,7 +68,8 @@ class StreamingVAEDecoder:
     def _groups(self, hidden: torch.Tensor, first: bool) -> list[int]:
         """Sizes of the groups of frames; the first frame of a video is decoded alone, it has a rule of its own."""
         rest = hidden.shape[2] - int(first)
-        size = self._frames_at_once or (1 if hidden.device.type == "cpu" else max(rest, 1))
+        one_by_one = hidden.device.type == "cpu" or is_fast(self._vae.decoder)
+        size = self._frames_at_once or (1 if one_by_one else max(rest, 1))
         full, left = divmod(rest, size)
         return [1] * int(first) + [size] * full + [left] * bool(left)
 
@@ -91,7 +92,8 @@ class StreamingVAEDecoder:
             return self.reset()
         entries: list[torch.Tensor | str | None] = [None] * self._vae._cached_conv_counts["decoder"]
         for index, entry in state.items():
-            entries[int(index)] = entry.to(self._vae.device) if entry.numel() else "Rep"
+            # A copy: a decoder writes to its memory.
+            entries[int(index)] = entry.to(self._vae.device, copy=True) if entry.numel() else "Rep"
         self._memory = entries
 
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:

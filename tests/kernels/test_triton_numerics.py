@@ -151,6 +151,15 @@ def test_rms_norm_silu(remembered, lead, shape, on_device, triton_module):
     g = generator()
     x, weight = torch.randn(shape, generator=g) * 3, torch.randn(shape[3], generator=g)
     x[0, 0, 0] = 0
+    bias = torch.randn(shape[3], generator=g) if remembered else None
     past = torch.randn(shape[0], remembered, *shape[2:], generator=g) if remembered else None
-    got = on_device(triton_module("channel_norm").rms_norm_silu, (x, weight, past, lead))
-    torch.testing.assert_close(got, ops.rms_norm_silu(x, weight, past, lead), rtol=1e-5, atol=1e-6)
+    got = on_device(triton_module("channel_norm").rms_norm_silu, (x, bias, weight, past, lead))
+    torch.testing.assert_close(got, ops.rms_norm_silu(x, bias, weight, past, lead), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (300, 16), (33, 33)])
+def test_add_bias(shape, on_device, triton_module):
+    total, x, bias = (torch.randn(*size, generator=generator(i)) for i, size in enumerate((shape, shape, shape[1:])))
+    want = total + x + bias
+    on_device(triton_module("channel_norm").add_bias, (total, x, bias))
+    torch.testing.assert_close(total, want)
