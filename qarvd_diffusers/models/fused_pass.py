@@ -54,7 +54,7 @@ class FusedPass:
         Args:
             transformer: the one this was built for.
             latents: `[B, C, F, H, W]`.
-            timestep: `[B]` or `[B, F]`.
+            timestep: `[B]` or `[B, G]`, one for each of G equal groups of tokens, such as frames.
             text: embeddings `[B, text_tokens, text_dim]`.
             kv_cache: bound to the attention processors of `transformer`.
             cache_only: the caller wants K/V in the cache and nothing else; nothing that only the flow needs is computed.
@@ -88,6 +88,7 @@ class FusedPass:
         shift, scale = (transformer.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
         grouped = hidden.view(embedding.shape[0], -1, hidden.shape[1])
         normed = (transformer.norm_out(grouped.float()) * (1 + scale) + shift).type_as(hidden)
+        normed = normed.view(shape[0], -1, hidden.shape[1])
         patch = transformer.config.patch_size
         sizes = [size // step for size, step in zip(shape[2:], patch, strict=True)]
         patches = transformer.proj_out(normed).reshape(shape[0], *sizes, *patch, -1)

@@ -111,10 +111,10 @@ def cast(model: nn.Module, dtype: torch.dtype) -> int:
 
 def quantized_bytes(model: nn.Module, config: QARVDConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of the model quantized by `config`, and of the largest weight that is expanded while it works."""
-    scheme = config.resolved_scheme
-    modules = config.modules or {
-        name: QuantizedModule(0, scheme.weight_bits, scheme.activation) for name in quantizable_linears(model, config)
-    }
+    modules = config.modules
+    if not modules:
+        schemes = {name: config.scheme_of(name) for name in quantizable_linears(model, config)}
+        modules = {name: QuantizedModule(0, each.weight_bits, each.activation) for name, each in schemes.items()}
     total, largest = cast(model, dtype), 0
     for name, description in modules.items():
         layer = model.get_submodule(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from qarvd_diffusers.calibration.calibrate import apply, calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.linear import QARVDLinear
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
+from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
+from qarvd_diffusers.presets import PRESETS
 
 
 def quantized(scheme="w8a8", **changes):
@@ -61,6 +64,7 @@ TOLERANCE = 2e-3
         ("w8a8", {"tie_inputs": False}),
         ("w8a8", {"outlier_detector": "none"}),
         ("w8a8", {"reference_compat": True}),  # asymmetric 8-bit weights: row sums
+        ("w4a8", {"module_bits": {"ffn.net.2": 8, "blocks.1.attn2": 8}}),
     ],
 )
 def test_equals_the_model_layer_by_layer(scheme, changes):
@@ -95,6 +99,37 @@ def test_window_with_sink():
     expected, _ = roll_out(model, False, local_attention_frames=6, sink_frames=3)
     got, _ = roll_out(model, True, local_attention_frames=6, sink_frames=3)
     assert relative(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ("krea", "longlive-2"))
+@pytest.mark.parametrize("storage", ("auto", "int8"))
+def test_whole_roll_outs(tiny_pipeline, family, storage):
+    """A rebuilt context, a shot's offset, a clamped start: what the pipeline does to the cache, the fused pass follows."""
+    changes = {"num_frames_per_chunk": 3, "local_attention_frames": 9, "sink_frames": 0, "keep_first_frame": True}
+    fields = dataclasses.replace(PRESETS[family].fields, **changes)
+    pipe = ARVDPipeline(**{**tiny_pipeline.components, "scheduler": None}, **fields.to_dict(), height=32, width=48)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer = quantized()
+    width = pipe.transformer.config.text_dim
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 1, 6, width, generator=g)
+    noise, start = torch.randn(1, 4, 15, 4, 6, generator=g), torch.randn(1, 4, 1, 4, 6, generator=g)
+
+    def roll_out(fused):
+        pipe.transformer.fused_pass = fused
+        stream = pipe.stream(
+            prompt_embeds=first,
+            latents=noise,
+            initial_latents=start if fields.clamped_start else None,
+            generator=torch.Generator().manual_seed(1),
+            output_type="latent",
+            kv_cache=storage,
+        )
+        pieces = [next(stream).latents]
+        stream.set_prompt(prompt_embeds=second, on_prompt_switch="cut")
+        return torch.cat([*pieces, *(chunk.latents for chunk in stream)], dim=2)
+
+    assert relative(roll_out(True), roll_out(False)) < (0.05 if storage == "int8" else 5 * TOLERANCE)
 
 
 @pytest.mark.parametrize("storage", ("int8", "fp8"))
