@@ -1,4 +1,4 @@
-"""Measure speed on this machine: matrix products, attention, transformer passes, whole videos; ours beside what else there is."""
+"""Measure speed on this machine: matrix products, attention, transformer passes, VAE, whole videos; ours beside what else there is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .common import table
 
-PARTS = ("gemm", "attention", "passes")
+PARTS = ("gemm", "attention", "passes", "vae")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--end-to-end",
         action="store_true",
-        help="time whole videos of 81 and 321 frames, text encoder and VAE included",
+        help="time whole videos, text encoder and VAE included",
+    )
+    parser.add_argument(
+        "--frames", nargs="+", type=int, default=[81, 321], help="of the whole videos, 12 k - 3 (default: 81 321)"
     )
     parser.add_argument("--repeats", type=int, default=10, help="runs the median is taken of (default: 10)")
     parser.add_argument(
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench.gemm import bench_gemm
     from ..bench.shapes import SHAPES
     from ..bench.transformer import bench_passes
+    from ..bench.vae import bench_vae
     from .info import environment
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -80,7 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         keep("end_to_end" if args.end_to_end else "passes", done)
 
     if args.end_to_end:
-        bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, on_result=on_result)
+        lengths = [(frames + 3) // 12 for frames in args.frames]
+        bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, lengths, on_result)
         return result
     if "gemm" in args.parts:
         products = dict.fromkeys(shape.products + (SHAPES["14b"].products if args.shape == "1.3b" else ()))
@@ -97,6 +102,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             on_result,
             args.seconds,
         )
+    if "vae" in args.parts:
+        keep("vae", bench_vae(shape, device, args.repeats))
     return result
 
 
@@ -132,6 +139,12 @@ def render(result: dict[str, Any]) -> str:
             )
         )
         parts += [_operations(one) for one in passes if one.get("operations")]
+    if "vae" in result:
+        rows = [
+            (one["name"], *map(_rounded, (one["ms"], one["peak_bytes"] / 1e9, one["relative_error"])))
+            for one in result["vae"]
+        ]
+        parts.append("VAE, a chunk of 3 latent frames\n" + table(("decoder", "ms", "peak GB", "relative error"), rows))
     videos = result.get("end_to_end")
     if videos:
         parts.append("whole videos\n" + _videos(videos))

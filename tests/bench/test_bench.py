@@ -52,7 +52,7 @@ def test_command(tmp_path, capsys):
     arguments = ["bench", "--shape", "toy", "--device", "cpu", "--repeats", "1", "--chunks", "1"]
     assert main([*arguments, "--variants", "bf16", "w8a8", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert {"gemm", "attention", "passes", "versions", "date", "command"} <= result.keys()
+    assert {"gemm", "attention", "passes", "vae", "versions", "date", "command"} <= result.keys()
     assert "dual-scale int8" in capsys.readouterr().out
 
 
@@ -103,9 +103,12 @@ def test_a_variant_that_takes_too_long_is_given_up():
 @pytest.mark.slow
 def test_whole_videos(tmp_path):
     out = tmp_path / "video.json"
-    arguments = ["bench", "--shape", "toy", "--device", "cpu", "--end-to-end", "--out", str(out)]
-    assert main([*arguments, "--variants", "bf16", "w8a8-attention8"]) == 0
-    for one in json.loads(out.read_text())["end_to_end"]:
+    arguments = ["bench", "--shape", "toy", "--device", "cpu", "--end-to-end", "--frames", "21", "--out", str(out)]
+    variants = ["bf16", "w8a8", "w8a8-attention8-overlap", "w4a8-attention8"]
+    assert main([*arguments, "--variants", *variants]) == 0
+    results = json.loads(out.read_text())["end_to_end"]
+    assert [one["name"] for one in results] == variants
+    for one in results:
         assert one["name"] in VIDEO_VARIANTS
-        assert one["81"]["frames"] == 81 and one["321"]["frames"] == 321
-        assert one["81"]["first_frame_s"] < one["81"]["seconds"]
+        assert one["21"]["frames"] == 21
+        assert one["21"]["first_frame_s"] < one["21"]["seconds"]
