@@ -58,7 +58,7 @@ class CachedSelfAttention:
         """The second half: attention of the query to the first `stop` tokens."""
         scales = (cache.key_scale, cache.value_scale)
         if cache.key.dtype == _FP8:
-            return ops.attention_fp8(query, cache.key[:, :stop], cache.value[:, :stop], self._query_scale, *scales)
+            return ops.attention_fp8(query, cache.key, cache.value, self._query_scale, *scales, stop)
         if cache.key.dtype == torch.int8:
             query = query if query.dtype.itemsize == 2 else query.bfloat16()
             return ops.attention_int8(query, cache.key, cache.value, *scales, stop)
