@@ -1,22 +1,28 @@
 """What calibration costs at the shape of Wan 1.3B, on random weights with planted outliers: seconds, GPU and host memory.
 
     python benchmarks/calibration_cost.py --json runs/cost.json                              # bars, extrapolated from a part
+    python benchmarks/calibration_cost.py --solve 1                                          # the same, shorter
     python benchmarks/calibration_cost.py --together --blocks 8 --capture-gib 1.5            # one process ...
     accelerate launch benchmarks/calibration_cost.py --together --blocks 8 --capture-gib 1.5  # ... and many, same work
     python benchmarks/calibration_cost.py --toy --blocks 2                                   # seconds, on any machine
 
 No checkpoint and no text encoder are needed: costs depend on shapes alone. Two things are measured and extrapolated:
 
-* ranges (all there is to w8a8): every layer watched, over a few prompts. Rollouts are multiplied up to the default number
-  of prompts, the rest is taken as it is.
-* rounding (w4a8): a few blocks watched at once and solved. Solving is multiplied up to all blocks; rollouts by the number
-  of prompts and of stages, a stage being as many blocks as fit the memory that rounding allows itself.
+* ranges (all there is to w8a8): every layer watched, over a few prompts, in two sets of rollouts: one for the split of the
+  channels, one for the ranges. Rollouts are multiplied up to the default number of prompts, the rest is taken as it is.
+* rounding (w4a8): a few blocks watched at once and solved (`--solve` of them). Solving is multiplied up to all blocks;
+  rollouts by the number of prompts and of stages, a stage being as many blocks as fit the memory that rounding allows itself.
+  Peak memory is that of a whole calibration if as many blocks are watched as a stage has (`--blocks`, by default so): it
+  is highest while the first of them are solved.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -74,6 +80,10 @@ def build(toy: bool, device: str) -> RandomPromptPipeline:
     return pipe
 
 
+class Enough(Exception):
+    """Enough groups of layers were solved."""
+
+
 class Stopwatch:
     """Seconds between marks, the GPU waited for."""
 
@@ -89,9 +99,9 @@ class Stopwatch:
 
 
 def timed_calibration(
-    pipe: RandomPromptPipeline, config: QARVDConfig, prompts: list[str], processes: Processes
+    pipe: RandomPromptPipeline, config: QARVDConfig, prompts: list[str], processes: Processes, solve: float = math.inf
 ) -> dict[str, Any]:
-    """Seconds before, in and after every set of rollouts; peak bytes of the GPU."""
+    """Seconds before, in and after every set of rollouts; peak bytes of the GPU. Ends after `solve` groups are rounded."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     watch, rollouts, rest = Stopwatch(), [], []
@@ -115,7 +125,15 @@ def timed_calibration(
         return run
 
     run, run_share = runner(prompts), runner(processes.share(prompts))
-    result = calibrate(pipe.transformer, run, config, processes=processes, run_share=run_share)
+    solved = itertools.count(1)
+
+    def progress(text: str, step: int, steps: int) -> None:
+        if text.startswith("rounding") and step == steps and next(solved) >= solve:
+            raise Enough
+
+    result = None
+    with contextlib.suppress(Enough):
+        result = calibrate(pipe.transformer, run, config, progress=progress, processes=processes, run_share=run_share)
     rest.append(watch.mark())
     print(f"{config.scheme}: rollouts {rollouts}, rest {rest}", file=sys.stderr, flush=True)
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -140,20 +158,26 @@ def bars(pipe: RandomPromptPipeline, args: argparse.Namespace) -> dict[str, Any]
     common = {"calibration_chunks": args.chunks}
     ranges = timed_calibration(pipe, QARVDConfig("w8a8", **common), prompts, Processes())
     part = QARVDConfig("w4a8", modules_to_not_convert=only_blocks(pipe, args.blocks), **common)
-    rounding = timed_calibration(pipe, part, prompts, Processes())
+    solve = min(args.solve or args.blocks, args.blocks)
+    rounding = timed_calibration(pipe, part, prompts, Processes(), solve * len(inputs_of_block(pipe)))
     watch = Stopwatch()
     content_hash(pipe, part, [])
     hashing = watch.mark()
 
-    per_prompt = {"ranges": ranges["rollouts"][0] / len(prompts), "rounding": rounding["rollouts"][1] / len(prompts)}
-    solving = rounding["rest"][2] / args.blocks
+    per_prompt = {
+        "split": ranges["rollouts"][0] / len(prompts),
+        "ranges": ranges["rollouts"][1] / len(prompts),
+        "rounding": rounding["rollouts"][1] / len(prompts),
+    }
+    solving = rounding["rest"][2] / solve
     per_block = sum(4 * k * k for k in inputs_of_block(pipe))
     per_stage = max(1, blocks.CAPTURE_BYTES // per_block)
     stages = -(-all_blocks // per_stage) + 1  # the text embedding comes first
-    w8a8 = hashing + sum(ranges["rest"]) + all_prompts * per_prompt["ranges"]
-    w4a8 = w8a8 + stages * all_prompts * per_prompt["rounding"] + all_blocks * solving
+    without_split = hashing + sum(ranges["rest"]) + all_prompts * per_prompt["ranges"]
+    w8a8 = without_split + all_prompts * per_prompt["split"]
+    w4a8 = without_split + stages * all_prompts * per_prompt["rounding"] + all_blocks * solving
     return {
-        "measured": {"prompts": len(prompts), "blocks": args.blocks, "blocks_per_stage": per_stage},
+        "measured": {"prompts": len(prompts), "blocks": args.blocks, "solved": solve, "blocks_per_stage": per_stage},
         "seconds_hashing": hashing,
         "seconds_ranges_rollouts": ranges["rollouts"],
         "seconds_ranges_rest": ranges["rest"],
@@ -163,9 +187,10 @@ def bars(pipe: RandomPromptPipeline, args: argparse.Namespace) -> dict[str, Any]
         "gpu_gib_rounding": gib(rounding["gpu_bytes"]),
         "host_gib": gib(resident_peak()),
         "w8a8_seconds": w8a8,
-        "w8a8_is": f"{hashing:.1f} + {sum(ranges['rest']):.1f} + {all_prompts} prompts * {per_prompt['ranges']:.1f}",
+        "w8a8_is": f"{hashing:.1f} + {sum(ranges['rest']):.1f} + {all_prompts} prompts * ({per_prompt['split']:.1f} + "
+        f"{per_prompt['ranges']:.1f})",
         "w4a8_seconds": w4a8,
-        "w4a8_is": f"{w8a8:.1f} + {stages} stages * {all_prompts} prompts * {per_prompt['rounding']:.1f} + "
+        "w4a8_is": f"{without_split:.1f} + {stages} stages * {all_prompts} prompts * {per_prompt['rounding']:.1f} + "
         f"{all_blocks} blocks * {solving:.2f}",
     }
 
@@ -207,7 +232,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="a tiny shape, to try the script")
     parser.add_argument("--prompts", type=int, default=1, help="prompts measured")
-    parser.add_argument("--blocks", type=int, default=11, help="blocks rounded")
+    parser.add_argument("--blocks", type=int, default=11, help="blocks watched and rounded")
+    parser.add_argument("--solve", type=int, help="solve so many blocks of them and stop (default: all)")
     parser.add_argument("--chunks", type=int, default=7)
     parser.add_argument("--sensitivity-chunks", type=int, default=3)
     parser.add_argument("--capture-gib", type=float, help="memory for the statistics of rounding, per process")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +26,14 @@ from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.presets import PRESETS, available
 from qarvd_diffusers.quantizer import attach
 
-MEMBERS = {"causvid": "causvid", "longlive": "longlive", "infinity-rope": "longlive", "reward-forcing": "longlive"}
+MEMBERS = {
+    "causvid": "causvid",
+    "krea": "krea_realtime",
+    "longlive": "longlive",
+    "longlive-2": "longlive2",
+    "infinity-rope": "longlive",
+    "reward-forcing": "longlive",
+}
 FRAMEWISE = "causal_forcing_framewise"
 CHUNKS = 7
 
@@ -34,9 +42,13 @@ def load(folder: Path, family: str) -> tuple[ARVDPipeline, torch.Tensor]:
     folder = folder / MEMBERS.get(family, FRAMEWISE)
     transformer = CausalWanTransformer3DModel(**load_transformer_config(folder / "transformer_config.json"))
     transformer.load_state_dict(to_diffusers_keys(load_file(folder / "state_dict.safetensors")))
-    pipe = ARVDPipeline(transformer.eval(), **PRESETS[family].fields.to_dict())
+    fields = PRESETS[family].fields
+    if fields.reencodes:  # there is no VAE beside a small model
+        fields = dataclasses.replace(fields, keep_first_frame=True)
+    pipe = ARVDPipeline(transformer.eval(), **fields.to_dict())
     pipe.set_progress_bar_config(disable=True)
-    return pipe, load_file(folder / "inputs.safetensors")["prompt_embeds"]
+    inputs = load_file(folder / "inputs.safetensors")
+    return pipe, inputs.get("prompt_embeds", inputs.get("prompt_embeds_a"))
 
 
 def roll_out(pipe: ARVDPipeline, embeds: torch.Tensor, on_pass=None, seed: int = 0) -> torch.Tensor:
@@ -70,7 +82,9 @@ def main() -> None:
         infos = []
         want = roll_out(pipe, embeds, infos.append, seed=1)
         counts = Counter((info.chunk, info.role) for info in infos)
-        passes = ", ".join(f"{counts[c, 'denoise']} + {counts[c, 'refresh']}" for c in (0, CHUNKS - 1))
+        passes = ", ".join(
+            f"{counts[c, 'denoise']} + {counts[c, 'refresh'] + counts[c, 'rebuild']}" for c in (0, CHUNKS - 1)
+        )
         errors = []
         for scheme in ("w8a8", "w4a8"):
             got = roll_out(quantized(pipe, embeds, scheme), embeds, seed=1)

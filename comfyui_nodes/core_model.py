@@ -13,7 +13,6 @@ import comfyui_version
 import torch
 
 from .compat import NodeError
-from .core_format import metadata
 from .handles import PipelineHandle
 from .library import library
 
@@ -51,7 +50,7 @@ def to_model(handle: PipelineHandle) -> Any:
     patcher = comfy.sd.load_diffusion_model_state_dict(
         {key: tensor.clone() if tensor.device.type != "meta" else tensor for key, tensor in original.items()},
         model_options={"custom_operations": _operations(modules), "dtype": transformer.dtype},
-        metadata=metadata(handle.pipe),
+        metadata=library("models.single_file").comfyui_metadata(transformer.config),
     )
     if handle.pipe.vae is not None:
         patcher.model.latent_format = _latent_format(patcher.model.latent_format, handle.pipe.vae.config)

@@ -39,6 +39,17 @@ def model_folders() -> dict[str, Path]:
     return found
 
 
+def model_files() -> dict[str, Path]:
+    """Name -> single file (safetensors, or an original .pt) in our model folders, at most two levels deep."""
+    found: dict[str, Path] = {}
+    for root in _roots():
+        for path in sorted(path for pattern in ("*", "*/*") for path in root.glob(pattern)):
+            inside = any((folder / "model_index.json").is_file() for folder in path.parents[:2])
+            if path.suffix in (".safetensors", ".pt") and path.is_file() and not inside:
+                found.setdefault(path.relative_to(root).as_posix(), path)
+    return found
+
+
 def transformer_config(folder: Path) -> dict[str, Any]:
     """The transformer's `config.json`, empty if there is none that can be read."""
     try:
@@ -52,14 +63,16 @@ def is_quantized(folder: Path) -> bool:
 
 
 def find_model(name: str) -> Path:
-    """The folder of a listed model; it must hold a Wan pipeline.
+    """The folder or file of a listed model; a folder must hold a Wan pipeline.
 
     Raises:
         NodeError: there is none of this name, or it is of another architecture.
     """
     models = model_folders()
+    if name in (files := model_files()):
+        return files[name]
     if name not in models:
-        listed = ", ".join(models) or "nothing"
+        listed = ", ".join([*models, *files]) or "nothing"
         raise NodeError(
             f"There is no model {name!r} in models/qarvd, models/diffusers or output/qarvd (found: {listed}).",
             "Put its diffusers folder there, or save one with Q-ARVD Save Quantized, and choose it again.",
@@ -77,5 +90,5 @@ def find_model(name: str) -> Path:
 
 def stamp(folder: Path) -> str:
     """Changes when a file of the folder does: makes ComfyUI load a model again that was saved again."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in [folder, *sorted(folder.rglob("*"))] if path.is_file()]
     return ";".join(f"{path.name}:{path.stat().st_mtime_ns}:{path.stat().st_size}" for path in files)

@@ -18,6 +18,7 @@ _PUBLIC = {
     "ARVDPipeline": "pipelines.pipeline_arvd",
     "CausalWanTransformer3DModel": "models.transformer_causal_wan",
     "KVCache": "models.kv_cache",
+    "ChunkUniPCScheduler": "schedulers.scheduling_chunk_unipc",
     "FewStepRenoiseScheduler": "schedulers.scheduling_few_step_renoise",
     "QARVDConfig": "config",
     "QARVDLinear": "linear",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .pipelines.sensitivity import measure_sensitivity
     from .pipelines.stream import Stream
     from .pipelines.text_encoder import save_prompt_embeds
+    from .schedulers.scheduling_chunk_unipc import ChunkUniPCScheduler
     from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
     from .serialization import quantized_linears, stored_bytes
 
@@ -65,6 +67,7 @@ __all__ = [
     "ARVDMixin",
     "ARVDPipeline",
     "CausalWanTransformer3DModel",
+    "ChunkUniPCScheduler",
     "FewStepRenoiseScheduler",
     "KVCache",
     "QARVDConfig",

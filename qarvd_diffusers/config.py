@@ -49,6 +49,10 @@ SCHEMES: dict[str, Scheme] = {
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
 
+PACKED_FORMAT = 2
+"""Layout of packed tensors, in checkpoints and in results of calibration. 2: 8-bit codes are stored as the signed operand of
+the integer product. Before it there was none that said its number."""
+
 # Published chunk sensitivities of Self-Forcing at W4A8 (arXiv 2605.21072), share of the total error per chunk.
 PUBLISHED_SENSITIVITY = (0.5462, 0.1668, 0.1189, 0.0789, 0.0534, 0.0263, 0.0096)
 
@@ -110,11 +114,15 @@ class QARVDConfig(QuantizationConfigMixin):
         calibration_seed: seed of the calibration noise.
         modules_to_not_convert: names (or their leading or trailing parts) of Linears that stay float, besides the time
             embedding, the patch embedding and the output head.
+        module_bits: name (or whole parts of it) of Linears -> 4 or 8 bits for their weights, in place of the scheme's; of
+            several that fit a layer the last counts, and layers that read one tensor must agree. All else (rounding,
+            percentiles, detector) stays as the scheme says. `ARVDPipeline.choose_bits` finds some.
         text_encoder: `"int8"` quantizes the text encoder's weights with optimum-quanto at load time; None leaves it.
         base_model: Hub id of the float model; written by quantization.
         calibration_adapters: name -> scale of the adapters (LoRA) that were active in the calibration rollouts; written by
             quantization. The checkpoint holds the base model alone: load them again to get what was calibrated.
         modules: written by quantization, read by loading: name -> `QuantizedModule` (or its dict).
+        format: layout of the tensors of `modules`, `PACKED_FORMAT`; written by quantization, another one is refused.
     """
 
     scheme: str = "w8a8"
@@ -133,10 +141,12 @@ class QARVDConfig(QuantizationConfigMixin):
     calibration_chunks: int = 7
     calibration_seed: int = 0
     modules_to_not_convert: tuple[str, ...] = ()
+    module_bits: Mapping[str, int] | None = None
     text_encoder: str | None = None
     base_model: str | None = None
     calibration_adapters: Mapping[str, float] | None = None
     modules: Mapping[str, QuantizedModule] | None = None
+    format: int | None = None
     quant_method: str = dataclasses.field(default=QARVDMethod.QARVD, kw_only=True)  # the base puts it first
 
     def __post_init__(self) -> None:
@@ -159,6 +169,8 @@ class QARVDConfig(QuantizationConfigMixin):
                 name: entry if isinstance(entry, QuantizedModule) else QuantizedModule(**entry)
                 for name, entry in self.modules.items()
             }
+        else:
+            self.format = None
         self._check()
         self.__dict__["_frozen"] = True
 
@@ -210,7 +222,20 @@ class QARVDConfig(QuantizationConfigMixin):
             "calibration_prompts",
             "prompts that differ (all of them are the same: one is enough)",
         )
+        if self.modules is not None and self.format != PACKED_FORMAT:
+            older = self.format is None or self.format < PACKED_FORMAT
+            remedy = "quantize the float model again" if older else "update qarvd_diffusers"
+            raise ValueError(
+                f"the checkpoint's quantization_config.format is {self.format!r}, this version of qarvd_diffusers reads "
+                f"{PACKED_FORMAT}: its packed weights are laid out in another way. {remedy.capitalize()}"
+                f"{f' ({self.base_model})' if older and self.base_model else ''}."
+            )
         require(self.calibration_chunks >= 1, "calibration_chunks", "a positive integer")
+        require(
+            all(bits in (4, 8) for bits in (self.module_bits or {}).values()),
+            "module_bits",
+            "4 or 8 bits for each name",
+        )
         require(self.text_encoder in (None, "int8"), "text_encoder", "None or 'int8'")
 
     @property
@@ -218,6 +243,15 @@ class QARVDConfig(QuantizationConfigMixin):
         """The `Scheme` of this config; the reference quantizes 8-bit weights asymmetrically."""
         scheme = SCHEMES[self.scheme]
         return dataclasses.replace(scheme, symmetric_weights=False) if self.reference_compat else scheme
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The `Scheme` of one Linear: `resolved_scheme` with the bits that `module_bits` gives it."""
+        scheme = self.resolved_scheme
+        given = [bits for pattern, bits in (self.module_bits or {}).items() if named_by(name, pattern)]
+        if not given or given[-1] == scheme.weight_bits:
+            return scheme
+        symmetric = given[-1] == 8 and not self.reference_compat
+        return dataclasses.replace(scheme, weight_bits=given[-1], symmetric_weights=symmetric)
 
     @property
     def resolved_outlier_detector(self) -> str:
@@ -276,7 +310,7 @@ class QARVDConfig(QuantizationConfigMixin):
 
     def for_checkpoint(self, modules: Mapping[str, QuantizedModule]) -> QARVDConfig:
         """The config that is stored: names the quantized modules, drops the prompts (they may be private)."""
-        return self.replace(modules=modules, calibration_prompts=None)
+        return self.replace(modules=modules, format=PACKED_FORMAT, calibration_prompts=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
@@ -305,6 +339,11 @@ class QARVDConfig(QuantizationConfigMixin):
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         raise AttributeError("QARVDConfig is frozen: use config.replace(name=value), which returns a new config")
+
+
+def named_by(name: str, pattern: str) -> bool:
+    """Whether `pattern` is the dotted name or some whole parts of it (`attn1`, `blocks.0`, `to_q`)."""
+    return f".{pattern}." in f".{name}."
 
 
 def parse_prompts(lines: Sequence[str], source: str) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ class QARVDLinear(nn.Linear):
         self.weight_bits = description.weight_bits
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
-        self._row_order: Tensor | None = None
+        self.register_buffer("_row_order", None, persistent=False)  # a buffer, so that offloading takes it along
         self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
         for name in ("input_scale", "input_zero_point"):
             self.register_parameter(name, None)
@@ -320,8 +320,6 @@ class QARVDLinear(nn.Linear):
 
         if self.bias is None:
             self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
-        if self._row_order is not None:
-            self._row_order = keep_dtype(self._row_order)
         return super()._apply(keep_dtype, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> QARVDLinear:

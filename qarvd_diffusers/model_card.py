@@ -108,6 +108,12 @@ def _fidelity(report: Mapping[str, Any] | None) -> str:
     return text
 
 
+def _exceptions(config: QARVDConfig) -> str:
+    """Layers with other bits than the scheme's."""
+    listed = ", ".join(f"{bits} in `{name}`" for name, bits in (config.module_bits or {}).items())
+    return f" ({listed})" if listed else ""
+
+
 def model_card(
     config: QARVDConfig,
     sizes: Mapping[str, int],
@@ -149,7 +155,7 @@ def model_card(
 # {(repo_id or "Autoregressive video diffusion model").split("/")[-1]} ({config.scheme})
 
 {f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "An autoregressive video diffusion model"}
-quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)): {scheme.weight_bits}-bit weights,
+quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)): {scheme.weight_bits}-bit weights{_exceptions(config)},
 {activations} activations, outlier channels on a scale of their own.
 
 ```python

@@ -49,6 +49,7 @@ class Preset:
         file_names: parts of file or folder names by which it is recognized, in lower case; the longest match wins.
         has_lora: the release is a base and a LoRA that must be merged.
         licence: of the released weights, as far as known; a model card beside the file overrides it.
+        height, width, fps: pixels and frames per second that it is trained at.
         lacks: mechanisms that its roll-out needs and that do not exist here; such a model is refused.
     """
 
@@ -59,14 +60,20 @@ class Preset:
     file_names: tuple[str, ...] = ()
     has_lora: bool = False
     licence: str | None = None
+    height: int = 480
+    width: int = 832
+    fps: int = 16
     lacks: tuple[str, ...] = ()
+
+    def pipeline_config(self) -> dict[str, Any]:
+        """Values of the pipeline's config, as plain JSON types."""
+        return {**self.fields.to_dict(), "height": self.height, "width": self.width, "fps": self.fps}
 
     def replace(self, **changes: Any) -> Preset:
         return dataclasses.replace(self, **changes)
 
 
 _FOUR_STEPS = (1000, 750, 500, 250)
-_WINDOW_ROPE = "positions counted inside the attention window, on keys cached before RoPE"
 _JOINT = "a sampler that denoises several chunks at different noise levels jointly"
 
 _FRAMEWISE = Preset(
@@ -122,24 +129,37 @@ PRESETS: dict[str, Preset] = {
         licence="cc-by-nc-sa-4.0",
     ),
     "krea": Preset(
-        CausalFields(denoising_timesteps=(*_FOUR_STEPS, 0), local_attention_frames=6),
+        # The last step is a pass at timestep 0: it must not be dropped.
+        CausalFields(denoising_timesteps=(*_FOUR_STEPS, 0), local_attention_frames=6, context_mode="rebuild"),
         network="14B",
         source="krea/krea-realtime-video",
         file_names=("krea",),
         licence="cc-by-nc-sa-4.0",
-        lacks=("a context that is encoded anew before every chunk, with a block-causal mask", _WINDOW_ROPE),
     ),
     "longlive-2": Preset(
-        CausalFields(num_frames_per_chunk=8, local_attention_frames=32, sink_frames=8),
+        CausalFields(
+            num_frames_per_chunk=8,
+            # 1000 * linspace(0.999, 0, 5) without its end; the shift makes 999, 937, 833 and 624 of them.
+            denoising_timesteps=(999, 749.25, 499.5, 249.75),
+            local_attention_frames=32,
+            sink_frames=8,
+            shot_rope_offset=8,
+            shot_prefix="The scene transitions. ",
+            pin_shots=True,
+            clamped_start=True,
+            sampler="unipc",
+        ),
         network="5B",
-        source="Efficient-Large-Model/LongLive-2.0-5B: model_bf16.pt",
+        source="Efficient-Large-Model/LongLive-2.0-5B: model_bf16.pt, its LoRA merged",
         weights="generator",
         file_names=("longlive-2", "longlive2", "longlive_2"),
-        has_lora=True,
-        lacks=("the UniPC sampler", "a pinned chunk and a RoPE offset per shot"),
+        height=704,
+        width=1280,
+        fps=24,
     ),
     "infinity-rope": Preset(
-        CausalFields(local_attention_frames=6, sink_frames=1, rope_mode="window"),
+        # A cut puts the chunk, in slots 3 to 5 of the window, at 45 to 47.
+        CausalFields(local_attention_frames=6, sink_frames=1, rope_mode="window", shot_rope_offset=42),
         source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt, used as it is",
         file_names=("infinity-rope", "infinity_rope"),
         licence="apache-2.0",

@@ -5,7 +5,14 @@ import json
 
 import pytest
 
-from qarvd_diffusers.config import PUBLISHED_SENSITIVITY, SCHEMES, QARVDConfig, QuantizedModule, parse_prompts
+from qarvd_diffusers.config import (
+    PACKED_FORMAT,
+    PUBLISHED_SENSITIVITY,
+    SCHEMES,
+    QARVDConfig,
+    QuantizedModule,
+    parse_prompts,
+)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -75,3 +82,23 @@ def test_prompt_files():
     assert parse_prompts(["# comment", "", " a cat "], "x.txt") == ("a cat",)
     with pytest.raises(ValueError, match=r"x\.txt"):
         parse_prompts(["# only a comment"], "x.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"format": None},
+            "quantization_config.format is None, .* reads 2: .* Quantize the float model again (Wan/x).",
+        ),
+        ({"format": 1}, "quantization_config.format is 1, .* Quantize the float model again"),
+        ({"format": 3}, "quantization_config.format is 3, .* Update qarvd_diffusers"),
+    ],
+)
+def test_packed_tensors_of_another_layout(change, message):
+    stored = QARVDConfig(base_model="Wan/x").for_checkpoint({"a": QuantizedModule(0, 8, "static")})
+    assert QARVDConfig.from_dict(stored.to_dict()).format == PACKED_FORMAT
+    assert stored.replace(modules=None) == QARVDConfig(base_model="Wan/x")
+    values = {key: value for key, value in {**stored.to_dict(), **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        QARVDConfig.from_dict(values)

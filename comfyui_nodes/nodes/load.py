@@ -18,40 +18,74 @@ from ..report import describe
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _load(folder: Path, name: str, dtype: str) -> io.NodeOutput:
+AS_SAVED, NO_BASE = "as saved", "none"
+
+
+def _load(path: Path, name: str, dtype: str, rollout: str = AS_SAVED, base: str = NO_BASE) -> io.NodeOutput:
     if dtype not in DTYPES:
         raise NodeError(f"dtype is {dtype!r}.", f"Choose one of {', '.join(DTYPES)}.")
     on_cpu = management.get_torch_device().type == "cpu"
-    chosen = DTYPES[dtype] or (torch.float32 if on_cpu else torch.bfloat16)
+    options = {"dtype": DTYPES[dtype] or (torch.float32 if on_cpu else torch.bfloat16)}
+    lender = None if base == NO_BASE else folders.find_model(base)
     try:
-        pipe = library().ARVDPipeline.from_pretrained(str(folder), dtype=chosen)
+        if rollout != AS_SAVED:
+            options |= library("presets").find_preset(rollout).fields.to_dict()
+        if path.is_file() and not _is_ours(path):
+            path = _converted(path, rollout, lender)
+        pipeline = library().ARVDPipeline
+        if path.is_dir():
+            pipe = pipeline.from_pretrained(str(path), **options)
+        else:
+            pipe = pipeline.from_single_file(path, base=lender, **options)
     except (OSError, ValueError) as error:
         raise NodeError(
             f"{name} cannot be loaded: {' '.join(str(error).split())}",
-            f"Check the folder {folder}: copy or save the model again.",
+            f"Check {path}: copy or save the model again, or choose another rollout or base.",
         ) from error
     handle = PipelineHandle(pipe, name)
     return io.NodeOutput(handle, describe(handle))
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file tells its config; an original checkpoint does not."""
+    return path.suffix == ".safetensors" and library("models.single_file").read_single_file(path) is not None
+
+
+def _converted(path: Path, rollout: str, base: Path | None) -> Path:
+    """The folder, beside those that are saved, that an original checkpoint is converted into, once."""
+    folder = folders.saved_folder() / (path.stem if rollout == AS_SAVED else f"{path.stem}-{rollout}")
+    if not folder.exists():
+        family = "auto" if rollout == AS_SAVED else rollout
+        library().convert_checkpoint(path, folder, family, base=base)
+    return folder
+
+
+def _presets() -> list[str]:
+    try:
+        return library("presets").available()
+    except NodeError:  # without the library the nodes are listed all the same; they say so when they run
+        return []
+
+
 class QARVDLoadPipeline(io.ComfyNode):
-    """A float or quantized pipeline from a diffusers folder."""
+    """A float or quantized pipeline from a diffusers folder or a single file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="QARVDLoadPipeline",
             display_name="Q-ARVD Load Pipeline",
-            description="Loads an autoregressive Wan model (Self-Forcing family) from a diffusers folder in "
+            description="Loads an autoregressive Wan model (Self-Forcing family) from a diffusers folder or a single file in "
             "models/qarvd or models/diffusers, or the small model that ships with the library.",
             search_aliases=["self-forcing", "causal wan", "autoregressive video", "load streaming model"],
             inputs=[
                 widget(
                     io.Combo,
                     "model",
-                    options=[folders.BUNDLED, *folders.model_folders()],
+                    options=[folders.BUNDLED, *folders.model_folders(), *folders.model_files()],
                     default=folders.BUNDLED,
-                    tooltip="A diffusers folder with model_index.json in models/qarvd, models/diffusers or output/qarvd.",
+                    tooltip="A diffusers folder with model_index.json in models/qarvd, models/diffusers or output/qarvd; or "
+                    "a single file there: one that Q-ARVD wrote, or an original checkpoint, which is converted once.",
                 ),
                 widget(
                     io.Combo,
@@ -62,21 +96,40 @@ class QARVDLoadPipeline(io.ComfyNode):
                     optional=True,
                     tooltip="Compute type. auto: bfloat16 on a GPU, float32 on the CPU.",
                 ),
+                widget(
+                    io.Combo,
+                    "rollout",
+                    options=[AS_SAVED, *_presets()],
+                    default=AS_SAVED,
+                    advanced=True,
+                    optional=True,
+                    tooltip="How the model rolls out: as its folder or file says, or as a member of the family does (chunk "
+                    "size, steps, window, positions). Of an original checkpoint: which member it is.",
+                ),
+                widget(
+                    io.Combo,
+                    "base",
+                    options=[NO_BASE, *folders.model_folders()],
+                    default=NO_BASE,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Of a single file: the folder that lends VAE, text encoder and tokenizer.",
+                ),
             ],
             outputs=[PipelineType.Output(display_name="pipeline"), io.String.Output(display_name="info")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model: str = "", **kwargs: Any) -> str:
-        found = folders.model_folders()
+        found = {**folders.model_files(), **folders.model_folders()}
         return folders.stamp(found[model]) if model in found else ""
 
     @classmethod
     @work
-    def execute(cls, model: str, dtype: str = "auto") -> io.NodeOutput:
+    def execute(cls, model: str, dtype: str = "auto", rollout: str = AS_SAVED, base: str = NO_BASE) -> io.NodeOutput:
         if model == folders.BUNDLED:
-            return _load(Path(library().bundled_model_path()), "tiny-arvd", dtype)
-        return _load(folders.find_model(model), model, dtype)
+            return _load(Path(library().bundled_model_path()), "tiny-arvd", dtype, rollout)
+        return _load(folders.find_model(model), model, dtype, rollout, base)
 
 
 class QARVDLoadQuantized(io.ComfyNode):

@@ -13,13 +13,14 @@ from server import PromptServer
 
 from .. import folders
 from ..compat import NodeError, schema, stop_if_interrupted, widget, work
-from ..core_format import export_int8
 from ..handles import CalibrationType, PipelineHandle, PipelineType
 from ..library import library
 from ..report import describe
 
 SCHEMES = ["w4a8", "w8a8", "w4a16", "w8a16", "w8a8_dynamic"]
 ROUNDINGS = ["auto", "nearest", "gptq", "adaround"]
+OUTLIER_SPLITS = ["auto", "input", "mad_zscore", "iqr", "none"]
+ROUNDING_INPUTS = ["float", "quantized"]
 FORMATS = ["qarvd folder", "ComfyUI int8 file"]
 
 
@@ -107,10 +108,12 @@ class QARVDQuantize(io.ComfyNode):
                 widget(
                     io.Combo,
                     "outlier_split",
-                    options=["mad_zscore", "iqr", "none"],
-                    default="mad_zscore",
+                    options=OUTLIER_SPLITS,
+                    default="auto",
                     optional=True,
-                    tooltip="How outlier channels, which get a scale of their own, are found; none gives one scale.",
+                    tooltip="How outlier channels, which get a scale of their own, are found. input: by weights and "
+                    "calibration videos, for static activations. mad_zscore, iqr: by weights. none: one scale. auto: input "
+                    "for w8a8, else mad_zscore.",
                 ),
                 widget(
                     io.Combo,
@@ -159,6 +162,16 @@ class QARVDQuantize(io.ComfyNode):
                     optional=True,
                     tooltip="Noise of the calibration videos.",
                 ),
+                widget(
+                    io.Combo,
+                    "rounding_inputs",
+                    options=ROUNDING_INPUTS,
+                    default="float",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Layers are rounded for the inputs that they get in the float model, or behind the blocks "
+                    "quantized before them.",
+                ),
             ],
             outputs=[PipelineType.Output(display_name="pipeline"), io.String.Output(display_name="report")],
             hidden=[io.Hidden.unique_id],
@@ -172,12 +185,13 @@ class QARVDQuantize(io.ComfyNode):
         scheme: str,
         calibration: tuple[str, ...] | None = None,
         frame_weighting: str = "published",
-        outlier_split: str = "mad_zscore",
+        outlier_split: str = "auto",
         rounding: str = "auto",
         iterations: int = 2000,
         calibration_chunks: int = 7,
         exclude_layers: str = "",
         seed: int = 0,
+        rounding_inputs: str = "float",
     ) -> io.NodeOutput:
         if pipeline.pipe.quantization is not None:
             raise NodeError(
@@ -191,6 +205,7 @@ class QARVDQuantize(io.ComfyNode):
                 chunk_weights=frame_weighting,
                 outlier_detector=outlier_split,
                 rounding=rounding,
+                rounding_inputs=rounding_inputs,
                 rounding_iterations=iterations,
                 calibration_chunks=calibration_chunks,
                 modules_to_not_convert=tuple(part.strip() for part in exclude_layers.split(",") if part.strip()),
@@ -291,7 +306,7 @@ class QARVDSaveQuantized(io.ComfyNode):
             raise NodeError(f"format is {format!r}.", f"Choose one of: {', '.join(FORMATS)}.")
         if format == FORMATS[1]:
             path = _free_path(folders.saved_folder().parent / "diffusion_models", f"{name}.safetensors", overwrite)
-            losses = export_int8(pipeline.pipe, path)
+            losses = library().export_int8_tensorwise(pipeline.pipe.transformer, path)
             return io.NodeOutput(str(path), ui=ui.PreviewText("\n".join([_saved(path), *losses])))
         path = _free_path(folders.saved_folder(), name, overwrite)
         pipeline.pipe.save_pretrained(path)

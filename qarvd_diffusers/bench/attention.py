@@ -32,9 +32,9 @@ def _candidates(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable
         codes = x.float() / scale[:, None]
         return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
-    batch, length, heads, head_dim = key.shape
+    length = key.shape[1]
     q8, k8, v8 = (quantized(x, torch.float8_e4m3fn, 448.0) for x in (query, key, value))
-    cached = allocate(batch, length, heads, head_dim, torch.float8_e4m3fn, key.device)
+    cached = [allocate(key.shape, torch.float8_e4m3fn, key.device, values=values) for values in (False, True)]
     for buffer, (codes, _) in zip(cached, (k8, v8), strict=True):
         buffer[:, :length] = codes
     scales = (q8[1], k8[1], v8[1])

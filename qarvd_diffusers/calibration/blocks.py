@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import QARVDConfig
 from ..linear import LinearQParams, QARVDLinear, base_layer_name
 from ..models.pass_info import PassInfo
-from .capture import InputCapture
+from .capture import InputCapture, pass_weight
 from .groups import LayerGroup, stored_grid
 from .processes import ALONE, Processes
 from .resume import ResumeFolder
@@ -90,14 +90,12 @@ def _dealt(
 
 def _watch(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, config: QARVDConfig) -> list[Rounding]:
     roundings = [kind(group, config) for group in groups]
-    weights = config.sensitivity(config.calibration_chunks)
+    weigh = pass_weight(config)
 
     def observe(index: int, x: Tensor, info: PassInfo) -> None:
         # The reference weighs all chunks alike in its dual-scale layers.
         alike = config.reference_compat and groups[index].outliers.num_outliers
-        # Given initial latents are read by every chunk: they weigh as much as the first one.
-        weight = 1.0 if alike else weights[min(max(info.chunk, 0), len(weights) - 1)]
-        roundings[index].add(x, weight)
+        roundings[index].add(x, 1.0 if alike else weigh(info))
 
     linears = {name: linear for group in groups for name, linear in group.linears.items()}
     with torch.no_grad(), InputCapture(linears, [tuple(group.linears) for group in groups], observe) as capture:

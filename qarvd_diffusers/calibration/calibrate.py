@@ -14,7 +14,7 @@ from ..linear import LinearQParams, QARVDLinear, base_layer_name
 from ..models.pass_info import PassInfo
 from ..packing import pack
 from .blocks import round_blocks
-from .capture import InputCapture
+from .capture import InputCapture, pass_weight
 from .groups import LayerGroup
 from .inputs import InputQuantizer
 from .observers import InputObserver, ReferenceObserver
@@ -102,13 +102,12 @@ def _observe_inputs(
     """Watch one set of rollouts and add a static input quantizer to every layer."""
     observer = ReferenceObserver if config.reference_compat else InputObserver
     observers = [observer(found) for found in outliers]
-    weights = config.sensitivity(config.calibration_chunks)
+    weigh = pass_weight(config)
     # The reference watches activations of the model whose weights are rounded already; we watch the float model's.
     model_under_test = _rounded_weights(linears, layers) if config.reference_compat else nullcontext()
 
     def observe(group: int, x: Tensor, info: PassInfo) -> None:
-        # Given initial latents are read by every chunk: they weigh as much as the first one.
-        observers[group].add(x, weights[min(max(info.chunk, 0), len(weights) - 1)])
+        observers[group].add(x, weigh(info))
 
     with torch.no_grad(), model_under_test, InputCapture(linears, groups, observe) as capture:
         run(capture.on_pass)
@@ -207,12 +206,12 @@ def _quantize_weights(
     progress: Progress | None,
 ) -> dict[str, LinearQParams]:
     """Integer weights of every layer, on the CPU and in the order of `linears`; input quantizers are still missing."""
-    scheme = config.resolved_scheme
     found = {name: outlier_set for group, outlier_set in zip(groups, outliers, strict=True) for name in group}
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
+        scheme = config.scheme_of(name)
         description = QuantizedModule(found[name].num_outliers, scheme.weight_bits, scheme.activation)
-        codes, grid = quantize_weight(linear.weight, found[name], config)
+        codes, grid = quantize_weight(linear.weight, found[name], config, name)
         tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), found[name].channel_order)
         layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)
         if progress is not None:

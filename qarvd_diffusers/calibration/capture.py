@@ -9,7 +9,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..config import QARVDConfig
 from ..models.pass_info import PassInfo
+
+
+def pass_weight(config: QARVDConfig) -> Callable[[PassInfo], float]:
+    """What a pass weighs in calibration: the sensitivity of its chunk, shared among the chunk's passes."""
+    weights = config.sensitivity(config.calibration_chunks)
+
+    def weight(info: PassInfo) -> float:
+        # Given initial latents are read by every chunk: they weigh as much as the first one.
+        return weights[min(max(info.chunk, 0), len(weights) - 1)] * info.share
+
+    return weight
 
 
 class InputCapture:
@@ -135,7 +147,8 @@ class _Last:
 
 
 def _starts_rollout(info: PassInfo) -> bool:
-    return info.frame_offset == 0 and info.step == 0 and info.role != "refresh"
+    # A context that is rebuilt has passes at offset 0 before later chunks too.
+    return info.chunk <= 0 and info.frame_offset == 0 and info.step == 0 and info.role != "refresh"
 
 
 def _describe(info: PassInfo) -> str:

@@ -14,21 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import QARVDConfig, QuantizedModule
+from ..config import PACKED_FORMAT, QARVDConfig, QuantizedModule
 from ..linear import LinearQParams, stored_tensors
 
-FORMAT = "qarvd-calibration-2"
+FORMAT = f"qarvd-calibration-{PACKED_FORMAT}"
 METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results shall be equal files
-
-
-# Of what lies in cached and saved results; 2: 8-bit codes are stored as the signed operand of the integer product.
-RESULT_FORMAT = 2
 
 
 def config_hash(config: QARVDConfig) -> str:
     """Hash of the fields that decide a calibration's outcome (the text encoder's do not)."""
     values = config.replace(modules=None, text_encoder=None, calibration_adapters=None).to_dict()
-    return hashlib.blake2b(json.dumps([RESULT_FORMAT, values], sort_keys=True).encode(), digest_size=20).hexdigest()
+    del values["format"]  # without modules there is none
+    return hashlib.blake2b(json.dumps([PACKED_FORMAT, values], sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,11 +6,31 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..linear import LinearQParams
 from .result import CalibrationResult
 
 MANIFEST = "manifest.json"
+
+
+def write_json(value: Any, path: str | os.PathLike[str]) -> Path:
+    """Write one JSON file, whole or not at all; folders are made.
+
+    Raises:
+        OSError: the disk is full, or the path cannot be written; named.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}): free some space and run again, it continues") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 class ResumeFolder:
@@ -23,6 +43,7 @@ class ResumeFolder:
     Raises:
         ValueError: the folder belongs to a calibration with another fingerprint, or its manifest is unreadable; nothing in
             it is touched.
+        OSError: the folder cannot be written to; named.
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
@@ -39,10 +60,7 @@ class ResumeFolder:
                     f"expected {fingerprint[:12]}): pass another folder, or remove this one"
                 )
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = manifest.with_name(f".{MANIFEST}.{os.getpid()}")
-        temporary.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
-        os.replace(temporary, manifest)
+        write_json({"fingerprint": fingerprint}, manifest)
 
     def load(self, part: str, names: Iterable[str]) -> Mapping[str, LinearQParams] | None:
         """The layers of a finished part; None if it is not there.

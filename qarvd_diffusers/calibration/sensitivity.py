@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .resume import write_json
+
 FORMAT = "qarvd-sensitivity-1"
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -115,16 +117,8 @@ class SensitivityResult:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one JSON file, whole or not at all; folders are made."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        """Write one JSON file, see `write_json`."""
+        return write_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], partial: bool = False) -> SensitivityResult:

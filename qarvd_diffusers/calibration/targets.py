@@ -6,17 +6,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..config import QARVDConfig
+from ..config import QARVDConfig, named_by
 from ..linear import QARVDLinear
 
 # Outside the blocks, only what embeds the text is quantized: the rest is small, and the whole video depends on it.
 KEEP_FLOAT = ("time_embedder", "time_proj", "image_embedder", "patch_embedding", "norm_out", "proj_out")
 _TEXT_EMBEDDING = "text_embedder"
-
-
-def _named_by(name: str, pattern: str) -> bool:
-    """Whether `pattern` is the name or some whole dotted parts of it (`attn1`, `blocks.0`, `to_q`)."""
-    return f".{pattern}." in f".{name}."
 
 
 def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str, nn.Linear]:
@@ -26,21 +21,22 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
     `config.modules_to_not_convert`.
 
     Raises:
-        ValueError: there is none, the model is quantized already, an entry of `modules_to_not_convert` names no module,
-            or a layer's odd number of input channels has no 4-bit layout.
+        ValueError: there is none, the model is quantized already, an entry of `modules_to_not_convert` or `module_bits` names
+            no module, or a layer's odd number of input channels has no 4-bit layout.
     """
     names = [name for name, _ in transformer.named_modules() if name]
-    unknown = [p for p in config.modules_to_not_convert if not any(_named_by(name, p) for name in names)]
-    if unknown:
-        raise ValueError(
-            f"modules_to_not_convert names {unknown}, which no module of {type(transformer).__name__} is called; "
-            f"names look like {names[-1]!r} and may be shortened to whole parts of it"
-        )
+    for field in ("modules_to_not_convert", "module_bits"):
+        unknown = [p for p in getattr(config, field) or () if not any(named_by(name, p) for name in names)]
+        if unknown:
+            raise ValueError(
+                f"{field} names {unknown}, which no module of {type(transformer).__name__} is called; "
+                f"names look like {names[-1]!r} and may be shortened to whole parts of it"
+            )
     skipped = (*KEEP_FLOAT, *config.modules_to_not_convert)
     linears = {
         name: module
         for name, module in base_linears(transformer).items()
-        if not any(_named_by(name, pattern) for pattern in skipped)
+        if not any(named_by(name, pattern) for pattern in skipped)
     }
     if not linears:
         raise ValueError(
@@ -50,7 +46,7 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
     done = [name for name, module in linears.items() if isinstance(module, QARVDLinear)]
     if done:
         raise ValueError(f"{len(done)} layers are quantized already (first: {done[0]}): quantize the float model")
-    odd = [name for name, module in linears.items() if module.in_features * config.resolved_scheme.weight_bits % 8]
+    odd = [name for name, module in linears.items() if module.in_features * config.scheme_of(name).weight_bits % 8]
     if odd:
         raise ValueError(
             f"{odd[0]} has {linears[odd[0]].in_features} input channels, an odd number, which has no 4-bit layout: add "
@@ -77,6 +73,9 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
 
     Every group shares its outlier channels and its activation quantizer, so that a kernel quantizes the tensor once.
     Without `config.tie_inputs`, or under `reference_compat` (the reference ties nothing), every layer stands alone.
+
+    Raises:
+        ValueError: `config.module_bits` gives layers of one group different bits.
     """
     names = list(names)
     leader = {name: name for name in names}
@@ -88,12 +87,19 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(leader[name], []).append(name)
+    for group in groups.values():
+        bits = {name: config.scheme_of(name).weight_bits for name in group}
+        if len(set(bits.values())) > 1:
+            raise ValueError(
+                f"module_bits gives {bits}, but these layers read one tensor and are calibrated as one: give them the same "
+                "bits, or set tie_inputs=False"
+            )
     return [tuple(group) for group in groups.values()]
 
 
 def skips_rounding(name: str, config: QARVDConfig) -> bool:
     """Whether a layer is rounded to nearest whatever `config.rounding` says."""
-    return any(_named_by(name, pattern) for pattern in config.resolved_rounding_skips)
+    return any(named_by(name, pattern) for pattern in config.resolved_rounding_skips)
 
 
 def prompt_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
@@ -101,7 +107,7 @@ def prompt_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
 
     What they compute is cached in the first pass of a rollout and read in every later one: it belongs to no chunk.
     """
-    found = {name for name in names if _named_by(name, _TEXT_EMBEDDING)}
+    found = {name for name in names if named_by(name, _TEXT_EMBEDDING)}
     for path, module in transformer.named_modules():
         if _is_linear(getattr(module, "to_q", None)) and _reads_prompt(module):
             attributes = ("to_k", "to_v", "add_k_proj", "add_v_proj")

@@ -11,18 +11,21 @@ from .outliers import OutlierSet
 from .ranges import search_rows
 
 
-def quantize_weight(weight: Tensor, outliers: OutlierSet, config: QARVDConfig) -> tuple[Tensor, WeightGrid]:
+def quantize_weight(
+    weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str = ""
+) -> tuple[Tensor, WeightGrid]:
     """Quantize a weight by range search and rounding to nearest; no data needed.
 
     Args:
         weight: float `[N, K]`, finite.
         outliers: its outlier channels.
-        config: scheme, percentiles and `reference_compat` (zero-points free instead of clamped).
+        config: scheme, bits of the layer, percentiles and `reference_compat` (zero-points free instead of clamped).
+        name: of the layer.
 
     Returns:
         Codes uint8 `[N, K]`, columns in permuted order, and the grid they are on.
     """
-    scheme = config.resolved_scheme
+    scheme = config.scheme_of(name)
     permuted = weight.detach().to(torch.float32)[:, outliers.channel_order.long()]
     found = [
         search_rows(

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family",
         default="self-forcing",
-        help="whose chunk size, steps and window apply; auto: by size and file name",
+        help="whose chunk size, steps and window apply; auto: by the names of file and folder",
     )
     parser.add_argument("--base", help="diffusers folder that supplies VAE, text encoder and tokenizer")
     parser.add_argument(

@@ -37,10 +37,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.card and not Path(args.quantized).is_dir():
         raise ValueError(f"--card rewrites a local folder, {args.quantized} is none: download it, or leave --card out")
     # The quantized model first: peak memory of the process only grows, and the float model takes more.
-    got, of_quantized, _ = _roll_out(args.quantized, prompts, args, quantized=True)
-    expected, of_float, fps = _roll_out(args.float, prompts, args, quantized=False)
+    got, of_quantized, scheme, _ = _roll_out(args.quantized, prompts, args, quantized=True)
+    expected, of_float, _, fps = _roll_out(args.float, prompts, args, quantized=False)
     report = strict_json(join(expected, got, of_float, of_quantized, args.seed))
-    files = write_report(Path(args.out), report, expected, got, prompts, fps, args.videos)
+    names = (f"float ({args.float})", f"{scheme} ({args.quantized})")
+    files = write_report(Path(args.out), report, expected, got, prompts, fps, args.videos, names)
     if args.card:
         load_pipeline(args.quantized, args).write_card(args.quantized, report)
     return {**report, "files": files}
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _roll_out(
     model: str, prompts: tuple[str, ...], args: argparse.Namespace, quantized: bool
-) -> tuple[Rollout, dict[str, Any], int]:
-    """Load one model, generate, describe it, and let go of it."""
+) -> tuple[Rollout, dict[str, Any], str, int]:
+    """Load one model, generate, describe it, and let go of it; with its scheme and frames per second."""
     from tqdm.auto import tqdm
 
     from ..evaluation.fidelity import describe, roll_out
@@ -63,10 +64,10 @@ def _roll_out(
     with tqdm(desc=what, unit="chunk", total=len(prompts) * args.chunks, disable=None) as bar:
         rollout = roll_out(pipe, prompts, args.chunks, args.seed, bar.update)
     described = describe(pipe, rollout, prompts, _judge(rollout, prompts))
-    fps = pipe.config.get("fps") or 16
+    scheme, fps = getattr(pipe.quantization, "scheme", "float"), pipe.config.get("fps") or 16
     del pipe
     gc.collect()
-    return rollout, described, fps
+    return rollout, described, scheme, fps
 
 
 def _judge(rollout: Rollout, prompts: tuple[str, ...]) -> Judge | None:

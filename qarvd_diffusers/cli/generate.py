@@ -1,26 +1,41 @@
-"""Stream a video from a float or quantized model into an mp4; Ctrl-C keeps what is finished."""
+"""Stream videos from a float or quantized model into mp4 files; Ctrl-C keeps what is finished.
+
+Under `accelerate launch -m qarvd_diffusers generate ...` (or `torchrun`) the processes share the prompts; with
+`--context-parallel` they make each video together.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .common import add_device_arguments, load_pipeline
+from .common import add_device_arguments, load_pipeline, read_prompts
+
+if TYPE_CHECKING:
+    from ..calibration.processes import Processes
+    from ..pipelines.pipeline_arvd import ARVDPipeline
+    from ..pipelines.stream import Stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder or Hub id; `bundled` names the model that ships with the package")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt")
+    text.add_argument("--prompts", metavar="FILE", help="one prompt per line, one video for each")
     text.add_argument(
         "--prompt-embeds", metavar="FILE", help="safetensors file of save_prompt_embeds: no text encoder works"
     )
-    parser.add_argument("--out", required=True, help="mp4 file to write")
+    parser.add_argument(
+        "--out", required=True, help="mp4 file to write; with --prompts a folder, for 000.mp4, 001.mp4, ..."
+    )
     parser.add_argument(
         "--chunks", type=int, default=7, help="chunks to generate; 0 goes on until Ctrl-C (default: 7)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first prompt, one more for each other (default: 0)"
+    )
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--image", metavar="FILE", help="picture that the video starts with")
@@ -31,35 +46,89 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", metavar="SIZE", help="fit into this much GPU memory, such as 8GB; see `qarvd plan`"
     )
     parser.add_argument("--fps", type=int, help="frames per second of the file (default: the model's, else 16)")
+    parser.add_argument(
+        "--context-parallel",
+        action="store_true",
+        help="all processes of the job, one per GPU, make each video together",
+    )
     add_device_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    import imageio.v2 as imageio
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    from ..calibration.processes import Processes
+
+    prompts = read_prompts(args.prompts) or (args.prompt,)
+    if args.prompts and args.chunks == 0:
+        raise ValueError("--chunks 0 goes on without end, and would never come to the second prompt")
+    processes = Processes.launched()  # first, since it gives every process a GPU of its own
+    if processes.count == 1 and args.context_parallel:
+        raise ValueError(
+            "--context-parallel needs processes: torchrun --nproc-per-node 2 -m qarvd_diffusers generate ..."
+        )
+    if processes.count > 1 and not args.prompts and not args.context_parallel:
+        raise ValueError(
+            f"{processes.count} processes for one video: start one, give several --prompts, or --context-parallel"
+        )
+    size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
+    pipe = load_pipeline(args.model, args, **({"memory": args.memory, **size} if args.memory else {}))
+    mine = range(len(prompts))
+    if args.context_parallel:
+        from diffusers import ContextParallelConfig
+
+        pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=processes.count))
+    else:
+        mine = processes.share(mine)
+    pipe.set_progress_bar_config(disable=not processes.is_main)
+    videos = [_make(pipe, args, index, prompts[index], processes) for index in mine]
+    if not args.context_parallel:
+        videos = [video for share in processes.gather(videos) for video in share]
+    processes.close()
+    if not processes.is_main:
+        return None
+    return {"out": args.out, "videos": videos} if args.prompts else videos[0]
+
+
+def _make(
+    pipe: ARVDPipeline, args: argparse.Namespace, index: int, prompt: str | None, processes: Processes
+) -> dict[str, Any]:
+    """Make the video of one prompt, and write it unless another process does."""
     import torch
     from PIL import Image
 
-    from ..evaluation.fidelity import to_uint8
-    from ..serialization import atomic_file
-
-    size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
-    pipe = load_pipeline(args.model, args, **({"memory": args.memory, **size} if args.memory else {}))
+    writes = processes.is_main or not args.context_parallel
     start = {"image": Image.open(args.image).convert("RGB")} if args.image else {}
-    fps = args.fps or pipe.config.get("fps") or 16
     stream = pipe.stream(
-        args.prompt,
+        prompt,
         prompt_embeds=args.prompt_embeds,
         num_chunks=args.chunks or None,
         height=args.height,
         width=args.width,
         kv_cache=args.kv_cache,
-        generator=torch.Generator("cpu").manual_seed(args.seed),
-        output_type="np",
+        generator=torch.Generator("cpu").manual_seed(args.seed + index),
+        output_type="np" if writes else "latent",
         **start,
     )
+    if not writes:
+        for _ in stream:
+            pass
+        return {}
+    out = Path(args.out)
+    if args.prompts:
+        out.mkdir(parents=True, exist_ok=True)
+        out = out / f"{index:03d}.mp4"
+    video = {"out": str(out), "fps": args.fps or pipe.config.get("fps") or 16}
+    return ({"prompt": prompt} if args.prompts else {}) | video | _write(stream, out, video["fps"])
+
+
+def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:
+    import imageio.v2 as imageio
+
+    from ..evaluation.fidelity import to_uint8
+    from ..serialization import atomic_file
+
     frames, seconds = 0, []
     with (
-        atomic_file(args.out) as temporary,
+        atomic_file(out) as temporary,
         imageio.get_writer(temporary, fps=fps, codec="libx264", quality=9, macro_block_size=2) as writer,
     ):
         try:
@@ -73,9 +142,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if not frames:
                 raise
             stream.close()
-    return {"out": args.out, "frames": frames, "fps": fps, "seconds_per_chunk": seconds}
+    return {"frames": frames, "seconds_per_chunk": seconds}
 
 
 def render(result: dict[str, Any]) -> str:
-    speed = result["frames"] / sum(result["seconds_per_chunk"])
-    return f"wrote {result['out']}: {result['frames']} frames at {result['fps']} fps, made at {speed:.1f} frames per second"
+    lines = []
+    for video in result.get("videos", [result]):
+        speed = video["frames"] / sum(video["seconds_per_chunk"])
+        lines.append(
+            f"wrote {video['out']}: {video['frames']} frames at {video['fps']} fps, made at {speed:.1f} frames per second"
+        )
+    return "\n".join(lines)

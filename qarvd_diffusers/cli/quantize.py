@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounding", choices=ROUNDINGS, default="auto", help="how weights become integers (default: by scheme)"
     )
     parser.add_argument(
+        "--mixed",
+        type=float,
+        metavar="SHARE",
+        help="8 bits for the layers of a 4-bit scheme that cost most, up to this share of all weights (such as 0.1)",
+    )
+    parser.add_argument(
         "--from-disk",
         action="store_true",
         help="block by block from the folder's files, for models that do not fit into memory (schemes without calibration)",
@@ -57,6 +63,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         calibration_seed=args.seed,
         text_encoder=args.text_encoder,
     )
+    if args.from_disk and args.mixed:
+        raise ValueError("--mixed has to run the model and cannot work from disk: leave out --mixed or --from-disk")
     if args.from_disk:
         sizes = quantize_folder(args.model, args.out, config)
         return {"out": args.out, "scheme": args.scheme, "sizes": sizes, "report": None}
@@ -67,6 +75,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     # The evaluation noise is never the calibration noise.
     seed = args.seed + 10_000
     expected = roll_out(pipe, prompts, args.chunks, seed) if prompts else None
+    if args.mixed:
+        config = pipe.choose_bits(config, args.mixed)
     quantize_pipeline(pipe, config)
     processes.close()
     if not processes.is_main:
@@ -77,7 +87,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         report = compare(expected, got) | describe(pipe, got, prompts, None)
         report |= {"prompts": len(prompts), "num_chunks": args.chunks, "seed": seed, "reference_adherence": None}
     pipe.save_pretrained(args.out, report=report)
-    return {"out": args.out, "scheme": args.scheme, "sizes": _sizes(pipe), "report": report}
+    mixed = {"module_bits": dict(config.module_bits)} if config.module_bits else {}
+    return {"out": args.out, "scheme": args.scheme, **mixed, "sizes": _sizes(pipe), "report": report}
 
 
 def _sizes(pipe: Any) -> dict[str, int]:
@@ -92,6 +103,8 @@ def render(result: dict[str, Any]) -> str:
         f"wrote {result['out']} ({result['scheme']}): quantized layers {sizes['quantized']:,} bytes, "
         f"{sizes['quantized'] / sizes['bfloat16']:.3f} of bfloat16"
     ]
+    if result.get("module_bits"):
+        lines.append("8 bits: " + ", ".join(result["module_bits"]))
     if result["report"]:
         rows = list(enumerate(f"{psnr:.2f}" for psnr in result["report"]["psnr_db"]))
         lines.append(table(("chunk", "PSNR dB"), rows))

@@ -72,7 +72,7 @@ def convert_checkpoint(
     for reason in found.reasons:
         logger.info("%s: %s", src, reason)
     with atomic_directory(out_dir) as folder:
-        write_pipeline(folder, found.preset.fields.to_dict(), copy_base_components(base, folder))
+        write_pipeline(folder, found.preset.pipeline_config(), copy_base_components(base, folder))
         model.save_config(folder / "transformer")
         _write_transformer(folder / "transformer", found.checkpoint, adapters, dtype)
         card = converted_card(found.family, found.preset.source, found.licence)

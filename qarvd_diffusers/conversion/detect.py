@@ -62,7 +62,7 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
 
     Args:
         src: file or folder of shards, see `open_checkpoint`.
-        family: key of `PRESETS`, or `auto`: by size and by the names of file and folders.
+        family: key of `PRESETS`, or `auto`: by the names of file and folders, among those of its size.
         weights: which nested state dict to take; None takes the one the family is meant to use.
 
     Raises:
@@ -120,12 +120,9 @@ def _family_of(src: Path, network: str | None) -> tuple[str, str]:
     if matches:
         _, _, family, text = max(matches)
         return family, f"family: {family}, by {text!r} in its path"
-    sized = [name for name, preset in PRESETS.items() if preset.network == network]
-    if len(sized) == 1:
-        return sized[0], f"family: {sized[0]}, the only one of this size"
     raise ValueError(
-        f"{src}: the family cannot be told, since all members have the same tensors and neither file nor folder is named "
-        f"like one. Found: {network or 'a size that was not released'}. Pass the family: "
+        f"{src}: the family cannot be told, since all members have the same tensors (as do models that are not causal), and "
+        f"neither file nor folder is named like one. Found: {network or 'a size that was not released'}. Pass the family: "
         f"{', '.join(_families(network) or available())}"
     )
 

@@ -120,10 +120,10 @@ class _FromDisk:
         groups = input_groups(model, empty, config)
         splits = split_inputs(model, self._linears, groups, config)
         self._outliers = {name: split for group, split in zip(groups, splits, strict=True) for name in group}
-        scheme = config.resolved_scheme
+        schemes = {name: config.scheme_of(name) for name in empty}
         self.descriptions = {
             name: QuantizedModule(self._outliers[name].num_outliers, scheme.weight_bits, scheme.activation)
-            for name in empty
+            for name, scheme in schemes.items()
         }
         self._sizes = {name: (linear.in_features, linear.out_features) for name, linear in empty.items()}
         self._made: dict[str, torch.Tensor] = {}
@@ -155,7 +155,7 @@ class _FromDisk:
             if block_name(name) != block:
                 continue
             outliers = self._outliers[name]
-            codes, grid = quantize_weight(self._linears[name].weight, outliers, self._config)
+            codes, grid = quantize_weight(self._linears[name].weight, outliers, self._config, name)
             tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), outliers.channel_order)
             made |= {f"{name}.{k}": v for k, v in LinearQParams(*tensors, None, None, description).tensors().items()}
             self._done += 1

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import QARVDConfig
 from ..models.causal_fields import CausalFields
-from ..models.single_file import COMFYUI_METADATA, SingleFileHeader, read_single_file
+from ..models.single_file import SingleFileHeader, comfyui_metadata, read_single_file
 from ..packing import unpack
 from ..serialization import atomic_directory, atomic_file, quantized_linears
 from ..tensor_files import TensorSpec, write_shards, write_tensors
@@ -153,7 +153,7 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
         exact += same
     specs = {key: TensorSpec.of(tensor) for key, tensor in result.items()}
     with atomic_file(_safetensors(path)) as temporary:
-        write_tensors(temporary, specs, result.__getitem__, COMFYUI_METADATA)
+        write_tensors(temporary, specs, result.__getitem__, comfyui_metadata(transformer.config))
     return _losses(layers, exact)
 
 
@@ -182,7 +182,7 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
             f"{len(layers) - exact} layers were rounded again to one symmetric int8 grid per output channel: the separate scale "
             "of the outlier channels, zero-points and learned rounding are lost there."
         )
-    if some.weight_bits == 4:
+    if any(layer.weight_bits == 4 for layer in layers.values()):
         lost.append("4-bit storage is lost: the format takes 8 bits per weight.")
     kinds = {
         "static": "Calibrated activation scales are lost: ComfyUI finds symmetric ones per token at run time.",

@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..serialization import atomic_file
 from .fidelity import Rollout
@@ -19,26 +19,50 @@ from .plots import plot_chunks
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
 
-# Key of a report -> title, what it means, whether its scale is logarithmic.
+
+class Metric(NamedTuple):
+    """How a metric is shown: title, what it means, format of a number, whether its plot is logarithmic."""
+
+    title: str
+    meaning: str
+    form: str
+    log: bool = False
+
+
+# By key of a report.
 METRICS = {
-    "latent_mse": ("Latent MSE", "mean squared difference of the latents; lower is better", True),
-    "psnr_db": ("PSNR (dB)", "of the frames; higher is better", False),
-    "ssim": ("SSIM", "structural similarity of the frames, 11 x 11 Gaussian window; 1 is equal", False),
-    "flicker_error": (
-        "Flicker error",
-        "mean absolute difference of the changes from frame to frame; 0 is equal",
-        False,
+    "latent_mse": Metric("Latent MSE", "mean squared difference of the latents; lower is better", ".3e", log=True),
+    "psnr_db": Metric("PSNR (dB)", "of the frames; higher is better", ".2f"),
+    "ssim": Metric("SSIM", "structural similarity of the frames, 11 x 11 Gaussian window; 1 is equal", ".4f"),
+    "flicker_error": Metric(
+        "Flicker error", "mean absolute difference of the changes from frame to frame; 0 is equal", ".4f"
     ),
-    "motion_energy_error": ("Motion-energy error", "relative difference of the mean squared frame change", False),
-    "lpips": ("LPIPS", "distance of AlexNet features; lower is better", False),
+    "motion_energy_error": Metric(
+        "Motion-energy error", "relative difference of the mean squared frame change; 0 is equal", ".4f"
+    ),
+    "lpips": Metric("LPIPS", "distance of AlexNet features; lower is better", ".4f"),
 }
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto } td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } figure { margin: 0 } figcaption { color: #555; font-size: .9em }
-.row { display: flex; flex-wrap: wrap; gap: 1em } .row > * { flex: 1 1 20em } video { width: 100%; image-rendering: pixelated }
-.plots img { width: 100%; max-width: 36em }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%), 1fr)); gap: 1em }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; max-width: 60em } figcaption { overflow-wrap: anywhere }
+video { width: 100%; image-rendering: pixelated } .plots img { width: 100% }
+"""
+
+# Two videos of one prompt start, stop and jump together, so that they can be compared at the same frame.
+_SCRIPT = """
+for (const pair of document.querySelectorAll(".pair")) {
+  const [a, b] = pair.querySelectorAll("video");
+  for (const [one, other] of [[a, b], [b, a]]) {
+    const follow = () => { if (other.currentTime !== one.currentTime) other.currentTime = one.currentTime; };
+    one.addEventListener("play", () => { if (other.paused) { follow(); other.play(); } });
+    one.addEventListener("pause", () => { if (!other.paused) { other.pause(); follow(); } });
+    one.addEventListener("seeked", () => { if (one.paused) follow(); });
+  }
+}
 """
 
 
@@ -50,6 +74,7 @@ def write_report(
     prompts: Sequence[str],
     fps: int,
     max_videos: int = 4,
+    names: tuple[str, str] = ("float", "quantized"),
 ) -> dict[str, str]:
     """Write `report.json`, `METRIC.png` for every metric that was measured, and `report.html`.
 
@@ -61,20 +86,21 @@ def write_report(
         prompts: one per video.
         fps: of the videos in the page.
         max_videos: prompts whose videos are put into the page, from the first one on.
+        names: what the page calls the two models.
 
     Returns:
         Name -> path of the written files.
     """
     files = {"report": folder / REPORT_FILE}
-    for name, (title, _, log) in METRICS.items():
+    for name, metric in METRICS.items():
         if report.get(name) is not None:
             files[name] = folder / f"{name}.png"
-            plot_chunks(report[name], files[name], f"{title} per chunk", log)
+            plot_chunks(report[name], files[name], f"{metric.title} per chunk", metric.log)
     files["page"] = folder / PAGE_FILE
     plots = {name: files[name] for name in METRICS if name in files}
     videos = [(prompts[i], _mp4(expected, i, fps), _mp4(got, i, fps)) for i in range(min(max_videos, len(prompts)))]
     _write(files["report"], json.dumps(strict_json(report), indent=2, allow_nan=False))
-    _write(files["page"], _page(report, plots, videos))
+    _write(files["page"], _page(report, plots, videos, names))
     return {name: str(path) for name, path in files.items()}
 
 
@@ -99,14 +125,20 @@ def _mp4(rollout: Rollout, prompt: int, fps: int) -> bytes:
         return path.read_bytes()
 
 
-def _page(report: Mapping[str, Any], plots: Mapping[str, Path], videos: Sequence[tuple[str, bytes, bytes]]) -> str:
+def _page(
+    report: Mapping[str, Any],
+    plots: Mapping[str, Path],
+    videos: Sequence[tuple[str, bytes, bytes]],
+    names: Sequence[str],
+) -> str:
+    names = [html.escape(name) for name in names]
     rows = "".join(
-        f"<section><h3>{html.escape(prompt)}</h3><div class=row>{_video('float', a)}{_video('quantized', b)}</div></section>"
+        f"<section><h3>{html.escape(prompt)}</h3><div class=pair>{_video(names[0], a)}{_video(names[1], b)}</div></section>"
         for prompt, a, b in videos
     )
     figures = "".join(
-        f"<figure><img alt='{METRICS[name][0]}' src='data:image/png;base64,{_base64(path.read_bytes())}'>"
-        f"<figcaption>{METRICS[name][1]}</figcaption></figure>"
+        f"<figure><img alt='{METRICS[name].title}' src='data:image/png;base64,{_base64(path.read_bytes())}'>"
+        f"<figcaption>{METRICS[name].meaning}</figcaption></figure>"
         for name, path in plots.items()
     )
     return f"""<!DOCTYPE html>
@@ -114,13 +146,14 @@ def _page(report: Mapping[str, Any], plots: Mapping[str, Path], videos: Sequence
 <h1>Quantized against float</h1>
 <p>{report["prompts"]} prompts, {report["num_chunks"]} chunks, seed {report["seed"]}; both models got the same initial noise
 and re-noise.</p>
-{_models_table(report)}
+{_models_table(report, names)}
 <h2>Per chunk</h2>
 {_chunks_table(report)}
 <p>{html.escape(report.get("lpips_note", ""))}</p>
 <div class="row plots">{figures}</div>
 <h2>Videos</h2>
 {rows}
+<script>{_SCRIPT}</script>
 </body></html>
 """
 
@@ -140,7 +173,7 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _models_table(report: Mapping[str, Any]) -> str:
+def _models_table(report: Mapping[str, Any], names: Sequence[str]) -> str:
     lines = (
         ("transformer, bytes", "bytes", ",d"),
         ("seconds per chunk (median)", "seconds_per_chunk", ".3f"),
@@ -151,16 +184,17 @@ def _models_table(report: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{title}</td><td>{_number(report.get(f'reference_{key}'), form)}</td><td>{_number(report.get(key), form)}</td></tr>"
         for title, key, form in lines
+        if report.get(key) is not None
     )
-    return f"<table><tr><th></th><th>float</th><th>quantized</th></tr>{rows}</table>"
+    return f"<table><tr><th></th><th>{names[0]}</th><th>{names[1]}</th></tr>{rows}</table>"
 
 
 def _chunks_table(report: Mapping[str, Any]) -> str:
-    measured = [name for name in METRICS if report.get(name) is not None]
-    header = "".join(f"<th>{METRICS[name][0]}</th>" for name in measured)
+    measured = {name: metric for name, metric in METRICS.items() if report.get(name) is not None}
+    header = "".join(f"<th>{metric.title}</th>" for metric in measured.values())
     rows = "".join(
         f"<tr><td>{chunk}</td>"
-        + "".join(f"<td>{_number(report[name][chunk], '.4g')}</td>" for name in measured)
+        + "".join(f"<td>{_number(report[name][chunk], metric.form)}</td>" for name, metric in measured.items())
         + "</tr>"
         for chunk in range(report["num_chunks"])
     )

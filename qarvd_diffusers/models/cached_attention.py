@@ -10,6 +10,7 @@ from torch import Tensor
 import qarvd_kernels as ops
 
 from .kv_cache import KVLayerCache
+from .kv_storage import encode
 
 _FP8 = torch.float8_e4m3fn
 
@@ -38,6 +39,8 @@ class CachedSelfAttention:
 
     def store(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
         """The first half: store K/V, return the query `[B, tokens, heads, head_dim]` in the dtype that `attend` wants."""
+        if self._attn.processor.split is not None:
+            return self._store_split(qkv, cache, rotary, start)
         key_scale = value_scale = None
         if cache.key.dtype.itemsize == 1:
             if start == 0 and cache.fits_scales:
@@ -47,18 +50,39 @@ class CachedSelfAttention:
         scales = (query_scale, key_scale, value_scale)
         return ops.qk_norm_rope_append(qkv, *self._norms, *rotary, cache.key, cache.value, *scales, start)
 
+    def _store_split(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
+        """As `store`, of this process's tokens; what is stored and returned are all tokens of its heads."""
+        split = self._attn.processor.split
+        query, key, value = split.to_heads(*self._norm_rope(qkv, rotary))
+        cache.write(key, value, start)
+        if cache.key.dtype != _FP8:
+            return query
+        return encode(query, split.own_heads(self._query_scale), _FP8)
+
+    def _norm_rope(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, tokens, heads, head_dim]`, not stored anywhere."""
+        heads = self._attn.heads
+        shape = (*qkv.shape[:2], heads, qkv.shape[2] // (3 * heads))
+        key, value = (torch.empty(shape, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+        query = ops.qk_norm_rope_append(qkv, *self._norms, *rotary, key, value, None, None, None, 0)
+        return query, key, value
+
     def _fit_scales(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor]) -> None:
-        key, value = (
-            torch.empty(*qkv.shape[:2], *cache.key.shape[2:], dtype=qkv.dtype, device=qkv.device) for _ in range(2)
-        )
-        ops.qk_norm_rope_append(qkv, *self._norms, *rotary, key, value, None, None, None, 0)
+        _, key, value = self._norm_rope(qkv, rotary)
         cache.fit_scales(key, value)
 
     def attend(self, query: Tensor, cache: KVLayerCache, stop: int) -> Tensor:
         """The second half: attention of the query to the first `stop` tokens."""
+        split = self._attn.processor.split
+        attended = self._attend(
+            query, cache, stop, self._query_scale if split is None else split.own_heads(self._query_scale)
+        )
+        return attended if split is None else split.to_tokens(attended)
+
+    def _attend(self, query: Tensor, cache: KVLayerCache, stop: int, query_scale: Tensor) -> Tensor:
         scales = (cache.key_scale, cache.value_scale)
         if cache.key.dtype == _FP8:
-            return ops.attention_fp8(query, cache.key, cache.value, self._query_scale, *scales, stop)
+            return ops.attention_fp8(query, cache.key, cache.value, query_scale, *scales, stop)
         if cache.key.dtype == torch.int8:
             query = query if query.dtype.itemsize == 2 else query.bfloat16()
             return ops.attention_int8(query, cache.key, cache.value, *scales, stop)

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PROMPT_SWITCHES = ("keep", "recache", "new_text_only")
+PROMPT_SWITCHES = ("keep", "recache", "new_text_only", "cut")
 """What becomes of cached frames when the prompt changes. `keep`: they stay as they are, the picture goes on and follows
 slowly. `recache`: the frames in the window are encoded anew under the new prompt (LongLive, arXiv 2509.22622).
-`new_text_only`: they are forgotten, which cuts to a new scene."""
+`new_text_only`: they are forgotten, which cuts to a new scene. `cut`: they stay, and the next chunk begins a new shot, as
+far away in time as `shot_rope_offset` says (LongLive 2.0; Infinity-RoPE, arXiv 2511.20649)."""
 
 ROPE_MODES = ("absolute", "window")
+CONTEXT_MODES = ("refresh", "rebuild")
+SAMPLERS = ("renoise", "unipc")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,17 @@ class CausalFields:
         rope_mode: `absolute`: a frame's position is its index in the video. `window`: its place among the frames that are
             visible, so that no position ever exceeds the window.
         sink_ema: share of the old sink when the frames that leave the window are averaged into it; None keeps the sink.
+        shot_rope_offset: positions by which the chunk behind a cut stands further away from what was before: with absolute
+            positions all later chunks too, in a window, where positions are counted anew, that chunk alone.
+        shot_prefix: text that the prompt of a cut begins with; `set_prompt` puts it there.
+        pin_shots: the first chunk of the latest shot is not evicted while it stands right behind the sink.
+        context_mode: `refresh`: a pass on every chunk's clean latents leaves its K/V in the cache. `rebuild`: the cache is
+            thrown away before every chunk and filled from the latest clean latents, in chunks of their own (Krea Realtime).
+        keep_first_frame: a rebuilt context begins with the video's first frame; else with the frame that has just left,
+            decoded and encoded anew as a picture, as a video begins with one.
+        clamped_start: a given start need not be whole chunks: what is left of it begins generated chunk 0, at timestep 0,
+            and is put back after every step.
+        sampler: `renoise` (`FewStepRenoiseScheduler`) or `unipc` (`ChunkUniPCScheduler`), which draws no noise.
     """
 
     num_frames_per_chunk: int = 3
@@ -50,6 +64,13 @@ class CausalFields:
     global_sink: bool = True
     rope_mode: str = "absolute"
     sink_ema: float | None = None
+    shot_rope_offset: int = 0
+    shot_prefix: str = ""
+    pin_shots: bool = False
+    context_mode: str = "refresh"
+    keep_first_frame: bool = False
+    clamped_start: bool = False
+    sampler: str = "renoise"
 
     def __post_init__(self) -> None:
         for name in ("denoising_timesteps", "first_chunk_timesteps"):
@@ -89,6 +110,25 @@ class CausalFields:
             "None, or a number in (0, 1) where rope_mode is 'window', sink_frames equals num_frames_per_chunk and the window "
             "is a whole number of chunks",
         )
+        require(self.shot_rope_offset >= 0, "shot_rope_offset", "0 or a positive number of latent frames")
+        holds = (window == -1 or window >= least + chunk) and self.sink_ema is None
+        require(
+            not self.pin_shots or holds, "pin_shots", "False, or sink_ema None and a window of the sink and two chunks"
+        )
+        require(self.context_mode in CONTEXT_MODES, "context_mode", f"one of {', '.join(CONTEXT_MODES)}")
+        whole = window > chunk and window % chunk == 0 and self.sink_frames == 0 and not self.independent_first_frame
+        require(
+            self.context_mode == "refresh" or whole,
+            "context_mode",
+            "'refresh' here: 'rebuild' needs local_attention_frames of two or more whole chunks, no sink_frames and no "
+            "independent_first_frame",
+        )
+        require(
+            not (self.clamped_start and self.independent_first_frame),
+            "clamped_start",
+            "False where independent_first_frame makes the first frame a chunk",
+        )
+        require(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -110,12 +150,42 @@ class CausalFields:
         first = self.first_chunk_timesteps
         return first if chunk == 0 and first is not None else self.denoising_timesteps
 
+    def passes(self, chunk: int, context_frames: int = 0) -> dict[str, int]:
+        """How many passes of which role generated chunk `chunk` behind `context_frames` given frames takes."""
+        counts = {"denoise": len(self.timesteps_of_chunk(chunk))}
+        if self.context_mode == "refresh":
+            return counts | {"refresh": 1}
+        seen = min(
+            context_frames // self.num_frames_per_chunk + chunk,
+            self.local_attention_frames // self.num_frames_per_chunk - 1,
+        )
+        return counts | {"rebuild": seen}
+
+    def pass_share(self, chunk: int, context_frames: int = 0) -> float:
+        """`PassInfo.share` of the passes of a chunk: passes of a late chunk over its own."""
+        late = max(1, self.local_attention_frames)
+        return sum(self.passes(late).values()) / sum(self.passes(chunk, context_frames).values())
+
+    def num_renoises(self, chunk: int) -> int:
+        """Noise draws behind the starting noise of generated chunk `chunk`."""
+        return len(self.timesteps_of_chunk(chunk)) - 1 if self.sampler == "renoise" else 0
+
+    @property
+    def reencodes(self) -> bool:
+        """Whether the context needs decoded frames."""
+        return self.context_mode == "rebuild" and not self.keep_first_frame
+
+    def context_frames(self, num_frames: int) -> int:
+        """How many of `num_frames` given latent frames get passes of their own; the rest begin generated chunk 0."""
+        return num_frames - (num_frames % self.num_frames_per_chunk if self.clamped_start else 0)
+
     def context_pieces(self, num_frames: int) -> list[int]:
         """Latent frames per context pass for `num_frames` given latent frames.
 
         Raises:
             ValueError: if the frames do not split into whole chunks.
         """
+        num_frames = self.context_frames(num_frames)
         lead = [1] if self.independent_first_frame and num_frames > 0 else []
         chunks, rest = divmod(num_frames - sum(lead), self.num_frames_per_chunk)
         if rest:

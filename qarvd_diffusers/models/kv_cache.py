@@ -13,7 +13,16 @@ from .kv_storage import STORAGES, allocate, check_storage, decode, encode, fit_s
 _FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
 # Room above the first chunk's largest value: see benchmarks/kv_cache.py. A float code is as precise under a larger scale.
 _SCALE_MARGINS = {torch.int8: 1.25, torch.float8_e4m3fn: 4.0}
-_FACTS = ("frames", "origin", "_next_frame", "_tokens_per_frame", "_capacity")  # bookkeeping of a saved cache
+_FACTS = (
+    "frames",
+    "origin",
+    "shift",
+    "pinned",
+    "_shot",
+    "_next_frame",
+    "_tokens_per_frame",
+    "_capacity",
+)  # bookkeeping of a saved cache
 
 
 class KVLayerCache:
@@ -48,15 +57,20 @@ class KVLayerCache:
         gradients enabled the past is constant and the current chunk's K/V keep their graph.
         """
         stop = start + key.shape[1]
-        if start == 0:
-            self.fit_scales(key, value)
-        self.key[:, start:stop] = encode(key.detach(), self.key_scale, self.key.dtype)
-        self.value[:, start:stop] = encode(value.detach(), self.value_scale, self.value.dtype)
+        self.write(key, value, start)
         if self.key.dtype == key.dtype and not torch.is_grad_enabled():
             return self.key[:, :stop], self.value[:, :stop]
         # Buffers are overwritten by the next pass; autograd must not have saved views of them.
         past_key, past_value = self.read(0, start, key.dtype)
         return torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        """Write K/V `[B, tokens, heads, head_dim]` at token `start`."""
+        if start == 0:
+            self.fit_scales(key, value)
+        stop = start + key.shape[1]
+        self.key[:, start:stop] = encode(key.detach(), self.key_scale, self.key.dtype)
+        self.value[:, start:stop] = encode(value.detach(), self.value_scale, self.value.dtype)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the tokens `start:stop` in `dtype`."""
@@ -113,8 +127,8 @@ class KVLayerCache:
     def reserve(self, tokens: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
         """Make room for `tokens` tokens of `(batch, heads, head_dim)`, keeping what is stored."""
         batch, heads, head_dim = shape
-        buffers = allocate(batch, tokens, heads, head_dim, dtype, device)
-        for name, new in zip(("key", "value"), buffers, strict=True):
+        for name in ("key", "value"):
+            new = allocate((batch, tokens, heads, head_dim), dtype, device, values=name == "value")
             if (old := getattr(self, name)) is not None:
                 new[:, : old.shape[1]] = old
             setattr(self, name, new)
@@ -136,6 +150,10 @@ class KVCache:
     that a stream without end computes what a table without end would give. The first pass at a new frame
     offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
     rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
+
+    `begin_shot` moves the frames appended next, and all later ones, further on than their index, and may pin them: they are then
+    evicted only while they do not stand right behind the sink (LongLive 2.0). `restart` empties the cache for a context that
+    is encoded anew.
 
     With `rope_mode="window"` keys are stored before RoPE and a frame's position is its slot in the window, counted anew in
     every pass (Infinity-RoPE); `sink_ema` then lets evicted frames live on in the sink as a moving average (Reward Forcing).
@@ -177,6 +195,9 @@ class KVCache:
         self.sink_ema = sink_ema
         self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
         self.origin = 0  # absolute latent frame whose RoPE position is 0
+        self.shift = 0  # positions by which the current pass stands further on
+        self.pinned: list[int] = []  # frames that are not evicted once they stand right behind the sink
+        self._shot: tuple[int, bool] | None = None  # of the shot that the next appended frames begin
         self._next_frame: int | None = None  # where a rewound cache goes on
         self._tokens_per_frame = 0
         self._capacity = 0  # in frames
@@ -224,14 +245,14 @@ class KVCache:
                 still need again, and the stored keys turn by as much; the sink may then stand at negative positions.
             turn: number of positions -> cos and sin `[pairs]` of the temporal pairs of a head.
         """
-        first, last = self.frames[-num_frames], self.frames[-1]
+        first, last = self.frames[-num_frames] + self.shift, self.frames[-1] + self.shift
         if first - self.origin >= 0 and last - self.origin < positions:
             return first - self.origin
         oldest = first
         for frame in reversed(self.frames[:-num_frames]):
-            if frame != oldest - 1:
+            if frame + self.shift != oldest - 1:
                 break
-            oldest = frame
+            oldest -= 1
         origin = min(first, max(oldest, last + 1 - max(positions // 2, self.local_attention_frames)))
         if len(self.frames) > num_frames:
             cos, sin = turn(abs(origin - self.origin))
@@ -257,9 +278,11 @@ class KVCache:
     def _append(self, frames: list[int], shape: tuple[int, int, int], like: torch.Tensor) -> None:
         window = self.local_attention_frames
         sink = min(self.sink_frames, len(self.frames))
+        if self.frames[sink : sink + len(self.pinned)] == self.pinned:
+            sink += len(self.pinned)
         if window != -1 and sink + len(frames) > window:
             raise ValueError(
-                f"a pass over {len(frames)} frames and {sink} sink frames do not fit into "
+                f"a pass over {len(frames)} frames and {sink} sink frames (pinned ones included) do not fit into "
                 f"local_attention_frames = {window}"
             )
         tokens = self._tokens_per_frame
@@ -285,6 +308,28 @@ class KVCache:
                 layer.reserve(self._capacity * tokens, shape, like.device, STORAGES[self.storage] or like.dtype)
         self.frames.extend(frames)
         self._next_frame = None
+        if self.rope_mode == "window":
+            self.shift = 0
+        if self._shot is not None:
+            rope_offset, pin = self._shot
+            self.shift += rope_offset
+            self.pinned = frames if pin else []
+            self._shot = None
+
+    def begin_shot(self, rope_offset: int, pin: bool) -> None:
+        """Let the frames appended next begin a new shot.
+
+        Args:
+            rope_offset: positions by which they stand further away from the frames before: with absolute positions all
+                later frames too, in a window, where positions are counted anew, they alone.
+            pin: keep them from eviction as long as they stand right behind the sink, instead of those pinned before.
+        """
+        self._shot = (rope_offset, pin)
+
+    def restart(self, next_frame: int) -> None:
+        """Forget all frames but not the prompt; the next pass stores frame `next_frame`, at position 0."""
+        self.rewind(0, next_frame)
+        self.origin = next_frame + self.shift
 
     def rewind(self, num_frames: int, next_frame: int) -> None:
         """Forget all but the first `num_frames` stored frames; the next pass appends frame `next_frame` behind them."""
@@ -347,7 +392,8 @@ class KVCache:
         """Forget everything, buffers included."""
         self.layers = [KVLayerCache() for _ in self.layers]
         self.frames = []
-        self.origin = 0
+        self.origin = self.shift = 0
+        self.pinned, self._shot = [], None
         self._next_frame = None
         self._capacity = 0
 

@@ -30,20 +30,19 @@ def check_storage(storage: str) -> str:
     return storage
 
 
-def allocate(
-    batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[B, at least tokens, heads, head_dim]`, zeros.
+def allocate(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, values: bool) -> torch.Tensor:
+    """Zeros `[B, at least tokens, heads, head_dim]` for keys, or for values, of a shape `(B, tokens, heads, head_dim)`.
 
     Where the 8-bit attention of the device wants it, neighbouring tokens of the values are neighbours in memory. It is a
     matter of strides alone: whoever reads or writes by index need not know.
     """
+    batch, tokens, heads, head_dim = shape
     if dtype != torch.float8_e4m3fn or not ops.tokens_innermost(device, head_dim):
-        key, value = (torch.zeros(batch, tokens, heads, head_dim, device=device, dtype=dtype) for _ in range(2))
-        return key, value
+        return torch.zeros(shape, device=device, dtype=dtype)
     room = -(-tokens // _ROOM_MULTIPLE) * _ROOM_MULTIPLE
-    key = torch.zeros(batch, room, heads, head_dim, device=device, dtype=dtype)
-    return key, torch.zeros(batch, heads, head_dim, room, device=device, dtype=dtype).permute(0, 3, 1, 2)
+    if not values:
+        return torch.zeros(batch, room, heads, head_dim, device=device, dtype=dtype)
+    return torch.zeros(batch, heads, head_dim, room, device=device, dtype=dtype).permute(0, 3, 1, 2)
 
 
 def is_quantized(dtype: torch.dtype) -> bool:

@@ -13,8 +13,20 @@ from ..tensor_files import read_metadata
 
 METADATA = "qarvd"
 VERSION = 1
-# How ComfyUI tells a causal Wan model from an ordinary one.
-COMFYUI_METADATA = {"config": json.dumps({"transformer": {"causal_ar": True}}), "format": "pt"}
+
+
+def comfyui_metadata(transformer: Mapping[str, Any]) -> dict[str, str]:
+    """How ComfyUI tells a causal Wan model from an ordinary one, and what shapes of tensors do not tell it.
+
+    Args:
+        transformer: arguments of `WanTransformer3DModel`.
+    """
+    values = {
+        "causal_ar": True,
+        "num_heads": transformer["num_attention_heads"],
+        "text_dim": transformer["text_dim"],
+    }
+    return {"config": json.dumps({"transformer": values}), "format": "pt"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +52,7 @@ class SingleFileHeader:
             "quantization_config": config,
             "pipeline": dict(self.pipeline),
         }
-        return {**COMFYUI_METADATA, METADATA: json.dumps(values, sort_keys=True)}
+        return {**comfyui_metadata(self.transformer), METADATA: json.dumps(values, sort_keys=True)}
 
 
 def read_single_file(path: str | os.PathLike[str]) -> SingleFileHeader | None:
@@ -66,4 +78,8 @@ def read_single_file(path: str | os.PathLike[str]) -> SingleFileHeader | None:
         )
     if config is None:
         return header
-    return SingleFileHeader(header.transformer, QARVDConfig.from_dict(config), header.pipeline)
+    try:
+        quantization = QARVDConfig.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return SingleFileHeader(header.transformer, quantization, header.pipeline)

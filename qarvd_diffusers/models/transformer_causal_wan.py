@@ -14,11 +14,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from diffusers import WanTransformer3DModel
+from diffusers import ContextParallelConfig, WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -27,9 +27,13 @@ from torch import nn
 
 import qarvd_kernels as ops
 
+from .context_parallel import ContextParallel, TokenSplit
 from .fused_pass import FusedPass, refusal
 from .kv_cache import KVCache, KVLayerCache
 from .single_file import read_single_file
+
+if TYPE_CHECKING:
+    from diffusers.models._modeling_parallel import ParallelConfig, TensorParallelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,8 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module.
 
     With a `cache_start` bound it is a third output; with `window_frames` bound too, the table of all frames in the window is
-    a fourth and a fifth, and the pass takes the last positions in it. The stock forward hands RoPE through to every block untouched, and of
+    a fourth and a fifth: earlier frames count from 0, the pass has its own positions. With a `split` bound, cos and sin are those
+    of its own tokens. The stock forward hands RoPE through to every block untouched, and of
     all values that reach a block only its arguments may change between passes without recompiling it.
     """
 
@@ -74,6 +79,7 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         self.frame_offset = 0
         self.cache_start: int | None = None
         self.window_frames: int | None = None
+        self.split: TokenSplit | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> tuple:
         """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`, and what is bound.
@@ -90,28 +96,31 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
                     f"{self.max_seq_len} positions: choose a smaller picture or local_attention_frames, or load the "
                     "transformer with a larger rope_max_seq_len in its config"
                 )
-        tables = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
+        present = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
+        tables = present if self.split is None else tuple(self.split.own(table) for table in present)
         if self.cache_start is None or self.window_frames is None:
             return tables if self.cache_start is None else (*tables, self.cache_start)
-        window = [self.window_frames // self.patch_size[0], *sizes[1:]]
-        return (
-            *tables,
-            self.cache_start,
-            *(self._table(f, [0, 0, 0], window) for f in (self.freqs_cos, self.freqs_sin)),
+        past = [self.window_frames // self.patch_size[0] - sizes[0], *sizes[1:]]
+        window = (
+            torch.cat([self._table(freqs, [0, 0, 0], past), own], dim=1)
+            for freqs, own in zip((self.freqs_cos, self.freqs_sin), present, strict=True)
         )
+        return (*tables, self.cache_start, *window)
 
     def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ; up to twice the table."""
-        rows = [min(frames, self.max_seq_len - 1), max(0, frames - self.max_seq_len + 1)]
+        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ."""
+        times, rest = divmod(frames, self.max_seq_len - 1)
+        rows = [self.max_seq_len - 1, rest]
         cos, sin = (table[rows, : self.t_dim].cpu().double() for table in (self.freqs_cos, self.freqs_sin))
-        turned = torch.complex(cos[:, 0::2], sin[:, 1::2]).prod(dim=0)
+        last, turned = torch.complex(cos[:, 0::2], sin[:, 1::2])
+        turned = turned * last**times
         device = self.freqs_cos.device
         return turned.real.float().to(device), turned.imag.float().to(device)
 
     def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
         parts = []
         for axis, part in enumerate(freqs.split([self.t_dim, self.h_dim, self.w_dim], dim=1)):
-            view = [1, 1, 1, -1]
+            view = [1, 1, 1, part.shape[1]]
             view[axis] = sizes[axis]
             parts.append(part[starts[axis] : starts[axis] + sizes[axis]].view(view).expand(*sizes, -1))
         return torch.cat(parts, dim=-1).reshape(1, -1, 1, freqs.shape[1])
@@ -126,11 +135,15 @@ def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 
 class CausalWanAttnProcessor(WanAttnProcessor):
-    """Wan attention over the K/V of a bound `KVLayerCache`; the stock processor while none is bound."""
+    """Wan attention over the K/V of a bound `KVLayerCache`; the stock processor while none is bound.
+
+    With a `split` bound, tokens are those of this process, and self-attention exchanges them for all tokens of its heads.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.cache: KVLayerCache | None = None
+        self.split: TokenSplit | None = None
 
     def __call__(
         self,
@@ -146,6 +159,8 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             cos, sin, start, *window = rotary_emb
             query, key, value = self._project_self(attn, hidden_states)
             query, key = rotate(query, cos, sin), key if window else rotate(key, cos, sin)
+            if self.split is not None:
+                query, key, value = self.split.to_heads(query, key, value)
             key, value = self.cache.update(key, value, start)
             key = rotate(key, *window) if window else key
         else:
@@ -159,8 +174,9 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             dropout_p=0.0,
             is_causal=False,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config if encoder_hidden_states is None else None,
         )
+        if encoder_hidden_states is None and self.split is not None:
+            hidden_states = self.split.to_tokens(hidden_states)
         hidden_states = hidden_states.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
@@ -206,6 +222,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     Attributes:
         fused_pass: whether cached passes of a statically quantized model run on fused integer kernels (`FusedPass`); None,
             the default, means wherever kernels for the device exist.
+        context_parallel: the processes that make one stream together, after `enable_parallelism`, or None.
     """
 
     _skip_keys = ["kv_cache"]  # noqa: RUF012 - accelerate must hand the cache through, not copy it
@@ -218,6 +235,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def _install_causal_parts(self) -> None:
         self.fused_pass: bool | None = None
         self._fused_pass: FusedPass | None = None
+        self.context_parallel: ContextParallel | None = None
         self.rope = CausalWanRotaryPosEmbed(self.rope)
         self.condition_embedder.timesteps_proj = CausalTimesteps(self.condition_embedder.timesteps_proj)
         for block in self.blocks:
@@ -233,11 +251,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         Raises:
             TypeError: if `transformer` is no `WanTransformer3DModel`.
+            ValueError: if it is split over several devices already.
         """
         if isinstance(transformer, cls):
             return transformer
         if not isinstance(transformer, WanTransformer3DModel):
             raise TypeError(f"transformer is a {type(transformer).__name__}, expected a WanTransformer3DModel")
+        if transformer._parallel_config is not None:
+            raise ValueError(
+                "enable_parallelism() was called on the stock transformer, which knows no K/V cache: call it on the "
+                "transformer of the finished pipeline"
+            )
         model = cls.__new__(cls)
         # accelerate's hook wraps `forward` of the instance it sits on; it is moved over below.
         hooked = {"forward", "_old_forward", "_hf_hook"}
@@ -287,7 +311,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if kv_cache is not None and kv_cache.rope_mode == "absolute" and plain:  # kernels store keys after RoPE
             fused = self._fused(timestep, hidden_states)
         timestep = self._expand_timestep(timestep, hidden_states) if fused is None else timestep
-        with self._bind(kv_cache, frame_offset, hidden_states):
+        split = self._split(kv_cache, frame_offset, hidden_states, timestep, encoder_hidden_states)
+        if split is not None and timestep.ndim == 2:
+            timestep = split.own_groups(timestep)
+        with self._bind(kv_cache, frame_offset, hidden_states, split):
             if fused is not None:
                 flow = fused(self, hidden_states, timestep, encoder_hidden_states, kv_cache, cache_only)
                 return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
@@ -342,37 +369,93 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             )
         return timestep
 
+    def enable_parallelism(
+        self, *, config: ParallelConfig | ContextParallelConfig | TensorParallelConfig, cp_plan: Any = None
+    ) -> None:
+        """Make one stream on several GPUs: all processes run the same program on the same inputs, and get the same result.
+
+        As in diffusers, for `ContextParallelConfig(ulysses_degree=N)`: every process works on its part of the tokens, in
+        self-attention on its heads, and its `KVCache` holds these heads. Any number of tokens, float or quantized layers,
+        and every kind of cache work; passes need a `kv_cache` and `torch.no_grad()`.
+
+        Args:
+            config: diffusers' context-parallel config; another kind is diffusers' own business.
+            cp_plan: as in diffusers, for another kind of `config`.
+
+        Raises:
+            ValueError: for ring attention, heads that cannot be shared out, or a model that attends to images.
+            RuntimeError: if called twice, or outside of processes started by `torchrun`.
+        """
+        wanted = getattr(config, "context_parallel_config", config)
+        if not isinstance(wanted, ContextParallelConfig):
+            super().enable_parallelism(config=config, cp_plan=cp_plan)
+            return
+        if self.context_parallel is not None:
+            raise RuntimeError("this transformer runs on several GPUs already: enable_parallelism() was called before")
+        if self.config.added_kv_proj_dim is not None:
+            raise ValueError("a model that attends to images cannot run on several GPUs")
+        self.context_parallel = ContextParallel.from_config(wanted, self.config.num_attention_heads, self.device)
+        self._parallel_config = config
+
+    def _split(self, kv_cache: KVCache | None, frame_offset: int, *inputs: torch.Tensor) -> TokenSplit | None:
+        """How this pass is shared out between processes, if it is; `inputs` are latents, timestep and text."""
+        if self.context_parallel is None:
+            return None
+        if kv_cache is None or torch.is_grad_enabled():
+            raise ValueError(
+                "a transformer that runs on several GPUs makes passes with a kv_cache and without gradients: give one, "
+                "under torch.no_grad()"
+            )
+        frames = inputs[0].shape[2] // self.config.patch_size[0]
+        # Once a chunk, and where a prompt is seen for the first time: asking costs a look at the device.
+        if kv_cache.frames[-frames:][:1] != [frame_offset] or kv_cache.layers[0].get_text() is None:
+            names = ("latents", "timestep", "prompt embeddings")
+            place = torch.tensor(frame_offset, device=inputs[0].device)
+            self.context_parallel.require_same(dict(zip((*names, "frame offset"), (*inputs, place), strict=True)))
+        return self.context_parallel.split(frames * self._tokens_per_frame(inputs[0]))
+
     @contextmanager
-    def _bind(self, kv_cache: KVCache | None, frame_offset: int, hidden_states: torch.Tensor) -> Iterator[None]:
-        """Hand cache and frame offset to the installed parts for the length of one stock forward."""
+    def _bind(
+        self, kv_cache: KVCache | None, frame_offset: int, hidden_states: torch.Tensor, split: TokenSplit | None
+    ) -> Iterator[None]:
+        """Hand cache, frame offset and split to the installed parts for the length of one stock forward."""
         sinusoid = self.condition_embedder.timesteps_proj
         processors = [(block.attn1.processor, block.attn2.processor) for block in self.blocks]
         layers, start, position, window = [None] * len(processors), None, frame_offset, None
         if kv_cache is not None:
             self._check_bindable(kv_cache, processors)
-            heads = (self.config.num_attention_heads, self.config.attention_head_dim)
+            processes = 1 if split is None else split.parallel.size
+            heads = (self.config.num_attention_heads // processes, self.config.attention_head_dim)
             frames = hidden_states.shape[2] // self.config.patch_size[0]
             tokens = self._tokens_per_frame(hidden_states)
             start = kv_cache.begin_pass(frame_offset, frames, tokens, heads, hidden_states)
             layers = kv_cache.layers
             if kv_cache.rope_mode == "window":
                 window = len(kv_cache.frames)
-                position = window - frames
+                position = window - frames + kv_cache.shift
             else:
                 position = kv_cache.reindex(frames, self.rope.max_seq_len, self.rope.turn)
+        hooks = []
+        if split is not None:  # what comes before the blocks and behind them, every process computes for itself
+            hooks.append(self.patch_embedding.register_forward_hook(split.own_patches))
+            hooks.append(self.proj_out.register_forward_hook(split.gathered))
         try:
             self.rope.frame_offset, self.rope.cache_start, self.rope.window_frames = position, start, window
+            self.rope.split = split
             sinusoid.float64 = kv_cache is not None
             for pair, layer in zip(processors, layers, strict=True):
                 for processor in pair:
-                    processor.cache = layer
+                    processor.cache, processor.split = layer, split
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             self.rope.frame_offset, self.rope.cache_start, self.rope.window_frames = 0, None, None
+            self.rope.split = None
             sinusoid.float64 = False
             for pair in processors:
                 for processor in pair:
-                    processor.cache = None
+                    processor.cache = processor.split = None
 
     def _check_bindable(self, kv_cache: KVCache, processors: list[tuple[Any, Any]]) -> None:
         if len(kv_cache.layers) != len(processors):

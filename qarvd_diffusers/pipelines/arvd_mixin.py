@@ -40,13 +40,14 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _PORTABLE_NAMES = {
     "CausalWanTransformer3DModel": ("diffusers", "WanTransformer3DModel"),
     "FewStepRenoiseScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "ChunkUniPCScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
 
 
 class ARVDMixin(QuantizableMixin, ABC):
     """Streaming and quantization for a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
 
-    The host pipeline has a `transformer`, a `scheduler` (`FewStepRenoiseScheduler`), a `video_processor`, the fields of
+    The host pipeline has a `transformer`, a `scheduler` (of `schedulers/`), a `video_processor`, the fields of
     `CausalFields` in its config, and implements the contract: `encode_prompt`, `check_stream_inputs`, `run_pass`,
     `make_cache` and `make_decoder`.
 
@@ -101,6 +102,10 @@ class ARVDMixin(QuantizableMixin, ABC):
     @abstractmethod
     def make_decoder(self) -> Decoder:
         """A decoder for one stream."""
+
+    def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels `[B, 3, F, height, width]` in [-1, 1] -> normalized latents; needed where `CausalFields.reencodes`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot encode frames")
 
     @property
     def causal_fields(self) -> CausalFields:
@@ -177,6 +182,10 @@ class ARVDMixin(QuantizableMixin, ABC):
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
+            )
+        if overlap_decoding and self.causal_fields.reencodes:
+            raise ValueError(
+                "overlap_decoding cannot be combined with a model whose next chunk needs the decoded frames of the last"
             )
         storage = check_storage(kv_cache or self.kv_cache)
         prompt_embeds = load_prompt_embeds(prompt_embeds)

@@ -57,7 +57,7 @@ class StreamInputs:
         batch, channels, height, width = self.shape
         for chunk, _, frames in self.fields.chunks(self.num_chunks, self.context_frames):
             got = tuple(self.renoise_latents[chunk].shape)
-            steps = len(self.fields.timesteps_of_chunk(chunk)) - 1
+            steps = self.fields.num_renoises(chunk)
             fits = len(got) == 6 and got[0] >= steps and got[3] >= frames
             if not fits or (*got[1:3], *got[4:]) != self.shape:
                 raise ValueError(
@@ -67,8 +67,15 @@ class StreamInputs:
 
     @property
     def context_frames(self) -> int:
-        """Given latent frames."""
-        return 0 if self.initial_latents is None else self.initial_latents.shape[2]
+        """Given latent frames that come before generated chunk 0."""
+        return 0 if self.initial_latents is None else self.fields.context_frames(self.initial_latents.shape[2])
+
+    @property
+    def clamped(self) -> torch.Tensor | None:
+        """Given latents `[B, C, F, H, W]` with which generated chunk 0 begins, F less than a chunk; None without any."""
+        context = self.context_frames
+        whole = self.initial_latents is None or context == self.initial_latents.shape[2]
+        return None if whole else self.initial_latents[:, :, context:]
 
     @property
     def num_latent_frames(self) -> int | None:
@@ -109,7 +116,7 @@ class StreamInputs:
         starts, renoise = [], []
         for chunk, offset, frames in self.fields.chunks(self.num_chunks, self.context_frames):
             starts.append(self.noise(offset, frames, device, dtype))
-            steps = len(self.fields.timesteps_of_chunk(chunk)) - 1
+            steps = self.fields.num_renoises(chunk)
             drawn = [self.renoise(chunk, step, frames, device, dtype) for step in range(steps)]
             renoise.append(torch.stack(drawn) if drawn else starts[-1].new_empty(0, *starts[-1].shape))
         return replace(self, latents=torch.cat(starts, dim=2), renoise_latents=renoise, generator=None)

@@ -19,7 +19,7 @@ from ..config import QARVDConfig
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from ..schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
+from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .arvd_mixin import ARVDMixin
 from .inputs import StreamInputs, resolve_num_chunks
 from .lora import LoraMixin
@@ -67,8 +67,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Autoregressive video generation with a causal Wan transformer (Self-Forcing and its family).
 
     One class serves the family: members differ in the config fields of `CausalFields`. A stock `WanTransformer3DModel` is
-    upgraded to `CausalWanTransformer3DModel` sharing all its parameters, a stock scheduler is replaced by a
-    `FewStepRenoiseScheduler` built from the config. Distilled models need no guidance: there is no negative prompt.
+    upgraded to `CausalWanTransformer3DModel` sharing all its parameters, a stock scheduler is replaced by the
+    one that the config tells. Distilled models need no guidance: there is no negative prompt.
 
     Args:
         tokenizer: tokenizer of the text encoder.
@@ -76,10 +76,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         vae: Wan's VAE; with None, ask for `output_type="latent"`.
         transformer: the causal transformer, or a stock Wan transformer.
         scheduler: None or any stock scheduler (both give way to one built from the fields), or a `FewStepRenoiseScheduler`
-            that agrees with the fields.
+            or `ChunkUniPCScheduler` that agrees with the fields.
         num_frames_per_chunk, denoising_timesteps, first_chunk_timesteps, warp_timesteps, timestep_shift, context_noise,
             local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink, rope_mode,
-            sink_ema: see `CausalFields`.
+            sink_ema, shot_rope_offset, shot_prefix, pin_shots, context_mode, keep_first_frame, clamped_start, sampler: see
+            `CausalFields`.
         height: pixels of a frame when a call does not say.
         width: see `height`.
         max_sequence_length: text tokens when a call does not say.
@@ -97,7 +98,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     def __init__(
         self,
         transformer: CausalWanTransformer3DModel | WanTransformer3DModel,
-        scheduler: FewStepRenoiseScheduler | SchedulerMixin | None = None,
+        scheduler: SchedulerMixin | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder: UMT5EncoderModel | None = None,
         vae: AutoencoderKLWan | None = None,
@@ -114,6 +115,13 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         global_sink: bool = True,
         rope_mode: str = "absolute",
         sink_ema: float | None = None,
+        shot_rope_offset: int = 0,
+        shot_prefix: str = "",
+        pin_shots: bool = False,
+        context_mode: str = "refresh",
+        keep_first_frame: bool = False,
+        clamped_start: bool = False,
+        sampler: str = "renoise",
         height: int = 480,
         width: int = 832,
         max_sequence_length: int = 512,
@@ -134,13 +142,20 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             global_sink=global_sink,
             rope_mode=rope_mode,
             sink_ema=sink_ema,
+            shot_rope_offset=shot_rope_offset,
+            shot_prefix=shot_prefix,
+            pin_shots=pin_shots,
+            context_mode=context_mode,
+            keep_first_frame=keep_first_frame,
+            clamped_start=clamped_start,
+            sampler=sampler,
         )
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             vae=vae,
             transformer=transformer,
-            scheduler=_few_step_scheduler(scheduler, fields),
+            scheduler=_sampler(scheduler, fields),
         )
         self.register_to_config(
             **fields.to_dict(), height=height, width=width, max_sequence_length=max_sequence_length, fps=fps
@@ -254,6 +269,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
             self.make_decoder()  # raises where streaming decode cannot work
+        if self.causal_fields.reencodes and self.vae is None:
+            raise ValueError(
+                "this model encodes decoded frames anew and the pipeline has no vae: load one, or load the model with "
+                "keep_first_frame=True"
+            )
         if image is not None or video is not None:
             if rollout["initial_latents"] is not None:
                 raise ValueError("give either initial_latents or an image or video as a start, got both")
@@ -263,7 +283,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         initial = rollout["initial_latents"]
         num_chunks = resolve_num_chunks(
             self.causal_fields,
-            0 if initial is None or initial.ndim != 5 else initial.shape[2],
+            0 if initial is None or initial.ndim != 5 else self.causal_fields.context_frames(initial.shape[2]),
             num_chunks=rollout.pop("num_chunks"),
             num_frames=rollout.pop("num_frames"),
             latents=rollout["latents"],
@@ -301,8 +321,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             raise ValueError(f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample")
         pixels = fit_length(pixels, self.causal_fields, self.vae_scale_factor_temporal)
         self.align_modules()
-        latents = encode_pixels(self.vae, pixels, self._execution_device)
-        return latents.expand(batch, -1, -1, -1, -1)
+        return self.encode_frames(pixels).expand(batch, -1, -1, -1, -1)
+
+    def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        """See `ARVDMixin.encode_frames`."""
+        return encode_pixels(self.vae, pixels, self._execution_device)
 
     def _latent_size(self, height: int | None, width: int | None, given: torch.Tensor | None) -> tuple[int, int]:
         """Latent height and width, from pixels, from given latents, or from the config."""
@@ -411,17 +434,22 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         return ARVDPipelineOutput(frames=frames) if return_dict else (frames,)
 
 
-def _few_step_scheduler(scheduler: SchedulerMixin | None, fields: CausalFields) -> FewStepRenoiseScheduler:
+_SAMPLERS = {"renoise": FewStepRenoiseScheduler, "unipc": ChunkUniPCScheduler}
+
+
+def _sampler(scheduler: SchedulerMixin | None, fields: CausalFields) -> FewStepRenoiseScheduler | ChunkUniPCScheduler:
     """The given scheduler if it is of our kind and agrees with the pipeline's fields, else one built from the fields."""
     names = ("denoising_timesteps", "first_chunk_timesteps", "warp_timesteps", "timestep_shift")
-    wanted = FewStepRenoiseScheduler(**{name: getattr(fields, name) for name in names})
-    if not isinstance(scheduler, FewStepRenoiseScheduler):
+    wanted = _SAMPLERS[fields.sampler](**{name: getattr(fields, name) for name in names})
+    if not isinstance(scheduler, tuple(_SAMPLERS.values())):
         return wanted
 
     def plain(value: Any) -> Any:
         return tuple(value) if isinstance(value, list | tuple) else value
 
     differing = [name for name in names if plain(scheduler.config[name]) != plain(wanted.config[name])]
+    if type(scheduler) is not type(wanted):
+        differing.append("sampler")
     if differing:
         raise ValueError(
             f"scheduler and pipeline disagree on {differing}: pass the values to the pipeline, which is what is saved"

@@ -20,6 +20,7 @@ from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
 from ..model_card import CARD_FILE, is_non_commercial, model_card, stated_licence
 from ..serialization import atomic_directory, atomic_file, stored_bytes
+from .mixed_bits import choose_bits
 from .quantization import (
     calibrate_pipeline,
     check_stored_config,
@@ -122,6 +123,16 @@ class QuantizableMixin:
             **options: `num_chunks`, `seed`, `result`, `path` of `pipelines.sensitivity.measure_sensitivity`.
         """
         return measure_sensitivity(self, config, prompts, **options)
+
+    def choose_bits(self, config: QARVDConfig, budget: float = 0.1, **options: Any) -> QARVDConfig:
+        """The config with 8 bits for the layers of a 4-bit scheme that cost most; the pipeline stays float.
+
+        Args:
+            config: a scheme of 4-bit weights.
+            budget: share of the weights that may get 8 bits.
+            **options: `prompts`, `num_chunks`, `seed` of `pipelines.mixed_bits.choose_bits`.
+        """
+        return choose_bits(self, config, budget, **options)
 
     def quantize(self, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
         """Quantize the transformer in place, and the text encoder if the config says so.

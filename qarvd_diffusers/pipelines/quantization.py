@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from ..bundled import bundled_prompts
 from ..calibration.calibrate import Progress, apply, calibrate, quantize_weights
 from ..calibration.processes import Processes
-from ..calibration.result import RESULT_FORMAT, CalibrationResult
+from ..calibration.result import CalibrationResult
 from ..calibration.resume import ResumeFolder
-from ..config import QARVDConfig, parse_prompts
+from ..config import PACKED_FORMAT, QARVDConfig, parse_prompts
 from ..models.pass_info import PassInfo
 from ..quantizer import attach
 from ..serialization import quantized_linears
@@ -105,7 +105,7 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
     ).to_dict()
     rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
     model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
-    described = [RESULT_FORMAT, settings, rollout, model, torch.__version__]
+    described = [PACKED_FORMAT, settings, rollout, model, torch.__version__]
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     hash_tensors(digest, pipe.transformer.state_dict().items())
     hash_tensors(digest, ((f"prompt {i}", e) for i, e in enumerate(embeds)))
@@ -144,12 +144,17 @@ def calibrate_pipeline(
         The integer weights and quantizer parameters of every quantizable Linear.
 
     Raises:
-        ValueError: the pipeline is quantized already, `resume` was made with another model, config or prompts, or the
-            processes of a launch differ in them.
+        ValueError: the pipeline is quantized already, or runs on several GPUs; `resume` was made with another model, config
+            or prompts; or the processes of a launch differ in them.
         RuntimeError: another process of a launch ended.
     """
     if quantized_linears(pipe.transformer):
         raise ValueError("The transformer is quantized already; calibrate the float model.")
+    if getattr(pipe.transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            "The transformer was split by enable_parallelism(): calibrate before it. The processes of a launch share the "
+            "prompts and layers of a calibration by themselves."
+        )
     if not config.needs_calibration:
         return quantize_weights(pipe.transformer, config, progress)
     processes = Processes.launched()
@@ -172,7 +177,7 @@ def calibrate_pipeline(
         def run(on_pass: Callable[[PassInfo], None], chosen: Sequence[tuple[int, torch.Tensor]] = rollouts) -> None:
             fields, passes = pipe.causal_fields, itertools.count(1)
             chunks = range(config.calibration_chunks)
-            total = len(chosen) * sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in chunks)
+            total = len(chosen) * sum(sum(fields.passes(chunk).values()) for chunk in chunks)
 
             def observed(info: PassInfo) -> None:
                 step()

@@ -11,7 +11,7 @@ import torch
 
 from ..models.causal_fields import PROMPT_SWITCHES
 from .output import Chunk
-from .stream_session import StreamSession
+from .stream_session import PromptChange, StreamSession
 from .stream_state import save_state
 from .text_encoder import load_prompt_embeds
 
@@ -80,6 +80,7 @@ class Stream(Iterator[Chunk]):
         *,
         prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
         on_prompt_switch: str | None = None,
+        over_chunks: int = 1,
     ) -> None:
         """Go on with another prompt from the next chunk on; checked at once.
 
@@ -87,6 +88,7 @@ class Stream(Iterator[Chunk]):
             prompt: one prompt, or one per sample, as many as the stream was started with.
             prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
             on_prompt_switch: what becomes of the cached frames, one of `PROMPT_SWITCHES`; None takes the pipeline config's.
+            over_chunks: go to the new embeddings in equal steps, one a chunk, instead of at once.
 
         Raises:
             ValueError: for arguments that do not fit each other or the stream, or if the stream has ended.
@@ -95,12 +97,18 @@ class Stream(Iterator[Chunk]):
         how = on_prompt_switch or session.inputs.fields.on_prompt_switch
         if how not in PROMPT_SWITCHES:
             raise ValueError(f"on_prompt_switch is {how!r}, expected one of {', '.join(PROMPT_SWITCHES)}")
+        if over_chunks < 1 or (over_chunks > 1 and how not in ("keep", "recache")):
+            raise ValueError(
+                f"over_chunks is {over_chunks} with on_prompt_switch={how!r}, expected 1, or more with 'keep' or 'recache'"
+            )
         prompt_embeds = load_prompt_embeds(prompt_embeds)
         self._pipe.check_prompt(prompt, prompt_embeds, session.inputs.shape[0])
         if session.closing or self._ended:
             raise ValueError("the stream has ended: a new prompt would never be seen")
+        if how == "cut" and prompt is not None:
+            prompt = _prefixed(prompt, session.inputs.fields.shot_prefix)
         text = {**session.text, "prompt": prompt, "prompt_embeds": prompt_embeds}
-        session.prompt = (text, how)
+        session.changes = [PromptChange(text, how, over_chunks)]
 
     def pause(self) -> None:
         """Let the next `next` wait for `resume` or `close`; a chunk in the making is finished and handed out."""
@@ -125,6 +133,7 @@ class Stream(Iterator[Chunk]):
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write all that the stream goes on from, after the chunk handed out last, to a safetensors file.
 
+        Of several GPUs that make one stream, each saves the part that it holds: give each a file of its own.
         `ARVDMixin.restore_stream` goes on from it, bit by bit as this stream does, in any process with the same model.
 
         Raises:
@@ -138,3 +147,9 @@ class Stream(Iterator[Chunk]):
     @property
     def _ended(self) -> bool:
         return self._chunks.gi_frame is None
+
+
+def _prefixed(prompt: str | list[str], prefix: str) -> str | list[str]:
+    if isinstance(prompt, list):
+        return [_prefixed(text, prefix) for text in prompt]
+    return prompt if prompt.startswith(prefix) else prefix + prompt

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .chunk_loop import ChunkLoop
-from .decoding import DecodeQueue
+from .decoding import DecodeQueue, Decoder
 from .output import Chunk
+from .reencoding import ReencodingDecoder
 from .stream_session import StreamSession
 
 if TYPE_CHECKING:
@@ -25,13 +27,13 @@ def run_stream(pipe: ARVDMixin, session: StreamSession) -> Generator[Chunk]:
     pipe._num_timesteps = session.inputs.num_steps
     try:
         loop = session.loop = pipe.make_loop(session.inputs, kv_cache=session.kv_cache, **session.text)
-        make_decoder = session.make_decoder or pipe.make_decoder
-        session.decoder = None if session.output_type == "latent" else make_decoder()
+        session.decoder = _make_decoder(pipe, session)
         if session.saved is not None:
             session.saved.restore(loop, session.decoder)
         loop.on_pass = session.on_pass
         loop.interrupted = lambda: pipe._interrupt or session.closing
         loop.before_chunk = lambda: _switch_prompt(pipe, session)
+        loop.reencode = getattr(session.decoder, "reencode", None)
         with _progress_bar(pipe, session.inputs.num_steps) as bar:
             loop.on_step = _step_hook(pipe, loop, bar, *session.callback)
             yield from _chunks(pipe, session, loop)
@@ -41,11 +43,32 @@ def run_stream(pipe: ARVDMixin, session: StreamSession) -> Generator[Chunk]:
         pipe.maybe_free_model_hooks()
 
 
+def _make_decoder(pipe: ARVDMixin, session: StreamSession) -> Decoder | None:
+    """The stream's decoder; None where neither its consumer nor the model asks for pixels."""
+    fields = session.inputs.fields
+    if session.output_type == "latent" and not fields.reencodes:
+        return None
+    decoder = (session.make_decoder or pipe.make_decoder)()
+    if not fields.reencodes:
+        return decoder
+    return ReencodingDecoder(
+        decoder, pipe.encode_frames, fields.local_attention_frames, pipe.vae_scale_factor_temporal
+    )
+
+
+def _watched(rollout: Iterator[tuple[int, Tensor]], decoder: Decoder | None) -> Iterator[tuple[int, Tensor]]:
+    """The chunks of a rollout, seen by a decoder whose frames nobody wants but the model."""
+    for index, latents in rollout:
+        if decoder is not None:
+            decoder.decode(latents)
+        yield index, latents
+
+
 def _chunks(pipe: ARVDMixin, session: StreamSession, loop: ChunkLoop) -> Generator[Chunk]:
     """Drive the loop, decode, and time each chunk without the time its consumer takes."""
     rollout, start = loop.run(), time.perf_counter()
-    if session.decoder is None:
-        done = ((index, latents, latents) for index, latents in rollout)
+    if session.output_type == "latent":
+        done = ((index, latents, latents) for index, latents in _watched(rollout, session.decoder))
     else:
         queue = DecodeQueue(session.decoder, pipe.video_processor, session.output_type, session.overlap_decoding)
         done = itertools.chain.from_iterable(
@@ -57,10 +80,9 @@ def _chunks(pipe: ARVDMixin, session: StreamSession, loop: ChunkLoop) -> Generat
 
 
 def _switch_prompt(pipe: ARVDMixin, session: StreamSession) -> None:
-    waiting, session.prompt = session.prompt, None
-    if waiting is not None:
-        text, how = waiting
-        session.loop.switch_prompt(pipe.embed_prompt(**text), how)
+    if changes := session.encode_changes(pipe):
+        change = changes.pop(0)
+        session.loop.switch_prompt(pipe.embed_prompt(**change.text), change.how)
 
 
 def _progress_bar(pipe: ARVDMixin, num_steps: int | None) -> Any:

@@ -20,17 +20,17 @@ from .chunk_loop import ChunkLoop
 from .decoding import Decoder
 from .inputs import StreamInputs
 from .quantization import hash_tensors
-from .stream_session import StreamSession
+from .stream_session import PromptChange, StreamSession
 
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
 
-_KEY, _VERSION = "qarvd_stream", 1  # metadata entry of the file
+_KEY, _VERSION = "qarvd_stream", 2  # metadata entry of the file
 _SAMPLES = 16  # values per tensor that tell one model from another
 
 
 def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
-    """Short hashes of what a stream's continuation depends on: causal fields, transformer, VAE.
+    """Short hashes of what a stream's continuation depends on: causal fields, transformer, VAE, and its part of the heads.
 
     Of each tensor a few values are looked at. Those of a quantized layer are compared without regard to their order, which
     the layout for a kernel may change.
@@ -54,7 +54,9 @@ def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
                     continue
                 values = values.sort().values
             hash_tensors(digest, [(key, values[:: max(1, len(values) // _SAMPLES)])])
-    return {name: digest.hexdigest() for name, digest in hashes.items()}
+    found = {name: digest.hexdigest() for name, digest in hashes.items()}
+    parallel = getattr(pipe.transformer, "context_parallel", None)
+    return found if parallel is None else found | {"process": f"{parallel.rank} of {parallel.size}"}
 
 
 def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[str]) -> None:
@@ -67,9 +69,8 @@ def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[
     for part, method in ((loop.cache, "state"), (session.decoder, "state_dict")):
         if part is not None and not hasattr(part, method):
             raise ValueError(f"a {type(part).__name__} cannot be saved: it has no {method}()")
-    if session.prompt is not None:  # what waits is part of the state; it must not be encoded twice
-        text, how = session.prompt
-        session.prompt = ({"prompt_embeds": pipe.embed_prompt(**text)}, how)
+    changes = session.encode_changes(pipe)  # what waits is part of the state
+    loop.refresh()
     cache, cache_facts = loop.cache.state()
     where, loop_facts = loop.state()
     decoder = {} if session.decoder is None else session.decoder.state_dict()
@@ -81,15 +82,15 @@ def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[
         **{f"inputs.{name}": tensor for name, tensor in noise.items()},
         "prompt_embeds": loop.prompt_embeds,
     }
-    if session.prompt is not None:
-        tensors["next_prompt_embeds"] = session.prompt[0]["prompt_embeds"]
+    for index, change in enumerate(changes):
+        tensors[f"next_prompt.{index}"] = change.text["prompt_embeds"]
     facts = {
         "version": _VERSION,
         "model": fingerprint(pipe),
         "fields": session.inputs.fields.to_dict(),
         "output_type": session.output_type,
         "kv_cache": session.kv_cache,
-        "next_prompt": session.prompt and session.prompt[1],
+        "next_prompts": [change.how for change in changes],
         "cache": cache_facts,
         "loop": loop_facts,
         "inputs": noise_facts,
@@ -186,8 +187,10 @@ class SavedStream:
             make_decoder=make_decoder,
             saved=self,
         )
-        if self.facts["next_prompt"]:
-            session.prompt = ({"prompt_embeds": self.tensors["next_prompt_embeds"]}, self.facts["next_prompt"])
+        session.changes = [
+            PromptChange({"prompt_embeds": self.tensors[f"next_prompt.{index}"]}, how)
+            for index, how in enumerate(self.facts["next_prompts"])
+        ]
         return session
 
     @property

@@ -55,13 +55,14 @@ def _picture(frame: Picture, processor: VideoProcessor, size: tuple[int, int]) -
 
 
 def fit_length(pixels: torch.Tensor, fields: CausalFields, temporal_scale: int) -> torch.Tensor:
-    """The last frames of `[B, 3, F, H, W]` that are whole chunks; a single picture stands still for the shortest start.
+    """The last frames of `[B, 3, F, H, W]` that make a start of whole chunks (or, clamped, frames); a single picture stands still for the shortest start.
 
     Raises:
         ValueError: if the video is shorter than the shortest start.
     """
+    chunk = 1 if fields.clamped_start else fields.num_frames_per_chunk
     lead = 1 if fields.independent_first_frame else 0
-    least = lead or fields.num_frames_per_chunk
+    least = lead or chunk
     given = pixels.shape[2]
     if given == 1:
         return pixels.expand(-1, -1, 1 + temporal_scale * (least - 1), -1, -1)
@@ -70,7 +71,7 @@ def fit_length(pixels: torch.Tensor, fields: CausalFields, temporal_scale: int) 
         raise ValueError(
             f"a start of {given} frames is too short: this model starts with at least {1 + temporal_scale * (least - 1)}"
         )
-    latent_frames -= (latent_frames - lead) % fields.num_frames_per_chunk
+    latent_frames -= (latent_frames - lead) % chunk
     return pixels[:, :, -(1 + temporal_scale * (latent_frames - 1)) :]
 
 

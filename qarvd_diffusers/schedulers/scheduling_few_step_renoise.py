@@ -6,7 +6,9 @@ Self-Forcing (Huang et al. 2025, arXiv 2506.08009), over the flow-matching noise
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -20,6 +22,24 @@ def shifted_noise_table(num_steps: int, shift: float) -> tuple[torch.Tensor, tor
     linear = torch.linspace(1.0, 0.0, num_steps + 1)[:-1]
     sigmas = shift * linear / (1 + (shift - 1) * linear)
     return sigmas, sigmas * 1000
+
+
+def distilled_steps(
+    config: Mapping[str, Any], chunk_index: int, num_inference_steps: int | None = None
+) -> Sequence[float]:
+    """Timesteps of generated chunk `chunk_index`, from a scheduler's config.
+
+    Raises:
+        ValueError: if `num_inference_steps` is given and is not their number.
+    """
+    first = config["first_chunk_timesteps"]
+    steps = first if chunk_index == 0 and first is not None else config["denoising_timesteps"]
+    if num_inference_steps not in (None, len(steps)):
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps}, but the model is distilled for {len(steps)} steps "
+            f"({list(steps)}); change denoising_timesteps instead"
+        )
+    return steps
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,13 +101,7 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if `num_inference_steps` is given and is not the length of the distilled list.
         """
-        first = self.config.first_chunk_timesteps
-        steps = first if chunk_index == 0 and first is not None else self.config.denoising_timesteps
-        if num_inference_steps not in (None, len(steps)):
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps}, but the model is distilled for {len(steps)} steps "
-                f"({list(steps)}); change denoising_timesteps instead"
-            )
+        steps = distilled_steps(self.config, chunk_index, num_inference_steps)
         self.timesteps = self._warp(steps).to(device)
         self.sigmas = self._sigma(self.timesteps)
         self.num_inference_steps = len(steps)

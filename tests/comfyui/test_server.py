@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from graphs import BUNDLED, PROMPT, node, quantize_graph, read_video, stream_graph
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path
+from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path, to_original_keys
 from qarvd_diffusers.evaluation.moving_shapes import adherence
 
 pytestmark = pytest.mark.slow
@@ -130,6 +130,31 @@ def test_quantize_leaves_its_input_float_and_the_saved_model_is_the_libraries(se
     pipe.save_pretrained(server.base / "models" / "qarvd" / "from-library")
     run = server.run(stream_graph(node("QARVDLoadQuantized", checkpoint="from-library"), chunks=1))
     assert run.status == "success", run.error
+
+
+def test_single_files_and_rollouts(server):
+    """A file of ours, and an original checkpoint, which is converted once; either can roll out as another member does."""
+    models = server.base / "models" / "qarvd"
+    pipe = ARVDPipeline.from_pretrained(bundled_model_path())
+    pipe.save_pretrained(models / "lender")
+    pipe.save_single_file(models / "ours.safetensors")
+    original = {k: v.contiguous() for k, v in to_original_keys(pipe.transformer.state_dict()).items()}
+    save_file(original, models / "tiny_self_forcing.safetensors")
+    for file, rollout, expected in (
+        (
+            "ours.safetensors",
+            "as saved",
+            f"steps {', '.join(f'{t:g}' for t in pipe.causal_fields.denoising_timesteps)}",
+        ),
+        ("ours.safetensors", "infinity-rope", "attention over 6 latent frames, 1 of them a sink"),
+        ("tiny_self_forcing.safetensors", "as saved", "attention over all latent frames"),
+        ("tiny_self_forcing.safetensors", "longlive", "a base and a LoRA"),
+    ):
+        source = node("QARVDLoadPipeline", model=file, rollout=rollout, base="lender")
+        graph = stream_graph(source, chunks=1, width=64, height=64)
+        run = server.run({**graph, "9": node("QARVDInfo", pipeline=["1", 0])})
+        assert expected in (run.error if "LoRA" in expected else run.text("9"))
+    assert (server.base / "output" / "qarvd" / "tiny_self_forcing" / "model_index.json").is_file()
 
 
 def test_calibration_runs_with_the_given_prompts_and_reports(server):

@@ -25,7 +25,7 @@ from qarvd_diffusers.presets import NETWORKS, PRESETS, available, find_preset
 
 RUNS = {
     "self-forcing", "causal-forcing", "causal-forcing-framewise", "causal-forcing-framewise-2step",
-    "causal-forcing-framewise-1step", "longlive", "causvid", "infinity-rope", "reward-forcing",
+    "causal-forcing-framewise-1step", "longlive", "longlive-2", "causvid", "krea", "infinity-rope", "reward-forcing",
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def loaded(folder, **kwargs):
 
 
 def test_presets_that_run_and_those_that_do_not():
-    assert set(available()) >= RUNS
+    assert set(available()) == RUNS
     longlive = find_preset("longlive").fields
     assert (longlive.local_attention_frames, longlive.sink_frames) == (12, 3)
     for family, preset in PRESETS.items():
@@ -62,6 +62,8 @@ def test_presets_that_run_and_those_that_do_not():
         ("models/causal_forcing-framewise.safetensors", "causal-forcing-framewise"),
         ("self-forcing/longlive_base.pt", "longlive"),  # the file says more than a folder
         ("CausVid/autoregressive_checkpoint/model.pt", "causvid"),
+        ("krea/krea-realtime-video-14b.safetensors", "krea"),
+        ("LongLive-2.0-5B/model_bf16.pt", "longlive-2"),
     ],
 )
 def test_detection_by_name(original, tmp_path, path, family):
@@ -76,15 +78,11 @@ def test_detection_by_name(original, tmp_path, path, family):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("krea/krea-realtime-video-14b.safetensors", "family 'krea' is known but cannot run: it needs a context"),
-        (
-            "LongLive-2.0-5B/model_bf16.safetensors",
-            "family 'longlive-2' is known but cannot run: it needs the UniPC sampler",
-        ),
         (
             "rolling_forcing/model.safetensors",
             "family 'rolling-forcing' is known but cannot run.*noise levels jointly",
         ),
+        ("chunkwise/longvideo.safetensors", "family 'causal-forcing-long' is known but cannot run.*levels jointly"),
         ("somewhere/model.safetensors", "the family cannot be told.*Pass the family: self-forcing"),
     ],
 )
@@ -104,7 +102,8 @@ def test_a_network_of_another_size(tmp_path, monkeypatch):
     save_file({"patch_embedding.weight": torch.zeros(24, 4, 1, 2, 2), "blocks.0.modulation": torch.zeros(1)}, tmp_path / "a.safetensors")  # fmt: skip
     with pytest.raises(ValueError, match=r"is a 14B network, the family 'self-forcing' is 1\.3B"):
         detect_checkpoint(tmp_path / "a.safetensors", "self-forcing")
-    with pytest.raises(ValueError, match="family 'krea' is known but cannot run"):  # the only one of this size
+    # The only member of this size; but the bidirectional model has these tensors too.
+    with pytest.raises(ValueError, match=r"the family cannot be told.*Found: 14B\. Pass the family: krea"):
         detect_checkpoint(tmp_path / "a.safetensors")
 
 
@@ -231,18 +230,45 @@ def test_unfitting_loras_leave_nothing(tiny_pipeline, original, tmp_path, conten
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.pt", "style.pt"]
 
 
-@pytest.mark.parametrize("member", ["causal_forcing_framewise", "causvid", "longlive"])
+@pytest.mark.parametrize("member", ["causal_forcing_framewise", "causvid", "longlive", "krea_realtime", "longlive2"])
 def test_golden_members_convert_both_ways(golden_family, tmp_path, member):
     """The members' own weights and names: into a folder and back, bit by bit."""
     golden = golden_family(member)
-    family = {"causal_forcing_framewise": "causal-forcing-framewise"}.get(member, member)
+    family = {
+        "causal_forcing_framewise": "causal-forcing-framewise",
+        "krea_realtime": "krea",
+        "longlive2": "longlive-2",
+    }.get(member, member)
     stored = golden.state_dict()
     torch.save({"generator": stored}, tmp_path / "model.pt")
     heads = golden.original_config()["num_heads"]
     out = convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", family, lora="none", num_attention_heads=heads)
+    pipe = ARVDPipeline.from_pretrained(out)
+    assert pipe.causal_fields == PRESETS[family].fields
+    assert (pipe.config.height, pipe.config.fps) == ((704, 24) if family == "longlive-2" else (480, 16))
     convert_module.export_checkpoint(out, tmp_path / "back.safetensors")
     back = open_checkpoint(tmp_path / "back.safetensors").shards[0].load()
     assert back.keys() == stored.keys() and all(torch.equal(back[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize("family", available())
+def test_windows_that_a_preset_cannot_hold(tiny_pipeline, family):
+    """Named when the pipeline is made, and when a stream is asked for, before anything runs."""
+    fields = PRESETS[family].fields
+    least = fields.sink_frames + fields.num_frames_per_chunk
+    components = {**tiny_pipeline.components, "scheduler": None}
+    small = {**fields.to_dict(), "local_attention_frames": least - 1}
+    message = "local_attention_frames is .* at least sink_frames \\+ num_frames_per_chunk"
+    with pytest.raises(ValueError, match=message):
+        ARVDPipeline(**components, **small)
+    pipe = ARVDPipeline(**components, **fields.to_dict(), height=32, width=48)
+    pipe.window = least - 1
+    with pytest.raises(ValueError, match=message):
+        pipe.stream("a red circle")
+    if fields.pin_shots or fields.context_mode == "rebuild":
+        pipe.window = least + 1
+        with pytest.raises(ValueError, match=r"pin_shots is True, .* two chunks|two or more whole chunks"):
+            pipe.stream("a red circle")
 
 
 MEASURE = """

@@ -25,6 +25,7 @@ from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.serialization import quantized_linears
 
 PROMPTS = ("a red circle moves left",)
+COMFYUI = {"causal_ar": True, "num_heads": 2, "text_dim": 16}
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -115,7 +116,7 @@ def test_names_and_header(tiny_pipeline, tmp_path):
         "blocks.1.ffn.2.bias",
         "head.head.weight",
     } <= keys
-    assert json.loads(metadata["config"]) == {"transformer": {"causal_ar": True}}
+    assert json.loads(metadata["config"]) == {"transformer": COMFYUI}
     stored = json.loads(metadata[METADATA])
     assert stored["version"] == 1 and stored["pipeline"]["num_frames_per_chunk"] == 3
     assert "blocks.0.attn1.to_q" in stored["quantization_config"]["modules"]
@@ -165,7 +166,7 @@ def test_int8_tensorwise(tiny_pipeline, tmp_path, scheme, detector):
     losses = export_int8_tensorwise(transformer, tmp_path / "int8.safetensors")
     tensors, layers = load_file(tmp_path / "int8.safetensors"), quantized_linears(transformer)
     with safe_open(tmp_path / "int8.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["config"]) == {"transformer": {"causal_ar": True}}
+        assert json.loads(file.metadata()["config"]) == {"transformer": COMFYUI}
     exact = 0
     for name, layer in layers.items():
         (key,) = to_original_keys({f"{name}.weight": 0}, prefix="")

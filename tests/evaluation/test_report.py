@@ -97,8 +97,9 @@ def test_written_report_stands_alone(tmp_path):
         (tmp_path / "x.mp4").write_bytes(video)
         assert sum(1 for _ in imageio.get_reader(tmp_path / "x.mp4").iter_data()) == 6
     assert "a red circle" in page and "1000" in page.replace(",", "")
-    both = write_report(tmp_path / "two", report, expected, got, PROMPTS, fps=8)
-    assert "a &lt;blue&gt; square &amp; more" in (tmp_path / "two" / "report.html").read_text() and both["page"]
+    both = write_report(tmp_path / "two", report, expected, got, PROMPTS, fps=8, names=("float", "w4a8 <mine>"))
+    page = (tmp_path / "two" / "report.html").read_text()
+    assert "a &lt;blue&gt; square &amp; more" in page and "<th>w4a8 &lt;mine&gt;</th>" in page and both["page"]
 
 
 def test_sensitivity_plot(tmp_path):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from tiny_wan import CHUNKS, make_run, make_wan
 from torch import nn
 
-from qarvd_diffusers.bench.shapes import SHAPES, random_transformer
+from qarvd_diffusers.bench.shapes import SHAPES, Shape, random_transformer
 from qarvd_diffusers.bench.transformer import PassRunner
 from qarvd_diffusers.bench.transformer import quantized as quantized_by_one_pass
 from qarvd_diffusers.calibration.calibrate import apply, calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.linear import QARVDLinear
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
+from qarvd_diffusers.models.stretches import CapturedStretches, CaptureError
+from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
+from qarvd_diffusers.presets import PRESETS
 
 
 def quantized(scheme="w8a8", **changes):
@@ -61,6 +65,7 @@ TOLERANCE = 2e-3
         ("w8a8", {"tie_inputs": False}),
         ("w8a8", {"outlier_detector": "none"}),
         ("w8a8", {"reference_compat": True}),  # asymmetric 8-bit weights: row sums
+        ("w4a8", {"module_bits": {"ffn.net.2": 8, "blocks.1.attn2": 8}}),
     ],
 )
 def test_equals_the_model_layer_by_layer(scheme, changes):
@@ -97,6 +102,37 @@ def test_window_with_sink():
     assert relative(got, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ("krea", "longlive-2"))
+@pytest.mark.parametrize("storage", ("auto", "int8"))
+def test_whole_roll_outs(tiny_pipeline, family, storage):
+    """A rebuilt context, a shot's offset, a clamped start: what the pipeline does to the cache, the fused pass follows."""
+    changes = {"num_frames_per_chunk": 3, "local_attention_frames": 9, "sink_frames": 0, "keep_first_frame": True}
+    fields = dataclasses.replace(PRESETS[family].fields, **changes)
+    pipe = ARVDPipeline(**{**tiny_pipeline.components, "scheduler": None}, **fields.to_dict(), height=32, width=48)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer = quantized()
+    width = pipe.transformer.config.text_dim
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 1, 6, width, generator=g)
+    noise, start = torch.randn(1, 4, 15, 4, 6, generator=g), torch.randn(1, 4, 1, 4, 6, generator=g)
+
+    def roll_out(fused):
+        pipe.transformer.fused_pass = fused
+        stream = pipe.stream(
+            prompt_embeds=first,
+            latents=noise,
+            initial_latents=start if fields.clamped_start else None,
+            generator=torch.Generator().manual_seed(1),
+            output_type="latent",
+            kv_cache=storage,
+        )
+        pieces = [next(stream).latents]
+        stream.set_prompt(prompt_embeds=second, on_prompt_switch="cut")
+        return torch.cat([*pieces, *(chunk.latents for chunk in stream)], dim=2)
+
+    assert relative(roll_out(True), roll_out(False)) < (0.05 if storage == "int8" else 5 * TOLERANCE)
+
+
 @pytest.mark.parametrize("storage", ("int8", "fp8"))
 def test_eight_bit_cache(storage):
     """The fused pass also reads the current chunk in 8 bits; the layers read it as it is."""
@@ -107,6 +143,17 @@ def test_eight_bit_cache(storage):
     assert relative(got, expected) < 0.05
     key, key_fused = stored.visible(0)[0], stored_fused.visible(0)[0]
     assert relative(key_fused, key) < 0.05
+
+
+def test_values_with_tokens_innermost_change_nothing(monkeypatch):
+    model = quantized()
+    expected, stored = roll_out(model, True, storage="fp8", local_attention_frames=6)
+    monkeypatch.setattr("qarvd_kernels.tokens_innermost", lambda *_: True)
+    got, other = roll_out(model, True, storage="fp8", local_attention_frames=6)
+    assert other.layers[0].value.stride(1) == 1 != stored.layers[0].value.stride(1)
+    assert relative(got, expected) < TOLERANCE
+    for plain, innermost in zip(stored.visible(0), other.visible(0), strict=True):
+        assert relative(innermost, plain) < TOLERANCE
 
 
 @torch.no_grad()
@@ -207,6 +254,28 @@ def test_rows_in_another_order_change_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", ("w8a8", "w4a8", "w8a16"))
+def test_group_offload_on_a_stream(scheme):
+    """Weights that were laid out for fused kernels leave the GPU between passes; the flow is that of layer by layer."""
+    device, shape = torch.device("cuda"), SHAPES["toy"]
+    model = quantized_by_one_pass(random_transformer(shape, device, torch.bfloat16), shape, scheme)
+    runner = PassRunner(model, shape)  # inputs on the GPU
+    runner(0)
+    model.fused_pass = False
+    runner.reset()
+    expected = [runner(chunk) for chunk in range(2)]
+    model.fused_pass = None
+    model.to("cpu")
+    offload = {"onload_device": device, "offload_device": torch.device("cpu"), "offload_type": "block_level"}
+    model.enable_group_offload(**offload, num_blocks_per_group=1, use_stream=True, record_stream=True)
+    runner.reset()
+    for chunk, flow in enumerate(expected):
+        assert torch.equal(runner(chunk), flow)
+    assert model.blocks[0].attn1.to_q.weight_packed.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
 @pytest.mark.parametrize("storage", ("auto", "fp8", "int8"))
 def test_on_the_gpu(scheme, storage):
@@ -219,3 +288,55 @@ def test_on_the_gpu(scheme, storage):
         runner = PassRunner(model, shape, storage)
         flows.append(torch.stack([runner(chunk) for chunk in range(3)]).float())
     assert relative(flows[1], flows[0]) < (0.02 if storage == "auto" else 0.06)
+
+
+def wide_model(scheme="w8a8"):
+    """Two heads and three blocks on the GPU: sizes that every compiled kernel takes."""
+    shape = Shape(heads=2, ffn=512, layers=3)
+    return quantized_by_one_pass(random_transformer(shape, torch.device("cuda"), torch.bfloat16), shape, scheme), shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
+@pytest.mark.parametrize("storage", ("auto", "fp8"))
+def test_graphs_replay_the_same_pass(scheme, storage):
+    """Bit by bit, at every chunk, after a new stream, another prompt and a pass that only stores."""
+    model, shape = wide_model(scheme)
+    model.fused_pass = True
+    runs = []
+    for graphs in (False, True):
+        runner, flows = PassRunner(model, shape, storage), []
+        flows.append(runner(0).clone())
+        model._fused_pass.cuda_graphs = graphs
+        for chunk in (0, 1, 1, 2):
+            flows.append(runner(chunk).clone())
+            runner(chunk, cache_only=True)
+        runner._text = runner._text.flip(1)
+        runner._cache.reset_text()
+        flows.append(runner(2).clone())
+        runner.reset()
+        flows.append(runner(0).clone())
+        runs.append(torch.stack(flows))
+    assert torch.isfinite(runs[0]).all()
+    assert torch.equal(*runs)
+    captured = [one for one in model._fused_pass._graphs._captured.values() if one is not None]
+    assert len(captured) == 1 and len(captured[0]._graphs) == shape.layers + 1
+    assert not torch.equal(runs[0][-2], runs[0][-3])  # the prompt matters
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stretch_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog):
+    model, shape = wide_model()
+    model.fused_pass = True
+    runner = PassRunner(model, shape)
+    expected = runner(0).clone()
+
+    def refuse(self, index):
+        raise CaptureError("no room")
+
+    monkeypatch.setattr(CapturedStretches, "_capture", refuse)
+    assert torch.equal(runner(0), expected)
+    assert "kernel by kernel" in caplog.text and "no room" in caplog.text
+    assert torch.equal(runner(0), expected)

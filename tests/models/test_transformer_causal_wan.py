@@ -185,17 +185,19 @@ def test_rope_limit_is_named(inputs):
 
 
 @pytest.mark.parametrize(
-    ("table", "window", "sink", "storage"),
+    ("table", "window", "sink", "storage", "shot"),
     [
-        (13, 6, 3, "auto"),
-        (13, 7, 1, "auto"),
-        (9, 6, 0, "auto"),
-        (12, 3, 0, "auto"),
-        (40, -1, 0, "auto"),
-        (13, 9, 3, "int8"),
+        (13, 6, 3, "auto", 0),
+        (13, 7, 1, "auto", 0),
+        (9, 6, 0, "auto", 0),
+        (12, 3, 0, "auto", 0),
+        (40, -1, 0, "auto", 0),
+        (13, 9, 3, "int8", 0),
+        (13, 9, 3, "auto", 5),
+        (13, 9, 3, "auto", 42),  # further than the table is long
     ],
 )
-def test_a_stream_goes_on_where_the_rope_table_ends(table, window, sink, storage):
+def test_a_stream_goes_on_where_the_rope_table_ends(table, window, sink, storage, shot):
     """Exactly as under a table without end, the growing distance of the sink included."""
     torch.manual_seed(0)
     endless = CausalWanTransformer3DModel(**CONFIG).eval()
@@ -206,12 +208,16 @@ def test_a_stream_goes_on_where_the_rope_table_ends(table, window, sink, storage
 
     def rollout(model):
         cache = KVCache(2, window, sink, storage=storage)
-        out = [run(model, latents[:, :, i : i + 3], text, t, cache, i) for i in range(0, 60, 3) for t in (900, 0)]
+        out = []
+        for i in range(0, 60, 3):
+            if shot and i in (18, 33):
+                cache.begin_shot(shot, pin=True)
+            out += [run(model, latents[:, :, i : i + 3], text, t, cache, i) for t in (900, 0)]
         return torch.stack(out), cache
 
     expected, _ = rollout(endless)
     got, cache = rollout(short)
-    assert cache.origin > 0 and cache.frames[-1] - cache.origin < table
+    assert cache.origin > 0 and cache.frames[-1] + cache.shift - cache.origin < table
     before = 2 * (table // 3)  # passes inside the table
     assert torch.equal(got[:before], expected[:before])
     assert_close(got, expected, 2e-6 if storage == "auto" else 2e-2)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -145,6 +146,25 @@ def test_nan_is_named_and_the_file_stays_usable(tiny_pipeline, tmp_path):
         config("w4a16"), (*PROMPTS, "a red square"), num_chunks=2, seed=SEED, path=path
     )
     assert continued == pipe.measure_sensitivity(config("w4a16"), (*PROMPTS, "a red square"), num_chunks=2, seed=SEED)
+
+
+def test_a_full_disk_is_named_and_the_file_stays_usable(tiny_pipeline, tmp_path):
+    resource = pytest.importorskip("resource")  # a limit on file sizes stands in for the full disk
+    before, path = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "x.json"
+    measure = partial(tiny_pipeline.measure_sensitivity, config("w4a16"), num_chunks=2, seed=SEED)
+    want = measure(PROMPTS)
+    size = want.save(tmp_path / "want.json").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))  # one prompt fits, two do not
+    try:
+        with pytest.raises(
+            OSError, match=r"x.json could not be written .*free some space and run again, it continues"
+        ):
+            measure(PROMPTS, path=path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(SensitivityResult.load(path, partial=True).errors) == 1
+    assert measure(PROMPTS, path=path) == want
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["want.json", "x.json"]
 
 
 def test_a_file_of_something_else_is_refused_by_name(tiny_pipeline, tmp_path):

@@ -38,8 +38,9 @@ class RecordingPipeline(ARVDPipeline):
         return flow
 
 
-def replay(golden, inputs, fields, frames, switches):
+def replay(golden, inputs, fields, frames, switches, hows=()):
     """Latents of a rollout whose prompt changes at the first chunk that starts at or behind each switch."""
+    hows = iter(hows)
     pipe = RecordingPipeline(golden.transformer(), **fields.to_dict())
     pipe.set_progress_bar_config(disable=True)
     pipe.infos, pipe.flows = [], {}
@@ -56,7 +57,7 @@ def replay(golden, inputs, fields, frames, switches):
     for start in range(0, frames, 3):
         if switches and start >= switches[0]:
             switches.pop(0)
-            stream.set_prompt(prompt_embeds=inputs[next(prompts)])
+            stream.set_prompt(prompt_embeds=inputs[next(prompts)], on_prompt_switch=next(hows, None))
         pieces.append(next(stream).latents)
     final = pipe.cache.visible(0)[0].clone()
     assert next(stream, None) is None
@@ -85,3 +86,35 @@ def test_longlive(golden_family, name, switches):
         # The sink's frames need not be encoded again where what comes of it is thrown away.
         expected = expected[:, :, -actual.shape[2] :] if re.search("flow_pred_discarded", key) else expected
         torch.testing.assert_close(actual, expected, atol=STRICT, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_a_prompt_reached_over_several_chunks(tiny_pipeline, tmp_path):
+    """Embeddings in equal steps, one a chunk, also from a saved stream; a prompt in between ends it."""
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append(tensors["prompt_embeds"].clone())
+        return {}
+
+    old, new = tiny_pipeline.encode_prompt([PROMPT, OTHER]).split(1)
+    steps = len(tiny_pipeline.causal_fields.denoising_timesteps)
+    options = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": ("prompt_embeds",)}
+    noise = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    stream = tiny_pipeline.stream(PROMPT, num_chunks=6, **noise, **options)
+    next(stream)
+    stream.set_prompt(OTHER, over_chunks=4)
+    next(stream)
+    stream.save_state(tmp_path / "state.safetensors")
+    rest = [chunk.latents for chunk in stream]
+    expected = [torch.lerp(old, new, weight) for weight in (0, 0.25, 0.5, 0.75, 1, 1)]
+    for got, wanted in zip(seen[::steps], expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    restored = tiny_pipeline.restore_stream(tmp_path / "state.safetensors")
+    assert all(torch.equal(chunk.latents, one) for chunk, one in zip(restored, rest, strict=True))
+    with tiny_pipeline.stream(PROMPT, num_chunks=3, **noise) as stream:
+        next(stream)
+        with pytest.raises(ValueError, match="over_chunks is 2 with on_prompt_switch='cut'"):
+            stream.set_prompt(OTHER, on_prompt_switch="cut", over_chunks=2)
+        stream.set_prompt(prompt_embeds=new[:, :5], over_chunks=2)
+        with pytest.raises(ValueError, match=r"prompt_embeds has shape \[1, 5, 16\], expected \[1, 12, 16\]"):
+            next(stream)

@@ -14,27 +14,24 @@ from qarvd_diffusers.presets import PRESETS
 
 LONGLIVE = dataclasses.replace(PRESETS["longlive"].fields, rope_mode="window")
 CASES = {
-    "longlive/ll6_relative_rope_rollout": (LONGLIVE, ()),
-    "longlive/ll7_relative_rope_switch_at_15": (LONGLIVE, (15,)),
-    "rolling_variants/rf1_reward_forcing_ema_sink": (PRESETS["reward-forcing"].fields, ()),
-    "rolling_variants/ir1_infinity_rope_scene_cut_at_12_flush_at_18": (PRESETS["infinity-rope"].fields, ()),
+    "longlive/ll6_relative_rope_rollout": (LONGLIVE, (), ()),
+    "longlive/ll7_relative_rope_switch_at_15": (LONGLIVE, (15,), ()),
+    "rolling_variants/rf1_reward_forcing_ema_sink": (PRESETS["reward-forcing"].fields, (), ()),
+    "rolling_variants/ir1_infinity_rope_scene_cut_at_12_flush_at_18": (
+        PRESETS["infinity-rope"].fields,
+        (12, 18),
+        ("cut", "keep"),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden(golden_family, case):
-    fields, switches = CASES[case]
+    fields, switches, hows = CASES[case]
     member, name = case.split("/")
     weights = golden_family("longlive")
     data, inputs = golden_family(member).file(f"{name}.safetensors"), weights.file("inputs.safetensors")
-    frames = data["latents"].shape[2]
-    if (
-        member == "rolling_variants" and "scene_cut_at_12" in name
-    ):  # a scene cut moves positions, which is not done here
-        frames = 12
-        data = {key: value for key, value in data.items() if key == "latents" or int(key.split("chunk")[1][0]) < 4}
-        data["latents"] = data["latents"][:, :, :frames]
-    got = replay(weights, inputs, fields, frames, switches)
+    got = replay(weights, inputs, fields, data["latents"].shape[2], switches, hows)
     if "final_sink_k_cache_block0" in data:
         sink = data["final_sink_k_cache_block0"].shape[1]
         got["final_sink_k_cache_block0"] = got["final_self_attn_k_cache_block0"][:, :sink]

@@ -419,8 +419,7 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_col
             store_format<tile_columns, output, false>(p, accumulators, own_lines + L::line, row, column);
         else
             store_format<tile_columns, output, true>(p, accumulators, own_lines + L::line, row, column);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.lines_empty(lines.index));
+        barrier_arrive(shared.lines_empty(lines.index));
         lines.advance();
     }
 }
@@ -445,7 +444,7 @@ __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(gemm_th
         }
         for (int buffer = 0; buffer < L::lines_buffers; ++buffer) {
             barrier_init(shared.lines_full(buffer), 1);
-            barrier_init(shared.lines_empty(buffer), consumer_warps);
+            barrier_init(shared.lines_empty(buffer), consumers * warpgroup);  // every thread reads them
         }
         barrier_init_fence();
     }
