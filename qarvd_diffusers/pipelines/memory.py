@@ -133,11 +133,18 @@ def estimate(
     working = _pass_bytes(spec, choice.kv_cache, dtype, size, window, batch, fields.num_frames_per_chunk, text_tokens)
     vae = _vae_bytes(spec, dtype, size, batch, fields.num_frames_per_chunk)
     encoder = _encoder_bytes(spec, dtype)
+    graphs = 0
+    if _runs_fused(
+        shapes, choice.scheme
+    ):  # what its CUDA graphs hold: a stretch's activations, inputs, the prompt's K/V
+        tokens = fields.num_frames_per_chunk * frame // channels * batch
+        graphs = tokens * (7 * channels * dtype.itemsize + values["ffn_dim"]) + text * dtype.itemsize * batch
     components = {
         "transformer weights": weights,
         "K/V cache": 2 * layers * window * frame * stored * batch,
         "K/V of the prompt": text * dtype.itemsize * batch,
         "one pass": working + largest,
+        "CUDA graphs of the passes": graphs,
         "VAE decoder and encoder weights": vae.weights,
         "VAE memory of earlier frames": vae.left,
         "VAE decoding": vae.peak - vae.left,
@@ -146,6 +153,7 @@ def estimate(
         "encoding a prompt": encoder.peak,
     }
     resident = weights + components["K/V cache"] + components["K/V of the prompt"] + vae.weights + vae.left
+    resident += graphs
     kept = encoder.weights if choice.text_encoder == "keep" else 0
     encoding = {"stream": encoder.left}.get(choice.text_encoder, encoder.weights)
     phases = {
@@ -244,6 +252,12 @@ def _latents(shapes: ModelShapes, size: tuple[int, int], batch: int, frames: int
     return torch.empty(
         batch, shapes.transformer["in_channels"], frames, size[0] // scale, size[1] // scale, dtype=dtype
     )
+
+
+def _runs_fused(shapes: ModelShapes, scheme: str | None) -> bool:
+    """Whether passes run on fused integer kernels, which on a GPU they do as CUDA graphs."""
+    config = shapes.quantization or (QARVDConfig(scheme) if scheme else None)
+    return config is not None and config.resolved_scheme.activation == "static"
 
 
 @functools.lru_cache(maxsize=16)
