@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_batches_and_timesteps_per_frame():
         expected, _ = roll_out(model, False, batch=2, timesteps=timesteps)
         got, _ = roll_out(model, True, batch=2, timesteps=timesteps)
         assert relative(got, expected) < TOLERANCE
+
+
+def test_moved_weights_are_given_up_at_once():
+    model = quantized()
+    expected, _ = roll_out(model, True)
+    held = weakref.ref(model._fused_pass)
+    model.to("cpu")  # moves nothing
+    assert held() is not None
+    model._apply(torch.clone)  # as a move to another device does
+    assert held() is None
+    assert torch.equal(roll_out(model, True)[0], expected)
 
 
 def test_window_with_sink():
