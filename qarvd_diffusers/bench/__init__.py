@@ -12,4 +12,13 @@ PASS_VARIANTS = (
     "w8a8-attention8",
     "w4a8-attention8",
 )
-VIDEO_VARIANTS = ("bf16", "bf16-compiled", "w8a8", "w8a8-attention8", "w4a8-attention8")
+# Of whole videos; "-overlap": frames are decoded beside the next chunk's denoising.
+VIDEO_VARIANTS = (
+    "bf16",
+    "bf16-compiled",
+    "w8a8",
+    "w8a8-overlap",
+    "w8a8-attention8",
+    "w8a8-attention8-overlap",
+    "w4a8-attention8",
+)

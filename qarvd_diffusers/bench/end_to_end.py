@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import statistics
 import time
@@ -11,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from ..bundled import bundled_model_path
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..pipelines.pipeline_arvd import ARVDPipeline
 from ..pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
-from .shapes import CHUNK_FRAMES, Shape, random_transformer
+from .shapes import Shape, random_transformer
 from .transformer import quantized
+from .vae import random_vae
 
 _WINDOW = 21  # latent frames: the length the family is trained at
+WARM_UP = 4  # chunks: the first, the second and the third compile
 
 
 def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, device: torch.device) -> ARVDPipeline:
     """A pipeline of real sizes with random weights: UMT5-XXL's shape and Wan's VAE, or small ones for the toy shape."""
     large = shape.heads > 1
-    vae_config = {} if large else {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     text_config = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     if large:
         text_config = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -39,32 +40,47 @@ def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, devi
             text_encoder = UMT5EncoderModel(
                 UMT5Config(vocab_size=256384, feed_forward_proj="gated-gelu", **text_config)
             )
-            vae = AutoencoderKLWan(**vae_config)
     finally:
         torch.set_default_dtype(default)
     return ARVDPipeline(
         transformer=transformer,
         tokenizer=AutoTokenizer.from_pretrained(Path(bundled_model_path()) / "tokenizer"),
         text_encoder=text_encoder.eval(),
-        vae=vae.eval(),
+        vae=random_vae(shape, device, dtype),
         height=480 if large else 32,
         width=832 if large else 48,
         local_attention_frames=_WINDOW,
     )
 
 
-def _configure(pipe: ARVDPipeline, name: str, shape: Shape, compile_vae: bool) -> dict[str, Any]:
-    """Turn a float pipeline into the variant `name`; returns the arguments of its streams."""
+def _pipeline(whole: ARVDPipeline, name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> ARVDPipeline:
+    """A pipeline around the transformer of variant `name`; a float one decodes as diffusers does, frame by frame."""
+    vae = copy.deepcopy(whole.vae)
+    fields = {key: whole.config[key] for key in ("height", "width", "local_attention_frames")}
+    pipe = ARVDPipeline(**{**whole.components, "vae": vae, "transformer": transformer}, **fields)
+    pipe.set_progress_bar_config(disable=True)
     if name.startswith("w"):
-        scheme, _, attention = name.partition("-")
-        pipe.transformer = quantized(pipe.transformer, shape, scheme)
-        optimize_vae(pipe.vae, compile_vae)
-        return {"kv_cache": "fp8"} if attention else {}
-    pipe.make_decoder = lambda: StreamingVAEDecoder(pipe.vae, frames_at_once=1)  # as diffusers decodes
+        pipe.transformer = quantized(transformer, shape, _scheme(name))
+        optimize_vae(vae)
+        return pipe
+    pipe.make_decoder = lambda: StreamingVAEDecoder(vae, frames_at_once=1)
     if name == "bf16-compiled":
         pipe.transformer.set_attention_backend("_native_cudnn")
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    return {}
+    return pipe
+
+
+def _scheme(name: str) -> str:
+    return name.partition("-")[0] if name.startswith("w") else name
+
+
+def _arguments(name: str) -> dict[str, Any]:
+    """What variant `name` asks of its streams."""
+    _, *options = name.split("-") if name.startswith("w") else [name]
+    return {
+        **({"kv_cache": "fp8"} if "attention8" in options else {}),
+        **({"overlap_decoding": True} if "overlap" in options else {}),
+    }
 
 
 def time_stream(pipe: ARVDPipeline, num_chunks: int, **arguments: Any) -> dict[str, float]:
@@ -77,7 +93,7 @@ def time_stream(pipe: ARVDPipeline, num_chunks: int, **arguments: Any) -> dict[s
     arrivals, frames = [], 0
     for chunk in pipe.stream("a red circle moves left", num_chunks=num_chunks, output_type="pt", **arguments):
         if cuda:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # the frames are there; what is decoded beside it goes on
         arrivals.append(time.perf_counter() - start)
         frames += chunk.frames.shape[1]
     gaps = [after - before for before, after in itertools.pairwise(arrivals)] or arrivals
@@ -97,39 +113,43 @@ def bench_end_to_end(
     variants: Sequence[str],
     device: torch.device,
     lengths: Sequence[int] = (7, 27),
-    compile_vae: bool = True,
     on_result: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> list[dict[str, Any]]:
-    """Time whole videos of 7 and 27 chunks (81 and 321 frames) with every variant, after one that warms up.
+    """Time whole videos of 7 and 27 chunks (81 and 321 frames) with every variant, after a short one that warms up.
+
+    Neighbouring variants of one scheme share a pipeline. Peak memory is that of the whole process: text encoder, VAE and
+    the transformer of the variant.
 
     Returns:
-        Per variant: `name`, and by number of frames what `time_stream` tells; or `error`.
+        Per variant: `name`, `setup_s` (weights, quantization, compilation and warm-up), and by number of frames what
+        `time_stream` tells; or `error`.
     """
-    transformer = random_transformer(shape, device, torch.bfloat16)
-    whole = random_pipeline(shape, transformer, device)
-    results = []
+    whole, pipe, built, results = None, None, None, []
     for name in variants:
         result: dict[str, Any] = {"name": name}
+        start = time.perf_counter()
         try:
-            components = {
-                **whole.components,
-                "transformer": copy.deepcopy(transformer),
-                "vae": copy.deepcopy(whole.vae),
-            }
-            fields = {key: whole.config[key] for key in ("height", "width", "local_attention_frames")}
-            pipe = ARVDPipeline(**components, **fields)
-            pipe.set_progress_bar_config(disable=True)
-            arguments = _configure(pipe, name, shape, compile_vae)
-            time_stream(pipe, _WINDOW // CHUNK_FRAMES, **arguments)
+            if built != _scheme(name):
+                pipe = built = None
+                _release(device)
+                transformer = random_transformer(shape, device, torch.bfloat16)
+                whole = whole or random_pipeline(shape, transformer, device)
+                pipe, built = _pipeline(whole, name, transformer, shape), _scheme(name)
+                whole.transformer = transformer = None
+            time_stream(pipe, WARM_UP, **_arguments(name))
+            result["setup_s"] = time.perf_counter() - start
             for num_chunks in lengths:
-                timed = time_stream(pipe, num_chunks, **arguments)
+                timed = time_stream(pipe, num_chunks, **_arguments(name))
                 result[str(timed["frames"])] = timed
-            del pipe, components
         except (ImportError, RuntimeError, ValueError, TypeError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
         results.append(result)
         on_result(result)
-        torch.compiler.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     return results
+
+
+def _release(device: torch.device) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

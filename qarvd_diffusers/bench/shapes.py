@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,10 @@ class Shape:
     def products(self) -> tuple[tuple[int, int], ...]:
         """`(N, K)` of the matrix products of a block, q, k and v as one."""
         return (3 * self.dim, self.dim), (self.dim, self.dim), (self.ffn, self.dim), (self.dim, self.ffn)
+
+    def with_layers(self, layers: int | None) -> Shape:
+        """The same shape with fewer blocks: where the whole model does not fit, or for a quick look. None leaves it."""
+        return self if layers is None else replace(self, layers=layers)
 
 
 SHAPES = {"1.3b": Shape(12, 8960, 30), "14b": Shape(40, 13824, 40), "toy": Shape(1, 256, 2)}

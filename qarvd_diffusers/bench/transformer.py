@@ -14,8 +14,9 @@ from ..config import QARVDConfig
 from ..models.kv_cache import KVCache
 from ..models.pass_info import PassInfo
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from .breakdown import breakdown
 from .shapes import CHUNK_FRAMES, Shape, random_inputs, random_transformer
-from .timing import median_ms
+from .timing import median_ms, time_limit
 
 TIMESTEP = 750.0
 
@@ -58,12 +59,25 @@ class PassRunner:
 def measure(runner: PassRunner, chunks: Sequence[int], repeats: int) -> tuple[dict[str, float], dict[int, Tensor]]:
     """Median milliseconds of a denoising pass at each of `chunks` (0-based), and the flow it gave, in float32 on the CPU."""
     times, flows = {}, {}
-    runner.reset()
     for chunk in range(max(chunks) + 1):
-        flows[chunk] = runner(chunk).float().cpu()
+        flow = runner(chunk)
         if chunk in chunks:
+            flows[chunk] = flow.float().cpu()
             times[str(chunk + 1)] = median_ms(lambda chunk=chunk: runner(chunk), repeats)
-    return times, {chunk: flows[chunk] for chunk in chunks}
+    return times, flows
+
+
+def operations(
+    runner: PassRunner, shape: Shape, chunks: Sequence[int], eight: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """The `breakdown` of a pass at each of `chunks`, of a stream of its own: a profiler must not watch what is timed."""
+    runner.reset()
+    rows = {}
+    for chunk in range(max(chunks) + 1):
+        runner(chunk)
+        if chunk in chunks:
+            rows[str(chunk + 1)] = breakdown(lambda chunk=chunk: runner(chunk), shape, chunk, eight)
+    return rows
 
 
 def quantized(transformer: CausalWanTransformer3DModel, shape: Shape, scheme: str) -> CausalWanTransformer3DModel:
@@ -93,10 +107,12 @@ def build(name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> 
     model = copy.deepcopy(transformer)
     if name.startswith("torchao"):
         _quantize_with_torchao(model, name)
+    runner = PassRunner(model, shape)
     if name != "bf16":
         model.set_attention_backend("_native_cudnn")
+        runner(0)  # so that the block is not compiled for the one pass that projects the prompt
         model.compile_repeated_blocks(fullgraph=True)
-    return PassRunner(model, shape)
+    return runner
 
 
 def _quantize_with_torchao(model: CausalWanTransformer3DModel, name: str) -> None:
@@ -111,19 +127,9 @@ def _quantize_with_torchao(model: CausalWanTransformer3DModel, name: str) -> Non
     if name == "torchao-fp8":
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(model.blocks, config)
-
-
-def breakdown(runner: PassRunner, chunk: int) -> list[dict[str, Any]]:
-    """Milliseconds on the GPU by kernel of one pass over `chunk`, the chunk the runner stands at; largest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        runner(chunk)
-        torch.cuda.synchronize()
-    rows = [
-        {"kernel": event.key[:100], "calls": event.count, "ms": event.self_device_time_total / 1000}
-        for event in profile.key_averages()
-        if event.self_device_time_total > 0
-    ]
-    return sorted(rows, key=lambda row: -row["ms"])
+    # It switches this on, and searching every kernel's launch in all directions takes minutes.
+    torch._inductor.config.coordinate_descent_tuning = False
+    torch._inductor.config.coordinate_descent_check_all_directions = False
 
 
 def bench_passes(
@@ -133,22 +139,28 @@ def bench_passes(
     chunks: Sequence[int] = (0, 3, 6),
     repeats: int = 10,
     on_result: Callable[[dict[str, Any]], None] = lambda result: None,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """Time every variant on the same weights and inputs.
 
+    Args:
+        seconds: after which a variant (its compilation, above all) is given up.
+
     Returns:
-        Per variant: `name`, `ms` by chunk (1-based) and their mean, `bytes` of the parameters, peak memory, relative
-        error of the flow against the first variant; or `error`, where it could not be measured.
+        Per variant: `name`, `ms` by chunk (1-based) and their mean, peak memory, relative error of the flow against the
+        first variant, and of ours the `operations` by chunk (see `breakdown`); or `error`, where it could not be
+        measured.
     """
     transformer = random_transformer(shape, device, torch.bfloat16)
     results, truth = [], None
     for name in variants:
         result: dict[str, Any] = {"name": name}
         try:
-            runner = build(name, transformer, shape)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            result["ms"], flows = measure(runner, chunks, repeats)
+            with time_limit(seconds):
+                runner = build(name, transformer, shape)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                result["ms"], flows = measure(runner, chunks, repeats)
             result["mean_ms"] = sum(result["ms"].values()) / len(result["ms"])
             truth = truth or flows
             result["relative_error"] = {
@@ -156,9 +168,10 @@ def bench_passes(
             }
             if device.type == "cuda":
                 result["peak_bytes"] = torch.cuda.max_memory_allocated()
-                result["kernels"] = breakdown(runner, max(chunks))[:20]
+                if name.startswith("w"):
+                    result["operations"] = operations(runner, shape, chunks, "-" in name)
             del runner
-        except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        except (ImportError, RuntimeError, ValueError, TypeError, TimeoutError, AssertionError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
         results.append(result)
         on_result(result)

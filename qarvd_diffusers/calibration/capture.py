@@ -147,7 +147,8 @@ class _Last:
 
 
 def _starts_rollout(info: PassInfo) -> bool:
-    return info.frame_offset == 0 and info.step == 0 and info.role in ("denoise", "context")
+    # A context that is rebuilt has passes at offset 0 before later chunks too.
+    return info.chunk <= 0 and info.frame_offset == 0 and info.step == 0 and info.role != "refresh"
 
 
 def _describe(info: PassInfo) -> str:

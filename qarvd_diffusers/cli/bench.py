@@ -1,4 +1,4 @@
-"""Measure speed on this machine: matrix products, attention, transformer passes, whole videos; ours beside what else there is."""
+"""Measure speed on this machine: matrix products, attention, transformer passes, VAE, whole videos; ours beside what else there is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .common import table
 
-PARTS = ("gemm", "attention", "passes")
+PARTS = ("gemm", "attention", "passes", "vae")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     names = tuple(dict.fromkeys((*PASS_VARIANTS, *VIDEO_VARIANTS)))
     parser.add_argument("--shape", choices=SHAPE_NAMES, default="1.3b", help="model size (default: 1.3b)")
+    parser.add_argument(
+        "--layers", type=int, help="transformer blocks of the passes and videos (default: the model's)"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--variants", nargs="+", choices=names, help="of passes or videos (default: all)")
     parser.add_argument(
@@ -28,9 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--end-to-end",
         action="store_true",
-        help="time whole videos of 81 and 321 frames, text encoder and VAE included",
+        help="time whole videos, text encoder and VAE included",
+    )
+    parser.add_argument(
+        "--frames", nargs="+", type=int, default=[81, 321], help="of the whole videos, 12 k - 3 (default: 81 321)"
     )
     parser.add_argument("--repeats", type=int, default=10, help="runs the median is taken of (default: 10)")
+    parser.add_argument(
+        "--seconds", type=float, help="give up a variant of the passes after this time (default: never)"
+    )
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--out", metavar="JSON", help="file to write, after every part and variant")
 
@@ -40,23 +49,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from ..bench import PASS_VARIANTS, VIDEO_VARIANTS
     from ..bench.attention import bench_attention
+    from ..bench.bars import judge
     from ..bench.end_to_end import bench_end_to_end
     from ..bench.gemm import bench_gemm
     from ..bench.shapes import SHAPES
     from ..bench.transformer import bench_passes
+    from ..bench.vae import bench_vae
     from .info import environment
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = SHAPES[args.shape]
+    shape = SHAPES[args.shape].with_layers(args.layers)
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "command": " ".join(["qarvd", *sys.argv[1:]]),
         "shape": args.shape,
+        "layers": shape.layers,
         **environment(),
     }
 
     def keep(name: str, value: Any) -> None:
         result[name] = value
+        if args.shape == "1.3b" and args.layers is None:
+            result["bars"] = judge(result)
         if args.out:
             partial = Path(f"{args.out}.partial")
             partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
@@ -70,10 +84,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         keep("end_to_end" if args.end_to_end else "passes", done)
 
     if args.end_to_end:
-        bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, on_result=on_result)
+        lengths = [(frames + 3) // 12 for frames in args.frames]
+        bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, lengths, on_result)
         return result
     if "gemm" in args.parts:
-        keep("gemm", bench_gemm(shape, device, 3 * args.repeats))
+        products = dict.fromkeys(shape.products + (SHAPES["14b"].products if args.shape == "1.3b" else ()))
+        keep("gemm", bench_gemm(products, device, 3 * args.repeats))
     if "attention" in args.parts:
         keep("attention", bench_attention(shape, device, 2 * args.repeats))
     if "passes" in args.parts:
@@ -84,7 +100,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             [chunk - 1 for chunk in args.chunks],
             args.repeats,
             on_result,
+            args.seconds,
         )
+    if "vae" in args.parts:
+        keep("vae", bench_vae(shape, device, args.repeats))
     return result
 
 
@@ -119,10 +138,43 @@ def render(result: dict[str, Any]) -> str:
                 [(*row, *[""] * (width - len(row))) for row in body],
             )
         )
+        parts += [_operations(one) for one in passes if one.get("operations")]
+    if "vae" in result:
+        rows = [
+            (one["name"], *map(_rounded, (one["ms"], one["peak_bytes"] / 1e9, one["relative_error"])))
+            for one in result["vae"]
+        ]
+        parts.append("VAE, a chunk of 3 latent frames\n" + table(("decoder", "ms", "peak GB", "relative error"), rows))
     videos = result.get("end_to_end")
     if videos:
         parts.append("whole videos\n" + _videos(videos))
+    if result.get("bars"):
+        header = ("speed", "ratio", "floor", "aim", "")
+        body = [
+            (b["name"], *(f"{b[key]:.3f}" for key in ("ratio", "floor", "aim")), b["verdict"]) for b in result["bars"]
+        ]
+        parts.append("what was promised\n" + table(header, body))
     return "\n\n".join(parts)
+
+
+def _operations(one: dict[str, Any]) -> str:
+    """What a variant's passes are made of; in parentheses the share of the GPU's peak rates."""
+    by_chunk = {chunk: {row["operation"]: row for row in rows} for chunk, rows in one["operations"].items()}
+    names = list(dict.fromkeys(name for rows in by_chunk.values() for name in rows))
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        share = f" ({row['floor_ms'] / row['ms']:.0%})" if row.get("floor_ms") else ""
+        return f"{row['ms']:.2f}{share}"
+
+    body = []
+    for name in names:
+        rows = [by_chunk[chunk].get(name) for chunk in by_chunk]
+        calls = next(row["calls"] for row in rows if row is not None)
+        body.append((name, calls, *map(cell, rows)))
+    header = (f"{one['name']}, ms of kernels (share of the peak)", "calls", *(f"chunk {c}" for c in by_chunk))
+    return table(header, body)
 
 
 def _videos(results: list[dict[str, Any]]) -> str:

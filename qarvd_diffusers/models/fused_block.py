@@ -105,18 +105,12 @@ class PassState:
     Attributes:
         hidden: `[B * tokens, C]` in the model's dtype.
         batch: B.
-        rotary: cos and sin of the pass, float32 `[tokens, head_dim / 2]`.
-        start: token at which this pass's K/V go into the cache.
-        text: text embeddings `[B, text_tokens, C]` for blocks whose cache holds no text K/V yet.
         pending: `[B * tokens, C]`, output of the branch that is still to be added, or None.
         gate: float32 `[groups, C]` of `pending`, or None for 1; consecutive rows share a group.
     """
 
     hidden: Tensor
     batch: int
-    rotary: tuple[Tensor, Tensor]
-    start: int
-    text: Tensor | None
     pending: Tensor | None = None
     gate: Tensor | None = None
 
@@ -167,27 +161,41 @@ class FusedBlock:
         plain = isinstance(block.norm2, nn.Identity)
         self._norm2 = None if plain else (block.norm2.weight.float(), block.norm2.bias.float())
 
-    def __call__(self, state: PassState, cache: KVLayerCache, modulation: Tensor, cache_only: bool) -> None:
-        """Advance `state`; `modulation` is float32 `[groups, 6, C]`. `cache_only`: stop as soon as K/V are stored."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(1)
-        query = self._attention.store(self._project(state, (scale, shift)), cache, state.rotary, state.start)
-        if cache_only:
-            return
-        hidden = self._attention.attend(query, cache, state.start + query.shape[1])
-        self._branch(state, self._attn_out, hidden, gate)
-        self._branch(state, self._text_out, self._attend_text(state, cache), None)
-        codes = state.normed(self._up.quantizer, self._block.norm3.eps, modulation=(ffn_scale, ffn_shift))
-        codes = self._up.gelu(codes, self._down.quantizer)
-        state.pending, state.gate = self._down(codes, state.hidden.dtype), ffn_gate
-
-    def _project(self, state: PassState, modulation: tuple[Tensor, Tensor]) -> Tensor:
-        """q, k and v of the modulated residual stream, `[B, tokens, 3 C]`."""
+    def project(self, state: PassState, modulation: Tensor) -> Tensor:
+        """q, k and v of the modulated residual stream, `[B, tokens, 3 C]`; `modulation` is float32 `[6, groups, C]`."""
+        shift, scale = modulation[:2]
         parts = []
         for product in self._qkv:
-            codes = state.normed(product.quantizer, self._block.norm1.eps, modulation=modulation)
+            codes = state.normed(product.quantizer, self._block.norm1.eps, modulation=(scale, shift))
             parts.append(product(codes, state.hidden.dtype))
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return qkv.view(state.batch, -1, qkv.shape[1])
+
+    def attend(
+        self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int, store_only: bool
+    ) -> Tensor | None:
+        """Store K/V from token `start` on and attend to all that is stored; see `CachedSelfAttention`."""
+        query = self._attention.store(qkv, cache, rotary, start)
+        return None if store_only else self._attention.attend(query, cache, start + query.shape[1])
+
+    def text(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention K/V of the prompt: those in the bound cache, else projected from `[B, text_tokens, C]`."""
+        attn = self._block.attn2
+        return attn.processor.text(attn, embeddings)
+
+    @property
+    def text_backend(self) -> object:
+        """The attention backend that the user chose for the prompt, or None."""
+        return self._block.attn2.processor._attention_backend
+
+    def finish(self, state: PassState, attended: Tensor, text: tuple[Tensor, Tensor], modulation: Tensor) -> None:
+        """All that follows self-attention, whose output is `[B, tokens, heads, head_dim]`."""
+        gate, shift, scale, ffn_gate = modulation[2:]
+        self._branch(state, self._attn_out, attended, gate)
+        self._branch(state, self._text_out, self._attend_text(state, text), None)
+        codes = state.normed(self._up.quantizer, self._block.norm3.eps, modulation=(scale, shift))
+        codes = self._up.gelu(codes, self._down.quantizer)
+        state.pending, state.gate = self._down(codes, state.hidden.dtype), ffn_gate
 
     @staticmethod
     def _branch(state: PassState, product: IntegerProduct, hidden: Tensor, gate: Tensor | None) -> None:
@@ -195,7 +203,7 @@ class FusedBlock:
         codes = ops.quantize_static(hidden.reshape(state.hidden.shape), *product.quantizer)
         state.pending, state.gate = product(codes, state.hidden.dtype), gate
 
-    def _attend_text(self, state: PassState, cache: KVLayerCache) -> Tensor:
+    def _attend_text(self, state: PassState, text: tuple[Tensor, Tensor]) -> Tensor:
         attn = self._block.attn2
         if self._norm2 is None:
             codes = ops.quantize_static(state.summed(), *self._text_q.quantizer)
@@ -203,8 +211,7 @@ class FusedBlock:
             codes = state.normed(self._text_q.quantizer, self._block.norm2.eps, affine=self._norm2)
         query = attn.norm_q(self._text_q(codes, state.hidden.dtype))
         query = query.view(state.batch, -1, attn.heads, query.shape[1] // attn.heads)
-        key, value = attn.processor.text(attn, state.text)
-        return attend(query, key, value, attn)
+        return attend(query, *text, attn)
 
 
 def _runs(layers: Sequence[QARVDLinear]) -> list[list[QARVDLinear]]:

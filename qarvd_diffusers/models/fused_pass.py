@@ -11,12 +11,17 @@ import qarvd_kernels as ops
 from ..linear import QARVDLinear
 from .fused_block import FusedBlock, PassState, Workspace
 from .kv_cache import KVCache
+from .stretches import CapturedStretches, CaptureError, GraphStore, Stretches
 
 
 class FusedPass:
     """The cached forward of a transformer whose blocks hold nothing but static `QARVDLinear`s.
 
-    Building it lays the weights out for the kernels, in place; `fits` tells whether they still lie that way.
+    Building it lays the weights out for the kernels, in place; `fits` tells whether they still lie that way. On a GPU the
+    second pass of a kind captures CUDA graphs, which the later ones replay (see `stretches`).
+
+    Attributes:
+        cuda_graphs: whether that is allowed.
 
     Raises:
         ValueError: with the reason, if the transformer cannot run like this (see `refusal`).
@@ -28,6 +33,8 @@ class FusedPass:
         if reason is not None:
             raise ValueError(f"no fused pass: {reason}")
         workspace = Workspace()
+        self.cuda_graphs = True
+        self._graphs = GraphStore()
         self._blocks = [_fused_block(index, block, workspace) for index, block in enumerate(transformer.blocks)]
         self._tables = torch.cat([block.scale_shift_table.detach() for block in transformer.blocks]).float()
         self._modules = list(transformer.blocks.modules())
@@ -62,7 +69,25 @@ class FusedPass:
         Returns:
             The flow, or None if `cache_only`.
         """
+        given, embedding = self._stretches(transformer, latents, timestep, text, kv_cache)
         cos, sin, start = transformer.rope(latents)
+        place = (cos[0, :, 0, 0::2].float().contiguous(), sin[0, :, 0, 1::2].float().contiguous()), start
+        try:
+            state = self._run(self._graphs.of(given) if self.cuda_graphs else given, kv_cache, place, cache_only)
+        except CaptureError as error:
+            self._graphs.refuse(error)
+            state = self._run(given, kv_cache, place, cache_only)
+        return None if state is None else self._head(transformer, state.summed(), embedding, latents.shape)
+
+    def _stretches(
+        self,
+        transformer: WanTransformer3DModel,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        kv_cache: KVCache,
+    ) -> tuple[Stretches, Tensor]:
+        """What lies between the self-attentions of this pass, and the embedding of its timestep `[groups, C]`."""
         embedder = transformer.condition_embedder
         if kv_cache.layers[0].get_text() is None:
             text = embedder.text_embedder(text)
@@ -70,18 +95,26 @@ class FusedPass:
         embedding = embedder.timesteps_proj(timestep.flatten()).to(embedder.time_embedder.linear_1.weight.dtype)
         embedding = embedder.time_embedder(embedding).type_as(hidden)
         modulation = embedder.time_proj(embedder.act_fn(embedding)).unflatten(1, (6, -1)).float()
-        modulation = self._tables[:, None] + modulation
-        state = PassState(
-            hidden=hidden.reshape(-1, hidden.shape[2]).contiguous(),
-            batch=latents.shape[0],
-            rotary=(cos[0, :, 0, 0::2].float().contiguous(), sin[0, :, 0, 1::2].float().contiguous()),
-            start=start,
-            text=text,
-        )
-        last = len(self._blocks) - 1
+        modulation = self._tables[:, :, None] + modulation.transpose(0, 1).contiguous()
+        state = PassState(hidden.reshape(-1, hidden.shape[2]).contiguous(), latents.shape[0])
+        return Stretches(self._blocks, state, modulation, [block.text(text) for block in self._blocks]), embedding
+
+    def _run(
+        self,
+        stretches: Stretches | CapturedStretches,
+        kv_cache: KVCache,
+        place: tuple[tuple[Tensor, Tensor], int],
+        cache_only: bool,
+    ) -> PassState | None:
+        """All blocks; `place` is RoPE's cos and sin and the token at which this pass's K/V start."""
+        attended, last = None, len(self._blocks) - 1
         for index, (block, layer) in enumerate(zip(self._blocks, kv_cache.layers, strict=True)):
-            block(state, layer, modulation[index], cache_only and index == last)
-        return None if cache_only else self._head(transformer, state.summed(), embedding, latents.shape)
+            qkv = stretches(index, attended)
+            attended = block.attend(qkv, layer, *place, store_only=cache_only and index == last)
+        if cache_only:
+            return None
+        stretches(last + 1, attended)
+        return stretches.state
 
     @staticmethod
     def _head(transformer: WanTransformer3DModel, hidden: Tensor, embedding: Tensor, shape: torch.Size) -> Tensor:

@@ -39,8 +39,9 @@ class ChunkLoop:
 
     For every chunk: draw noise; at each timestep let the scheduler step by the flow (and, if it re-noises, by fresh noise);
     then one more pass on the clean latents at `context_noise` rewrites the chunk's K/V ("refresh"), also behind the last
-    chunk. Where the context is rebuilt there is no such pass, but before every chunk the clean latents that it is to see are
-    encoded anew, a pass per chunk of them, each seeing those before it ("rebuild").
+    chunk. A chunk is handed out before its refresh, which is made when the loop goes on: nobody waits for it. Where the
+    context is rebuilt there is no such pass, but before every chunk the clean latents that it is to see are encoded anew, a
+    pass per chunk of them, each seeing those before it ("rebuild").
     Noise is drawn in that order, chunk by chunk: starting noise, then one draw per re-noising step. Streams of any length
     therefore agree as far as they go.
 
@@ -82,6 +83,7 @@ class ChunkLoop:
         self._context_done = not inputs.context_frames
         self._next_chunk = 0
         self._frames_done = 0
+        self._stale: PassInfo | None = None  # the refresh that is still to be made
         self._recent: list[torch.Tensor] = []  # clean latents of the frames that a re-caching could need
         self._first: torch.Tensor | None = None  # clean latents of the first frame, where a rebuilt context keeps it
 
@@ -95,6 +97,7 @@ class ChunkLoop:
             raise ValueError(
                 "a loop that draws its noise cannot branch: build it from StreamInputs.with_drawn_noise()"
             )
+        self.refresh()
         other = copy.copy(self)
         other.cache, other._scheduler = self.cache.clone(), copy.deepcopy(self._scheduler)
         other.on_pass, other.on_step, other.before_chunk, other.interrupted = None, None, None, lambda: False
@@ -122,6 +125,7 @@ class ChunkLoop:
         ):
             if self.interrupted():
                 return
+            self.refresh()
             if fields.context_mode == "rebuild":
                 self._rebuild()
             if self.before_chunk is not None:
@@ -131,14 +135,22 @@ class ChunkLoop:
                 yield chunk, latents
                 return
             if fields.context_mode == "refresh":
-                info = PassInfo(chunk, "refresh", 0, float(fields.context_noise), offset, frames, self._share(chunk))
-                self._pass(latents, info)
+                noise = float(fields.context_noise)
+                self._stale = PassInfo(chunk, "refresh", 0, noise, offset, frames, self._share(chunk))
             self._next_chunk = chunk + 1
             self._remember(latents)
             yield chunk, latents
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rewrite the K/V of the chunk handed out last, if that is still to be done; before the cache is read or copied."""
+        if self._stale is not None:
+            info, self._stale = self._stale, None
+            self._pass(self._recent[-1], info)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Where the loop stands between two chunks, as tensors and JSON types, the cache left out; for `load_state`."""
+        """Where the loop stands between two refreshed chunks, as tensors and JSON types, without the cache; for `load_state`."""
         tensors = {f"recent.{index}": latents for index, latents in enumerate(self._recent)}
         tensors |= {} if self._first is None else {"first": self._first}
         return tensors, {name: getattr(self, name) for name in _FACTS}
@@ -167,6 +179,7 @@ class ChunkLoop:
         Re-caching is one pass without a mask over the frames of the window, at their own positions. With a global sink that
         the window has left behind, the sink stays, and the frames behind it attend to it.
         """
+        self.refresh()
         self.replace_prompt(prompt_embeds)
         if how == "new_text_only":
             self.cache.rewind(0, self._frames_done)

@@ -85,14 +85,14 @@ class DecodeQueue:
         """Begin to decode a chunk; yields `(index, frames, latents)` of what is to be handed out now."""
         if self._overlap and self._side is None and latents.is_cuda:
             self._side = torch.cuda.Stream(latents.device)
-        job = self._start(index, latents)
+        # To finish a chunk is to wait for all that its CUDA stream was given so far: before the next one is.
+        ready = None if self._waiting is None else self._finish(self._waiting)
+        self._waiting = self._start(index, latents)
         if self._side is None or not self._begun:
             self._begun = True
-            yield self._finish(job)
-            return
-        ready, self._waiting = self._waiting, job
-        if ready is not None:
-            yield self._finish(ready)
+            yield from self.rest()
+        elif ready is not None:
+            yield ready
 
     def rest(self) -> Iterator[tuple[int, Frames, torch.Tensor]]:
         """What is left behind the last chunk."""

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers import AutoencoderKLWan
 
 from ..config import QARVDConfig
 from ..models.kv_cache import KVCache
 from ..models.kv_storage import STORAGES
 from .model_shapes import ModelShapes, cast, live_bytes, quantized_bytes
-from .streaming_vae import StreamingVAEDecoder
+from .streaming_vae import StreamingVAEDecoder, optimize_vae
 
 if TYPE_CHECKING:
     from .pipeline_arvd import ARVDPipeline
 
-RESERVE = 500_000_000  # CUDA context, kernels and library workspaces, which no allocator counts
+RESERVE = 750_000_000  # CUDA context, kernels and libraries, which no allocator counts: 0.73 GB seen on an H200
+GRANULES = 1.02  # what the allocator holds, of what is asked of it, with segments that grow
 WINDOW = 21  # latent frames of the videos that models of unlimited window are trained on
 DATA_FREE = "w8a8_dynamic"  # what a float model is quantized to: needs no calibration, hence no memory for it
 
@@ -36,14 +38,12 @@ class MemoryChoice:
         kv_cache: storage of the K/V cache.
         text_encoder: see `offload_text_encoder`.
         window: latent frames that are kept; None keeps the model's own window.
-        vae_frames_at_once: see `StreamingVAEDecoder`.
     """
 
     scheme: str | None = None
     kv_cache: str = "auto"
     text_encoder: str = "keep"
     window: int | None = None
-    vae_frames_at_once: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Peak of what the device holds, CUDA's own included."""
-        return self.allocated + RESERVE
+        return int(GRANULES * self.allocated) + RESERVE
 
     @property
     def fits(self) -> bool:
@@ -131,13 +131,20 @@ def estimate(
     stored = (STORAGES[choice.kv_cache] or dtype).itemsize
     text = 2 * layers * text_tokens * channels
     working = _pass_bytes(spec, choice.kv_cache, dtype, size, window, batch, fields.num_frames_per_chunk, text_tokens)
-    vae = _vae_bytes(spec, dtype, size, batch, fields.num_frames_per_chunk, choice.vae_frames_at_once)
+    vae = _vae_bytes(spec, dtype, size, batch, fields.num_frames_per_chunk)
     encoder = _encoder_bytes(spec, dtype)
+    graphs = 0
+    if _runs_fused(
+        shapes, choice.scheme
+    ):  # what its CUDA graphs hold: a stretch's activations, inputs, the prompt's K/V
+        tokens = fields.num_frames_per_chunk * frame // channels * batch
+        graphs = tokens * (7 * channels * dtype.itemsize + values["ffn_dim"]) + text * dtype.itemsize * batch
     components = {
         "transformer weights": weights,
         "K/V cache": 2 * layers * window * frame * stored * batch,
         "K/V of the prompt": text * dtype.itemsize * batch,
         "one pass": working + largest,
+        "CUDA graphs of the passes": graphs,
         "VAE decoder and encoder weights": vae.weights,
         "VAE memory of earlier frames": vae.left,
         "VAE decoding": vae.peak - vae.left,
@@ -146,6 +153,7 @@ def estimate(
         "encoding a prompt": encoder.peak,
     }
     resident = weights + components["K/V cache"] + components["K/V of the prompt"] + vae.weights + vae.left
+    resident += graphs
     kept = encoder.weights if choice.text_encoder == "keep" else 0
     encoding = {"stream": encoder.left}.get(choice.text_encoder, encoder.weights)
     phases = {
@@ -159,8 +167,8 @@ def estimate(
 def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **options: object) -> MemoryPlan:
     """The choices that cost least quality and time among those that fit.
 
-    First the text encoder leaves the device, then frames are decoded one by one, then the K/V cache goes to 8 bits, then a
-    float transformer is quantized, then the window shrinks.
+    First the text encoder leaves the device, then the K/V cache goes to 8 bits, then a float transformer is quantized, then
+    the window shrinks.
 
     Args:
         shapes: of the model.
@@ -192,17 +200,24 @@ def _candidates(shapes: ModelShapes, scheme: str | None) -> Iterator[MemoryChoic
     least = fields.sink_frames + 2 * fields.num_frames_per_chunk  # a chunk that sees but its own sink is cut off
     windows = [own, *(w for w in range(own - fields.num_frames_per_chunk, least - 1, -fields.num_frames_per_chunk))]
     schemes = [scheme] if scheme or shapes.quantization else [None, DATA_FREE]
-    for window, quantized, storage, at_once, encoder in itertools.product(
-        windows, schemes, ("auto", "int8"), (None, 1), ("keep", "cpu", "stream")
+    for window, quantized, storage, encoder in itertools.product(
+        windows, schemes, ("auto", "int8"), ("keep", "cpu", "stream")
     ):
         unchanged = window == fields.local_attention_frames
-        yield MemoryChoice(quantized, storage, encoder, None if unchanged else window, at_once)
+        yield MemoryChoice(quantized, storage, encoder, None if unchanged else window)
 
 
 def apply_choice(pipe: ARVDPipeline, choice: MemoryChoice) -> None:
-    """Set up a loaded pipeline, and bring it onto the GPU if there is one."""
+    """Set up a loaded pipeline, and bring it onto the GPU if there is one, its VAE with the modules that need least memory.
+
+    Torch's allocator is told to let segments grow, for the process: what is free must not be in pieces when it is needed.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.kv_cache, pipe.window, pipe.vae_frames_at_once = choice.kv_cache, choice.window, choice.vae_frames_at_once
+    if device == "cuda":
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        if isinstance(getattr(pipe, "vae", None), AutoencoderKLWan):
+            optimize_vae(pipe.vae)
+    pipe.kv_cache, pipe.window = choice.kv_cache, choice.window
     if choice.text_encoder != "keep":
         pipe.offload_text_encoder(choice.text_encoder, device)
     pipe.to(device)
@@ -230,6 +245,12 @@ def _latents(shapes: ModelShapes, size: tuple[int, int], batch: int, frames: int
     return torch.empty(
         batch, shapes.transformer["in_channels"], frames, size[0] // scale, size[1] // scale, dtype=dtype
     )
+
+
+def _runs_fused(shapes: ModelShapes, scheme: str | None) -> bool:
+    """Whether passes run on fused integer kernels, which on a GPU they do as CUDA graphs."""
+    config = shapes.quantization or (QARVDConfig(scheme) if scheme else None)
+    return config is not None and config.resolved_scheme.activation == "static"
 
 
 @functools.lru_cache(maxsize=16)
@@ -266,15 +287,14 @@ def _pass_bytes(
 
 
 @functools.lru_cache(maxsize=16)
-def _vae_bytes(
-    spec: str, dtype: torch.dtype, size: tuple[int, int], batch: int, frames: int, at_once: int | None
-) -> _Part:
+def _vae_bytes(spec: str, dtype: torch.dtype, size: tuple[int, int], batch: int, frames: int) -> _Part:
     shapes = _shapes(spec)
     if shapes.vae is None:
         return _Part()
     vae = shapes.empty_vae()
+    optimize_vae(vae)
     weights = cast(vae, dtype)
-    decoder = StreamingVAEDecoder(vae, at_once)
+    decoder = StreamingVAEDecoder(vae)
     with torch.device("meta"):
         latents = _latents(shapes, size, batch, frames, dtype)
 
@@ -291,7 +311,8 @@ def _encoder_bytes(spec: str, dtype: torch.dtype) -> _Part:
     if shapes.text_encoder is None:
         return _Part()
     encoder, values = shapes.empty_text_encoder(), shapes.text_encoder
-    largest = max(parameter.numel() for parameter in encoder.parameters()) * dtype.itemsize
+    table = encoder.get_input_embeddings().weight  # stays in host memory
+    largest = max(weight.numel() for weight in encoder.parameters() if weight is not table) * dtype.itemsize
     tokens, heads = shapes.index.get("max_sequence_length", 512), values["num_heads"]
     # Attention scores with their bias and softmax in float32, and the two branches of the gated feed-forward layer.
     working = 12 * heads * tokens * tokens + tokens * dtype.itemsize * (4 * values["d_ff"] + 8 * values["d_model"])

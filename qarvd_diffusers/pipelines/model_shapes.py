@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -151,20 +152,29 @@ def id_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention that needs no memory beside its output, as on a GPU; on the meta device torch would write out all scores."""
+class _AsOnAGPU(TorchFunctionMode):
+    """Attention needs no memory beside its output, and convolutions of channels-last weights give channels-last tensors.
+
+    On the meta device torch would write out all scores, and count copies that a GPU need not make.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return torch.empty_like(args[0] if args else kwargs["query"])
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        layout = {F.conv2d: torch.channels_last, F.conv3d: torch.channels_last_3d}.get(func)
+        if layout is None or not args[1].is_contiguous(memory_format=layout):
+            return out
+        _, channels, *sizes = out.shape
+        strides = [channels * math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+        return out.as_strided(out.shape, [channels * math.prod(sizes), 1, *strides])
 
 
 @torch.no_grad()
 def live_bytes(run: Callable[[], Any]) -> tuple[int, int]:
     """Peak bytes while `run` works on meta tensors, and those that are left when it has ended."""
-    with _LiveBytes() as live, _FusedAttention(), torch.device("meta"):
+    with _LiveBytes() as live, _AsOnAGPU(), torch.device("meta"):
         kept = run()
         del kept
         torch.empty(0)  # an operator more, which looks what is left

@@ -70,6 +70,7 @@ def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[
         if part is not None and not hasattr(part, method):
             raise ValueError(f"a {type(part).__name__} cannot be saved: it has no {method}()")
     changes = session.encode_changes(pipe)  # what waits is part of the state
+    loop.refresh()
     cache, cache_facts = loop.cache.state()
     where, loop_facts = loop.state()
     decoder = {} if session.decoder is None else session.decoder.state_dict()

@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
+from .fast_vae import install_fast_modules, is_fast
+
 
 class StreamingVAEDecoder:
     """Decoder of one stream over a shared `AutoencoderKLWan`.
@@ -18,9 +20,9 @@ class StreamingVAEDecoder:
 
     Args:
         vae: the VAE; none of its state is changed.
-        frames_at_once: latent frames that go through the decoder together. More fill a GPU better and take more memory; the
-            result is the same but for the order of float sums, and the same bit by bit with 1. None takes 1 on the CPU and
-            all that `decode` is given elsewhere.
+        frames_at_once: latent frames that go through the decoder together. More take more memory, and on a GPU less time
+            unless the decoder is optimized (`optimize_vae`); the result is the same but for the order of float sums, and the
+            same bit by bit with 1. None takes 1 on the CPU or if the decoder is optimized, else all that `decode` is given.
 
     Raises:
         ValueError: if the VAE is of another class or has tiling switched on.
@@ -33,6 +35,7 @@ class StreamingVAEDecoder:
             raise ValueError("streaming decode cannot be combined with VAE tiling; call vae.disable_tiling()")
         self._vae, self._frames_at_once = vae, frames_at_once
         self._memory: list | None = None
+        self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -65,7 +68,8 @@ class StreamingVAEDecoder:
     def _groups(self, hidden: torch.Tensor, first: bool) -> list[int]:
         """Sizes of the groups of frames; the first frame of a video is decoded alone, it has a rule of its own."""
         rest = hidden.shape[2] - int(first)
-        size = self._frames_at_once or (1 if hidden.device.type == "cpu" else max(rest, 1))
+        one_by_one = hidden.device.type == "cpu" or is_fast(self._vae.decoder)
+        size = self._frames_at_once or (1 if one_by_one else max(rest, 1))
         full, left = divmod(rest, size)
         return [1] * int(first) + [size] * full + [left] * bool(left)
 
@@ -88,30 +92,32 @@ class StreamingVAEDecoder:
             return self.reset()
         entries: list[torch.Tensor | str | None] = [None] * self._vae._cached_conv_counts["decoder"]
         for index, entry in state.items():
-            entries[int(index)] = entry.to(self._vae.device) if entry.numel() else "Rep"
+            # A copy: a decoder writes to its memory.
+            entries[int(index)] = entry.to(self._vae.device, copy=True) if entry.numel() else "Rep"
         self._memory = entries
 
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-            for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
-        )
+        if self._statistics is None:  # once per stream: making a tensor of numbers stalls the device
+            self._statistics = tuple(
+                torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+                for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
+            )
+        mean, std = self._statistics
         return latents * std + mean
 
 
-def optimize_vae(vae: AutoencoderKLWan, compile_decoder: bool = True) -> None:
+def optimize_vae(vae: AutoencoderKLWan, compile_decoder: bool = False) -> None:
     """Make the decoder of a VAE faster on a GPU, in place.
 
-    Convolutions run on channels-last weights; compiled, everything between them is fused as well. On an H200 a chunk of 3
-    latent frames at 832x480 takes 0.27 s as diffusers decodes it, 0.21 s channels-last and 0.12 s compiled. Compilation
-    takes a minute or two at the first frames of a process, once per picture size.
+    Convolutions run on channels-last weights, and what lies between them on fused kernels (see `fast_vae`).
 
     Args:
-        compile_decoder: compile too, with `torch.compile`.
+        compile_decoder: compile it too, with `torch.compile`.
     """
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in vae.parameters():
         if parameter.ndim in formats:
             parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+    install_fast_modules(vae.decoder)
     if compile_decoder:
         vae.decoder.compile(dynamic=False)

@@ -11,6 +11,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from ..serialization import atomic_file
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 OFFLOADS = ("keep", "cpu", "stream", "free")
 """`keep`: it stays with the other components. `cpu`: it waits in host memory, comes to encode and goes back. `stream`: its
-layers come one by one while it encodes, so that the device never holds more than the largest of them. `free`: it is given
+layers come one by one while it encodes, so that the device never holds more than the largest of them; the table of tokens,
+of which a prompt needs a few rows, stays. `free`: it is given
 up after the first encoding; later prompts must be embeddings."""
 
 _KEY = "prompt_embeds"
@@ -45,12 +47,28 @@ def offload_text_encoder(pipe: ARVDMixin, mode: str, device: torch.device | str 
     if encoder is not None and mode == "stream" and pipe.text_encoder_offload != "stream":
         if any(type(module).__name__ == "QLinear" for module in encoder.modules()):
             raise ValueError("an int8 text encoder cannot be streamed: use 'cpu', or load it in float")
-        home = torch.device("cpu")
-        encoder.to(home)
-        apply_group_offloading(encoder, torch.device(device or pipe.device), home, offload_type="leaf_level")
+        _stream_layers(encoder, torch.device(device or pipe.device))
     elif encoder is not None and mode in ("cpu", "free"):
         encoder.to("cpu")
     pipe.text_encoder_offload = mode
+
+
+def _stream_layers(encoder: nn.Module, device: torch.device) -> None:
+    home, table = torch.device("cpu"), encoder.get_input_embeddings()
+    encoder.to(home)
+    for part in _parts_without(encoder, table):
+        apply_group_offloading(part, device, home, offload_type="leaf_level")
+    table.register_forward_pre_hook(lambda module, tokens: tuple(ids.to(home) for ids in tokens))
+    table.register_forward_hook(lambda module, tokens, rows: rows.to(device))
+
+
+def _parts_without(module: nn.Module, excluded: nn.Module) -> Iterator[nn.Module]:
+    """The largest submodules that do not hold `excluded`."""
+    for child in module.children():
+        if excluded not in child.modules():
+            yield child
+        elif child is not excluded:
+            yield from _parts_without(child, excluded)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from qarvd_diffusers.bench import VIDEO_VARIANTS
+from qarvd_diffusers.bench.bars import judge
+from qarvd_diffusers.bench.breakdown import summarize
 from qarvd_diffusers.bench.shapes import SHAPES, random_inputs, random_transformer
 from qarvd_diffusers.bench.transformer import PassRunner, bench_passes
 from qarvd_diffusers.cli import main
@@ -50,16 +52,63 @@ def test_command(tmp_path, capsys):
     arguments = ["bench", "--shape", "toy", "--device", "cpu", "--repeats", "1", "--chunks", "1"]
     assert main([*arguments, "--variants", "bf16", "w8a8", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert {"gemm", "attention", "passes", "versions", "date", "command"} <= result.keys()
+    assert {"gemm", "attention", "passes", "vae", "versions", "date", "command"} <= result.keys()
     assert "dual-scale int8" in capsys.readouterr().out
+
+
+def test_breakdown_sorts_kernels():
+    kernels = [
+        ("void qarvd::gemm_kernel<224, 64, (qarvd::Output)0>(qarvd::Maps)", 120, 4.0),
+        ("void qarvd::gemm_kernel<256, 64, (qarvd::Output)2>(qarvd::Maps)", 30, 5.0),
+        ("void (anonymous namespace)::rows_kernel<__nv_bfloat16, ((anonymous namespace)::Kind)2>()", 89, 2.0),
+        ("void (anonymous namespace)::rows_kernel<__nv_bfloat16, ((anonymous namespace)::Kind)0>()", 60, 0.5),
+        ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<>>>()", 60, 45.0),
+        ("Memcpy DtoD", 3, 0.25),
+    ]
+    rows = summarize(kernels, SHAPES["1.3b"], 7 * 4680, False, "NVIDIA H200")
+    by_name = {row["operation"]: row for row in rows}
+    assert sum(row["ms"] for row in rows) == 56.75
+    assert by_name["the rest"] == {"operation": "the rest", "calls": 3, "ms": 0.25}
+    up = by_name["FFN-up with GELU to int8"]
+    assert up["floor_ms"] == pytest.approx(2 * 4680 * 1536 * 8960 * 30 / 1979e12 * 1000)
+    attention = by_name["attention to the cache and to the prompt"]
+    assert attention["floor_ms"] == pytest.approx(4 * 4680 * (32760 + 512) * 1536 * 30 / 989e12 * 1000)
+    assert 0.3 < by_name["residual + norm + modulation to int8"]["floor_ms"] / 2.0 < 1
+    assert all("floor_ms" not in row for row in summarize(kernels, SHAPES["1.3b"], 4680, False, "another GPU"))
+
+
+def test_bars_judge_what_was_measured():
+    result = {
+        "gemm": [{"N": 4608, "K": 1536, "us": {"fp8 tensorwise": 57.0, "dual-scale int8": 60.0}}],
+        "passes": [
+            {"name": "bf16-compiled", "mean_ms": 60.0},
+            {"name": "w8a8", "mean_ms": 40.0},
+            {"name": "w4a8", "mean_ms": 44.0},
+            {"name": "torchao-fp8", "error": "not done within 45 s"},
+        ],
+    }
+    verdicts = {bar["name"]: (round(bar["ratio"], 3), bar["verdict"]) for bar in judge(result)}
+    assert verdicts == {
+        "product 4608 x 1536, of fp8 tensorwise": (0.95, "holds"),
+        "pass, w8a8, of compiled bf16": (1.5, "aim"),
+        "pass, w4a8, of w8a8": (0.909, "missed"),
+    }
+
+
+def test_a_variant_that_takes_too_long_is_given_up():
+    (result,) = bench_passes(SHAPES["toy"], ("w8a8",), CPU, chunks=(0,), repeats=1, seconds=0.01)
+    assert result["error"] == "TimeoutError: not done within 0.01 s"
 
 
 @pytest.mark.slow
 def test_whole_videos(tmp_path):
     out = tmp_path / "video.json"
-    arguments = ["bench", "--shape", "toy", "--device", "cpu", "--end-to-end", "--out", str(out)]
-    assert main([*arguments, "--variants", "bf16", "w8a8-attention8"]) == 0
-    for one in json.loads(out.read_text())["end_to_end"]:
+    arguments = ["bench", "--shape", "toy", "--device", "cpu", "--end-to-end", "--frames", "21", "--out", str(out)]
+    variants = ["bf16", "w8a8", "w8a8-attention8-overlap", "w4a8-attention8"]
+    assert main([*arguments, "--variants", *variants]) == 0
+    results = json.loads(out.read_text())["end_to_end"]
+    assert [one["name"] for one in results] == variants
+    for one in results:
         assert one["name"] in VIDEO_VARIANTS
-        assert one["81"]["frames"] == 81 and one["321"]["frames"] == 321
-        assert one["81"]["first_frame_s"] < one["81"]["seconds"]
+        assert one["21"]["frames"] == 21
+        assert one["21"]["first_frame_s"] < one["21"]["seconds"]

@@ -134,6 +134,21 @@ def test_cache_append(capability, cache, tmp_path):
     assert_no_spills(kernel, tmp_path)
 
 
+@pytest.mark.parametrize("channels", (96, 192, 384))
+@pytest.mark.parametrize("capability", (80, 90))
+def test_channel_norm(capability, channels, tmp_path):
+    from qarvd_kernels.triton import channel_norm
+
+    signature = dict.fromkeys(("x", "bias", "weight", "past", "out"), HALF)
+    signature |= dict.fromkeys(("new_rows", "old_rows", "zero_rows"), "i32")
+    block = channel_norm._block(channels)
+    constants = {"C": channels, "BLOCK": block, "ROWS": channel_norm._ELEMENTS // block}
+    options = (channel_norm._WARPS, 1)
+    assert_no_spills(compiled(channel_norm.rms_norm_silu_kernel, signature, constants, capability, options), tmp_path)
+    signature = {**dict.fromkeys(("total", "x", "bias"), HALF), "rows": "i32"}
+    assert_no_spills(compiled(channel_norm.add_bias_kernel, signature, constants, capability, options), tmp_path)
+
+
 @pytest.mark.parametrize("capability", (80, 90))
 def test_the_small_ones(capability, tmp_path):
     from qarvd_kernels.triton import gemm, linear, norm, quantize

@@ -143,3 +143,23 @@ def test_attention_int8(value_dtype, length, head_dim, on_device, triton_module)
     want = ops.attention_int8(*arguments)
     assert float((got.double() - want.double()).norm() / want.double().norm()) < 4e-3
     assert float((got.double() - attention_truth(arguments)).norm() / attention_truth(arguments).norm()) < 0.02
+
+
+@pytest.mark.parametrize(("remembered", "lead"), [(0, 0), (0, 2), (1, 2), (2, 2)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 24), (1, 1, 7, 16), (1, 2, 40, 33)])
+def test_rms_norm_silu(remembered, lead, shape, on_device, triton_module):
+    g = generator()
+    x, weight = torch.randn(shape, generator=g) * 3, torch.randn(shape[3], generator=g)
+    x[0, 0, 0] = 0
+    bias = torch.randn(shape[3], generator=g) if remembered else None
+    past = torch.randn(shape[0], remembered, *shape[2:], generator=g) if remembered else None
+    got = on_device(triton_module("channel_norm").rms_norm_silu, (x, bias, weight, past, lead))
+    torch.testing.assert_close(got, ops.rms_norm_silu(x, bias, weight, past, lead), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (300, 16), (33, 33)])
+def test_add_bias(shape, on_device, triton_module):
+    total, x, bias = (torch.randn(*size, generator=generator(i)) for i, size in enumerate((shape, shape, shape[1:])))
+    want = total + x + bias
+    on_device(triton_module("channel_norm").add_bias, (total, x, bias))
+    torch.testing.assert_close(total, want)

@@ -10,13 +10,14 @@ import torch
 from tiny_wan import CHUNKS, make_run, make_wan
 from torch import nn
 
-from qarvd_diffusers.bench.shapes import SHAPES, random_transformer
+from qarvd_diffusers.bench.shapes import SHAPES, Shape, random_transformer
 from qarvd_diffusers.bench.transformer import PassRunner
 from qarvd_diffusers.bench.transformer import quantized as quantized_by_one_pass
 from qarvd_diffusers.calibration.calibrate import apply, calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.linear import QARVDLinear
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
+from qarvd_diffusers.models.stretches import CapturedStretches, CaptureError
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.presets import PRESETS
 
@@ -276,3 +277,55 @@ def test_on_the_gpu(scheme, storage):
         runner = PassRunner(model, shape, storage)
         flows.append(torch.stack([runner(chunk) for chunk in range(3)]).float())
     assert relative(flows[1], flows[0]) < (0.02 if storage == "auto" else 0.06)
+
+
+def wide_model(scheme="w8a8"):
+    """Two heads and three blocks on the GPU: sizes that every compiled kernel takes."""
+    shape = Shape(heads=2, ffn=512, layers=3)
+    return quantized_by_one_pass(random_transformer(shape, torch.device("cuda"), torch.bfloat16), shape, scheme), shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
+@pytest.mark.parametrize("storage", ("auto", "fp8"))
+def test_graphs_replay_the_same_pass(scheme, storage):
+    """Bit by bit, at every chunk, after a new stream, another prompt and a pass that only stores."""
+    model, shape = wide_model(scheme)
+    model.fused_pass = True
+    runs = []
+    for graphs in (False, True):
+        runner, flows = PassRunner(model, shape, storage), []
+        flows.append(runner(0).clone())
+        model._fused_pass.cuda_graphs = graphs
+        for chunk in (0, 1, 1, 2):
+            flows.append(runner(chunk).clone())
+            runner(chunk, cache_only=True)
+        runner._text = runner._text.flip(1)
+        runner._cache.reset_text()
+        flows.append(runner(2).clone())
+        runner.reset()
+        flows.append(runner(0).clone())
+        runs.append(torch.stack(flows))
+    assert torch.isfinite(runs[0]).all()
+    assert torch.equal(*runs)
+    captured = [one for one in model._fused_pass._graphs._captured.values() if one is not None]
+    assert len(captured) == 1 and len(captured[0]._graphs) == shape.layers + 1
+    assert not torch.equal(runs[0][-2], runs[0][-3])  # the prompt matters
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stretch_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog):
+    model, shape = wide_model()
+    model.fused_pass = True
+    runner = PassRunner(model, shape)
+    expected = runner(0).clone()
+
+    def refuse(self, index):
+        raise CaptureError("no room")
+
+    monkeypatch.setattr(CapturedStretches, "_capture", refuse)
+    assert torch.equal(runner(0), expected)
+    assert "kernel by kernel" in caplog.text and "no room" in caplog.text
+    assert torch.equal(runner(0), expected)

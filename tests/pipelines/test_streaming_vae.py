@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from qarvd_diffusers.pipelines.fast_vae import FastResidualBlock
 from qarvd_diffusers.pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
 
 
@@ -43,12 +44,31 @@ def test_frames_at_once_change_no_more_than_rounding(vae, frames_at_once):
     torch.testing.assert_close(torch.cat(pieces, dim=2), whole(vae, z), atol=1e-5, rtol=0)
 
 
-def test_optimized_decoder_computes_the_same(vae):
-    vae, z = copy.deepcopy(vae), latents(0)
-    expected = whole(vae, z)
-    optimize_vae(vae, compile_decoder=False)
-    got = StreamingVAEDecoder(vae).decode(z)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("frames_at_once", (1, 2, None))
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 3, 2)])
+def test_optimized_decoder_computes_the_same(vae, sizes, frames_at_once):
+    fast, z = copy.deepcopy(vae), latents(0)
+    expected, names = whole(vae, z), list(vae.state_dict())
+    optimize_vae(fast)
+    assert list(fast.state_dict()) == names
+    assert type(fast.decoder.mid_block.resnets[0]) is FastResidualBlock
+    decoder = StreamingVAEDecoder(fast, frames_at_once)
+    pieces = [decoder.decode(piece) for piece in z.split(sizes, dim=2)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole(fast, z), expected, atol=1e-5, rtol=0)
+
+
+def test_optimized_decoder_goes_on_from_a_plain_ones_memory(vae):
+    fast, z = copy.deepcopy(vae), latents(0)
+    optimize_vae(fast)
+    decoders = StreamingVAEDecoder(vae), StreamingVAEDecoder(fast)
+    for decoder in decoders:
+        decoder.decode(z[:, :, :1])
+    for given, taking in (decoders, decoders[::-1]):
+        taking.load_state_dict(given.state_dict())
+        other = StreamingVAEDecoder(taking._vae)
+        other.load_state_dict(given.state_dict())
+        torch.testing.assert_close(other.decode(z[:, :, 1:]), whole(vae, z)[:, :, 1:], atol=1e-5, rtol=0)
 
 
 def test_streams_on_one_vae_are_independent(vae):
@@ -83,7 +103,10 @@ def test_patched_vae_of_wan22():
     z = latents(0)
     decoder = StreamingVAEDecoder(vae)
     pieces = [decoder.decode(piece) for piece in z.split(3, dim=2)]
-    assert torch.equal(torch.cat(pieces, dim=2), whole(vae, z))
+    expected = whole(vae, z)
+    assert torch.equal(torch.cat(pieces, dim=2), expected)
+    optimize_vae(vae)
+    torch.testing.assert_close(StreamingVAEDecoder(vae).decode(z), expected, atol=1e-5, rtol=0)
 
 
 def test_unsupported_vaes_are_refused(vae):

@@ -14,6 +14,7 @@ from . import dispatch
 from .attention_backends import attention, attention_fp8
 from .operator import OPERATORS as _OPERATORS
 from .ops.attention import attention_int8, qk_norm_rope_append
+from .ops.channel_norm import add_bias, rms_norm_silu
 from .ops.gemm import dual_scale_gemm, dual_scale_gemm_gelu, dual_scale_gemm_residual, expand_int4
 from .ops.linear import (
     dequantize_weight,
@@ -56,6 +57,7 @@ __all__ = [
     "LayerRefused",
     "PreparedLinear",
     "accelerated",
+    "add_bias",
     "add_gated",
     "add_norm_quantize",
     "attention",
@@ -74,6 +76,7 @@ __all__ = [
     "quantize_dynamic",
     "quantize_static",
     "report",
+    "rms_norm_silu",
     "row_sums",
     "unpack_weight",
     "weight_only_linear",

@@ -45,6 +45,8 @@ def operator(arguments: str, returns: str) -> Callable[[Function], Function]:
             # Torch's dispatcher is for what traces or differentiates; without either it only costs as much as a launch.
             if kwargs or type(args[0]) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return overload(*args, **kwargs)
+            if args[0].is_meta:  # shapes are all there is
+                return shape_function(*args)
             return dispatched.run(*args)
 
         call.overload = overload

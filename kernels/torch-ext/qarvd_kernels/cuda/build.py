@@ -122,6 +122,13 @@ def refusal() -> str | None:
     return str(loaded) if isinstance(loaded, BuildError) else None
 
 
+def message(code: int) -> str:
+    """What CUDA says about a code that a launch returned."""
+    function = library().qarvd_error
+    function.restype = ctypes.c_char_p
+    return function(code).decode()
+
+
 def _dotted(version: tuple) -> str:
     return ".".join(map(str, version))
 

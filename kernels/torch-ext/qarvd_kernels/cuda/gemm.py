@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import library, refusal
+from .build import library, message, refusal
+from .device import device_refusal
 
 # As `Format` in src/gemm.cuh.
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int8: 4}
@@ -28,7 +29,7 @@ _TUNED = Path(__file__).with_name("gemm_configs.json")
 
 def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
     """See `dispatch`."""
-    reason = _device_refusal(device)
+    reason = device_refusal(device)
     if reason is None and arguments is not None:
         reason = _expand_refusal(arguments) if operator == "expand_int4" else _gemm_refusal(arguments)
     return reason or refusal()
@@ -101,7 +102,7 @@ def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: 
         torch._C._cuda_getCurrentRawStream(device),
     )
     if code:
-        raise RuntimeError(f"qarvd_kernels: expand_int4 failed: {_message(code)}")
+        raise RuntimeError(f"qarvd_kernels: expand_int4 failed: {message(code)}")
 
 
 def _launch(
@@ -141,7 +142,7 @@ def _launch(
     if code:
         raise RuntimeError(
             f"qarvd_kernels: dual_scale_gemm of {m} x {n} x {k} ({num_outliers} outliers) to {out.dtype} failed: "
-            f"{_message(code)}"
+            f"{message(code)}"
         )
     return out
 
@@ -177,27 +178,12 @@ def _functions() -> tuple[Any, Any]:
     return gemm, expand
 
 
-def _message(code: int) -> str:
-    function = library().qarvd_error
-    function.restype = ctypes.c_char_p
-    return function(code).decode()
-
-
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
-
-
-def _device_refusal(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip:
-        return f"needs an NVIDIA GPU, the tensors are on {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"written for compute capability 9.0 (Hopper), this device has {major}.{minor}"
-    return None
 
 
 def _gemm_refusal(arguments: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,86 @@
+"""Launching `src/rows.cu`, which `norm` and `quantize` share: rows of activations to codes in stored order."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build import library, message, refusal
+from .device import device_refusal
+
+_CHANNELS = 256  # of a warp; rows are a multiple
+_MOST_CHANNELS = 5120
+_ALIGNMENT = 16
+_HALF = {torch.bfloat16: 0, torch.float16: 1}
+_NOTHING_NORMED = -1.0
+Quantizer = tuple[Tensor, int, Tensor, Tensor]  # channel_order, num_outliers, input_scale, input_zero_point
+Tables = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # weight, norm_bias, scale, shift
+
+
+def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """See `dispatch`."""
+    reason = device_refusal(device)
+    if reason is None and arguments is not None:
+        reason = _arguments_refusal(arguments)
+    return reason or refusal()
+
+
+def _arguments_refusal(arguments: Mapping[str, Any]) -> str | None:
+    x = arguments["x"]
+    if x.numel() == 0:
+        return "an empty tensor"
+    if x.shape[-1] % _CHANNELS or x.shape[-1] > _MOST_CHANNELS:
+        return f"rows of {x.shape[-1]} channels, expected a multiple of {_CHANNELS} up to {_MOST_CHANNELS}"
+    y = arguments.get("y")
+    dtypes = [tensor.dtype for tensor in (x, y) if tensor is not None]
+    if dtypes[0] not in _HALF or len(set(dtypes)) > 1:
+        return f"activations in {' and '.join(map(str, dtypes))}, expected one 16-bit dtype"
+    return None
+
+
+def launch(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, tables: Tables, eps: float | None, quantizer: Quantizer
+) -> tuple[Tensor | None, Tensor]:
+    """The sum in the dtype of x if there is a y, and codes int8 in the shape of x. Without `eps` nothing is normed."""
+    order, outliers, scale, zero_point = quantizer
+    total = None if y is None else torch.empty_like(x)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    channels, device = x.shape[-1], x.get_device()
+    rows = x.numel() // channels
+    wide = [_aligned(t) for t in (x, y, gate, *tables, order)]
+    code = _function()(
+        *[None if t is None else t.data_ptr() for t in wide],
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        None if total is None else total.data_ptr(),
+        codes.data_ptr(),
+        rows,
+        channels,
+        outliers,
+        1 if gate is None else rows // gate.shape[0],
+        1 if tables[2] is None else rows // tables[2].shape[0],
+        _NOTHING_NORMED if eps is None else eps,
+        _HALF[x.dtype],
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+    if code:
+        raise RuntimeError(f"qarvd_kernels: codes of {rows} x {channels} activations failed: {message(code)}")
+    return total, codes
+
+
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+@cache
+def _function() -> Any:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    function = library().qarvd_rows
+    function.argtypes = [*[pointer] * 12, *[integer] * 5, ctypes.c_float, *[integer] * 2, pointer]
+    return function
