@@ -35,7 +35,8 @@ class CachedSelfAttention:
         Returns:
             `[B, tokens, heads, head_dim]`.
         """
-        return self.attend(self.store(qkv, cache, rotary, start), cache, start + qkv.shape[1])
+        query = self.store(qkv, cache, rotary, start)
+        return self.attend(query, cache, start + query.shape[1])
 
     def store(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
         """The first half: store K/V, return the query `[B, tokens, heads, head_dim]` in the dtype that `attend` wants."""
