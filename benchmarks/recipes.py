@@ -63,11 +63,12 @@ def calibration_prompts(seed: int, count: int = 8) -> tuple[str, ...]:
     return tuple(sample_scene(rng, held_out=False).prompt for _ in range(count))
 
 
-def qarvd(pipe: ARVDPipeline, scheme: str, seed: int, **options) -> None:
-    """A recipe of this package."""
+def qarvd(pipe: ARVDPipeline, scheme: str, seed: int, mixed: float = 0, **options) -> None:
+    """A recipe of this package, with 8 bits for a share `mixed` of the weights."""
     prompts = calibration_prompts(seed)
     options = {"outlier_alignment": ALIGNMENT, "calibration_seed": 10_000 + seed, **options}
     config = QARVDConfig(scheme, calibration_prompts=prompts, **options)
+    config = pipe.choose_bits(config, mixed) if mixed else config
     apply(pipe.transformer, pipe.calibrate(config, use_cache=False))
 
 
@@ -156,6 +157,7 @@ RECIPES: dict[str, Callable[[ARVDPipeline, str, int], None]] = {
     "closed form, both": lambda *a: qarvd(*a, rounding="gptq"),
     "closed form, both, alignment 128": lambda *a: qarvd(*a, rounding="gptq", outlier_alignment=128),
     "closed form, both, quantized inputs": lambda *a: qarvd(*a, rounding="gptq", rounding_inputs="quantized"),
+    "closed form, both, a tenth at 8 bits": lambda *a: qarvd(*a, rounding="gptq", mixed=0.1),
     "split by inputs": lambda *a: qarvd(*a, outlier_detector="input"),
     "split by weights": lambda *a: qarvd(*a, outlier_detector="mad_zscore"),
     "split by weights, clipped inputs": lambda *a: qarvd(

@@ -45,6 +45,7 @@ SCHEMES: dict[str, Scheme] = {
     "w8a16": Scheme(8, "none", symmetric_weights=True),
     "w4a16": Scheme(4, "none", symmetric_weights=False),
     "w8a8_dynamic": Scheme(8, "dynamic", symmetric_weights=True),
+    "w4a8_dynamic": Scheme(4, "dynamic", symmetric_weights=False),
 }
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
@@ -85,7 +86,7 @@ class QARVDConfig(QuantizationConfigMixin):
     """Configuration of Q-ARVD quantization (arXiv 2605.21072); JSON both ways, unknown keys refused.
 
     Args:
-        scheme: one of `w8a8`, `w4a8`, `w8a16`, `w4a16`, `w8a8_dynamic`.
+        scheme: one of `w8a8`, `w4a8`, `w8a16`, `w4a16`, `w8a8_dynamic`, `w4a8_dynamic`.
         reference_compat: reproduce the public reference code, its choices included (asymmetric 8-bit weights,
             unclamped zero-points, chunk weights ignored on dual-scale layers).
         outlier_detector: `mad_zscore` (modified z-score of the input channels' weight norms), `iqr`, `none`, or `input`: the
@@ -115,7 +116,7 @@ class QARVDConfig(QuantizationConfigMixin):
         modules_to_not_convert: names (or their leading or trailing parts) of Linears that stay float, besides the time
             embedding, the patch embedding and the output head.
         module_bits: name (or whole parts of it) of Linears -> 4 or 8 bits for their weights, in place of the scheme's; of
-            several that fit a layer the last counts, and layers that read one tensor must agree. All else (rounding,
+            several that fit a layer the longest counts, and layers that read one tensor must agree. All else (rounding,
             percentiles, detector) stays as the scheme says. `ARVDPipeline.choose_bits` finds some.
         text_encoder: `"int8"` quantizes the text encoder's weights with optimum-quanto at load time; None leaves it.
         base_model: Hub id of the float model; written by quantization.
@@ -247,11 +248,13 @@ class QARVDConfig(QuantizationConfigMixin):
     def scheme_of(self, name: str) -> Scheme:
         """The `Scheme` of one Linear: `resolved_scheme` with the bits that `module_bits` gives it."""
         scheme = self.resolved_scheme
-        given = [bits for pattern, bits in (self.module_bits or {}).items() if named_by(name, pattern)]
-        if not given or given[-1] == scheme.weight_bits:
+        fitting = [pattern for pattern in self.module_bits or {} if named_by(name, pattern)]
+        # Not the last: JSON files sort their keys.
+        bits = self.module_bits[max(fitting, key=lambda each: (len(each), each))] if fitting else scheme.weight_bits
+        if bits == scheme.weight_bits:
             return scheme
-        symmetric = given[-1] == 8 and not self.reference_compat
-        return dataclasses.replace(scheme, weight_bits=given[-1], symmetric_weights=symmetric)
+        symmetric = bits == 8 and not self.reference_compat
+        return dataclasses.replace(scheme, weight_bits=bits, symmetric_weights=symmetric)
 
     @property
     def resolved_outlier_detector(self) -> str:

@@ -121,7 +121,7 @@ def test_meta_construction_state_dict_and_deepcopy():
     assert empty.to_empty(device="meta").weight.shape == (48, 64)
 
 
-@pytest.mark.parametrize("scheme", ("w8a8", "w4a8", "w8a16", "w4a16", "w8a8_dynamic"))
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
     ("size", "limits"), [((192, 192), (0.56, 0.33)), ((1536, 1536), (0.51, 0.26)), ((1536, 8960), (0.51, 0.26))]
 )

@@ -17,7 +17,7 @@ from ..handles import CalibrationType, PipelineHandle, PipelineType
 from ..library import library
 from ..report import describe
 
-SCHEMES = ["w4a8", "w8a8", "w4a16", "w8a16", "w8a8_dynamic"]
+SCHEMES = ["w4a8", "w8a8", "w4a16", "w8a16", "w8a8_dynamic", "w4a8_dynamic"]
 ROUNDINGS = ["auto", "nearest", "gptq", "adaround"]
 OUTLIER_SPLITS = ["auto", "input", "mad_zscore", "iqr", "none"]
 ROUNDING_INPUTS = ["float", "quantized"]
@@ -91,7 +91,7 @@ class QARVDQuantize(io.ComfyNode):
                     "scheme",
                     options=SCHEMES,
                     default="w4a8",
-                    tooltip="w4a8: 4-bit weights, 8-bit activations. a16: float activations. w8a8_dynamic: scales found "
+                    tooltip="w4a8: 4-bit weights, 8-bit activations. a16: float activations. dynamic: scales found "
                     "at run time. w8a16 and w8a8_dynamic need no calibration.",
                 ),
                 CalibrationType.Input(

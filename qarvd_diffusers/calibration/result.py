@@ -21,11 +21,18 @@ FORMAT = f"qarvd-calibration-{PACKED_FORMAT}"
 METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results shall be equal files
 
 
+# Counted up when the same config comes to mean other numbers, so that a cached result of before is not taken for its own.
+# 2: layers that read what cross-attention found are not split by their inputs.
+REVISION = 2
+
+
 def config_hash(config: QARVDConfig) -> str:
     """Hash of the fields that decide a calibration's outcome (the text encoder's do not)."""
     values = config.replace(modules=None, text_encoder=None, calibration_adapters=None).to_dict()
     del values["format"]  # without modules there is none
-    return hashlib.blake2b(json.dumps([PACKED_FORMAT, values], sort_keys=True).encode(), digest_size=20).hexdigest()
+    return hashlib.blake2b(
+        json.dumps([PACKED_FORMAT, REVISION, values], sort_keys=True).encode(), digest_size=20
+    ).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

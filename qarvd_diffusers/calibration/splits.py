@@ -14,7 +14,7 @@ from ..models.pass_info import PassInfo
 from .capture import InputCapture
 from .outliers import OutlierSet, find_outliers, quietest_split
 from .processes import Processes
-from .targets import prompt_linears, repeated_name
+from .targets import repeated_name, word_linears
 
 Extent = tuple[Tensor, Tensor]  # smallest and largest value of every channel, float32 `[K]`
 
@@ -36,8 +36,8 @@ def split_inputs(
         linears: its layers by name.
         groups: their partition.
         config: detector and alignment.
-        extents: per group, for the detector `input`. Layers that read the prompt alone are split by their weights all the
-            same: a few prompts hold few words, and say little of what others will bring.
+        extents: per group, for the detector `input`. Layers whose input is made of the prompt's words (`word_linears`) are
+            split by their weights all the same: a few prompts hold few words, and say little of what others will bring.
 
     Raises:
         ValueError: a weight is on the meta device or not finite; named.
@@ -49,11 +49,11 @@ def split_inputs(
             )
         if not bool(linear.weight.isfinite().all()):
             raise ValueError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-    prompt = prompt_linears(transformer, linears)
+    words = word_linears(transformer, linears)
 
     def find(index: int, at_least: int = 0) -> OutlierSet:
         weights, detector = [linears[name].weight for name in groups[index]], _detector(groups[index][0], config)
-        if extents is not None and groups[index][0] not in prompt:
+        if extents is not None and groups[index][0] not in words:
             return quietest_split(weights, *extents[index], config.outlier_alignment, at_least)
         return find_outliers(weights, detector, config.outlier_alignment, config.reference_compat, at_least)
 

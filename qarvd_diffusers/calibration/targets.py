@@ -108,11 +108,21 @@ def prompt_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
     What they compute is cached in the first pass of a rollout and read in every later one: it belongs to no chunk.
     """
     found = {name for name in names if named_by(name, _TEXT_EMBEDDING)}
-    for path, module in transformer.named_modules():
-        if _is_linear(getattr(module, "to_q", None)) and _reads_prompt(module):
-            attributes = ("to_k", "to_v", "add_k_proj", "add_v_proj")
-            found |= {f"{path}.{attribute}".lstrip(".") for attribute in attributes}
-    return found & set(names)
+    return found | _in_cross_attention(transformer, names, ("to_k", "to_v", "add_k_proj", "add_v_proj"))
+
+
+def word_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
+    """`prompt_linears`, and what reads the output of cross-attention: weighted means of the values of the prompt's words."""
+    return prompt_linears(transformer, names) | _in_cross_attention(transformer, names, ("to_out.0",))
+
+
+def _in_cross_attention(transformer: nn.Module, names: Iterable[str], attributes: Iterable[str]) -> set[str]:
+    paths = [
+        path
+        for path, module in transformer.named_modules()
+        if _is_linear(getattr(module, "to_q", None)) and _reads_prompt(module)
+    ]
+    return {f"{path}.{attribute}".lstrip(".") for path in paths for attribute in attributes} & set(names)
 
 
 def repeated_name(name: str) -> str:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..bundled import bundled_prompts
 from ..calibration.calibrate import Progress, apply, calibrate, quantize_weights
 from ..calibration.processes import Processes
-from ..calibration.result import CalibrationResult
+from ..calibration.result import REVISION, CalibrationResult
 from ..calibration.resume import ResumeFolder
 from ..config import PACKED_FORMAT, QARVDConfig, parse_prompts
 from ..models.pass_info import PassInfo
@@ -105,7 +105,7 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
     ).to_dict()
     rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
     model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
-    described = [PACKED_FORMAT, settings, rollout, model, torch.__version__]
+    described = [PACKED_FORMAT, REVISION, settings, rollout, model, torch.__version__]
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     hash_tensors(digest, pipe.transformer.state_dict().items())
     hash_tensors(digest, ((f"prompt {i}", e) for i, e in enumerate(embeds)))

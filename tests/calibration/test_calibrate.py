@@ -13,7 +13,7 @@ from torch import nn
 
 from qarvd_diffusers.calibration.calibrate import apply, calibrate, dequantize, quantize_weights
 from qarvd_diffusers.calibration.result import CalibrationResult
-from qarvd_diffusers.calibration.targets import input_groups, quantizable_linears
+from qarvd_diffusers.calibration.targets import input_groups, quantizable_linears, word_linears
 from qarvd_diffusers.config import SCHEMES, QARVDConfig
 from qarvd_diffusers.linear import QARVDLinear
 
@@ -100,6 +100,17 @@ def test_splitting_by_inputs(wan):
         errors[detector] = error(forward(model), want)
     assert errors["auto"] == errors["input"] < 0.9 * errors["none"]
     assert errors["input"] < 1.2 * errors["mad_zscore"], "planted outliers are those of weights"
+
+
+def test_layers_that_read_words_are_split_by_their_weights(wan):
+    results = [
+        calibrate(wan, make_run(wan), config_of("w8a8", outlier_detector=detector)).layers
+        for detector in ("input", "mad_zscore")
+    ]
+    same = {name for name in results[0] if torch.equal(*(each[name].channel_order for each in results))}
+    words = {f"blocks.{b}.attn2.{name}" for b in (0, 1) for name in ("to_k", "to_v", "to_out.0")}
+    words |= {f"condition_embedder.text_embedder.linear_{i}" for i in (1, 2)}
+    assert word_linears(wan, results[0]) == words <= same < set(results[0])
 
 
 def test_the_detector_is_chosen_by_scheme():

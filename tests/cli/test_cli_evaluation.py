@@ -69,3 +69,14 @@ def test_bad_input(folder, capsys):
         captured = capsys.readouterr()
         assert captured.out == "" and message in captured.err
     assert sorted(folder.iterdir()) == before
+
+
+def test_mixed_bits(folder, capsys):
+    arguments = ["quantize", str(folder / "float"), str(folder / "q"), "--scheme", "w4a16", "--mixed", "0.2"]
+    assert main([*arguments, "--chunks", "2", "--evaluate", "0", "--prompts", str(folder / "prompts.txt")]) == 0
+    config = json.loads((folder / "q" / "transformer" / "config.json").read_text())["quantization_config"]
+    names = list(config["module_bits"])
+    assert "8 bits: " in (shown := capsys.readouterr().out) and all(name in shown for name in names)
+    assert {config["modules"][name]["weight_bits"] for name in names} == {8}
+    assert main([*arguments, "--from-disk"]) == 1
+    assert "leave out --mixed or --from-disk" in capsys.readouterr().err

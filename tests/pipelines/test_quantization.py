@@ -43,7 +43,7 @@ def generate(pipe: ARVDPipeline) -> torch.Tensor:
     return pipe("a red circle", num_chunks=2, generator=generator, output_type="latent").frames
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16", "w8a16", "w8a8_dynamic"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16", "w8a16", "w8a8_dynamic", "w4a8_dynamic"])
 def test_quantize_save_reload_is_bit_identical(float_folder, tmp_path, scheme):
     pipe = load(float_folder, quantization_config=config(scheme))
     assert len(quantized_linears(pipe.transformer)) == 2 * 10 + 2
