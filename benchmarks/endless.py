@@ -4,7 +4,7 @@
 
 Memory is what the process occupies (Linux, free pages given back first) or what is allocated on the GPU; time is CPU time,
 which other work on the machine does not change, or wall time on a GPU. Both are medians over the chunks 20-40 and over the
-last 20. Adherence is judged on the three chunks that end at each tenth chunk.
+last 20. Adherence is judged after every chunk, on the last three.
 """
 
 from __future__ import annotations
@@ -40,11 +40,18 @@ def occupied_bytes(device: torch.device) -> int:
 
 def line(row: dict) -> str:
     growth = row["bytes_last"] / row["bytes_then"] - 1
-    wrong = ", ".join(str(mark) for mark, fine in row["right"].items() if not fine)
+    wrong = ", ".join(spans([chunk for chunk, fine in row["right"].items() if not fine]))
     return (
         f"| {row['storage']} | {row['prompt']} | {row['bytes_then'] / 1e6:.1f} | {row['bytes_last'] / 1e6:.1f} | "
         f"{growth:+.2%} | {row['seconds_then']:.3f} | {row['seconds_last']:.3f} | {wrong or 'never'} |"
     )
+
+
+def spans(numbers: list[int]) -> list[str]:
+    """`[1, 2, 3, 7]` -> `["1-3", "7"]`."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return [str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)]
 
 
 def main() -> None:
@@ -52,13 +59,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--chunks", type=int, default=120)
     parser.add_argument("--storages", nargs="*", default=["auto", "int8"], choices=list(STORAGES))
+    parser.add_argument("--rope-mode", help="instead of the model's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="also write the numbers here")
     args = parser.parse_args()
 
-    pipe = ARVDPipeline.from_pretrained(bundled_model_path(), dtype=torch.float32).to(args.device)
+    fields = {} if args.rope_mode is None else {"rope_mode": args.rope_mode}
+    pipe = ARVDPipeline.from_pretrained(bundled_model_path(), dtype=torch.float32, **fields).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    marks = range(10, args.chunks + 1, 10)
     rows = []
     print("| storage | prompt | MB, chunks 20-40 | last 20 | growth | s/chunk 20-40 | last 20 | judged wrong at |")
     print("|---|---|---|---|---|---|---|---|")
@@ -72,7 +80,7 @@ def main() -> None:
                     bar.update()
                     seconds.append(chunk.seconds if pipe.device.type == "cuda" else clock() - start)
                     recent = [*recent[-2:], to_uint8(chunk.frames[0])]
-                    if chunk.index + 1 in marks:
+                    if chunk.index >= 2:
                         right[chunk.index + 1] = adherence(np.concatenate(recent), prompt).correct
                     memory.append(occupied_bytes(pipe.device))
                     start = clock()

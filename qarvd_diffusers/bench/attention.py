@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qarvd_kernels as ops
+from qarvd_kernels.fa3 import attention as fa3
 
+from ..models.kv_storage import allocate
 from .shapes import CHUNK_TOKENS, Shape
 from .timing import median_ms
 
@@ -32,14 +34,21 @@ def _candidates(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable
 
     length = key.shape[1]
     q8, k8, v8 = (quantized(x, torch.float8_e4m3fn, 448.0) for x in (query, key, value))
+    cached = [allocate(key.shape, torch.float8_e4m3fn, key.device, values=values) for values in (False, True)]
+    for buffer, (codes, _) in zip(cached, (k8, v8), strict=True):
+        buffer[:, :length] = codes
+    scales = (q8[1], k8[1], v8[1])
     k_int, v_int = (quantized(x, torch.int8, 127.0) for x in (key, value))
-    return {
+    candidates = {
         "cuDNN bf16": lambda: _sdpa(SDPBackend.CUDNN_ATTENTION, query, key, value),
         "flash bf16": lambda: _sdpa(SDPBackend.FLASH_ATTENTION, query, key, value),
         "chosen 16-bit": lambda: ops.attention(query, key, value),
-        "FlashAttention-3 fp8": lambda: ops.attention_fp8(q8[0], k8[0], v8[0], q8[1], k8[1], v8[1]),
+        "chosen fp8": lambda: ops.attention_fp8(q8[0], *cached, *scales, length),
         "int8 (Triton)": lambda: ops.attention_int8(query, k_int[0], v_int[0], k_int[1], v_int[1], length),
     }
+    if fa3.refusal(key.device) is None:
+        candidates["FlashAttention-3 fp8"] = lambda: fa3.attention_fp8(q8[0], k8[0], v8[0], *scales, length)
+    return candidates
 
 
 def bench_attention(shape: Shape, device: torch.device, repeats: int = 20) -> list[dict[str, Any]]:

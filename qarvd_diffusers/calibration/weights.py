@@ -10,6 +10,10 @@ from .grid import WeightGrid
 from .outliers import OutlierSet
 from .ranges import search_rows
 
+SLAB = (
+    1 << 24
+)  # weights that are looked at together: float32 copies of a whole layer would outweigh a block of the model
+
 
 def quantize_weight(
     weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str = ""
@@ -25,8 +29,15 @@ def quantize_weight(
     Returns:
         Codes uint8 `[N, K]`, columns in permuted order, and the grid they are on.
     """
+    slabs = weight.detach().split(max(1, SLAB // weight.shape[1]))
+    codes, grids = zip(*(_quantize_rows(slab, outliers, config, name) for slab in slabs), strict=True)
+    scale, zero_point = (torch.cat([getattr(grid, field) for grid in grids]) for field in ("scale", "zero_point"))
+    return torch.cat(codes), WeightGrid(scale, zero_point, outliers.num_outliers, grids[0].bits)
+
+
+def _quantize_rows(weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str) -> tuple[Tensor, WeightGrid]:
     scheme = config.scheme_of(name)
-    permuted = weight.detach().to(torch.float32)[:, outliers.channel_order.long()]
+    permuted = weight.to(torch.float32)[:, outliers.channel_order.long()]
     found = [
         search_rows(
             group,

@@ -35,7 +35,8 @@ class CachedSelfAttention:
         Returns:
             `[B, tokens, heads, head_dim]`.
         """
-        return self.attend(self.store(qkv, cache, rotary, start), cache, start + qkv.shape[1])
+        query = self.store(qkv, cache, rotary, start)
+        return self.attend(query, cache, start + query.shape[1])
 
     def store(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
         """The first half: store K/V, return the query `[B, tokens, heads, head_dim]` in the dtype that `attend` wants."""
@@ -82,7 +83,7 @@ class CachedSelfAttention:
     def _attend(self, query: Tensor, cache: KVLayerCache, stop: int, query_scale: Tensor) -> Tensor:
         scales = (cache.key_scale, cache.value_scale)
         if cache.key.dtype == _FP8:
-            return ops.attention_fp8(query, cache.key[:, :stop], cache.value[:, :stop], query_scale, *scales)
+            return ops.attention_fp8(query, cache.key, cache.value, query_scale, *scales, stop)
         if cache.key.dtype == torch.int8:
             query = query if query.dtype.itemsize == 2 else query.bfloat16()
             return ops.attention_int8(query, cache.key, cache.value, *scales, stop)

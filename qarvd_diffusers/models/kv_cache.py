@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .kv_storage import STORAGES, check_storage, decode, encode, fit_scale, is_quantized
+from .kv_storage import STORAGES, allocate, check_storage, decode, encode, fit_scale, is_quantized
 
 _FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
 # Room above the first chunk's largest value: see benchmarks/kv_cache.py. A float code is as precise under a larger scale.
@@ -31,9 +31,9 @@ class KVLayerCache:
     Bookkeeping is the `KVCache`'s: `update` only moves tensors, so that it compiles without graph breaks.
 
     Attributes:
-        key: keys after RoPE (before it in window mode), preallocated `[B, capacity, heads, head_dim]` in storage order (sink first), in the storage
-            dtype; None before the first pass.
-        value: see `key`.
+        key: keys after RoPE (before it in window mode), preallocated `[B, capacity or a little more, heads, head_dim]` in
+            storage order (sink first), in the storage dtype; None before the first pass.
+        value: see `key`; how it lies in memory is up to `kv_storage.allocate`.
         key_scale: `[heads]` float32 if the storage has 8 bits, value = code * scale; else None.
         value_scale: see `key_scale`.
         text_key: cross-attention keys of the prompt `[B, text_tokens, heads, head_dim]`, or None.
@@ -128,9 +128,8 @@ class KVLayerCache:
         """Make room for `tokens` tokens of `(batch, heads, head_dim)`, keeping what is stored."""
         batch, heads, head_dim = shape
         for name in ("key", "value"):
-            old = getattr(self, name)
-            new = torch.zeros(batch, tokens, heads, head_dim, device=device, dtype=dtype)
-            if old is not None:
+            new = allocate((batch, tokens, heads, head_dim), dtype, device, values=name == "value")
+            if (old := getattr(self, name)) is not None:
                 new[:, : old.shape[1]] = old
             setattr(self, name, new)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+import qarvd_kernels as ops
+
 STORAGES: dict[str, torch.dtype | None] = {
     "auto": None,
     "bf16": torch.bfloat16,
@@ -12,6 +14,7 @@ STORAGES: dict[str, torch.dtype | None] = {
 }
 """Names of the storage dtypes; `auto` is the dtype of the pass."""
 
+_ROOM_MULTIPLE = 16  # tokens; what the copy engine of a GPU asks of rows of codes
 _LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest code
 _SMALLEST_SCALE = 1e-12  # a head that is zero everywhere must not divide by zero
 
@@ -25,6 +28,21 @@ def check_storage(storage: str) -> str:
     if storage not in STORAGES:
         raise ValueError(f"kv_cache is {storage!r}, expected one of {', '.join(STORAGES)}")
     return storage
+
+
+def allocate(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, values: bool) -> torch.Tensor:
+    """Zeros `[B, at least tokens, heads, head_dim]` for keys, or for values, of a shape `(B, tokens, heads, head_dim)`.
+
+    Where the 8-bit attention of the device wants it, neighbouring tokens of the values are neighbours in memory. It is a
+    matter of strides alone: whoever reads or writes by index need not know.
+    """
+    batch, tokens, heads, head_dim = shape
+    if dtype != torch.float8_e4m3fn or not ops.tokens_innermost(device, head_dim):
+        return torch.zeros(shape, device=device, dtype=dtype)
+    room = -(-tokens // _ROOM_MULTIPLE) * _ROOM_MULTIPLE
+    if not values:
+        return torch.zeros(batch, room, heads, head_dim, device=device, dtype=dtype)
+    return torch.zeros(batch, heads, head_dim, room, device=device, dtype=dtype).permute(0, 3, 1, 2)
 
 
 def is_quantized(dtype: torch.dtype) -> bool:

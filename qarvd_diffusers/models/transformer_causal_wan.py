@@ -474,6 +474,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 "disable_gradient_checkpointing(), or run without kv_cache"
             )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> CausalWanTransformer3DModel:
+        """Behind `to`, `cpu` and their like; a fused pass must not hold on to weights that have moved elsewhere."""
+        super()._apply(fn, recurse)
+        if self._fused_pass is not None and not self._fused_pass.fits(self):
+            self._fused_pass = None
+        return self
+
     def to(self, *args: Any, **kwargs: Any) -> CausalWanTransformer3DModel:
         """Move the model. A quantized model keeps its dtypes: a requested dtype is dropped, the device is honoured."""
         if not getattr(self, "is_quantized", False):

@@ -214,13 +214,20 @@ def apply_choice(pipe: ARVDPipeline, choice: MemoryChoice) -> None:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        _let_segments_grow()
         if isinstance(getattr(pipe, "vae", None), AutoencoderKLWan):
             optimize_vae(pipe.vae)
     pipe.kv_cache, pipe.window = choice.kv_cache, choice.window
     if choice.text_encoder != "keep":
         pipe.offload_text_encoder(choice.text_encoder, device)
     pipe.to(device)
+
+
+def _let_segments_grow() -> None:
+    if torch.cuda.get_allocator_backend() == "native":
+        # Has no public name but an environment variable, which is read too early; the second is the older one.
+        setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (setter or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 @dataclass(frozen=True)

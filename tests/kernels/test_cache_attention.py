@@ -11,16 +11,23 @@ CACHES = [torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn]
 B, T, H, D, S = 2, 5, 3, 8, 12
 
 
-def append_arguments(key_dtype, value_dtype, quantize_query=False, start=4, batch=B, tokens=T, heads=H, head_dim=D):
+def append_arguments(
+    key_dtype, value_dtype, quantize_query=False, start=4, batch=B, tokens=T, heads=H, head_dim=D, room=S
+):
     g, width = generator(), heads * head_dim
     qkv = torch.randn(batch, tokens, 3 * width, generator=g) * 2
     q_weight, k_weight = (1 + 0.2 * torch.randn(width, generator=g) for _ in range(2))
     angle = torch.rand(tokens, head_dim // 2, generator=g) * 6
-    caches = [torch.full((batch, S, heads, head_dim), 3.0).to(dtype) for dtype in (key_dtype, value_dtype)]
+    caches = [torch.full((batch, room, heads, head_dim), 3.0).to(dtype) for dtype in (key_dtype, value_dtype)]
     scale = torch.rand(heads, generator=g) * 0.02 + 0.02
     scales = [scale if dtype.itemsize == 1 else None for dtype in (key_dtype, value_dtype)]
     query_scale = scale * 0.9 if quantize_query else None
     return [qkv, q_weight, k_weight, 1e-6, angle.cos(), angle.sin(), *caches, query_scale, *scales, start]
+
+
+def with_tokens_innermost(cache):
+    """The same values, `[B, S, H, D]` by shape and `[B, H, D, S]` in memory."""
+    return cache.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def append_truth(arguments):
@@ -61,6 +68,14 @@ def test_qk_norm_rope_append(key_dtype, value_dtype):
         assert_stored(value_cache[:, 4:9], want[2], value_scale)
         for cache in (key_cache, value_cache):  # nothing else is touched
             assert bool((cache[:, :4].float() == 3).all() and (cache[:, 9:].float() == 3).all())
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+def test_append_to_values_with_tokens_innermost(dtype):
+    plain, innermost = append_arguments(dtype, dtype), append_arguments(dtype, dtype)
+    innermost[7] = with_tokens_innermost(innermost[7])
+    assert torch.equal(ops.qk_norm_rope_append(*plain), ops.qk_norm_rope_append(*innermost))
+    assert torch.equal(plain[7].float(), innermost[7].float()) and not innermost[7].is_contiguous()
 
 
 def test_append_saturates():
@@ -108,6 +123,43 @@ def test_attention_int8(value_dtype, length):
     assert torch.equal(ops.attention_int8(*arguments), got)
 
 
+def fp8_arguments(length=S, batch=B, tokens=T, heads=H, head_dim=D, room=S, mean=0.0):
+    g = generator(3)
+    scales = [torch.rand(heads, generator=g) * 0.01 + 0.01 for _ in range(3)]
+    means = torch.tensor([0.0, 0.0, mean])
+    tensors = [
+        ((torch.randn(batch, size, heads, head_dim, generator=g) + m) / scale[:, None]).clamp(-448, 448)
+        for size, scale, m in zip((tokens, room, room), scales, means, strict=True)
+    ]
+    return [*(x.to(torch.float8_e4m3fn) for x in tensors), *scales, length]
+
+
+def fp8_truth(arguments):
+    """Attention on what the codes stand for, float64."""
+    *tensors, length = arguments
+    query, key, value = (
+        x.double() * scale.double()[:, None] for x, scale in zip(tensors[:3], tensors[3:], strict=True)
+    )
+    query, key, value = (t.transpose(1, 2) for t in (query, key[:, :length], value[:, :length]))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", (1, 7, S))
+def test_attention_fp8(length):
+    arguments = fp8_arguments(length)
+    got, want = ops.attention_fp8(*arguments), fp8_truth(arguments)
+    assert got.dtype == torch.bfloat16 and got.shape == want.shape
+    assert float((got.double() - want).norm() / want.norm()) < 8e-3  # 16-bit operands
+    arguments[1][:, length:] = arguments[2][:, length:] = 99.0  # what lies behind `length` is not seen
+    assert torch.equal(ops.attention_fp8(*arguments), got)
+    arguments[2] = with_tokens_innermost(arguments[2])
+    torch.testing.assert_close(ops.attention_fp8(*arguments), got, rtol=8e-3, atol=5e-3)
+
+
+def test_no_gpu_wants_tokens_innermost():
+    assert not ops.tokens_innermost(torch.device("cpu"), 128)
+
+
 def calls():
     return [
         (ops.qk_norm_rope_append, append_arguments(torch.int8, torch.bfloat16, True)),
@@ -119,6 +171,9 @@ def calls():
 def test_opcheck():
     for op, arguments in calls():
         torch.library.opcheck(op.overload, tuple(arguments))
+    # The schema test compares inputs before and after, for which torch has no float8 arithmetic on the CPU.
+    utilities = ("test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.attention_fp8.overload, tuple(fp8_arguments()), test_utils=utilities)
 
 
 @pytest.mark.parametrize(

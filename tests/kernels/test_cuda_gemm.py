@@ -58,7 +58,7 @@ def fake_nvcc(folder: Path, script: str) -> Path:
 
 @needs_nvcc
 @pytest.mark.slow
-def test_kernels_compile_to_hopper_integer_products_without_spills(tmp_path):
+def test_kernels_compile_to_hopper_products_without_spills(tmp_path):
     command = [
         NVCC,
         *cuda_build.FLAGS,
@@ -80,6 +80,9 @@ def test_kernels_compile_to_hopper_integer_products_without_spills(tmp_path):
     for columns, _ in gemm._TILES:
         assert f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8" in ptx
     assert "multicast::cluster" in ptx and "setmaxnreg" in ptx
+    ptx = (tmp_path / "attention.ptx").read_text()
+    for columns in (128, 136):
+        assert f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3" in ptx
 
 
 @needs_nvcc

@@ -16,7 +16,7 @@ def test_report_names_every_operator_and_every_other_implementation():
     assert tuple(name for name, _, _ in rows) == ops.OPERATORS
     for _, chosen, others in rows:
         assert chosen == "reference"
-        assert [backend for backend, _ in others] == ["cuda", "triton"]
+        assert [backend for backend, _ in others] == ["cuda", "fa3", "triton"]
         assert all(reason for _, reason in others)
 
 
@@ -46,7 +46,7 @@ def test_environment_variable_forces_one(monkeypatch):
     for _, chosen, others in ops.report("cpu"):
         assert chosen == "reference" and {reason for _, reason in others} == {"QARVD_KERNELS=reference"}
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "magic")
-    with pytest.raises(ValueError, match="QARVD_KERNELS is 'magic', expected one of cuda, triton, reference"):
+    with pytest.raises(ValueError, match="QARVD_KERNELS is 'magic', expected one of cuda, fa3, triton, reference"):
         ops.report("cpu")
 
 
@@ -58,6 +58,24 @@ def test_kinds_are_remembered():
     assert len(operator._functions) == 1
     ops.row_sums(torch.zeros(5, 8, dtype=torch.int8), 2)
     assert len(operator._functions) == 2
+
+
+def test_strides_reach_implementations_that_take_them(monkeypatch):
+    """Others are handed contiguous copies; the same shapes with other strides are another kind of call."""
+    seen = []
+
+    def implementation(a, num_outliers):
+        seen.append(a.is_contiguous())
+        return a.sum(1).to(torch.int32)[:, None].expand(-1, 2)
+
+    operator = OPERATORS["row_sums"]
+    operator.forget()
+    strided = torch.zeros(8, 4, dtype=torch.int8).t()
+    for function in (implementation, dispatch.takes_strides(lambda *args: implementation(*args))):
+        monkeypatch.setattr(operator, "choose", lambda args, f=function: dispatch.Choice("triton", f, ()))
+        operator.run(strided.contiguous(), 2), operator.run(strided, 2)
+        operator.forget()
+    assert seen == [True, True, True, False]
 
 
 def test_import_touches_neither_cuda_nor_triton():

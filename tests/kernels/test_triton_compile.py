@@ -134,6 +134,16 @@ def test_cache_append(capability, cache, tmp_path):
     assert_no_spills(kernel, tmp_path)
 
 
+@pytest.mark.parametrize("capability", (89, 90))
+def test_values_with_tokens_innermost(capability, tmp_path):
+    from qarvd_kernels.triton.attention import append_values_kernel
+
+    signature = {"qkv": HALF, "value_cache": "*fp8e4nv", "value_scale": FLOAT}
+    signature |= dict.fromkeys(("tokens", "room", "start"), "i32")
+    constants = {"HEADS": HEADS, "DIM": 128, "TOKENS": 64}
+    assert_no_spills(compiled(append_values_kernel, signature, constants, capability, (4, 1)), tmp_path)
+
+
 @pytest.mark.parametrize("channels", (96, 192, 384))
 @pytest.mark.parametrize("capability", (80, 90))
 def test_channel_norm(capability, channels, tmp_path):

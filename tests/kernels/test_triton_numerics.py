@@ -15,7 +15,14 @@ from kernel_inputs import (
     quantizer,
     stored_layer,
 )
-from test_cache_attention import append_arguments, append_truth, assert_stored, attention_arguments, attention_truth
+from test_cache_attention import (
+    append_arguments,
+    append_truth,
+    assert_stored,
+    attention_arguments,
+    attention_truth,
+    with_tokens_innermost,
+)
 
 import qarvd_kernels as ops
 from qarvd_kernels.reference import gemm as gemm_reference
@@ -132,6 +139,22 @@ def test_qk_norm_rope_append(dtype, quantize_query, on_device, triton_module):
     assert_stored(arguments[7][:, 4:9], want[2], arguments[10])
     for cache in arguments[6:8]:
         assert bool((cache[:, :4].float() == 3).all() and (cache[:, 9:].float() == 3).all())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.int8, torch.float8_e4m3fn))
+@pytest.mark.parametrize("tokens", (5, 70))
+def test_values_with_tokens_innermost(dtype, tokens, on_device, triton_module):
+    if INTERPRETED and dtype == torch.float8_e4m3fn:
+        pytest.skip("the interpreter has no float8")
+    arguments = append_arguments(dtype, dtype, tokens=tokens, room=96)
+    arguments[7] = with_tokens_innermost(arguments[7])
+    query = on_device(triton_module("attention").qk_norm_rope_append, arguments)
+    want = append_truth(arguments)
+    assert_stored(query, want[0], None)
+    stop = 4 + tokens
+    for cache, exact, scale in zip(arguments[6:8], want[1:], arguments[9:11], strict=True):
+        assert_stored(cache[:, 4:stop], exact, scale)
+        assert bool((cache[:, :4].float() == 3).all() and (cache[:, stop:].float() == 3).all())
 
 
 @pytest.mark.parametrize("value_dtype", (torch.float16, torch.int8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ TESTS = Path(__file__).parent.parent
 ROLL_OUTS = {
     "float": (None, False, 4, (700.0, 0.0), {}),
     "uneven": (None, False, 6, (700.0, 0.0), {}),
+    "compiled": (None, False, 6, (700.0, 0.0), {}),
     "timesteps per frame": (None, False, 6, ((700.0, 500.0, 20.0),), {}),
     "window": (None, False, 4, (700.0, 0.0), {"local_attention_frames": 6, "sink_frames": 3}),
     "window positions": (
@@ -80,6 +82,8 @@ def all_roll_outs(prepare=lambda model: None):
     for name, (scheme, *rest) in ROLL_OUTS.items():
         model = build(scheme)
         prepare(model)
+        if name == "compiled":  # the exchanges do not break the graph of a block
+            model.compile_repeated_blocks(fullgraph=True, backend="eager")
         flows[name], cache = roll_out(model, *rest)
         flows[f"{name}/key"] = cache.visible(1)[0]
     return flows
@@ -159,6 +163,7 @@ def alone():
     return all_roll_outs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROLL_OUTS)
 def test_two_processes_get_what_one_gets(together, alone, name):
     """Rounding aside: sums over tokens and heads run in another order nowhere, matrix products over fewer rows may."""
@@ -170,9 +175,8 @@ def test_two_processes_get_what_one_gets(together, alone, name):
         torch.testing.assert_close(flows[f"{name}/key"], heads[rank], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_errors_name_what_is_wrong(together):
-    import json
-
     for rank in range(2):
         errors = json.loads((together / f"errors.{rank}.json").read_text())
         assert "differ in their latents:" in errors["latents"] and "same seed" in errors["latents"]

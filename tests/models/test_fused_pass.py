@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -95,6 +96,17 @@ def test_batches_and_timesteps_per_frame():
         assert relative(got, expected) < TOLERANCE
 
 
+def test_moved_weights_are_given_up_at_once():
+    model = quantized()
+    expected, _ = roll_out(model, True)
+    held = weakref.ref(model._fused_pass)
+    model.to("cpu")  # moves nothing
+    assert held() is not None
+    model._apply(torch.clone)  # as a move to another device does
+    assert held() is None
+    assert torch.equal(roll_out(model, True)[0], expected)
+
+
 def test_window_with_sink():
     model = quantized()
     expected, _ = roll_out(model, False, local_attention_frames=6, sink_frames=3)
@@ -143,6 +155,17 @@ def test_eight_bit_cache(storage):
     assert relative(got, expected) < 0.05
     key, key_fused = stored.visible(0)[0], stored_fused.visible(0)[0]
     assert relative(key_fused, key) < 0.05
+
+
+def test_values_with_tokens_innermost_change_nothing(monkeypatch):
+    model = quantized()
+    expected, stored = roll_out(model, True, storage="fp8", local_attention_frames=6)
+    monkeypatch.setattr("qarvd_kernels.tokens_innermost", lambda *_: True)
+    got, other = roll_out(model, True, storage="fp8", local_attention_frames=6)
+    assert other.layers[0].value.stride(1) == 1 != stored.layers[0].value.stride(1)
+    assert relative(got, expected) < TOLERANCE
+    for plain, innermost in zip(stored.visible(0), other.visible(0), strict=True):
+        assert relative(innermost, plain) < TOLERANCE
 
 
 @torch.no_grad()

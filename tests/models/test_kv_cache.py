@@ -174,3 +174,30 @@ def test_bytes_of_a_storage_and_windows_in_eight_bits():
     assert sizes["auto"] == 2 * sizes["bf16"] == 4 * sizes["int8"] == 4 * sizes["fp8"]
     with pytest.raises(ValueError, match="kv_cache is 'int4', expected one of auto, bf16, int8, fp8"):
         KVCache(1, storage="int4")
+
+
+def test_values_with_tokens_innermost_are_the_same_cache(monkeypatch):
+    """Strides are all that differs: windows, the moving-average sink, growth, copies and saved states."""
+    states = []
+    for innermost in (False, True):
+        monkeypatch.setattr("qarvd_kernels.tokens_innermost", lambda *_, chosen=innermost: chosen)
+        cache = KVCache(1, 9, 3, storage="fp8", sink_ema=0.9)
+        for offset in range(0, 15, 3):
+            append(cache, offset, *random_kv(6, offset))
+        value = cache.layers[0].value
+        assert (value.stride(1) == 1) == innermost and value.shape[1] == (32 if innermost else 18)
+        branch = cache.clone()
+        assert branch.layers[0].value.stride() == value.stride()
+        append(branch, 15, *random_kv(6, 15))
+        tensors, facts = cache.state()
+        again = KVCache(1, 9, 3, storage="fp8", sink_ema=0.9)
+        again.load_state({name: tensor.contiguous() for name, tensor in tensors.items()}, facts, value.device)
+        append(again, 15, *random_kv(6, 15))
+        assert again.layers[0].value.stride() == value.stride()
+        grown = KVCache(1, storage="fp8")
+        for offset in range(0, 18, 3):
+            append(grown, offset, *random_kv(6, offset))
+        states.append([part for c in (cache, branch, again, grown) for part in c.visible(0)])
+        assert torch.equal(states[-1][2], states[-1][4]) and torch.equal(states[-1][3], states[-1][5])
+    for plain, other in zip(*states, strict=True):
+        assert torch.equal(plain, other)

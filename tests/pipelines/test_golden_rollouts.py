@@ -47,6 +47,7 @@ def rollout(golden, fields, inputs, *, noise, renoise, initial=None):
     pieces = []
     for chunk in stream:
         pieces.append(chunk.latents)
+        stream._session.loop.refresh()
         cache = pipe.cache.clone()  # a stream that ends empties its own
     latents = torch.cat(pieces, dim=2)
     by_role: dict = {}

@@ -128,6 +128,20 @@ def test_a_preset_sets_the_pipeline_up(folder):
     assert parse_budget("8GB") == 8_000_000_000 and parse_budget("max") is None and RESERVE > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_preset_on_cuda_computes_the_same(folder):
+    plain = ARVDPipeline.from_pretrained(folder, dtype=torch.float32).to("cuda")
+    budget = f"{(choose(ModelShapes.read(folder), 'max', dtype=torch.float32).total - 1000) / 1e9:.9f}GB"
+    preset = ARVDPipeline.from_pretrained(folder, memory=budget, dtype=torch.float32)
+    assert preset.text_encoder.device.type == "cpu" and preset.transformer.device.type == "cuda"
+    frames = [
+        pipe(PROMPT, num_chunks=3, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+        for pipe in (plain, preset)
+    ]
+    torch.testing.assert_close(*frames, atol=1e-3, rtol=0)
+
+
 def test_a_window_at_run_time(tiny_pipeline):
     tiny_pipeline.register_to_config(local_attention_frames=12, sink_frames=3)
     expected = tiny_pipeline(PROMPT, num_chunks=4, generator=torch.Generator().manual_seed(0), output_type="latent")

@@ -59,6 +59,7 @@ def replay(golden, inputs, fields, frames, switches, hows=()):
             switches.pop(0)
             stream.set_prompt(prompt_embeds=inputs[next(prompts)], on_prompt_switch=next(hows, None))
         pieces.append(next(stream).latents)
+    stream._session.loop.refresh()
     final = pipe.cache.visible(0)[0].clone()
     assert next(stream, None) is None
     return {"latents": torch.cat(pieces, dim=2), "final_self_attn_k_cache_block0": final, **pipe.flows}

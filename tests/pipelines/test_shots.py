@@ -61,6 +61,7 @@ def test_longlive_2(golden_family, name):
             stream.set_prompt(prompt_embeds=inputs[f"prompt_embeds_{text[-1]}"], on_prompt_switch=how)
         before = text[-1]
         pieces.append(next(stream).latents)
+    stream._session.loop.refresh()
     keys = pipe.cache.visible(0)[0].unflatten(1, (len(pipe.cache.frames), -1))
     # Five dimensions, and so transposed as if it were a video.
     pipe.found["final_self_attn_k_cache_block0_every4th_frame"] = keys[:, ::4].transpose(1, 2)

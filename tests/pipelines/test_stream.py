@@ -75,6 +75,18 @@ def test_a_prompt_set_before_the_start_is_the_prompt(pipe):
     assert torch.equal(latents(stream), expected)
 
 
+def test_a_chunk_is_handed_out_before_its_refresh(pipe):
+    passes = []
+    stream = pipe.stream(
+        PROMPT, output_type="latent", num_chunks=2, on_pass=lambda info: passes.append((info.chunk, info.role))
+    )
+    next(stream)
+    assert passes == [(0, "denoise")] * 4
+    next(stream)
+    assert passes[4:] == [(0, "refresh"), *[(1, "denoise")] * 4]
+    assert next(stream, None) is None and passes[9:] == [(1, "refresh")]
+
+
 def test_keep_is_what_the_step_callback_does(pipe):
     other = pipe.encode_prompt(OTHER)
 

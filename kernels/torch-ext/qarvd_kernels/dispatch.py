@@ -8,9 +8,9 @@ name and
 which returns the reason why this implementation cannot (or should not) run there, or None. `arguments` holds the call's
 arguments by name, or is None when only the device is asked about. The first implementation that does not refuse is taken;
 a `refuses` that raises counts as a refusal. The reference never refuses. Compiled implementations are handed contiguous
-tensors; what they write to, they must refuse if it is not.
+tensors, unless they are marked with `takes_strides`; what they write to, they must refuse if they cannot.
 
-The environment variable `QARVD_KERNELS` (`cuda`, `triton` or `reference`) rules all other compiled implementations out.
+The environment variable `QARVD_KERNELS` (one of `BACKENDS`) rules all other compiled implementations out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("cuda", "triton", "reference")
+BACKENDS = ("cuda", "fa3", "triton", "reference")
 ENVIRONMENT_VARIABLE = "QARVD_KERNELS"
 _MOST_KINDS = 4096  # of calls per operator that are remembered; shapes repeat, so this is room, not a limit in use
 
@@ -113,6 +113,12 @@ def choose(operator: str, theme: str, device: torch.device, arguments: Mapping[s
     return Choice(backend, getattr(_load(backend, theme), operator), tuple(refused + rest))
 
 
+def takes_strides(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a compiled implementation that reads and writes tensors as they lie."""
+    function.takes_strides = True
+    return function
+
+
 def _on_contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, called with contiguous copies where a tensor is none."""
 
@@ -125,7 +131,7 @@ def _on_contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
 class Dispatched:
     """One operator: remembers, per kind of call, which implementation to call.
 
-    A kind of call is everything about its arguments but tensor values: dtypes, shapes, contiguity, numbers. The shape
+    A kind of call is everything about its arguments but tensor values: dtypes, shapes, strides, numbers. The shape
     function checks a kind when it is first met; from then on a call costs one dictionary look-up.
 
     Args:
@@ -141,9 +147,7 @@ class Dispatched:
 
     def run(self, *args: Any) -> Any:
         """Call the implementation for these arguments."""
-        kind = tuple(
-            [(a.dtype, a.shape, a.is_contiguous(), a.get_device()) if isinstance(a, Tensor) else a for a in args]
-        )
+        kind = tuple([(a.dtype, a.shape, a.stride(), a.get_device()) if isinstance(a, Tensor) else a for a in args])
         function = self._functions.get(kind)
         if function is None:
             function = self._remember(kind, args)
@@ -160,7 +164,8 @@ class Dispatched:
         choice = self.choose(args)
         logger.debug("%s runs as %s; refused: %s", self.name, choice.backend, choice.refused)
         function = choice.function
-        if choice.backend != "reference" and not all(t.is_contiguous() for t in tensors):
+        strided = choice.backend == "reference" or hasattr(function, "takes_strides")
+        if not strided and not all(t.is_contiguous() for t in tensors):
             function = _on_contiguous(function)
         if len(self._functions) >= _MOST_KINDS:
             self._functions.clear()

@@ -40,7 +40,7 @@ def qk_norm_rope_append(
         sin: float32 `[T, D / 2]`.
         key_cache: `[B, S, H, D]`, written at tokens `start ... start + T - 1`. Plain in bfloat16, float16 or float32; int8
             holds `clamp(round(k / key_scale), -127, 127)`, float8_e4m3fn holds `k / key_scale`, clamped to its range.
-        value_cache: `[B, S, H, D]` likewise; may have another dtype.
+        value_cache: `[B, S, H, D]` likewise; may have another dtype, and tokens innermost (see `tokens_innermost`).
         query_scale: float32 `[H]`: return q quantized like the keys; or None.
         key_scale: float32 `[H]` for an 8-bit `key_cache`, else None.
         value_scale: float32 `[H]` for an 8-bit `value_cache`, else None.
@@ -110,3 +110,48 @@ def attention_int8(
     checks.require(key.dtype == torch.int8, "dtype of key", key.dtype, "torch.int8")
     checks.require(1 <= length <= key.shape[1], "length", length, f"1 to {key.shape[1]} (the cached tokens)")
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+@operator(
+    "Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor key_scale, Tensor value_scale, SymInt length",
+    "Tensor",
+)
+def attention_fp8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    length: int,
+) -> Tensor:
+    """Softmax attention on float8 queries, keys and values, without a mask; both products run on 8 bits where hardware can.
+
+    Args:
+        query: float8_e4m3fn `[B, T, H, D]`.
+        key: float8_e4m3fn `[B, S, H, D]`.
+        value: float8_e4m3fn `[B, S, H, D]`; see `tokens_innermost` for how it should lie.
+        query_scale: float32 `[H]`.
+        key_scale: float32 `[H]`.
+        value_scale: float32 `[H]`.
+        length: the first `length` tokens of key and value are visible, 1 to S.
+
+    Returns:
+        bfloat16 `[B, T, H, D]`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    checks.require(
+        query.ndim == 4 and query.dtype == torch.float8_e4m3fn,
+        "query",
+        f"{query.dtype} {tuple(query.shape)}",
+        "float8_e4m3fn [B, T, H, D]",
+    )
+    batch, _, heads, head_dim = query.shape
+    checks.tensor("query_scale", query_scale, (heads,), torch.float32)
+    for name, tensor, scale in (("key", key, key_scale), ("value", value, value_scale)):
+        checks.cache(name, tensor, scale, (batch, heads, head_dim))
+        checks.require(tensor.dtype == query.dtype, f"dtype of {name}", tensor.dtype, str(query.dtype))
+    checks.require(1 <= length <= key.shape[1], "length", length, f"1 to {key.shape[1]} (the cached tokens)")
+    return torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention_backends import attention
+
 QUERY_LEVELS = 127
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -73,3 +75,17 @@ def attention_int8(
     scores = scores * (scale.movedim(1, 2) * (key_scale * query.shape[3] ** -0.5)[:, None, None])
     out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), value)
     return out.to(query.dtype).contiguous()
+
+
+def attention_fp8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    length: int,
+) -> Tensor:
+    """bfloat16 `[B, T, H, D]`: attention of 16 bits on what the codes stand for."""
+    pairs = ((query, query_scale), (key[:, :length], key_scale), (value[:, :length], value_scale))
+    return attention(*((x.float() * scale[:, None]).to(torch.bfloat16) for x, scale in pairs)).contiguous()

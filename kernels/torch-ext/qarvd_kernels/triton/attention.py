@@ -24,12 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import takes_strides
 from .configs import attention_config
 from .launch import Launcher, device_refusal, empty_refusal, round_to_int
 
 _LARGEST_ROW = 16384
 _FLOAT8_CAPABILITY = (8, 9)
 _HEAD_DIMS = (64, 128)
+_VALUE_TOKENS = 64  # of one program that stores values with tokens innermost
 _room = cache(triton.next_power_of_2)
 _MAGIC = tl.constexpr(0x4B400000)  # bits of 1.5 * 2^23: added to an integer below 2^22 it is that integer as a float
 _MAGIC_FLOAT = tl.constexpr(12582912.0)
@@ -53,20 +55,31 @@ def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | 
     width = arguments["q_weight"].shape[0]
     if width > _LARGEST_ROW:
         return f"rows of {width} channels do not fit the registers of one program ({_LARGEST_ROW})"
-    if not all(arguments[name].is_contiguous() for name in ("key_cache", "value_cache")):
-        return "the cache is not contiguous"
+    value_cache = arguments["value_cache"]
+    if not arguments["key_cache"].is_contiguous() or not (value_cache.is_contiguous() or _tokens_last(value_cache)):
+        return "the cache is neither contiguous nor, in its values, with tokens innermost"
     return None
 
 
+def _tokens_last(value_cache: Tensor) -> bool:
+    """Whether `[B, S, H, D]` lies in memory as `[B, H, D, S]`."""
+    return value_cache.permute(0, 2, 3, 1).is_contiguous()
+
+
 @triton.jit
-def _store(row, value, channel, mask):
-    """Write one token `[H, D]` in the number format of what `row` points to, clamped to its range."""
-    dtype: tl.constexpr = row.dtype.element_ty
+def _coded(value, dtype: tl.constexpr):
+    """In a number format of a cache, clamped to its range."""
     if dtype == tl.int8:
         value = round_to_int(tl.minimum(tl.maximum(value, -127.0), 127.0))
     elif dtype == tl.float8e4nv:
         value = tl.minimum(tl.maximum(value, -448.0), 448.0)
-    tl.store(row + channel, value.to(dtype), mask=mask)
+    return value.to(dtype)
+
+
+@triton.jit
+def _store(row, value, channel, mask):
+    """Write one token `[H, D]` in the number format of what `row` points to."""
+    tl.store(row + channel, _coded(value, row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -138,6 +151,33 @@ def qk_norm_rope_append_kernel(
             if key_scale is not None:
                 value *= inverse
             _store(key_cache + (batch * room_key + start + token) * WIDTH, value, channel, mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "room", "start"])
+def append_values_kernel(
+    qkv,
+    value_cache,
+    value_scale,
+    tokens,
+    room,
+    start,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The values of some tokens and one head into a cache with tokens innermost."""
+    WIDTH: tl.constexpr = HEADS * DIM
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    channel = tl.arange(0, DIM)
+    mask = token < tokens
+    row = (batch * tokens + token) * (3 * WIDTH) + 2 * WIDTH + head * DIM
+    value = tl.load(qkv + row[:, None] + channel[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+    if value_scale is not None:
+        value *= 1.0 / tl.load(value_scale + head)
+    at = ((batch * HEADS + head) * DIM + channel)[:, None] * room + start + token[None, :]
+    tl.store(value_cache + at, _coded(tl.trans(value), value_cache.dtype.element_ty), mask=mask[None, :])
 
 
 @triton.jit
@@ -237,9 +277,11 @@ def attention_int8_kernel(
 
 
 _append = Launcher(qk_norm_rope_append_kernel)
+_append_values = Launcher(append_values_kernel)
 _attention = Launcher(attention_int8_kernel)
 
 
+@takes_strides
 def qk_norm_rope_append(
     qkv: Tensor,
     q_weight: Tensor,
@@ -255,19 +297,30 @@ def qk_norm_rope_append(
     start: int,
 ) -> Tensor:
     """q `[B, T, H, D]`, normed and rotated; k likewise and v are written into the caches."""
+    qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     (batch, tokens), (heads, head_dim) = qkv.shape[:2], key_cache.shape[2:]
+    in_one = value_cache.is_contiguous()
     dtype = qkv.dtype if query_scale is None else key_cache.dtype
     query = torch.empty((batch, tokens, heads, head_dim), dtype=dtype, device=qkv.device)
     room = _room(heads)
     scales = (query_scale, key_scale, value_scale)
     _append(
-        (batch * tokens, 3, 1),
+        (batch * tokens, 3 if in_one else 2, 1),
         (qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, *scales, query),
         (eps, tokens, key_cache.shape[1], value_cache.shape[1], start),
         (heads, head_dim, room),
         (min(max(room * head_dim // 512, 1), 16), 1),
         (qkv.dtype, key_cache.dtype, value_cache.dtype, query_scale is None),
     )
+    if not in_one:
+        _append_values(
+            (triton.cdiv(tokens, _VALUE_TOKENS), heads, batch),
+            (qkv, value_cache, value_scale),
+            (tokens, value_cache.shape[1], start),
+            (heads, head_dim, _VALUE_TOKENS),
+            (4, 1),
+            (qkv.dtype, value_cache.dtype, value_scale is None),
+        )
     return query
 
 

@@ -18,6 +18,7 @@
 #include <cuda_fp16.h>
 
 #include "ptx.cuh"
+#include "ring.cuh"
 #include "wgmma.cuh"
 
 namespace qarvd {
@@ -96,19 +97,6 @@ struct Tile {
         shares_columns = !wraps;
         row = (rank && wraps ? 0 : row_tile + rank) * tile_rows;
         column = (rank && wraps ? column_tile + 1 : column_tile) * tile_columns;
-    }
-};
-
-// A position in a ring of buffers with one pair of barriers each.
-template <int size>
-struct Ring {
-    int index = 0;
-    uint32_t phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++index == size) {
-            index = 0;
-            phase ^= 1;
-        }
     }
 };
 

@@ -1,0 +1,100 @@
+"""Attention on float8 queries, keys and values on Hopper GPUs; what it computes is written in `ops.attention`."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import takes_strides
+from .build import library, message, refusal
+from .device import device_refusal
+
+HEAD_DIM = 128  # compiled in src/attention.cuh
+ROOM_MULTIPLE = 16  # tokens of a cache
+
+
+def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """See `dispatch`."""
+    reason = device_refusal(device)
+    if reason is None and arguments is not None:
+        reason = _layout_refusal(arguments["query"], arguments["key"], arguments["value"])
+    return reason or refusal()
+
+
+def _layout_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    heads, head_dim = query.shape[2:]
+    if head_dim != HEAD_DIM:
+        return f"heads of {head_dim} channels, expected {HEAD_DIM}"
+    if query.numel() == 0:
+        return "an empty tensor"
+    room = value.stride(3)
+    if value.stride() != (heads * head_dim * room, 1, head_dim * room, room):
+        return "the values do not lie with tokens innermost (a K/V cache in float8 allocates them so)"
+    if room % ROOM_MULTIPLE or key.stride() != (room * heads * head_dim, heads * head_dim, head_dim, 1):
+        return f"keys and values need the same room, a multiple of {ROOM_MULTIPLE} tokens"
+    return None
+
+
+@takes_strides
+def attention_fp8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    length: int,
+) -> Tensor:
+    """bfloat16 `[B, T, H, D]`."""
+    query = query.contiguous()
+    (batch, tokens, heads, head_dim), device = query.shape, query.get_device()
+    out = torch.empty_like(query, dtype=torch.bfloat16)
+    function, workspace_bytes = _function(device)
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=query.device)
+    code = function(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        batch,
+        tokens,
+        length,
+        value.stride(3),
+        heads,
+        query_scale.data_ptr(),
+        key_scale.data_ptr(),
+        value_scale.data_ptr(),
+        math.log2(math.e) / math.sqrt(head_dim),
+        out.data_ptr(),
+        workspace.data_ptr(),
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+    if code:
+        raise RuntimeError(
+            f"qarvd_kernels: attention_fp8 of {tuple(query.shape)} to {length} tokens failed: {message(code)}"
+        )
+    return out
+
+
+@cache
+def _function(device: int) -> tuple[Any, int]:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    function, workspace = library().qarvd_attention_fp8, library().qarvd_attention_fp8_workspace
+    function.argtypes = [
+        *[pointer] * 3,
+        *[integer] * 5,
+        *[pointer] * 3,
+        ctypes.c_float,
+        pointer,
+        pointer,
+        integer,
+        pointer,
+    ]
+    workspace.argtypes, workspace.restype = [integer], ctypes.c_longlong
+    return function, workspace(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,109 @@
+// Host side of the attention kernel: tensor maps, schedule, launch. Plain C interface, no torch header.
+#include <atomic>
+
+#include "attention.cuh"
+#include "tensor_map.h"
+
+namespace {
+
+using namespace qarvd;
+
+// [batch, queries, heads, D], the rows of all sequences one below the other.
+bool encode_query(CUtensorMap* map, const void* query, long long rows, int columns) {
+    const cuuint64_t extent[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(columns)};
+    const cuuint32_t box[2] = {head_dim, query_tile};
+    return encode(map, query, 2, extent, stride, box);
+}
+
+// [batch, room, heads, D]. Key 16 g + 4 q + 2 h + e goes to row 16 g + 8 h + 2 q + e of its tile: the scores of four
+// neighbours are then one thread's.
+bool encode_key(CUtensorMap* map, const void* key, long long rows, int columns) {
+    const cuuint64_t pitch = columns;
+    const cuuint64_t extent[5] = {pitch, 2, 4, 2, cuuint64_t(rows / 16)};
+    const cuuint64_t stride[4] = {pitch, 4 * pitch, 2 * pitch, 16 * pitch};
+    const cuuint32_t box[5] = {head_dim, 2, 4, 2, key_tile / 16};
+    return encode(map, key, 5, extent, stride, box);
+}
+
+// [batch * heads * D, room], of which `keys` are seen: what is behind them reads as zero, whatever lies there.
+// Channel 32 g + 8 q + 2 j + e goes to row 32 g + 8 j + 2 q + e: eight neighbours are results of one thread.
+bool encode_value(CUtensorMap* map, const void* value, long long channels, int keys, long long room) {
+    const cuuint64_t pitch = room;
+    const cuuint64_t extent[5] = {cuuint64_t(keys), 2, 4, 4, cuuint64_t(channels / 32)};
+    const cuuint64_t stride[4] = {pitch, 8 * pitch, 2 * pitch, 32 * pitch};
+    const cuuint32_t box[5] = {key_tile, 2, 4, 4, head_dim / 32};
+    return encode(map, value, 5, extent, stride, box);
+}
+
+constexpr int devices_limit = 64;
+std::atomic<int> processors[devices_limit];  // 0: not asked yet
+
+cudaError_t prepare(int device) {
+    if (processors[device].load()) return cudaSuccess;
+    int count = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     AttentionShared::bytes);
+    if (error == cudaSuccess) processors[device] = count;
+    return error;
+}
+
+size_t counter_bytes(int blocks) { return (blocks * attention_warps * sizeof(int) + 255) / 256 * 256; }
+
+int run(
+    const AttentionMaps& maps, AttentionParameters p, int batch, char* workspace, int blocks, cudaStream_t stream) {
+    p.row_tiles = (p.queries + query_tile - 1) / query_tile, p.key_tiles = (p.keys + key_tile - 1) / key_tile;
+    const int tiles = p.row_tiles * p.heads * batch;
+    p.whole_waves = tiles / blocks, p.split_tiles = tiles % blocks;
+    p.finished = reinterpret_cast<int*>(workspace);
+    p.pieces = reinterpret_cast<float*>(workspace + counter_bytes(blocks));
+    if (p.split_tiles) {
+        const cudaError_t error = cudaMemsetAsync(p.finished, 0, counter_bytes(blocks), stream);
+        if (error != cudaSuccess) return error;
+    }
+    attention_kernel<<<blocks, attention_threads, AttentionShared::bytes, stream>>>(maps, p);
+    return cudaGetLastError();
+}
+
+}  // namespace
+
+// Bytes that `qarvd_attention_fp8` needs beside its results on a GPU of so many multiprocessors; any content.
+extern "C" long long qarvd_attention_fp8_workspace(int multiprocessors) {
+    return counter_bytes(multiprocessors) +
+           2LL * multiprocessors * attention_consumers * piece_floats * static_cast<long long>(sizeof(float));
+}
+
+// Returns 0 or a CUDA error. Device pointers: query e4m3 [batch, queries, heads, 128], key e4m3 [batch, room, heads,
+// 128], value e4m3 [batch, heads, 128, room], scales float32 [heads], out bfloat16 [batch, queries, heads, 128]. The
+// first `keys` tokens are seen. `room` is a multiple of 16.
+extern "C" int qarvd_attention_fp8(const void* query, const void* key, const void* value, int batch, int queries,
+                                   int keys, int room, int heads, const float* query_scale, const float* key_scale,
+                                   const float* value_scale, float softmax_scale, void* out, void* workspace,
+                                   int device, void* stream) {
+    if (encoder() == nullptr) return cudaErrorNotSupported;
+    if (device < 0 || device >= devices_limit) return cudaErrorInvalidDevice;
+    const void* aligned[] = {query, key, value, out, workspace};
+    for (const void* pointer : aligned)
+        if (reinterpret_cast<uintptr_t>(pointer) % 16) return cudaErrorMisalignedAddress;
+    if (room % 16 || keys < 1 || keys > room) return cudaErrorInvalidValue;
+    AttentionMaps maps;
+    const int columns = heads * head_dim;
+    if (!encode_query(&maps.query, query, static_cast<long long>(batch) * queries, columns) ||
+        !encode_key(&maps.key, key, (batch - 1LL) * room + (keys + 15) / 16 * 16, columns) ||
+        !encode_value(&maps.value, value, static_cast<long long>(batch) * columns, keys, room))
+        return cudaErrorInvalidValue;
+    int current = device;
+    cudaError_t error = cudaGetDevice(&current);
+    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = prepare(device);
+    if (error != cudaSuccess) return error;
+    AttentionParameters p{};
+    p.queries = queries, p.keys = keys, p.heads = heads, p.key_groups_of_batch = room / 16;
+    p.query_scale = query_scale, p.key_scale = key_scale, p.value_scale = value_scale;
+    p.softmax_scale = softmax_scale, p.out = static_cast<__nv_bfloat16*>(out);
+    const int result = run(maps, p, batch, static_cast<char*>(workspace), processors[device],
+                           static_cast<cudaStream_t>(stream));
+    if (current != device) cudaSetDevice(current);
+    return result;
+}

@@ -1,0 +1,476 @@
+// Softmax attention on float8 (e4m3) queries, keys and values for Hopper, heads of 128 channels, no mask.
+//
+// One block holds 128 query rows of a head: a producer warp keeps rings of key and value tiles filled by bulk tensor
+// copies, two consumer warpgroups of 64 rows each run both products. A warpgroup issues the scores of the next tile
+// and the weighted sum of the last one together, and the two are not synchronized: one computes exponentials while the
+// tensor cores work for the other.
+//
+// Values are stored with tokens innermost, [D, tokens], because 8-bit operands must have the summed dimension
+// innermost. The accumulator fragment of the scores becomes the register operand of the weighted sum without a
+// shuffle: of every 16 keys, those that one thread holds are made neighbours by the order in which the tensor map
+// fetches key rows. The rows of the values are ordered in the same way, so that a thread holds eight neighbouring
+// channels of the result.
+//
+// Exponentials have a reference per row, a power of two, that follows the true maximum lazily: weights are computed
+// with the old reference, and only if one of them leaves the range of e4m3 the reference moves and what was summed is
+// rescaled (FlashAttention-4's idea). The sum of the weights is one more column of the product (rows of ones behind
+// the values): it sums exactly what is multiplied.
+//
+// Accumulators of 8-bit products keep 13 bits below their largest term and cut the rest off, which over 32760 keys
+// takes a fifth off the result where values have a mean. So they start anew every few tiles, and the total is kept in
+// float32 in shared memory.
+//
+// Blocks are persistent. Tiles of queries that fill whole waves of blocks are computed whole; the keys of the
+// remaining ones are split evenly over all blocks, and the last one to finish a tile merges its pieces.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "ptx.cuh"
+#include "ring.cuh"
+#include "wgmma_fp8.cuh"
+
+namespace qarvd {
+
+constexpr int head_dim = 128, key_tile = 128, query_tile = 128;
+constexpr int attention_consumers = 2, attention_threads = (attention_consumers + 1) * 128;
+constexpr int attention_warps = attention_consumers * 4;    // that consume
+constexpr int tiles_per_sum = 4;                            // that accumulators hold; 8 is faster and twice as far off
+constexpr int sum_accumulators = head_dim / 2 + 4;          // of a thread: its channels, and sums of weights
+constexpr int piece_floats = (sum_accumulators + 4) * 128;  // of one warpgroup: accumulators, sums and references
+constexpr float weight_bits = 8.0f;                         // weights are 2^8 at the reference; e4m3 ends at 448
+
+struct AttentionParameters {
+    int queries, keys, heads;
+    int row_tiles, key_tiles;                            // of one sequence
+    int whole_waves, split_tiles;                        // tiles of queries: waves of one per block; what is left
+    int key_groups_of_batch;                             // groups of 16 key rows between sequences
+    const float *query_scale, *key_scale, *value_scale;  // [heads]
+    float softmax_scale;                                 // log2(e) / sqrt(D)
+    __nv_bfloat16* out;                                  // [batch, queries, heads, D]
+    float* pieces;                                       // [blocks][2][consumers][piece_floats]
+    int* finished;                                       // [split_tiles][consumer warps], zero
+};
+
+struct AttentionMaps {
+    CUtensorMap query, key, value;
+};
+
+struct AttentionShared {
+    static constexpr int stages = 4;
+    static constexpr int query_bytes = query_tile * head_dim, key_bytes = key_tile * head_dim;
+    static constexpr int value_bytes = key_bytes + 8 * key_tile;  // eight rows of ones behind the channels
+    static constexpr int sums_bytes = sum_accumulators * attention_consumers * 128 * 4;
+    static constexpr int bytes =
+        query_bytes + stages * (key_bytes + value_bytes) + sums_bytes + (4 * stages + 2) * int(sizeof(uint64_t));
+
+    uint32_t base;
+    __device__ __forceinline__ uint32_t query() const { return base; }
+    __device__ __forceinline__ uint32_t key(int stage) const { return base + query_bytes + stage * key_bytes; }
+    __device__ __forceinline__ uint32_t value(int stage) const { return key(stages) + stage * value_bytes; }
+    __device__ __forceinline__ uint32_t sums() const { return value(stages); }
+    __device__ __forceinline__ uint32_t key_full(int stage) const { return sums() + sums_bytes + stage * 8; }
+    __device__ __forceinline__ uint32_t key_empty(int stage) const { return key_full(stages + stage); }
+    __device__ __forceinline__ uint32_t value_full(int stage) const { return key_full(2 * stages + stage); }
+    __device__ __forceinline__ uint32_t value_empty(int stage) const { return key_full(3 * stages + stage); }
+    __device__ __forceinline__ uint32_t query_full() const { return key_full(4 * stages); }
+    __device__ __forceinline__ uint32_t query_empty() const { return key_full(4 * stages + 1); }
+};
+
+// Key tiles [first, last) of one tile of queries.
+struct Segment {
+    int tile, first, last;
+};
+
+// The work of one block: its share of the split tiles first, then its whole tiles.
+struct Schedule {
+    const AttentionParameters& p;
+    int next, stop, wave = 0;
+
+    __device__ __forceinline__ Schedule(const AttentionParameters& p)
+        : p(p), next(share(blockIdx.x)), stop(share(blockIdx.x + 1)) {}
+    // Where the share of a block begins, among the key tiles of all split tiles.
+    __device__ __forceinline__ int share(int block) const {
+        return static_cast<int>(static_cast<long long>(block) * p.split_tiles * p.key_tiles / gridDim.x);
+    }
+    __device__ __forceinline__ bool take(Segment& segment) {
+        if (next < stop) {
+            const int split = next / p.key_tiles, begin = split * p.key_tiles;
+            segment = {p.whole_waves * int(gridDim.x) + split, next - begin, min(stop - begin, p.key_tiles)};
+            next = begin + segment.last;
+            return true;
+        }
+        if (wave == p.whole_waves) return false;
+        segment = {wave++ * int(gridDim.x) + int(blockIdx.x), 0, p.key_tiles};
+        return true;
+    }
+};
+
+// A tile of queries: rows fastest, then heads, then sequences.
+struct QueryTile {
+    int row, head, sequence;
+    __device__ __forceinline__ QueryTile(const AttentionParameters& p, int tile)
+        : row(tile % p.row_tiles * query_tile), head(tile / p.row_tiles % p.heads),
+          sequence(tile / p.row_tiles / p.heads) {}
+};
+
+// The producer: one thread. Key tiles run backwards, so that the ragged one comes first.
+__device__ __forceinline__ void produce(
+    const AttentionMaps& maps, const AttentionParameters& p, AttentionShared shared) {
+    Ring<1> query;
+    Ring<AttentionShared::stages> ring;
+    Schedule schedule(p);
+    for (Segment segment; schedule.take(segment);) {
+        const QueryTile tile(p, segment.tile);
+        barrier_wait(shared.query_empty(), query.phase ^ 1);
+        barrier_expect(shared.query_full(), AttentionShared::query_bytes);
+        load_tile(shared.query(), &maps.query, tile.head * head_dim, tile.sequence * p.queries + tile.row,
+                  shared.query_full());
+        query.advance();
+        const int key_group = tile.sequence * p.key_groups_of_batch;
+        const int value_group = (tile.sequence * p.heads + tile.head) * (head_dim / 32);
+        for (int keys = segment.last - 1; keys >= segment.first; --keys) {
+            const uint32_t key_full = shared.key_full(ring.index), value_full = shared.value_full(ring.index);
+            barrier_wait(shared.key_empty(ring.index), ring.phase ^ 1);
+            barrier_expect(key_full, AttentionShared::key_bytes);
+            load_groups(shared.key(ring.index), &maps.key, tile.head * head_dim, key_group + keys * (key_tile / 16),
+                        key_full);
+            barrier_wait(shared.value_empty(ring.index), ring.phase ^ 1);
+            barrier_expect(value_full, AttentionShared::key_bytes);
+            load_groups(shared.value(ring.index), &maps.value, keys * key_tile, value_group, value_full);
+            ring.advance();
+        }
+    }
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Four weights as e4m3, the first one in the lowest byte. What is too large becomes 448 = 0x7E.
+__device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d) {
+    uint32_t packed;
+    asm("{\n.reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}\n"
+        : "=r"(packed)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return packed;
+}
+
+// Weights of a score tile, as the register operand of four products. Returns whether one of them is out of range.
+__device__ __forceinline__ bool weigh(
+    const float (&scores)[64], uint32_t (&weights)[16], float scale, const float (&offset)[2]) {
+    uint32_t over = 0;
+#pragma unroll
+    for (int word = 0; word < 16; ++word) {
+        const int half = word % 2, first = word / 2 * 8 + half * 2;
+        float y[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            y[i] = power_of_two(fmaf(scores[first + i / 2 * 4 + i % 2], scale, offset[half]));
+        weights[word] = pack_fp8(y[0], y[1], y[2], y[3]);
+        over |= weights[word] + 0x02020202u;  // the top bit of a byte from 0x7E on
+    }
+    return over & 0x80808080u;
+}
+
+__device__ __forceinline__ void row_maxima(const float (&scores)[64], float (&largest)[2]) {
+    largest[0] = largest[1] = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int lanes = 1; lanes < 4; lanes *= 2)
+            largest[half] = fmaxf(largest[half], __shfl_xor_sync(0xFFFFFFFF, largest[half], lanes));
+}
+
+// One consumer warpgroup: 64 rows of every tile. In arrays of two, element h belongs to row lane / 4 + 8 h of a warp.
+class AttentionConsumer {
+  public:
+    __device__ __forceinline__ AttentionConsumer(const AttentionParameters& p, AttentionShared shared, int consumer)
+        : p(p), shared(shared), consumer(consumer), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
+
+    __device__ __forceinline__ void run(const Segment& segment) {
+        float scores[64];
+        uint32_t weights[16];
+        const int head = QueryTile(p, segment.tile).head;
+        scale = __ldg(p.query_scale + head) * __ldg(p.key_scale + head) * p.softmax_scale;
+        load_queries();
+        issue_scores(scores);
+        wgmma_wait<0>();
+        wgmma_pin(scores);
+        release_keys();
+        const int valid = p.keys - (segment.last - 1) * key_tile;
+        if (valid < key_tile) {
+#pragma unroll
+            for (int i = 0; i < 64; ++i) {
+                const int key = i / 8 * 16 + lane % 4 * 4 + i / 4 % 2 * 2 + i % 2;
+                if (key >= valid) scores[i] = -INFINITY;
+            }
+        }
+        reference[0] = reference[1] = -INFINITY;
+        refer_to_maxima(scores);
+        weigh(scores, weights, scale, offset);
+
+        tiles_in_out = 0, has_total = false, total_factor[0] = total_factor[1] = 1.0f;
+        for (int left = segment.last - segment.first - 1; left > 0; --left) step(scores, weights);
+        issue_sums(weights);
+        wgmma_wait<0>();
+        wgmma_pin(out);
+        release_values();
+        if (has_total) add_total(out);
+        if (segment.last - segment.first == p.key_tiles || merge(segment)) store(segment.tile);
+    }
+
+  private:
+    const AttentionParameters& p;
+    const AttentionShared shared;
+    const int consumer, warp, lane;
+    Ring<AttentionShared::stages> keys, values;
+    Ring<1> query;
+    uint32_t queries[16];         // 64 rows of the warpgroup, as the register operand of four products
+    float out[sum_accumulators];  // weighted sums of some tiles; the last four are sums of weights, [64] and [66]
+    float scale, reference[2], offset[2];  // a weight is 2^(score * scale + offset)
+    int tiles_in_out;
+    bool has_total;         // something lies in shared memory,
+    float total_factor[2];  // to be multiplied by this
+
+    __device__ __forceinline__ void load_queries() {
+        const int row = consumer * 64 + warp * 16 + lane / 4;
+        const uint32_t from = shared.query() + row * head_dim + lane % 4 * 4;
+        barrier_wait(shared.query_full(), query.phase);
+#pragma unroll
+        for (int chunk = 0; chunk < head_dim / 16; ++chunk)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                asm volatile("ld.shared.u32 %0, [%1];"
+                             : "=r"(queries[chunk * 2 + half])
+                             : "r"(from + half * 8 * head_dim + ((chunk ^ row % 8) * 16)));
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.query_empty());
+        query.advance();
+    }
+    __device__ __forceinline__ void issue_scores(float (&scores)[64]) {
+        barrier_wait(shared.key_full(keys.index), keys.phase);
+        const uint64_t b = wgmma_operand<128>(shared.key(keys.index));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < head_dim / 32; ++step) wgmma_fp8(scores, queries + step * 4, b + step * 2, step > 0);
+        wgmma_commit();
+    }
+    __device__ __forceinline__ void issue_sums(const uint32_t (&weights)[16]) {
+        barrier_wait(shared.value_full(values.index), values.phase);
+        const uint64_t b = wgmma_operand<128>(shared.value(values.index));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < key_tile / 32; ++step)
+            wgmma_fp8(out, weights + step * 4, b + step * 2, tiles_in_out > 0 || step > 0);
+        wgmma_commit();
+        ++tiles_in_out;
+    }
+    __device__ __forceinline__ void release_keys() {
+        if (lane == 0) barrier_arrive(shared.key_empty(keys.index));
+        keys.advance();
+    }
+    __device__ __forceinline__ void release_values() {
+        if (lane == 0) barrier_arrive(shared.value_empty(values.index));
+        values.advance();
+    }
+    // An integer: what was summed is then rescaled by powers of two, without an error.
+    __device__ __forceinline__ void refer_to_maxima(const float (&scores)[64]) {
+        float largest[2];
+        row_maxima(scores, largest);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            reference[half] = fmaxf(reference[half], ceilf(largest[half] * scale));
+            offset[half] = weight_bits - reference[half];
+        }
+    }
+
+    // Scores of the next tile, sums of the last one, weights of the next.
+    __device__ __forceinline__ void step(float (&scores)[64], uint32_t (&weights)[16]) {
+        uint32_t next[16];
+        issue_scores(scores);
+        if (tiles_in_out == tiles_per_sum) move_to_total();
+        issue_sums(weights);
+        wgmma_wait<1>();
+        wgmma_pin(scores);
+        release_keys();
+        float keep[2] = {1.0f, 1.0f};
+        const bool over = __any_sync(0xFFFFFFFF, weigh(scores, next, scale, offset));
+        if (over) {
+            const float old[2] = {reference[0], reference[1]};
+            refer_to_maxima(scores);
+            keep[0] = power_of_two(old[0] - reference[0]), keep[1] = power_of_two(old[1] - reference[1]);
+            weigh(scores, next, scale, offset);
+        }
+        wgmma_wait<0>();
+        wgmma_pin(out);
+        // Not before: a write to operands of later products while one is in flight makes the compiler wait after each.
+#pragma unroll
+        for (int i = 0; i < 16; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(weights[i]) : "r"(next[i]));
+        release_values();
+        if (over) {
+#pragma unroll
+            for (int i = 0; i < sum_accumulators; ++i) out[i] *= keep[i / 2 % 2];
+            total_factor[0] *= keep[0], total_factor[1] *= keep[1];
+        }
+    }
+
+    __device__ __forceinline__ uint32_t total(int i) const {
+        return shared.sums() + ((consumer * (sum_accumulators / 4) + i) * 128 + threadIdx.x % 128) * 16;
+    }
+    __device__ __forceinline__ void load_total(int i, float (&v)[4]) const {
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                     : "r"(total(i)));
+    }
+    // sums += total in shared memory
+    __device__ __forceinline__ void add_total(float (&sums)[sum_accumulators]) const {
+#pragma unroll
+        for (int i = 0; i < sum_accumulators / 4; ++i) {
+            float v[4];
+            load_total(i, v);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sums[4 * i + k] = fmaf(v[k], total_factor[k / 2], sums[4 * i + k]);
+        }
+    }
+    // Total in shared memory += out, which only is read: products are in flight.
+    __device__ __forceinline__ void move_to_total() {
+#pragma unroll
+        for (int i = 0; i < sum_accumulators / 4; ++i) {
+            float sums[4] = {out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]};
+            if (has_total) {
+                float v[4];
+                load_total(i, v);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) sums[k] = fmaf(v[k], total_factor[k / 2], sums[k]);
+            }
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(total(i)), "f"(sums[0]), "f"(sums[1]),
+                         "f"(sums[2]), "f"(sums[3]));
+        }
+        has_total = true, total_factor[0] = total_factor[1] = 1.0f, tiles_in_out = 0;
+    }
+
+    // A block's share of the split tiles is at most one tile's worth of keys: it touches two at most.
+    __device__ __forceinline__ float4* piece(int block, bool second) const {
+        const long long index = (static_cast<long long>(block) * 2 + second) * attention_consumers + consumer;
+        return reinterpret_cast<float4*>(p.pieces + index * piece_floats) + threadIdx.x % 128;
+    }
+
+    // Hands over a piece of a tile. The last warp to do so gets the sum of all of them and returns true.
+    __device__ __forceinline__ bool merge(const Segment& segment) {
+        const Schedule schedule(p);
+        const int split = segment.tile - p.whole_waves * int(gridDim.x);
+        const int begin = split * p.key_tiles, end = begin + p.key_tiles;
+        float4* own = piece(blockIdx.x, schedule.share(blockIdx.x) < begin);
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+            __stcg(own + i * 128, make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]));
+        __stcg(own + 16 * 128, make_float4(out[64], out[66], reference[0], reference[1]));
+
+        int first = blockIdx.x, last = blockIdx.x, pieces = 0;
+        while (first > 0 && schedule.share(first) > begin) --first;
+        while (last + 1 < int(gridDim.x) && schedule.share(last + 1) < end) ++last;
+        for (int block = first; block <= last; ++block) pieces += schedule.share(block) < schedule.share(block + 1);
+        __threadfence();
+        __syncwarp();
+        int before = 0;
+        if (lane == 0) before = atomicAdd(p.finished + split * attention_warps + consumer * 4 + warp, 1);
+        if (__shfl_sync(0xFFFFFFFF, before, 0) + 1 < pieces) return false;
+        __threadfence();
+
+        reference[0] = reference[1] = -INFINITY;
+#pragma unroll 1
+        for (int block = first; block <= last; ++block) {
+            if (schedule.share(block) == schedule.share(block + 1)) continue;
+            const float4 facts = __ldcg(piece(block, schedule.share(block) < begin) + 16 * 128);
+            reference[0] = fmaxf(reference[0], facts.z), reference[1] = fmaxf(reference[1], facts.w);
+        }
+#pragma unroll
+        for (int i = 0; i < sum_accumulators; ++i) out[i] = 0.0f;
+#pragma unroll 1
+        for (int block = first; block <= last; ++block) {
+            if (schedule.share(block) == schedule.share(block + 1)) continue;
+            const float4* other = piece(block, schedule.share(block) < begin);
+            const float4 facts = __ldcg(other + 16 * 128);
+            const float keep[2] = {power_of_two(facts.z - reference[0]), power_of_two(facts.w - reference[1])};
+            out[64] = fmaf(facts.x, keep[0], out[64]), out[66] = fmaf(facts.y, keep[1], out[66]);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                const float4 v = __ldcg(other + i * 128);
+                out[4 * i] = fmaf(v.x, keep[0], out[4 * i]);
+                out[4 * i + 1] = fmaf(v.y, keep[0], out[4 * i + 1]);
+                out[4 * i + 2] = fmaf(v.z, keep[1], out[4 * i + 2]);
+                out[4 * i + 3] = fmaf(v.w, keep[1], out[4 * i + 3]);
+            }
+        }
+        return true;
+    }
+
+    // Thread `lane` holds channels 8 (lane % 4) to + 7 of every 32, of two rows.
+    __device__ __forceinline__ void store(int index) const {
+        const QueryTile tile(p, index);
+        const float value_scale = __ldg(p.value_scale + tile.head);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = tile.row + consumer * 64 + warp * 16 + half * 8 + lane / 4;
+            if (row >= p.queries) continue;
+            const float factor = value_scale / out[64 + half * 2];
+            const long long token = static_cast<long long>(tile.sequence) * p.queries + row;
+            __nv_bfloat16* to = p.out + (token * p.heads + tile.head) * head_dim + lane % 4 * 8;
+#pragma unroll
+            for (int group = 0; group < head_dim / 32; ++group) {
+                uint32_t packed[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int at = group * 16 + i * 4 + half * 2;
+                    const __nv_bfloat162 pair = __floats2bfloat162_rn(out[at] * factor, out[at + 1] * factor);
+                    packed[i] = reinterpret_cast<const uint32_t&>(pair);
+                }
+                *reinterpret_cast<uint4*>(to + group * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+            }
+        }
+    }
+};
+
+static __global__ void __launch_bounds__(attention_threads, 1)
+    attention_kernel(const __grid_constant__ AttentionMaps maps, const __grid_constant__ AttentionParameters p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const AttentionShared shared{shared_address(memory)};
+    const int role = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
+        if (shared.base % 1024) __trap();  // the swizzles count on it
+        prefetch_map(&maps.query), prefetch_map(&maps.key), prefetch_map(&maps.value);
+        for (int stage = 0; stage < AttentionShared::stages; ++stage) {
+            barrier_init(shared.key_full(stage), 1), barrier_init(shared.key_empty(stage), attention_warps);
+            barrier_init(shared.value_full(stage), 1), barrier_init(shared.value_empty(stage), attention_warps);
+        }
+        barrier_init(shared.query_full(), 1), barrier_init(shared.query_empty(), attention_warps);
+        barrier_init_fence();
+    }
+    constexpr int words = 8 * key_tile / 4;  // of ones, behind every tile of values
+    for (int i = threadIdx.x; i < AttentionShared::stages * words; i += attention_threads) {
+        const uint32_t to = shared.value(i / words) + AttentionShared::key_bytes + i % words * 4;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(0x38383838u) : "memory");
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+
+    if (role == 0) {
+        registers_decrease<40>();
+        if (threadIdx.x == 0) produce(maps, p, shared);
+        __syncwarp();
+    } else {
+        registers_increase<232>();
+        AttentionConsumer consumer(p, shared, role - 1);
+        Schedule schedule(p);
+        for (Segment segment; schedule.take(segment);) consumer.run(segment);
+    }
+}
+
+}  // namespace qarvd

@@ -1,0 +1,1 @@
+"""FlashAttention-3 of the optional package `fa3-fwd`, which is built for Hopper GPUs."""

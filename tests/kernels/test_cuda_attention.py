@@ -1,0 +1,105 @@
+"""8-bit attention on a Hopper GPU; that it compiles as meant is tested with the other CUDA sources."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_inputs import generator
+from test_cache_attention import fp8_truth, with_tokens_innermost
+
+import qarvd_kernels as ops
+from qarvd_kernels.cuda import attention
+
+FP8 = torch.float8_e4m3fn
+
+
+def hopper_refusal() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return attention.refuses("attention_fp8", torch.device("cuda", 0), None)
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_refusal() is not None, reason=str(hopper_refusal()))]
+
+
+def cached(batch, tokens, length, heads, mean=0.0, spread=1.0, device="cuda"):
+    """Arguments of `attention_fp8`, with a cache whose room behind `length` holds NaN."""
+    g, room = generator(length), -(-length // 16) * 16
+    query, key, value = (torch.randn(batch, size, heads, 128, generator=g) for size in (tokens, length, length))
+    query, value = query * spread, value + mean * torch.randn(heads, 128, generator=g)
+    scales = [x.abs().amax((0, 1, 3)) * 4 / 448 for x in (query, key, value)]
+    codes = [(x / scale[:, None]).to(FP8) for x, scale in zip((query, key, value), scales, strict=True)]
+    for index in (1, 2):
+        behind = torch.full((batch, room - length, heads, 128), float("nan")).to(FP8)
+        codes[index] = torch.cat([codes[index].view(torch.uint8), behind.view(torch.uint8)], 1).view(FP8)
+    codes[2] = with_tokens_innermost(codes[2].view(torch.uint8)).view(FP8)
+    return [*(x.to(device) for x in codes), *(x.to(device) for x in scales), length]
+
+
+def test_refuses_other_devices_and_layouts():
+    assert "needs an NVIDIA GPU" in attention.refuses("attention_fp8", torch.device("cpu"), None)
+    query, key, value = cached(2, 5, 20, 3, device="cpu")[:3]
+    assert attention._layout_refusal(query, key, value) is None
+    assert "tokens innermost" in attention._layout_refusal(query, key, key)
+    assert "same room" in attention._layout_refusal(query, key[:, :20].contiguous(), value)
+    assert "heads of 64" in attention._layout_refusal(query[..., :64], key[..., :64], value[..., :64])
+
+
+def error(got, want):
+    return float((got.double() - want).norm() / want.norm())
+
+
+class TestOnGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize(
+        ("batch", "tokens", "length", "heads"),
+        [(1, 1, 1, 1), (1, 7, 129, 2), (2, 300, 777, 3), (1, 4680, 4680, 12), (1, 4683, 9361, 12), (3, 129, 4683, 5)],
+    )
+    def test_against_float64(self, batch, tokens, length, heads):
+        """Weights of 3 bits make the difference; what lies behind the visible keys is NaN, and so was the output."""
+        arguments = cached(batch, tokens, length, heads)
+        torch.full((batch, tokens, heads, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
+        got = attention.attention_fp8(*arguments)
+        rows = torch.arange(0, tokens, max(tokens // 100, 1), device="cuda")
+        rows = torch.cat([rows, rows.new_tensor([tokens - 1])])
+        assert bool(got.isfinite().all())
+        some = arguments[0].view(torch.uint8)[:, rows].view(FP8)
+        want = fp8_truth([some, *arguments[1:]])
+        assert error(got[:, rows], want) < 0.03
+        assert torch.equal(attention.attention_fp8(*arguments), got)
+
+    @pytest.mark.parametrize("spread", (0.1, 1.0))
+    def test_many_keys_whose_values_have_a_mean(self, spread):
+        """Accumulators of 8-bit products lose a fifth here unless they are emptied in time."""
+        arguments = cached(1, 256, 32760, 2, mean=1.0, spread=spread)
+        assert error(attention.attention_fp8(*arguments), fp8_truth(arguments)) < 0.01
+
+    def test_extreme_values(self):
+        """One key takes all the weight, far above the first tiles' maximum; codes at the ends of the range."""
+        arguments = cached(1, 200, 2000, 2)
+        arguments[0][:] = 448.0
+        arguments[1][:, :] = -448.0
+        arguments[1][:, 100] = 448.0  # key tiles run backwards: this one is met last
+        got = attention.attention_fp8(*arguments)
+        want = arguments[2][:, 100:101].double() * arguments[5].double()[:, None]
+        assert error(got, want.expand_as(got)) < 4e-3
+
+    def test_in_the_operator(self):
+        arguments = cached(1, 130, 400, 2)
+        assert torch.equal(ops.attention_fp8(*arguments), attention.attention_fp8(*arguments))
+        assert ops.tokens_innermost(torch.device("cuda"), 128) and not ops.tokens_innermost(torch.device("cuda"), 64)
+        arguments[2] = arguments[2].contiguous()  # not its layout: another implementation takes over
+        assert error(ops.attention_fp8(*arguments), fp8_truth(arguments)) < 0.03
+
+    def test_on_a_stream_and_in_a_graph(self):
+        arguments = cached(1, 300, 1000, 12)
+        want, stream, graph = attention.attention_fp8(*arguments), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.graph(graph, stream=stream):
+            out = attention.attention_fp8(*arguments)
+        for _ in range(3):
+            out.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(out, want)
