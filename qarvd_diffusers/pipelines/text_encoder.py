@@ -54,20 +54,26 @@ def offload_text_encoder(pipe: ARVDMixin, mode: str, device: torch.device | str 
 
 
 def _stream_layers(encoder: nn.Module, device: torch.device) -> None:
-    home, table = torch.device("cpu"), encoder.get_input_embeddings()
+    home, table = torch.device("cpu"), encoder.get_input_embeddings().weight
     encoder.to(home)
     for part in _parts_without(encoder, table):
         apply_group_offloading(part, device, home, offload_type="leaf_level")
-    table.register_forward_pre_hook(lambda module, tokens: tuple(ids.to(home) for ids in tokens))
-    table.register_forward_hook(lambda module, tokens, rows: rows.to(device))
+    for module in encoder.modules():
+        if _holds(module, table, recurse=False):  # several may be tied to it
+            module.register_forward_pre_hook(lambda module, tokens: tuple(ids.to(home) for ids in tokens))
+            module.register_forward_hook(lambda module, tokens, rows: rows.to(device))
 
 
-def _parts_without(module: nn.Module, excluded: nn.Module) -> Iterator[nn.Module]:
+def _holds(module: nn.Module, parameter: nn.Parameter, recurse: bool = True) -> bool:
+    return any(own is parameter for own in module.parameters(recurse))
+
+
+def _parts_without(module: nn.Module, excluded: nn.Parameter) -> Iterator[nn.Module]:
     """The largest submodules that do not hold `excluded`."""
     for child in module.children():
-        if excluded not in child.modules():
+        if not _holds(child, excluded):
             yield child
-        elif child is not excluded:
+        else:
             yield from _parts_without(child, excluded)
 
 

@@ -32,6 +32,17 @@ def test_offloaded_encoders_say_the_same(tiny_pipeline, mode):
         assert torch.equal(latents_of(tiny_pipeline), expected)
 
 
+def test_a_streamed_encoder_leaves_its_table_in_host_memory(tiny_pipeline):
+    """Two modules are tied to the table, and of the two the encoder asks the one that is not its input embedding."""
+    encoder = tiny_pipeline.text_encoder
+    table = encoder.get_input_embeddings().weight
+    tiny_pipeline.offload_text_encoder("stream")
+    holding = [m for m in encoder.modules() if any(p is table for p in m.parameters(recurse=False))]
+    assert len(holding) == 2 and not any(hasattr(module, "_diffusers_hook") for module in holding)
+    linears = [module for module in encoder.modules() if isinstance(module, torch.nn.Linear)]
+    assert linears and all(hasattr(module, "_diffusers_hook") for module in linears)
+
+
 def test_a_waiting_encoder_stays_behind(tiny_pipeline):
     """Seen on the meta device, which needs no hardware: everything else moves, the dtype goes along."""
     tiny_pipeline.offload_text_encoder("cpu")
