@@ -21,7 +21,7 @@ LAYERS = [
     {"serialization", "conversion", "model_card"},
     {"calibration", "presets"},
     {"linear", "models", "schedulers"},
-    {"config", "primitives", "packing", "bundled", "tensor_files"},
+    {"config", "primitives", "packing", "bundled", "tensor_files", "weight_view"},
 ]
 RANK = {name: len(LAYERS) - depth for depth, names in enumerate(LAYERS) for name in names}
 # The root registers with diffusers; type checking and lazy names reach everything.
