@@ -1,7 +1,7 @@
-"""A tiny Wan transformer and a rollout that drives it the way a pipeline does."""
+"""A tiny Wan transformer, a rollout that drives it the way a pipeline does, and a tiny VAE of Wan 2.2's kind."""
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from qarvd_diffusers.models.pass_info import PassInfo
 
@@ -22,6 +22,25 @@ def make_wan(seed=0, planted=True, layers=2):
                 v.bias[:2] /= 16
                 o.weight[:, :2] *= 16
     return model
+
+
+def make_wan22_vae():
+    """16x smaller pictures, pixels shuffled in pairs, residual blocks."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    ).eval()
 
 
 def make_run(model, prompts=1, chunks=CHUNKS, announce=True):

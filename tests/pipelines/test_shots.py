@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from diffusers import UniPCMultistepScheduler
+from tiny_wan import make_wan22_vae
 
 from qarvd_diffusers.models import CausalFields, KVCache
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
@@ -183,21 +184,7 @@ def test_clamped_start_takes_any_number_of_frames(tiny_pipeline):
 
 def test_pictures_of_the_5b_vae(tiny_pipeline):
     """LongLive 2.0's roll-out around a VAE of Wan 2.2's kind: 16x smaller, pixels shuffled; started with a picture."""
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
-    ).eval()
+    vae = make_wan22_vae()
     components = {**tiny_pipeline.components, "scheduler": None, "vae": vae}
     pipe = ARVDPipeline(**components, **FIELDS.to_dict(), height=64, width=96, max_sequence_length=12)
     pipe.set_progress_bar_config(disable=True)

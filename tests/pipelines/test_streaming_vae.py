@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from tiny_wan import make_wan22_vae
 
 from qarvd_diffusers.pipelines.fast_vae import FastResidualBlock
 from qarvd_diffusers.pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
@@ -85,21 +85,7 @@ def test_streams_on_one_vae_are_independent(vae):
 
 def test_patched_vae_of_wan22():
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
-    ).eval()
+    vae = make_wan22_vae()
     z = latents(0)
     decoder = StreamingVAEDecoder(vae)
     pieces = [decoder.decode(piece) for piece in z.split(3, dim=2)]
