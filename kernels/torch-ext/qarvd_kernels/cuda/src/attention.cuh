@@ -1,9 +1,9 @@
 // Softmax attention on float8 (e4m3) queries, keys and values for Hopper, heads of 128 channels, no mask.
 //
-// One block holds 128 query rows of a head: a producer warp keeps rings of key and value tiles filled by bulk tensor
-// copies, two consumer warpgroups of 64 rows each run both products. A warpgroup issues the scores of the next tile
-// and the weighted sum of the last one together, and the two are not synchronized: one computes exponentials while the
-// tensor cores work for the other.
+// One block holds 192 query rows of a head: a producer warp keeps rings of key and value tiles filled by bulk tensor
+// copies, three consumer warpgroups of 64 rows each run both products, 64 keys at a time. A warpgroup issues the scores
+// of the next keys and the weighted sum of the last ones together. The three are not synchronized: while one waits for
+// the tensor cores, the others compute exponentials.
 //
 // Values are stored with tokens innermost, [D, tokens], because 8-bit operands must have the summed dimension
 // innermost. The accumulator fragment of the scores becomes the register operand of the weighted sum without a
@@ -31,13 +31,15 @@
 
 namespace qarvd {
 
-constexpr int head_dim = 128, key_tile = 128, query_tile = 128;
-constexpr int attention_consumers = 2, attention_threads = (attention_consumers + 1) * 128;
+constexpr int head_dim = 128, query_tile = 192;
+constexpr int key_tile = 128, key_half = 64;  // keys of a tile of values, and of one step
+constexpr int attention_consumers = 3, attention_threads = (attention_consumers + 1) * 128;
 constexpr int attention_warps = attention_consumers * 4;    // that consume
-constexpr int tiles_per_sum = 4;                            // that accumulators hold; 8 is faster and twice as far off
+constexpr int tiles_per_sum = 8;                            // that accumulators hold; 4 is slower and half as far off
 constexpr int sum_accumulators = head_dim / 2 + 4;          // of a thread: its channels, and sums of weights
-constexpr int piece_floats = (sum_accumulators + 4) * 128;  // of one warpgroup: accumulators, sums and references
-constexpr float weight_bits = 8.0f;                         // weights are 2^8 at the reference; e4m3 ends at 448
+constexpr int piece_floats = (sum_accumulators + 4) * 128;  // of one warpgroup: accumulators, sums and offsets
+// Weights are 2^6 at the reference; e4m3 ends at 448, so a maximum may grow sevenfold before the reference has to move.
+constexpr float weight_bits = 6.0f;
 
 struct AttentionParameters {
     int queries, keys, heads;
@@ -56,29 +58,45 @@ struct AttentionMaps {
 };
 
 struct AttentionShared {
-    static constexpr int stages = 4;
-    static constexpr int query_bytes = query_tile * head_dim, key_bytes = key_tile * head_dim;
-    static constexpr int value_bytes = key_bytes + 8 * key_tile;  // eight rows of ones behind the channels
+    static constexpr int key_stages = 6, value_stages = 3;
+    static constexpr int query_bytes = query_tile * head_dim, key_bytes = key_half * head_dim;
+    static constexpr int channel_bytes = key_tile * head_dim;
+    static constexpr int value_bytes = channel_bytes + 8 * key_tile;  // eight rows of ones behind the channels
     static constexpr int sums_bytes = sum_accumulators * attention_consumers * 128 * 4;
-    static constexpr int bytes =
-        query_bytes + stages * (key_bytes + value_bytes) + sums_bytes + (4 * stages + 2) * int(sizeof(uint64_t));
+    static constexpr int bytes = query_bytes + key_stages * key_bytes + value_stages * value_bytes + sums_bytes +
+                                 (2 * key_stages + 2 * value_stages + 2) * int(sizeof(uint64_t)) + 2 * 16;
 
     uint32_t base;
     __device__ __forceinline__ uint32_t query() const { return base; }
     __device__ __forceinline__ uint32_t key(int stage) const { return base + query_bytes + stage * key_bytes; }
-    __device__ __forceinline__ uint32_t value(int stage) const { return key(stages) + stage * value_bytes; }
-    __device__ __forceinline__ uint32_t sums() const { return value(stages); }
+    __device__ __forceinline__ uint32_t value(int stage) const { return key(key_stages) + stage * value_bytes; }
+    __device__ __forceinline__ uint32_t sums() const { return value(value_stages); }
     __device__ __forceinline__ uint32_t key_full(int stage) const { return sums() + sums_bytes + stage * 8; }
-    __device__ __forceinline__ uint32_t key_empty(int stage) const { return key_full(stages + stage); }
-    __device__ __forceinline__ uint32_t value_full(int stage) const { return key_full(2 * stages + stage); }
-    __device__ __forceinline__ uint32_t value_empty(int stage) const { return key_full(3 * stages + stage); }
-    __device__ __forceinline__ uint32_t query_full() const { return key_full(4 * stages); }
-    __device__ __forceinline__ uint32_t query_empty() const { return key_full(4 * stages + 1); }
+    __device__ __forceinline__ uint32_t key_empty(int stage) const { return key_full(key_stages + stage); }
+    __device__ __forceinline__ uint32_t value_full(int stage) const { return key_full(2 * key_stages + stage); }
+    __device__ __forceinline__ uint32_t value_empty(int stage) const { return value_full(value_stages + stage); }
+    __device__ __forceinline__ uint32_t query_full() const { return value_full(2 * value_stages); }
+    __device__ __forceinline__ uint32_t query_empty() const { return value_full(2 * value_stages + 1); }
+    __device__ __forceinline__ uint32_t segment(int slot) const { return value_full(2 * value_stages + 2) + slot * 16; }
 };
 
-// Key tiles [first, last) of one tile of queries.
+// Key tiles [first, last) of one tile of queries. The producer leaves them in shared memory for the consumers, which
+// have no register to spare and read them whenever they need them.
 struct Segment {
-    int tile, first, last;
+    int tile, first, last;  // a tile of -1 ends the work
+
+    __device__ __forceinline__ void write(uint32_t to) const {
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %3};" ::"r"(to), "r"(tile), "r"(first), "r"(last) : "memory");
+    }
+    static __device__ __forceinline__ Segment read(uint32_t from) {
+        Segment segment;
+        int unused;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(segment.tile), "=r"(segment.first), "=r"(segment.last), "=r"(unused)
+                     : "r"(from)
+                     : "memory");
+        return segment;
+    }
 };
 
 // The work of one block: its share of the split tiles first, then its whole tiles.
@@ -90,7 +108,7 @@ struct Schedule {
         : p(p), next(share(blockIdx.x)), stop(share(blockIdx.x + 1)) {}
     // Where the share of a block begins, among the key tiles of all split tiles.
     __device__ __forceinline__ int share(int block) const {
-        return static_cast<int>(static_cast<long long>(block) * p.split_tiles * p.key_tiles / gridDim.x);
+        return static_cast<uint32_t>(block) * p.split_tiles * p.key_tiles / gridDim.x;
     }
     __device__ __forceinline__ bool take(Segment& segment) {
         if (next < stop) {
@@ -117,11 +135,13 @@ struct QueryTile {
 __device__ __forceinline__ void produce(
     const AttentionMaps& maps, const AttentionParameters& p, AttentionShared shared) {
     Ring<1> query;
-    Ring<AttentionShared::stages> ring;
+    Ring<AttentionShared::key_stages> key_ring;
+    Ring<AttentionShared::value_stages> value_ring;
     Schedule schedule(p);
     for (Segment segment; schedule.take(segment);) {
         const QueryTile tile(p, segment.tile);
-        barrier_wait(shared.query_empty(), query.phase ^ 1);
+        barrier_wait(shared.query_empty(), query.phase ^ 1);  // nobody is at the segment before the last one any more
+        segment.write(shared.segment(query.phase));
         barrier_expect(shared.query_full(), AttentionShared::query_bytes);
         load_tile(shared.query(), &maps.query, tile.head * head_dim, tile.sequence * p.queries + tile.row,
                   shared.query_full());
@@ -129,17 +149,24 @@ __device__ __forceinline__ void produce(
         const int key_group = tile.sequence * p.key_groups_of_batch;
         const int value_group = (tile.sequence * p.heads + tile.head) * (head_dim / 32);
         for (int keys = segment.last - 1; keys >= segment.first; --keys) {
-            const uint32_t key_full = shared.key_full(ring.index), value_full = shared.value_full(ring.index);
-            barrier_wait(shared.key_empty(ring.index), ring.phase ^ 1);
-            barrier_expect(key_full, AttentionShared::key_bytes);
-            load_groups(shared.key(ring.index), &maps.key, tile.head * head_dim, key_group + keys * (key_tile / 16),
-                        key_full);
-            barrier_wait(shared.value_empty(ring.index), ring.phase ^ 1);
-            barrier_expect(value_full, AttentionShared::key_bytes);
-            load_groups(shared.value(ring.index), &maps.value, keys * key_tile, value_group, value_full);
-            ring.advance();
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t key_full = shared.key_full(key_ring.index);
+                barrier_wait(shared.key_empty(key_ring.index), key_ring.phase ^ 1);
+                barrier_expect(key_full, AttentionShared::key_bytes);
+                load_groups(shared.key(key_ring.index), &maps.key, tile.head * head_dim,
+                            key_group + (keys * 2 + half) * (key_half / 16), key_full);
+                key_ring.advance();
+            }
+            const uint32_t value_full = shared.value_full(value_ring.index);
+            barrier_wait(shared.value_empty(value_ring.index), value_ring.phase ^ 1);
+            barrier_expect(value_full, AttentionShared::channel_bytes);
+            load_groups(shared.value(value_ring.index), &maps.value, keys * key_tile, value_group, value_full);
+            value_ring.advance();
         }
     }
+    barrier_wait(shared.query_empty(), query.phase ^ 1);
+    Segment{-1, 0, 0}.write(shared.segment(query.phase));
+    barrier_arrive(shared.query_full());
 }
 
 __device__ __forceinline__ float power_of_two(float x) {
@@ -160,12 +187,12 @@ __device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d)
     return packed;
 }
 
-// Weights of a score tile, as the register operand of four products. Returns whether one of them is out of range.
+// Weights of one step, as the register operand of two products. Returns whether one of them is out of range.
 __device__ __forceinline__ bool weigh(
-    const float (&scores)[64], uint32_t (&weights)[16], float scale, const float (&offset)[2]) {
+    const float (&scores)[32], uint32_t (&weights)[8], float scale, const float (&offset)[2]) {
     uint32_t over = 0;
 #pragma unroll
-    for (int word = 0; word < 16; ++word) {
+    for (int word = 0; word < 8; ++word) {
         const int half = word % 2, first = word / 2 * 8 + half * 2;
         float y[4];
 #pragma unroll
@@ -177,10 +204,10 @@ __device__ __forceinline__ bool weigh(
     return over & 0x80808080u;
 }
 
-__device__ __forceinline__ void row_maxima(const float (&scores)[64], float (&largest)[2]) {
+__device__ __forceinline__ void row_maxima(const float (&scores)[32], float (&largest)[2]) {
     largest[0] = largest[1] = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < 64; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
+    for (int i = 0; i < 32; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -191,58 +218,66 @@ __device__ __forceinline__ void row_maxima(const float (&scores)[64], float (&la
 // One consumer warpgroup: 64 rows of every tile. In arrays of two, element h belongs to row lane / 4 + 8 h of a warp.
 class AttentionConsumer {
   public:
-    __device__ __forceinline__ AttentionConsumer(const AttentionParameters& p, AttentionShared shared, int consumer)
-        : p(p), shared(shared), consumer(consumer), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
+    __device__ __forceinline__ AttentionConsumer(const AttentionParameters& p, AttentionShared shared)
+        : p(p), shared(shared), consumer(threadIdx.x / 128 - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
 
-    __device__ __forceinline__ void run(const Segment& segment) {
-        float scores[64];
-        uint32_t weights[16];
+    // One segment. Returns false when there is none.
+    __device__ __forceinline__ bool run() {
+        uint32_t weights[2][8];
+        barrier_wait(shared.query_full(), query.phase);
+        Segment segment = Segment::read(shared.segment(query.phase));
+        if (segment.tile < 0) return false;
         const int head = QueryTile(p, segment.tile).head;
         scale = __ldg(p.query_scale + head) * __ldg(p.key_scale + head) * p.softmax_scale;
         load_queries();
-        issue_scores(scores);
-        wgmma_wait<0>();
-        wgmma_pin(scores);
-        release_keys();
         const int valid = p.keys - (segment.last - 1) * key_tile;
-        if (valid < key_tile) {
-#pragma unroll
-            for (int i = 0; i < 64; ++i) {
-                const int key = i / 8 * 16 + lane % 4 * 4 + i / 4 % 2 * 2 + i % 2;
-                if (key >= valid) scores[i] = -INFINITY;
-            }
+        {
+            float scores[32];
+            issue_scores(scores);
+            wgmma_wait<0>();
+            wgmma_pin(scores);
+            release_keys();
+            if (valid < key_tile) hide<0>(scores, valid);
+            offset[0] = offset[1] = INFINITY;
+            refer_to_maxima(scores);
+            weigh(scores, weights[0], scale, offset);
         }
-        reference[0] = reference[1] = -INFINITY;
-        refer_to_maxima(scores);
-        weigh(scores, weights, scale, offset);
-
         tiles_in_out = 0, has_total = false, total_factor[0] = total_factor[1] = 1.0f;
-        for (int left = segment.last - segment.first - 1; left > 0; --left) step(scores, weights);
-        issue_sums(weights);
+        step<1>(weights[0], weights[1], valid);
+        for (int left = segment.last - segment.first - 1; left > 0; --left) {
+            step<0>(weights[1], weights[0], key_tile);
+            step<1>(weights[0], weights[1], key_tile);
+        }
+        issue_sums<1>(weights[1]);
         wgmma_wait<0>();
         wgmma_pin(out);
         release_values();
         if (has_total) add_total(out);
+        segment = Segment::read(shared.segment(query.phase));
+        query.advance();
         if (segment.last - segment.first == p.key_tiles || merge(segment)) store(segment.tile);
+        return true;
     }
 
   private:
     const AttentionParameters& p;
     const AttentionShared shared;
     const int consumer, warp, lane;
-    Ring<AttentionShared::stages> keys, values;
+    Ring<AttentionShared::key_stages> keys;
+    Ring<AttentionShared::value_stages> values;
     Ring<1> query;
     uint32_t queries[16];         // 64 rows of the warpgroup, as the register operand of four products
     float out[sum_accumulators];  // weighted sums of some tiles; the last four are sums of weights, [64] and [66]
-    float scale, reference[2], offset[2];  // a weight is 2^(score * scale + offset)
+    float scale, offset[2];       // a weight is 2^(score * scale + offset)
     int tiles_in_out;
     bool has_total;         // something lies in shared memory,
     float total_factor[2];  // to be multiplied by this
 
     __device__ __forceinline__ void load_queries() {
+        int lane;  // asked again, so that addresses made from it do not occupy registers from segment to segment
+        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
         const int row = consumer * 64 + warp * 16 + lane / 4;
         const uint32_t from = shared.query() + row * head_dim + lane % 4 * 4;
-        barrier_wait(shared.query_full(), query.phase);
 #pragma unroll
         for (int chunk = 0; chunk < head_dim / 16; ++chunk)
 #pragma unroll
@@ -250,11 +285,18 @@ class AttentionConsumer {
                 asm volatile("ld.shared.u32 %0, [%1];"
                              : "=r"(queries[chunk * 2 + half])
                              : "r"(from + half * 8 * head_dim + ((chunk ^ row % 8) * 16)));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.query_empty());
-        query.advance();
+        barrier_arrive(shared.query_empty());
     }
-    __device__ __forceinline__ void issue_scores(float (&scores)[64]) {
+    // Keys behind the `valid` first ones of a tile.
+    template <int half>
+    __device__ __forceinline__ void hide(float (&scores)[32], int valid) const {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            const int key = half * key_half + i / 8 * 16 + lane % 4 * 4 + i / 4 % 2 * 2 + i % 2;
+            if (key >= valid) scores[i] = -INFINITY;
+        }
+    }
+    __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
         barrier_wait(shared.key_full(keys.index), keys.phase);
         const uint64_t b = wgmma_operand<128>(shared.key(keys.index));
         wgmma_fence();
@@ -262,15 +304,16 @@ class AttentionConsumer {
         for (int step = 0; step < head_dim / 32; ++step) wgmma_fp8(scores, queries + step * 4, b + step * 2, step > 0);
         wgmma_commit();
     }
-    __device__ __forceinline__ void issue_sums(const uint32_t (&weights)[16]) {
-        barrier_wait(shared.value_full(values.index), values.phase);
-        const uint64_t b = wgmma_operand<128>(shared.value(values.index));
+    template <int half>
+    __device__ __forceinline__ void issue_sums(const uint32_t (&weights)[8]) {
+        if (half == 0) barrier_wait(shared.value_full(values.index), values.phase);
+        const uint64_t b = wgmma_operand<128>(shared.value(values.index)) + half * (key_half / 16);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < key_tile / 32; ++step)
-            wgmma_fp8(out, weights + step * 4, b + step * 2, tiles_in_out > 0 || step > 0);
+        for (int step = 0; step < key_half / 32; ++step)
+            wgmma_fp8(out, weights + step * 4, b + step * 2, half > 0 || step > 0 || tiles_in_out > 0);
         wgmma_commit();
-        ++tiles_in_out;
+        tiles_in_out += half;
     }
     __device__ __forceinline__ void release_keys() {
         if (lane == 0) barrier_arrive(shared.key_empty(keys.index));
@@ -281,39 +324,36 @@ class AttentionConsumer {
         values.advance();
     }
     // An integer: what was summed is then rescaled by powers of two, without an error.
-    __device__ __forceinline__ void refer_to_maxima(const float (&scores)[64]) {
+    __device__ __forceinline__ void refer_to_maxima(const float (&scores)[32]) {
         float largest[2];
         row_maxima(scores, largest);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            reference[half] = fmaxf(reference[half], ceilf(largest[half] * scale));
-            offset[half] = weight_bits - reference[half];
-        }
+        for (int half = 0; half < 2; ++half)
+            offset[half] = fminf(offset[half], weight_bits - ceilf(largest[half] * scale));
     }
 
-    // Scores of the next tile, sums of the last one, weights of the next.
-    __device__ __forceinline__ void step(float (&scores)[64], uint32_t (&weights)[16]) {
-        uint32_t next[16];
+    // Scores of half a tile, sums of the half before, weights of this one; `valid` keys of the tile are seen.
+    template <int half>
+    __device__ __forceinline__ void step(uint32_t (&last)[8], uint32_t (&weights)[8], int valid) {
+        float scores[32];
         issue_scores(scores);
-        if (tiles_in_out == tiles_per_sum) move_to_total();
-        issue_sums(weights);
+        if (half == 1 && tiles_in_out == tiles_per_sum) move_to_total();
+        issue_sums<1 - half>(last);
         wgmma_wait<1>();
         wgmma_pin(scores);
         release_keys();
+        if (half == 1 && valid < key_tile) hide<1>(scores, valid);
+        const bool over = __any_sync(0xFFFFFFFF, weigh(scores, weights, scale, offset));
         float keep[2] = {1.0f, 1.0f};
-        const bool over = __any_sync(0xFFFFFFFF, weigh(scores, next, scale, offset));
         if (over) {
-            const float old[2] = {reference[0], reference[1]};
+            const float old[2] = {offset[0], offset[1]};
             refer_to_maxima(scores);
-            keep[0] = power_of_two(old[0] - reference[0]), keep[1] = power_of_two(old[1] - reference[1]);
-            weigh(scores, next, scale, offset);
+            keep[0] = power_of_two(offset[0] - old[0]), keep[1] = power_of_two(offset[1] - old[1]);
+            weigh(scores, weights, scale, offset);
         }
         wgmma_wait<0>();
         wgmma_pin(out);
-        // Not before: a write to operands of later products while one is in flight makes the compiler wait after each.
-#pragma unroll
-        for (int i = 0; i < 16; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(weights[i]) : "r"(next[i]));
-        release_values();
+        if constexpr (half == 0) release_values();
         if (over) {
 #pragma unroll
             for (int i = 0; i < sum_accumulators; ++i) out[i] *= keep[i / 2 % 2];
@@ -371,7 +411,7 @@ class AttentionConsumer {
 #pragma unroll
         for (int i = 0; i < 16; ++i)
             __stcg(own + i * 128, make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]));
-        __stcg(own + 16 * 128, make_float4(out[64], out[66], reference[0], reference[1]));
+        __stcg(own + 16 * 128, make_float4(out[64], out[66], offset[0], offset[1]));
 
         int first = blockIdx.x, last = blockIdx.x, pieces = 0;
         while (first > 0 && schedule.share(first) > begin) --first;
@@ -384,12 +424,12 @@ class AttentionConsumer {
         if (__shfl_sync(0xFFFFFFFF, before, 0) + 1 < pieces) return false;
         __threadfence();
 
-        reference[0] = reference[1] = -INFINITY;
+        offset[0] = offset[1] = INFINITY;
 #pragma unroll 1
         for (int block = first; block <= last; ++block) {
             if (schedule.share(block) == schedule.share(block + 1)) continue;
             const float4 facts = __ldcg(piece(block, schedule.share(block) < begin) + 16 * 128);
-            reference[0] = fmaxf(reference[0], facts.z), reference[1] = fmaxf(reference[1], facts.w);
+            offset[0] = fminf(offset[0], facts.z), offset[1] = fminf(offset[1], facts.w);
         }
 #pragma unroll
         for (int i = 0; i < sum_accumulators; ++i) out[i] = 0.0f;
@@ -398,7 +438,7 @@ class AttentionConsumer {
             if (schedule.share(block) == schedule.share(block + 1)) continue;
             const float4* other = piece(block, schedule.share(block) < begin);
             const float4 facts = __ldcg(other + 16 * 128);
-            const float keep[2] = {power_of_two(facts.z - reference[0]), power_of_two(facts.w - reference[1])};
+            const float keep[2] = {power_of_two(offset[0] - facts.z), power_of_two(offset[1] - facts.w)};
             out[64] = fmaf(facts.x, keep[0], out[64]), out[66] = fmaf(facts.y, keep[1], out[66]);
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
@@ -446,30 +486,30 @@ static __global__ void __launch_bounds__(attention_threads, 1)
     if (threadIdx.x == 0) {
         if (shared.base % 1024) __trap();  // the swizzles count on it
         prefetch_map(&maps.query), prefetch_map(&maps.key), prefetch_map(&maps.value);
-        for (int stage = 0; stage < AttentionShared::stages; ++stage) {
+        for (int stage = 0; stage < AttentionShared::key_stages; ++stage)
             barrier_init(shared.key_full(stage), 1), barrier_init(shared.key_empty(stage), attention_warps);
+        for (int stage = 0; stage < AttentionShared::value_stages; ++stage)
             barrier_init(shared.value_full(stage), 1), barrier_init(shared.value_empty(stage), attention_warps);
-        }
-        barrier_init(shared.query_full(), 1), barrier_init(shared.query_empty(), attention_warps);
+        barrier_init(shared.query_full(), 1);
+        barrier_init(shared.query_empty(), attention_consumers * 128);  // every thread reads queries and segments
         barrier_init_fence();
     }
     constexpr int words = 8 * key_tile / 4;  // of ones, behind every tile of values
-    for (int i = threadIdx.x; i < AttentionShared::stages * words; i += attention_threads) {
-        const uint32_t to = shared.value(i / words) + AttentionShared::key_bytes + i % words * 4;
+    for (int i = threadIdx.x; i < AttentionShared::value_stages * words; i += attention_threads) {
+        const uint32_t to = shared.value(i / words) + AttentionShared::channel_bytes + i % words * 4;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(0x38383838u) : "memory");
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
 
     if (role == 0) {
-        registers_decrease<40>();
+        registers_decrease<32>();
         if (threadIdx.x == 0) produce(maps, p, shared);
         __syncwarp();
     } else {
-        registers_increase<232>();
-        AttentionConsumer consumer(p, shared, role - 1);
-        Schedule schedule(p);
-        for (Segment segment; schedule.take(segment);) consumer.run(segment);
+        registers_increase<160>();
+        AttentionConsumer consumer(p, shared);
+        while (consumer.run()) continue;
     }
 }
 
