@@ -77,7 +77,7 @@ def test_kernels_compile_to_hopper_products_without_spills(tmp_path):
     assert usage and set(usage) == {("0", "0", "0")}
     assert "serialized" not in result.stderr and "warning" not in result.stderr.lower()
     ptx = (tmp_path / "gemm.ptx").read_text()
-    for columns, _ in gemm._TILES:
+    for _, columns, _ in gemm._TILES:
         assert f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8" in ptx
     assert "multicast::cluster" in ptx and "setmaxnreg" in ptx
     ptx = (tmp_path / "attention.ptx").read_text()

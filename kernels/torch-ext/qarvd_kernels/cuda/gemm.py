@@ -19,9 +19,17 @@ from .device import device_refusal
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int8: 4}
 _ALIGNMENT = 16  # bytes; what the copy engine asks of addresses and rows
 _COLUMNS = 32  # weight rows that one thread's accumulators are spread over
-_TILE_ROWS = 128
-# Columns of a tile and bytes of a K block, as compiled in src/gemm.cu.
-_TILES = ((256, 64), (256, 128), (224, 64), (224, 128), (192, 64), (160, 128), (128, 64))
+# Rows and columns of a tile and bytes of a K block, as compiled in src/gemm.cu.
+_TILES = (
+    (128, 256, 64),
+    (128, 256, 128),
+    (128, 224, 64),
+    (128, 224, 128),
+    (128, 192, 64),
+    (128, 160, 128),
+    (128, 128, 64),
+    (192, 192, 128),
+)
 _LONG_K = 4096  # from here on K blocks of 128 are the faster ones
 _TUNED_ROWS = 2048  # the tuned tiles hold for full-size activations (measured with 4680 rows)
 _TUNED = Path(__file__).with_name("gemm_configs.json")
@@ -148,17 +156,17 @@ def _launch(
 
 
 @cache
-def tile(m: int, n: int, k: int, device: int) -> tuple[int, int]:
+def tile(m: int, n: int, k: int, device: int) -> tuple[int, int, int]:
     """One of `_TILES`: the tuned one for `N x K`, else one that keeps the multiprocessors busiest."""
     tuned = _tuned().get(f"{n}x{k}")
     if tuned is not None and m >= _TUNED_ROWS:
         return tuple(tuned)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def cost(candidate: tuple[int, int]) -> tuple[int, bool]:
-        columns, block_k = candidate
-        tiles = -(-m // _TILE_ROWS) * -(-n // columns)
-        return -(-tiles // processors) * columns, (block_k == 128) != (k >= _LONG_K)
+    def cost(candidate: tuple[int, int, int]) -> tuple[int, bool]:
+        rows, columns, block_k = candidate
+        tiles = -(-m // rows) * -(-n // columns)
+        return -(-tiles // processors) * rows * columns, (block_k == 128) != (k >= _LONG_K)
 
     return min(_TILES, key=cost)
 
@@ -173,7 +181,7 @@ def _functions() -> tuple[Any, Any]:
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     gemm, expand = library().qarvd_gemm, library().qarvd_expand_int4
     gemm.argtypes = [pointer, long, pointer, *[integer] * 4, *[pointer] * 6, integer, pointer, pointer, integer]
-    gemm.argtypes += [pointer, pointer, *[integer] * 4, pointer]
+    gemm.argtypes += [pointer, pointer, *[integer] * 5, pointer]
     expand.argtypes = [pointer, pointer, pointer, *[integer] * 4, pointer]
     return gemm, expand
 

@@ -10,9 +10,9 @@ namespace {
 
 using namespace qarvd;
 
-bool encode_a(CUtensorMap* map, const char* a, int rows, int channels, long long pitch, int block_k) {
+bool encode_a(CUtensorMap* map, const char* a, int rows, int channels, long long pitch, int block_k, int box_rows) {
     const cuuint64_t extent[2] = {cuuint64_t(channels), cuuint64_t(rows)}, stride[1] = {cuuint64_t(pitch)};
-    const cuuint32_t box[2] = {cuuint32_t(block_k), cuuint32_t(tile_rows)};
+    const cuuint32_t box[2] = {cuuint32_t(block_k), cuuint32_t(box_rows)};
     return encode(map, a, 2, extent, stride, box);
 }
 
@@ -35,11 +35,10 @@ struct Operands {
     int k, k1;
 };
 
-template <int tile_columns, int block_k, Output output>
+template <typename L, Output output>
 int launch(const Operands& operands, GemmParameters p, int device, cudaStream_t stream) {
-    using L = Layout<tile_columns, block_k>;
     static std::atomic<int> processors[devices_limit];  // 0: not asked yet
-    auto kernel = gemm_kernel<tile_columns, block_k, output>;
+    auto kernel = gemm_kernel<L, output>;
     if (processors[device].load() == 0) {
         int count = 0;
         cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
@@ -55,13 +54,13 @@ int launch(const Operands& operands, GemmParameters p, int device, cudaStream_t 
     for (int group = 0; group < 2; ++group) {
         const int extent = group ? k2 : operands.k1, start = group ? operands.k1 : 0;
         if (extent == 0) continue;
-        encoded &= encode_a(&maps.a[group], operands.a + start, p.m, extent, operands.a_pitch, block_k);
+        encoded &= encode_a(&maps.a[group], operands.a + start, p.m, extent, operands.a_pitch, L::block_k, L::rows);
         CUtensorMap* weight = maps.weight[group];
-        encoded &= encode_weight(&weight[0], operands.weight + start, p.n, extent, operands.k, block_k, L::left);
+        encoded &= encode_weight(&weight[0], operands.weight + start, p.n, extent, operands.k, L::block_k, L::left);
         if (L::left == L::right)
             weight[1] = weight[0];
         else
-            encoded &= encode_weight(&weight[1], operands.weight + start, p.n, extent, operands.k, block_k, L::right);
+            encoded &= encode_weight(&weight[1], operands.weight + start, p.n, extent, operands.k, L::block_k, L::right);
     }
     for (int group = 0; group < 2; ++group)
         if ((group ? k2 : operands.k1) == 0) {  // never used, but the kernel prefetches it
@@ -70,32 +69,33 @@ int launch(const Operands& operands, GemmParameters p, int device, cudaStream_t 
         }
     if (!encoded) return cudaErrorInvalidValue;
 
-    p.row_tiles = (p.m + tile_rows - 1) / tile_rows;
-    p.tiles = p.row_tiles * ((p.n + tile_columns - 1) / tile_columns);
-    p.blocks_outliers = (operands.k1 + block_k - 1) / block_k;
-    p.blocks = p.blocks_outliers + (k2 + block_k - 1) / block_k;
+    p.row_tiles = (p.m + L::rows - 1) / L::rows;
+    p.tiles = p.row_tiles * ((p.n + L::columns - 1) / L::columns);
+    p.blocks_outliers = (operands.k1 + L::block_k - 1) / L::block_k;
+    p.blocks = p.blocks_outliers + (k2 + L::block_k - 1) / L::block_k;
     const int pairs = (p.tiles + cluster_blocks - 1) / cluster_blocks, room = processors[device] / cluster_blocks;
     cudaLaunchAttribute early{};  // the prologue overlaps the end of the kernel before
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = (pairs < room ? pairs : room) * cluster_blocks, config.blockDim = gemm_threads;
+    config.gridDim = (pairs < room ? pairs : room) * cluster_blocks, config.blockDim = L::threads;
     config.dynamicSmemBytes = L::bytes, config.stream = stream, config.attrs = &early, config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, maps, p);
 }
 
 template <Output output>
-int launch(int tile_columns, int block_k, const Operands& operands, const GemmParameters& p, int device,
+int launch(int rows, int columns, int block_k, const Operands& operands, const GemmParameters& p, int device,
            cudaStream_t stream) {
     // Measured: blocks of 64 are faster where K is short, of 128 where it is long (half the copies for the same bytes).
-    switch (tile_columns * 1000 + block_k) {
-        case 128064: return launch<128, 64, output>(operands, p, device, stream);
-        case 160128: return launch<160, 128, output>(operands, p, device, stream);
-        case 192064: return launch<192, 64, output>(operands, p, device, stream);
-        case 224064: return launch<224, 64, output>(operands, p, device, stream);
-        case 224128: return launch<224, 128, output>(operands, p, device, stream);
-        case 256064: return launch<256, 64, output>(operands, p, device, stream);
-        case 256128: return launch<256, 128, output>(operands, p, device, stream);
+    switch (rows * 1000000 + columns * 1000 + block_k) {
+        case 128128064: return launch<Layout<128, 128, 64>, output>(operands, p, device, stream);
+        case 128160128: return launch<Layout<128, 160, 128>, output>(operands, p, device, stream);
+        case 128192064: return launch<Layout<128, 192, 64>, output>(operands, p, device, stream);
+        case 128224064: return launch<Layout<128, 224, 64>, output>(operands, p, device, stream);
+        case 128224128: return launch<Layout<128, 224, 128>, output>(operands, p, device, stream);
+        case 128256064: return launch<Layout<128, 256, 64>, output>(operands, p, device, stream);
+        case 128256128: return launch<Layout<128, 256, 128>, output>(operands, p, device, stream);
+        case 192192128: return launch<Layout<192, 192, 128>, output>(operands, p, device, stream);
         default: return cudaErrorInvalidValue;
     }
 }
@@ -108,7 +108,7 @@ extern "C" int qarvd_gemm(const void* a, long long a_pitch, const void* weight, 
                           const float* ratio, const float* scale, const float* bias, const int* row_sums,
                           const float* row_sum_scale, void* out, int format, const float* out_scale,
                           const int* out_zero_point, int out_outliers, const void* residual, const float* gate,
-                          int gate_rows, int tile_columns, int block_k, int device, void* stream) {
+                          int gate_rows, int tile_rows, int tile_columns, int block_k, int device, void* stream) {
     if (encoder() == nullptr) return cudaErrorNotSupported;
     if (device < 0 || device >= devices_limit) return cudaErrorInvalidDevice;
     const void* aligned[] = {a, weight, ratio, scale, bias, row_sums, row_sum_scale, out, residual, gate};
@@ -127,11 +127,11 @@ extern "C" int qarvd_gemm(const void* a, long long a_pitch, const void* weight, 
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     int result;
     if (p.format == Format::int8)
-        result = launch<Output::gelu_int8>(tile_columns, block_k, operands, p, device, queue);
+        result = launch<Output::gelu_int8>(tile_rows, tile_columns, block_k, operands, p, device, queue);
     else if (p.format == Format::float32 || p.format == Format::int32)
-        result = launch<Output::full_precision>(tile_columns, block_k, operands, p, device, queue);
+        result = launch<Output::full_precision>(tile_rows, tile_columns, block_k, operands, p, device, queue);
     else
-        result = launch<Output::half_precision>(tile_columns, block_k, operands, p, device, queue);
+        result = launch<Output::half_precision>(tile_rows, tile_columns, block_k, operands, p, device, queue);
     if (current != device) cudaSetDevice(current);
     return result;
 }

@@ -5,8 +5,9 @@
 // same accumulators. Every group has tensor maps of its own, whose extent makes the copy engine fill what lies beyond
 // with zeros, so neither group has to be a multiple of the K block.
 //
-// One block computes tiles of 128 x N, persistently: a producer warp keeps a ring of K blocks filled by bulk tensor
-// copies, two consumer warpgroups of 64 rows each run the products and their own epilogue, with no barrier between them.
+// One block computes tiles of 128 or 192 rows, persistently: a producer warp keeps a ring of K blocks filled by bulk
+// tensor copies, consumer warpgroups of 64 rows each run the products and their own epilogue, with no barrier between
+// them.
 // Two blocks make a cluster and take neighbouring tiles of the list (rows change fastest); where these share
 // their columns, each block fetches half of the weight tile and multicasts it to both.
 //
@@ -45,27 +46,32 @@ struct GemmParameters {
     Format format;
 };
 
-constexpr int tile_rows = 128, consumers = 2, consumer_rows = tile_rows / consumers;
-constexpr int warpgroup = 128, gemm_threads = (consumers + 1) * warpgroup, consumer_warps = consumers * 4;
+constexpr int warpgroup = 128, consumer_rows = 64;
 constexpr int cluster_blocks = 2, shared_limit = 227 * 1024;
 constexpr int group_columns = 32, own_columns = 8;  // columns that are permuted among each other; those of one thread
 
-template <int tile_columns, int block_k>
+// A tile of the result, the K block, and what follows from them.
+template <int tile_rows, int tile_columns, int block>
 struct Layout {
-    static constexpr int a_bytes = tile_rows * block_k, stage = a_bytes + tile_columns * block_k;
-    static constexpr int line = tile_columns * 4, lines_bytes = 3 * line, lines_buffers = 2;  // ratio, scale, bias
+    static constexpr int rows = tile_rows, columns = tile_columns, block_k = block;
+    static constexpr int consumers = rows / consumer_rows, threads = (consumers + 1) * warpgroup;
+    // Of a thread, out of the 64 Ki of a multiprocessor.
+    static constexpr int producer_registers = consumers == 2 ? 40 : 32, consumer_registers = consumers == 2 ? 232 : 160;
+    static_assert((producer_registers + consumers * consumer_registers) * warpgroup <= 65536);
+
+    static constexpr int a_bytes = rows * block_k, stage = a_bytes + columns * block_k;
+    static constexpr int line = columns * 4, lines_bytes = 3 * line, lines_buffers = 2;  // ratio, scale, bias
     static constexpr int barriers_bytes = 256, fixed = lines_buffers * lines_bytes + barriers_bytes;
     static constexpr int stages = (shared_limit - fixed) / stage;
     static constexpr int bytes = stages * stage + fixed;
     // The halves of a weight tile that the two blocks of a cluster fetch.
-    static constexpr int left = (tile_columns / 2 + group_columns - 1) / group_columns * group_columns;
-    static constexpr int right = tile_columns - left;
+    static constexpr int left = (columns / 2 + group_columns - 1) / group_columns * group_columns;
+    static constexpr int right = columns - left;
     static_assert(stages >= 3 && (2 * stages + 2 * lines_buffers) * 8 <= barriers_bytes);
 };
 
-template <int tile_columns, int block_k>
+template <typename L>
 struct Shared {
-    using L = Layout<tile_columns, block_k>;
     uint32_t base;
     __device__ __forceinline__ uint32_t a(int stage) const { return base + stage * L::stage; }
     __device__ __forceinline__ uint32_t b(int stage) const { return a(stage) + L::a_bytes; }
@@ -85,47 +91,58 @@ struct Maps {
     CUtensorMap a[2], weight[2][2];  // of each group of channels; boxes of either half
 };
 
-// The tile of a block in the `pair`-th turn of its cluster.
-struct Tile {
-    int row, column;  // of the first element
+// The tiles of a block, rows fastest: every turn, a cluster takes two neighbours. One division for all turns.
+template <typename L>
+class Tiles {
+  public:
+    int row, column;  // of the tile's first element
     bool shares_columns;
 
-    __device__ __forceinline__ Tile(const GemmParameters& p, int pair, int rank, int tile_columns) {
-        const int first = pair * cluster_blocks, column_tile = first / p.row_tiles, row_tile = first % p.row_tiles;
+    __device__ __forceinline__ Tiles(const GemmParameters& p)
+        : p(p), first(blockIdx.x / cluster_blocks * cluster_blocks), column_tile(first / p.row_tiles),
+          row_tile(first % p.row_tiles), column_step(gridDim.x / p.row_tiles), row_step(gridDim.x % p.row_tiles) {}
+    __device__ __forceinline__ bool take() {
+        if (first >= p.tiles) return false;
+        const int rank = cluster_rank();
         const bool last_of_odd = first + 1 == p.tiles;  // its partner computes rows beyond M, which are never stored
         const bool wraps = row_tile + 1 == p.row_tiles && !last_of_odd;
         shares_columns = !wraps;
-        row = (rank && wraps ? 0 : row_tile + rank) * tile_rows;
-        column = (rank && wraps ? column_tile + 1 : column_tile) * tile_columns;
+        row = (rank && wraps ? 0 : row_tile + rank) * L::rows;
+        column = (rank && wraps ? column_tile + 1 : column_tile) * L::columns;
+        first += gridDim.x, column_tile += column_step, row_tile += row_step;
+        if (row_tile >= p.row_tiles) row_tile -= p.row_tiles, ++column_tile;
+        return true;
     }
+
+  private:
+    const GemmParameters& p;
+    int first, column_tile, row_tile;
+    const int column_step, row_step;
 };
 
 // The producer: one thread.
-template <int tile_columns, int block_k>
-__device__ __forceinline__ void produce(
-    const Maps& maps, const GemmParameters& p, Shared<tile_columns, block_k> shared) {
-    using L = Layout<tile_columns, block_k>;
-    const int rank = cluster_rank(), clusters = gridDim.x / cluster_blocks;
+template <typename L>
+__device__ __forceinline__ void produce(const Maps& maps, const GemmParameters& p, Shared<L> shared) {
+    const int rank = cluster_rank();
     Ring<L::stages> ring;
     Ring<L::lines_buffers> lines;
-    for (int pair = blockIdx.x / cluster_blocks; pair * cluster_blocks < p.tiles; pair += clusters) {
-        const Tile tile(p, pair, rank, tile_columns);
-
+    for (Tiles<L> tile(p); tile.take();) {
         barrier_wait(shared.lines_empty(lines.index), lines.phase ^ 1);
         const uint32_t barrier = shared.lines_full(lines.index), target = shared.lines(lines.index);
-        const uint32_t bytes = min(tile_columns, p.n - tile.column) * 4;
+        const uint32_t bytes = min(L::columns, p.n - tile.column) * 4;
         barrier_expect(barrier, bytes * (p.blocks_outliers ? 3 : 2));
         if (p.blocks_outliers) load_line(target, p.ratio + tile.column, bytes, barrier);
         load_line(target + L::line, p.scale + tile.column, bytes, barrier);
         load_line(target + 2 * L::line, p.bias + tile.column, bytes, barrier);
         lines.advance();
 
+#pragma unroll 1
         for (int block = 0; block < p.blocks; ++block) {
             const int channels = block >= p.blocks_outliers;
-            const int k = (channels ? block - p.blocks_outliers : block) * block_k;
+            const int k = (channels ? block - p.blocks_outliers : block) * L::block_k;
             const CUtensorMap *left = &maps.weight[channels][0], *right = &maps.weight[channels][1];
             const uint32_t full = shared.full(ring.index), b = shared.b(ring.index);
-            const uint32_t b_right = b + L::left * block_k;
+            const uint32_t b_right = b + L::left * L::block_k;
             const int group = tile.column / group_columns, group_right = group + L::left / group_columns;
             barrier_wait(shared.empty(ring.index), ring.phase ^ 1);
             barrier_expect(full, L::stage);
@@ -170,32 +187,33 @@ __device__ __forceinline__ constexpr int accumulator(int group, int half, int i)
     return group * 16 + i / 2 * 4 + half * 2 + i % 2;
 }
 
-// acc = rint(float(acc) * ratio[n]), ties to even.
+// acc = rint(float(acc) * ratio[n]), ties to even. All consumers do this at the same time, with idle tensor cores: one long
+// block of instructions, because a branch per column group costs more in latencies than the arithmetic, and no conversions
+// to integers, which run at an eighth of the rate of additions.
 template <int tile_columns>
 __device__ __forceinline__ void rescale(int* accumulators, uint32_t ratios) {
     constexpr float round = 12582912.0f, reach = 4194304.0f;  // 1.5 * 2^23; adding it rounds what is below 2^22
+    float largest[4] = {};
 #pragma unroll
     for (int group = 0; group < tile_columns / group_columns; ++group) {
         const Values<own_columns> ratio = load_shared(ratios + group * group_columns * 4);
-        // The conversion to an integer runs at an eighth of the rate of additions, so half of the values take these.
-        float added[own_columns], largest = 0.0f;
 #pragma unroll
-        for (int i = 0; i < own_columns; ++i) {
-            int& x = accumulators[accumulator(group, 0, i)];
-            x = __float2int_rn(__fmul_rn(__int2float_rn(x), ratio.of[i]));
-            added[i] = __fmul_rn(__int2float_rn(accumulators[accumulator(group, 1, i)]), ratio.of[i]);
-            largest = fmaxf(largest, fabsf(added[i]));
+        for (int i = 0; i < 2 * own_columns; ++i) {
+            int& accumulator_bits = accumulators[accumulator(group, i / own_columns, i % own_columns)];
+            const float x = __fmul_rn(__int2float_rn(accumulator_bits), ratio.of[i % own_columns]);
+            largest[i % 4] = fmaxf(largest[i % 4], fabsf(x));
+            accumulator_bits = __float_as_int(x);
         }
-        if (__any_sync(0xFFFFFFFF, largest > reach)) {
+    }
+    const bool far = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])) > reach;
+    if (__any_sync(0xFFFFFFFF, far)) {
 #pragma unroll
-            for (int i = 0; i < own_columns; ++i)
-                accumulators[accumulator(group, 1, i)] = __float2int_rn(added[i]);
-        } else {
+        for (int i = 0; i < tile_columns / 2; ++i) accumulators[i] = __float2int_rn(__int_as_float(accumulators[i]));
+    } else {
 #pragma unroll
-            for (int i = 0; i < own_columns; ++i)
-                accumulators[accumulator(group, 1, i)] =
-                    __float_as_int(__fadd_rn(added[i], round)) - __float_as_int(round);
-        }
+        for (int i = 0; i < tile_columns / 2; ++i)
+            accumulators[i] =
+                __float_as_int(__fadd_rn(__int_as_float(accumulators[i]), round)) - __float_as_int(round);
     }
 }
 
@@ -222,9 +240,10 @@ __device__ __forceinline__ void gelu_tanh(float& x, float& y) {
     y *= u * inverse;
 }
 
-// An int8 code in the low byte. Adding 1.5 * 2^23 rounds to an integer and leaves it there.
+// An int8 code in the low byte: value * inverse_scale + zero_point, both divided by 255, is cut to [0, 1] by the
+// instruction itself. Adding 1.5 * 2^23 rounds to an integer and leaves it there.
 __device__ __forceinline__ uint32_t quantize(float value, float inverse_scale, float zero_point) {
-    return __float_as_uint(fminf(fmaxf(fmaf(value, inverse_scale, zero_point), -128.0f), 127.0f) + 12582912.0f);
+    return __float_as_uint(fmaf(__saturatef(fmaf(value, inverse_scale, zero_point)), 255.0f, 12582912.0f - 128.0f));
 }
 
 template <Format format>
@@ -288,14 +307,15 @@ __device__ __forceinline__ void store(
     const GemmParameters& p, const int* accumulators, uint32_t scales, int row, int column) {
     float2 inverse_scale, zero_point;  // of the two output groups
     if constexpr (format == Format::int8) {
-        inverse_scale = make_float2(reciprocal_approximate(__ldg(p.out_scale)),  //
-                                    reciprocal_approximate(__ldg(p.out_scale + 1)));
-        zero_point = make_float2(__ldg(p.out_zero_point) - 128, __ldg(p.out_zero_point + 1) - 128);
+        constexpr float levels = 1.0f / 255.0f;
+        inverse_scale = make_float2(levels / __ldg(p.out_scale), levels / __ldg(p.out_scale + 1));
+        zero_point = make_float2(levels * __ldg(p.out_zero_point), levels * __ldg(p.out_zero_point + 1));
     }
 #pragma unroll
     for (int group = 0; group < tile_columns / group_columns; ++group) {
         const int at = group * group_columns;
-        if (column + at >= p.n) break;
+        const bool inside = column + at < p.n;  // no branch: loads of the next columns shall overtake stores of these
+        if (extras && !inside) break;
         const Values<own_columns> scale = load_shared(scales + at * 4);
         const Values<own_columns> bias = load_shared(scales + (tile_columns + at) * 4);
 #pragma unroll
@@ -303,7 +323,7 @@ __device__ __forceinline__ void store(
             const int own_row = row + half * 8;
             const long long place = static_cast<long long>(own_row) * p.n + column + at;
             if constexpr (format == Format::int32) {
-                if (own_row >= p.m) continue;
+                if (own_row >= p.m || !inside) continue;
                 int4* out = reinterpret_cast<int4*>(static_cast<int*>(p.out) + place);
 #pragma unroll
                 for (int i = 0; i < own_columns; i += 4)
@@ -318,7 +338,7 @@ __device__ __forceinline__ void store(
                 if constexpr (extras)
                     if (own_row < p.m) finish_extras<format>(p, y, own_row, column + at);
                 if constexpr (format == Format::float32) {
-                    if (own_row >= p.m) continue;
+                    if (own_row >= p.m || !inside) continue;
                     float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.out) + place);
                     out[0] = make_float4(y.of[0], y.of[1], y.of[2], y.of[3]);
                     out[1] = make_float4(y.of[4], y.of[5], y.of[6], y.of[7]);
@@ -336,12 +356,12 @@ __device__ __forceinline__ void store(
                     }
                     const uint2 packed =
                         make_uint2(__byte_perm(codes[0], codes[1], 0x5410), __byte_perm(codes[2], codes[3], 0x5410));
-                    if (own_row < p.m) *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + place) = packed;
+                    if (own_row < p.m && inside) *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + place) = packed;
                 } else {
                     const uint4 packed =
                         make_uint4(pack_half<format>(y.of[0], y.of[1]), pack_half<format>(y.of[2], y.of[3]),
                                    pack_half<format>(y.of[4], y.of[5]), pack_half<format>(y.of[6], y.of[7]));
-                    if (own_row < p.m) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + place) = packed;
+                    if (own_row < p.m && inside) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + place) = packed;
                 }
             }
         }
@@ -367,17 +387,16 @@ __device__ __forceinline__ void store_format(const GemmParameters& p, Arguments.
 }
 
 // One consumer warpgroup: 64 rows of the tile.
-template <int tile_columns, int block_k, Output output>
-__device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_columns, block_k> shared, int consumer) {
-    using L = Layout<tile_columns, block_k>;
+template <typename L, Output output>
+__device__ __forceinline__ void consume(const GemmParameters& p, Shared<L> shared) {
+    constexpr int tile_columns = L::columns, block_k = L::block_k;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const int rank = cluster_rank(), clusters = gridDim.x / cluster_blocks;
+    const int consumer = threadIdx.x / warpgroup - 1;
     const uint32_t own_rows = consumer * consumer_rows * block_k;
     Ring<L::stages> ring;
     Ring<L::lines_buffers> lines;
     int accumulators[tile_columns / 2];
-    for (int pair = blockIdx.x / cluster_blocks; pair * cluster_blocks < p.tiles; pair += clusters) {
-        const Tile tile(p, pair, rank, tile_columns);
+    for (Tiles<L> tile(p); tile.take();) {
         const uint32_t own_lines = shared.lines(lines.index) + lane % 4 * own_columns * 4;
         int held = -1;  // the ring's buffer that the product in flight reads
         auto release = [&] {
@@ -424,12 +443,11 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<tile_col
     }
 }
 
-template <int tile_columns, int block_k, Output output>
-__global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(gemm_threads, 1)
+template <typename L, Output output>
+__global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(L::threads, 1)
     gemm_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GemmParameters p) {
-    using L = Layout<tile_columns, block_k>;
     extern __shared__ __align__(1024) unsigned char memory[];
-    const Shared<tile_columns, block_k> shared{shared_address(memory)};
+    const Shared<L> shared{shared_address(memory)};
     const int role = __shfl_sync(0xFFFFFFFF, threadIdx.x / warpgroup, 0);
     if (threadIdx.x == 0) {
         if (shared.base % 1024) __trap();  // the swizzles count on it
@@ -440,11 +458,11 @@ __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(gemm_th
         }
         for (int stage = 0; stage < L::stages; ++stage) {
             barrier_init(shared.full(stage), 1);
-            barrier_init(shared.empty(stage), consumer_warps * cluster_blocks);
+            barrier_init(shared.empty(stage), L::consumers * 4 * cluster_blocks);
         }
         for (int buffer = 0; buffer < L::lines_buffers; ++buffer) {
             barrier_init(shared.lines_full(buffer), 1);
-            barrier_init(shared.lines_empty(buffer), consumers * warpgroup);  // every thread reads them
+            barrier_init(shared.lines_empty(buffer), L::consumers * warpgroup);  // every thread reads them
         }
         barrier_init_fence();
     }
@@ -453,12 +471,12 @@ __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(gemm_th
     await_last_kernel();
 
     if (role == 0) {
-        registers_decrease<40>();
-        if (threadIdx.x == 0) produce<tile_columns, block_k>(maps, p, shared);
+        registers_decrease<L::producer_registers>();
+        if (threadIdx.x == 0) produce(maps, p, shared);
         __syncwarp();
     } else {
-        registers_increase<232>();
-        consume<tile_columns, block_k, output>(p, shared, role - 1);
+        registers_increase<L::consumer_registers>();
+        consume<L, output>(p, shared);
         __syncwarp();
     }
     cluster_sync();  // a block must not leave while its partner still signals its barriers
