@@ -21,7 +21,7 @@ bool encode_key(CUtensorMap* map, const void* key, long long rows, int columns) 
     const cuuint64_t pitch = columns;
     const cuuint64_t extent[5] = {pitch, 2, 4, 2, cuuint64_t(rows / 16)};
     const cuuint64_t stride[4] = {pitch, 4 * pitch, 2 * pitch, 16 * pitch};
-    const cuuint32_t box[5] = {head_dim, 2, 4, 2, key_half / 16};
+    const cuuint32_t box[5] = {head_dim, 2, 4, 2, key_tile / 16};
     return encode(map, key, 5, extent, stride, box);
 }
 

@@ -32,7 +32,7 @@
 namespace qarvd {
 
 constexpr int head_dim = 128, query_tile = 192;
-constexpr int key_tile = 128, key_half = 64;  // keys of a tile of values, and of one step
+constexpr int key_tile = 128, key_half = 64;  // keys of a tile of keys or values, and of one step
 constexpr int attention_consumers = 3, attention_threads = (attention_consumers + 1) * 128;
 constexpr int attention_warps = attention_consumers * 4;    // that consume
 constexpr int tiles_per_sum = 8;                            // that accumulators hold; 4 is slower and half as far off
@@ -58,26 +58,28 @@ struct AttentionMaps {
 };
 
 struct AttentionShared {
-    static constexpr int key_stages = 6, value_stages = 3;
-    static constexpr int query_bytes = query_tile * head_dim, key_bytes = key_half * head_dim;
-    static constexpr int channel_bytes = key_tile * head_dim;
-    static constexpr int value_bytes = channel_bytes + 8 * key_tile;  // eight rows of ones behind the channels
+    static constexpr int stages = 3;
+    static constexpr int query_bytes = query_tile * head_dim, key_bytes = key_tile * head_dim;
+    static constexpr int value_bytes = key_bytes + 8 * key_tile;  // eight rows of ones behind the channels
     static constexpr int sums_bytes = sum_accumulators * attention_consumers * 128 * 4;
-    static constexpr int bytes = query_bytes + key_stages * key_bytes + value_stages * value_bytes + sums_bytes +
-                                 (2 * key_stages + 2 * value_stages + 2) * int(sizeof(uint64_t)) + 2 * 16;
+    static constexpr int segment_bytes = 16;
+    static constexpr int bytes = query_bytes + stages * (key_bytes + value_bytes) + sums_bytes +
+                                 (4 * stages + 2) * int(sizeof(uint64_t)) + 2 * segment_bytes;
 
     uint32_t base;
     __device__ __forceinline__ uint32_t query() const { return base; }
     __device__ __forceinline__ uint32_t key(int stage) const { return base + query_bytes + stage * key_bytes; }
-    __device__ __forceinline__ uint32_t value(int stage) const { return key(key_stages) + stage * value_bytes; }
-    __device__ __forceinline__ uint32_t sums() const { return value(value_stages); }
+    __device__ __forceinline__ uint32_t value(int stage) const { return key(stages) + stage * value_bytes; }
+    __device__ __forceinline__ uint32_t sums() const { return value(stages); }
     __device__ __forceinline__ uint32_t key_full(int stage) const { return sums() + sums_bytes + stage * 8; }
-    __device__ __forceinline__ uint32_t key_empty(int stage) const { return key_full(key_stages + stage); }
-    __device__ __forceinline__ uint32_t value_full(int stage) const { return key_full(2 * key_stages + stage); }
-    __device__ __forceinline__ uint32_t value_empty(int stage) const { return value_full(value_stages + stage); }
-    __device__ __forceinline__ uint32_t query_full() const { return value_full(2 * value_stages); }
-    __device__ __forceinline__ uint32_t query_empty() const { return value_full(2 * value_stages + 1); }
-    __device__ __forceinline__ uint32_t segment(int slot) const { return value_full(2 * value_stages + 2) + slot * 16; }
+    __device__ __forceinline__ uint32_t key_empty(int stage) const { return key_full(stages + stage); }
+    __device__ __forceinline__ uint32_t value_full(int stage) const { return key_full(2 * stages + stage); }
+    __device__ __forceinline__ uint32_t value_empty(int stage) const { return key_full(3 * stages + stage); }
+    __device__ __forceinline__ uint32_t query_full() const { return key_full(4 * stages); }
+    __device__ __forceinline__ uint32_t query_empty() const { return key_full(4 * stages + 1); }
+    __device__ __forceinline__ uint32_t segment(int slot) const {
+        return key_full(4 * stages + 2) + slot * segment_bytes;
+    }
 };
 
 // Key tiles [first, last) of one tile of queries. The producer leaves them in shared memory for the consumers, which
@@ -90,9 +92,8 @@ struct Segment {
     }
     static __device__ __forceinline__ Segment read(uint32_t from) {
         Segment segment;
-        int unused;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(segment.tile), "=r"(segment.first), "=r"(segment.last), "=r"(unused)
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, _}, [%3];"
+                     : "=r"(segment.tile), "=r"(segment.first), "=r"(segment.last)
                      : "r"(from)
                      : "memory");
         return segment;
@@ -135,8 +136,7 @@ struct QueryTile {
 __device__ __forceinline__ void produce(
     const AttentionMaps& maps, const AttentionParameters& p, AttentionShared shared) {
     Ring<1> query;
-    Ring<AttentionShared::key_stages> key_ring;
-    Ring<AttentionShared::value_stages> value_ring;
+    Ring<AttentionShared::stages> ring;
     Schedule schedule(p);
     for (Segment segment; schedule.take(segment);) {
         const QueryTile tile(p, segment.tile);
@@ -149,19 +149,15 @@ __device__ __forceinline__ void produce(
         const int key_group = tile.sequence * p.key_groups_of_batch;
         const int value_group = (tile.sequence * p.heads + tile.head) * (head_dim / 32);
         for (int keys = segment.last - 1; keys >= segment.first; --keys) {
-            for (int half = 0; half < 2; ++half) {
-                const uint32_t key_full = shared.key_full(key_ring.index);
-                barrier_wait(shared.key_empty(key_ring.index), key_ring.phase ^ 1);
-                barrier_expect(key_full, AttentionShared::key_bytes);
-                load_groups(shared.key(key_ring.index), &maps.key, tile.head * head_dim,
-                            key_group + (keys * 2 + half) * (key_half / 16), key_full);
-                key_ring.advance();
-            }
-            const uint32_t value_full = shared.value_full(value_ring.index);
-            barrier_wait(shared.value_empty(value_ring.index), value_ring.phase ^ 1);
-            barrier_expect(value_full, AttentionShared::channel_bytes);
-            load_groups(shared.value(value_ring.index), &maps.value, keys * key_tile, value_group, value_full);
-            value_ring.advance();
+            const uint32_t key_full = shared.key_full(ring.index), value_full = shared.value_full(ring.index);
+            barrier_wait(shared.key_empty(ring.index), ring.phase ^ 1);
+            barrier_expect(key_full, AttentionShared::key_bytes);
+            load_groups(shared.key(ring.index), &maps.key, tile.head * head_dim, key_group + keys * (key_tile / 16),
+                        key_full);
+            barrier_wait(shared.value_empty(ring.index), ring.phase ^ 1);
+            barrier_expect(value_full, AttentionShared::key_bytes);
+            load_groups(shared.value(ring.index), &maps.value, keys * key_tile, value_group, value_full);
+            ring.advance();
         }
     }
     barrier_wait(shared.query_empty(), query.phase ^ 1);
@@ -233,10 +229,9 @@ class AttentionConsumer {
         const int valid = p.keys - (segment.last - 1) * key_tile;
         {
             float scores[32];
-            issue_scores(scores);
+            issue_scores<0>(scores);
             wgmma_wait<0>();
             wgmma_pin(scores);
-            release_keys();
             if (valid < key_tile) hide<0>(scores, valid);
             offset[0] = offset[1] = INFINITY;
             refer_to_maxima(scores);
@@ -263,8 +258,7 @@ class AttentionConsumer {
     const AttentionParameters& p;
     const AttentionShared shared;
     const int consumer, warp, lane;
-    Ring<AttentionShared::key_stages> keys;
-    Ring<AttentionShared::value_stages> values;
+    Ring<AttentionShared::stages> keys, values;
     Ring<1> query;
     uint32_t queries[16];         // 64 rows of the warpgroup, as the register operand of four products
     float out[sum_accumulators];  // weighted sums of some tiles; the last four are sums of weights, [64] and [66]
@@ -296,9 +290,10 @@ class AttentionConsumer {
             if (key >= valid) scores[i] = -INFINITY;
         }
     }
+    template <int half>
     __device__ __forceinline__ void issue_scores(float (&scores)[32]) {
-        barrier_wait(shared.key_full(keys.index), keys.phase);
-        const uint64_t b = wgmma_operand<128>(shared.key(keys.index));
+        if (half == 0) barrier_wait(shared.key_full(keys.index), keys.phase);
+        const uint64_t b = wgmma_operand<128>(shared.key(keys.index)) + half * (key_half * head_dim / 16);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < head_dim / 32; ++step) wgmma_fp8(scores, queries + step * 4, b + step * 2, step > 0);
@@ -336,12 +331,12 @@ class AttentionConsumer {
     template <int half>
     __device__ __forceinline__ void step(uint32_t (&last)[8], uint32_t (&weights)[8], int valid) {
         float scores[32];
-        issue_scores(scores);
+        issue_scores<half>(scores);
         if (half == 1 && tiles_in_out == tiles_per_sum) move_to_total();
         issue_sums<1 - half>(last);
         wgmma_wait<1>();
         wgmma_pin(scores);
-        release_keys();
+        if constexpr (half == 1) release_keys();
         if (half == 1 && valid < key_tile) hide<1>(scores, valid);
         const bool over = __any_sync(0xFFFFFFFF, weigh(scores, weights, scale, offset));
         float keep[2] = {1.0f, 1.0f};
@@ -486,17 +481,17 @@ static __global__ void __launch_bounds__(attention_threads, 1)
     if (threadIdx.x == 0) {
         if (shared.base % 1024) __trap();  // the swizzles count on it
         prefetch_map(&maps.query), prefetch_map(&maps.key), prefetch_map(&maps.value);
-        for (int stage = 0; stage < AttentionShared::key_stages; ++stage)
+        for (int stage = 0; stage < AttentionShared::stages; ++stage) {
             barrier_init(shared.key_full(stage), 1), barrier_init(shared.key_empty(stage), attention_warps);
-        for (int stage = 0; stage < AttentionShared::value_stages; ++stage)
             barrier_init(shared.value_full(stage), 1), barrier_init(shared.value_empty(stage), attention_warps);
+        }
         barrier_init(shared.query_full(), 1);
         barrier_init(shared.query_empty(), attention_consumers * 128);  // every thread reads queries and segments
         barrier_init_fence();
     }
     constexpr int words = 8 * key_tile / 4;  // of ones, behind every tile of values
-    for (int i = threadIdx.x; i < AttentionShared::value_stages * words; i += attention_threads) {
-        const uint32_t to = shared.value(i / words) + AttentionShared::channel_bytes + i % words * 4;
+    for (int i = threadIdx.x; i < AttentionShared::stages * words; i += attention_threads) {
+        const uint32_t to = shared.value(i / words) + AttentionShared::key_bytes + i % words * 4;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(0x38383838u) : "memory");
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

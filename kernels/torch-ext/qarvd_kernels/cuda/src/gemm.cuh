@@ -187,9 +187,9 @@ __device__ __forceinline__ constexpr int accumulator(int group, int half, int i)
     return group * 16 + i / 2 * 4 + half * 2 + i % 2;
 }
 
-// acc = rint(float(acc) * ratio[n]), ties to even. All consumers do this at the same time, with idle tensor cores: one long
-// block of instructions, because a branch per column group costs more in latencies than the arithmetic, and no conversions
-// to integers, which run at an eighth of the rate of additions.
+// acc = rint(float(acc) * ratio[n]), ties to even. All consumers do this at the same time, with idle tensor cores: one
+// long block of instructions, because a branch per column group costs more in latencies than the arithmetic, and no
+// conversions to integers, which run at an eighth of the rate of additions.
 template <int tile_columns>
 __device__ __forceinline__ void rescale(int* accumulators, uint32_t ratios) {
     constexpr float round = 12582912.0f, reach = 4194304.0f;  // 1.5 * 2^23; adding it rounds what is below 2^22
@@ -356,12 +356,14 @@ __device__ __forceinline__ void store(
                     }
                     const uint2 packed =
                         make_uint2(__byte_perm(codes[0], codes[1], 0x5410), __byte_perm(codes[2], codes[3], 0x5410));
-                    if (own_row < p.m && inside) *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + place) = packed;
+                    if (own_row < p.m && inside)
+                        *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + place) = packed;
                 } else {
                     const uint4 packed =
                         make_uint4(pack_half<format>(y.of[0], y.of[1]), pack_half<format>(y.of[2], y.of[3]),
                                    pack_half<format>(y.of[4], y.of[5]), pack_half<format>(y.of[6], y.of[7]));
-                    if (own_row < p.m && inside) *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + place) = packed;
+                    if (own_row < p.m && inside)
+                        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + place) = packed;
                 }
             }
         }
