@@ -54,7 +54,16 @@ class TestOnGPU:
 
     @pytest.mark.parametrize(
         ("batch", "tokens", "length", "heads"),
-        [(1, 1, 1, 1), (1, 7, 129, 2), (2, 300, 777, 3), (1, 4680, 4680, 12), (1, 4683, 9361, 12), (3, 129, 4683, 5)],
+        [
+            (1, 1, 1, 1),
+            (1, 7, 129, 2),
+            (2, 300, 777, 3),
+            (2, 193, 64, 2),
+            (1, 4680, 4680, 12),
+            (1, 4683, 9361, 12),
+            (3, 129, 4683, 5),
+            (2, 1560, 6240, 12),
+        ],
     )
     def test_against_float64(self, batch, tokens, length, heads):
         """Weights of 3 bits make the difference; what lies behind the visible keys is NaN, and so was the output."""
@@ -84,6 +93,13 @@ class TestOnGPU:
         got = attention.attention_fp8(*arguments)
         want = arguments[2][:, 100:101].double() * arguments[5].double()[:, None]
         assert error(got, want.expand_as(got)) < 4e-3
+
+    def test_every_tile_exceeds_the_last_ones_maximum(self):
+        """Key tiles run backwards: with scores that fall along the keys the reference moves time and again."""
+        arguments = cached(1, 200, 4000, 2, mean=1.0)
+        arguments[0][..., 0] = 448.0
+        arguments[1][:, :4000, :, 0] = torch.linspace(448, -448, 4000, device="cuda")[:, None].to(FP8)
+        assert error(attention.attention_fp8(*arguments), fp8_truth(arguments)) < 0.03
 
     def test_in_the_operator(self):
         arguments = cached(1, 130, 400, 2)

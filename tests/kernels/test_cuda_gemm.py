@@ -303,6 +303,17 @@ class TestMoreOnGPU:
             got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, torch.bfloat16)
             assert relative_error(got, expected.double() * scale.double() + bias.double()) <= 2e-3
 
+    @pytest.mark.parametrize("factor", (3.0, 60.0))
+    def test_sums_beyond_what_additions_round(self, factor):
+        """At the border between the groups, some or all of them reach 2^22."""
+        a, weight, ratio, scale, bias = make(300, 512, 512)
+        a[:100, :128], weight[::2, :128] = -128, -128
+        ratio = ratio * factor
+        expected = accumulate(a, weight, 128, ratio)
+        assert 2**22 < expected.abs().max() < 2**31 - 1
+        got = gemm.dual_scale_gemm(a, weight, 128, ratio, scale, bias, None, None, torch.int32)
+        assert torch.equal(got, expected)
+
     def test_views(self):
         a, weight, ratio, scale, bias = make(300, 512, 512)
         for view in (a[:, 128:384], a[:, 8:264], a[5:, 256:]):
