@@ -84,9 +84,12 @@ class FastUpsample(WanUpsample):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scale_factor != (2.0, 2.0):
             return super().forward(x)
-        batch, channels, height, width = x.shape
-        pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
-        return pixels.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+        pixels = x.permute(0, 2, 3, 1)
+        if pixels.is_contiguous() and pixels.shape[3] * x.element_size() % 8 == 0:
+            pixels = pixels.view(torch.int64)  # copied word by word, which is four times faster than half by half
+        batch, height, width, words = pixels.shape
+        pixels = pixels[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        return pixels.reshape(batch, 2 * height, 2 * width, words).view(x.dtype).permute(0, 3, 1, 2)
 
 
 def _kept(frames: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:

@@ -112,3 +112,19 @@ def test_errors_name_the_remedy(scheduler):
 def test_config_round_trip(tmp_path, scheduler):
     FewStepRenoiseScheduler((1000, 757, 522), warp_timesteps=False, timestep_shift=8.0).save_pretrained(tmp_path)
     assert FewStepRenoiseScheduler.from_pretrained(tmp_path).timesteps.tolist() == [1000, 757, 522]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_does_not_wait_for_the_device():
+    """Launching the next pass has to overlap the one before."""
+    scheduler = FewStepRenoiseScheduler()
+    sample, noise = torch.randn(2, 1, 4, 3, 8, 8, device="cuda", dtype=torch.bfloat16)
+    want = scheduler.step(sample.cpu(), 1000.0, sample.cpu(), noise=noise.cpu(), return_dict=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = scheduler.step(sample, 1000.0, sample, noise=noise, return_dict=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for on_gpu, on_cpu in zip(got, want, strict=True):
+        assert torch.equal(on_gpu.cpu(), on_cpu)
