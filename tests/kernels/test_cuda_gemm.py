@@ -56,6 +56,13 @@ def fake_nvcc(folder: Path, script: str) -> Path:
     return nvcc
 
 
+def test_tiles_are_those_that_are_compiled():
+    source = (cuda_build.SOURCES / "gemm.cu").read_text()
+    for tile in gemm._TILES:
+        assert "Layout<{}, {}, {}>".format(*tile) in source
+    assert {tuple(tile) for tile in gemm._tuned().values()} <= set(gemm._TILES)
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_kernels_compile_to_hopper_products_without_spills(tmp_path):
