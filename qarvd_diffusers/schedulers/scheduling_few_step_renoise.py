@@ -127,7 +127,7 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
     def _sigma_for(self, timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
         """Noise levels shaped to broadcast over `sample`: per sample `[B]`, or per frame `[B, F]` of `[B, C, F, H, W]`."""
         sigma = self._sigma(torch.as_tensor(timestep))  # looked up where the timestep is
-        if sigma.ndim == 0:
+        if sigma.ndim == 0 and sigma.device.type == "cpu":
             return sigma  # a number to torch, wherever the sample is: copying it there would wait for the pass before
         sigma = sigma.to(sample.device)
         if sigma.ndim == 2:

@@ -42,6 +42,9 @@ def test_refuses_other_devices_and_layouts():
     assert attention._layout_refusal(query, key, value) is None
     assert "tokens innermost" in attention._layout_refusal(query, key, key)
     assert "same room" in attention._layout_refusal(query, key[:, :20].contiguous(), value)
+    room = attention.MOST_ROOM + 16
+    far = torch.empty(1, 1, 128, room, device="meta").permute(0, 3, 1, 2)
+    assert "at most" in attention._layout_refusal(query[:1, :, :1], far, far)
     assert "heads of 64" in attention._layout_refusal(query[..., :64], key[..., :64], value[..., :64])
 
 

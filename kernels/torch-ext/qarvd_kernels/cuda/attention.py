@@ -17,6 +17,7 @@ from .device import device_refusal
 
 HEAD_DIM = 128  # compiled in src/attention.cuh
 ROOM_MULTIPLE = 16  # tokens of a cache
+MOST_ROOM = 2**24  # tokens; the shares of the blocks are counted in 32 bits
 
 
 def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
@@ -36,6 +37,8 @@ def _layout_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     room = value.stride(3)
     if value.stride() != (heads * head_dim * room, 1, head_dim * room, room):
         return "the values do not lie with tokens innermost (a K/V cache in float8 allocates them so)"
+    if room > MOST_ROOM:
+        return f"room for {room} tokens, at most {MOST_ROOM} can be counted"
     if room % ROOM_MULTIPLE or key.stride() != (room * heads * head_dim, heads * head_dim, head_dim, 1):
         return f"keys and values need the same room, a multiple of {ROOM_MULTIPLE} tokens"
     return None

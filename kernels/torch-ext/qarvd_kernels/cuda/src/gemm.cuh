@@ -7,9 +7,8 @@
 //
 // One block computes tiles of 128 or 192 rows, persistently: a producer warp keeps a ring of K blocks filled by bulk
 // tensor copies, consumer warpgroups of 64 rows each run the products and their own epilogue, with no barrier between
-// them.
-// Two blocks make a cluster and take neighbouring tiles of the list (rows change fastest); where these share
-// their columns, each block fetches half of the weight tile and multicasts it to both.
+// them. Two blocks make a cluster and take neighbouring tiles of the list (rows change fastest); where these share their
+// columns, each block fetches half of the weight tile and multicasts it to both.
 //
 // A thread's accumulators belong to pairs of columns, 8 apart. The weight rows are therefore fetched in another order,
 // by a tensor map of rank 5: of every 32 columns, those that one thread holds are neighbours, and it writes 8 of them at
