@@ -80,23 +80,19 @@ def test_gemm(capability, epilogue, tmp_path):
     assert_no_spills(kernel, tmp_path)
 
 
-@pytest.mark.parametrize(("values", "dim"), [(HALF, 128), (CODES, 128), ("*fp8e4nv", 128), (CODES, 64)])
+@pytest.mark.parametrize("dim", (64, 128))
 @pytest.mark.parametrize("capability", (80, 89, 90, 120))
-def test_attention(capability, values, dim, tmp_path):
+def test_attention(capability, dim, tmp_path):
     from qarvd_kernels.triton.attention import attention_int8_kernel
 
-    if capability == 80 and values == "*fp8e4nv":
-        pytest.skip("compute capability 8.0 has no float8")
-    plain = values == HALF
-    rows, keys, *options = settings(capability)["attention"][f"{dim} {'plain' if plain else '8-bit'} values"]
-    signature = {"query": HALF, "keys": CODES, "values": values, "key_scale": FLOAT, "result": HALF}
+    rows, keys, *options = settings(capability)["attention"][str(dim)]
+    signature = {"query": HALF, "keys": CODES, "values": CODES, "key_scale": FLOAT, "value_scale": FLOAT}
     signature |= dict.fromkeys(("tokens", "room_key", "room_value", "length"), "i32") | {"score_scale": "fp32"}
-    if not plain:
-        signature["value_scale"] = FLOAT
-    constants = {"HEADS": HEADS, "DIM": dim, "ROWS": rows, "KEYS": keys, "BFLOAT": plain}
+    signature["result"] = HALF
+    constants = {"HEADS": HEADS, "DIM": dim, "ROWS": rows, "KEYS": keys}
     kernel = compiled(attention_int8_kernel, signature, constants, capability, options)
     name = "wgmma.mma_async" if capability == 90 else "mma.sync"
-    assert instructions(kernel) == {(name, "s8"), (name, "bf16" if plain else "f16")}
+    assert instructions(kernel) == {(name, "s8"), (name, "f16")}
     assert_no_spills(kernel, tmp_path)
 
 

@@ -21,6 +21,7 @@ from test_cache_attention import (
     assert_stored,
     attention_arguments,
     attention_truth,
+    error,
     with_tokens_innermost,
 )
 
@@ -157,15 +158,24 @@ def test_values_with_tokens_innermost(dtype, tokens, on_device, triton_module):
         assert bool((cache[:, :4].float() == 3).all() and (cache[:, stop:].float() == 3).all())
 
 
-@pytest.mark.parametrize("value_dtype", (torch.float16, torch.int8))
-@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (200, 64), (130, 128)])
-def test_attention_int8(value_dtype, length, head_dim, on_device, triton_module):
-    arguments = attention_arguments(value_dtype, length, 1, 3, 2, head_dim, 200)
-    arguments[0] = arguments[0].half()
+@pytest.mark.parametrize("mean", (0, 2))
+@pytest.mark.parametrize(("tokens", "length", "head_dim"), [(1, 1, 64), (7, 200, 64), (3, 130, 128)])
+def test_attention_int8(tokens, length, head_dim, mean, on_device, triton_module):
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    arguments = attention_arguments(length, 1, tokens, 2, head_dim, 200, mean, dtype)
     got = on_device(triton_module("attention").attention_int8, arguments)
-    want = ops.attention_int8(*arguments)
-    assert float((got.double() - want.double()).norm() / want.double().norm()) < 4e-3
-    assert float((got.double() - attention_truth(arguments)).norm() / attention_truth(arguments).norm()) < 0.02
+    assert got.dtype == dtype and error(got, attention_truth(arguments)) < 2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("tokens", "length"), [(1560, 6240), (4680, 4680), (4683, 9361)])
+def test_attention_int8_of_whole_chunks(tokens, length, on_device, triton_module):
+    arguments = attention_arguments(length, 1, tokens, 12, 128, length + 3)
+    got = on_device(triton_module("attention").attention_int8, arguments)
+    rows = torch.arange(0, tokens, tokens // 50)
+    arguments[0] = arguments[0][:, rows]
+    assert error(got[:, rows], attention_truth(arguments)) < 2e-3
 
 
 @pytest.mark.parametrize(("remembered", "lead"), [(0, 0), (0, 2), (1, 2), (2, 2)])

@@ -75,21 +75,22 @@ def qk_norm_rope_append(
     return torch.empty((batch, tokens, heads, head_dim), dtype=key_cache.dtype, device=qkv.device)
 
 
-@operator("Tensor query, Tensor key, Tensor value, Tensor key_scale, Tensor? value_scale, SymInt length", "Tensor")
+@operator("Tensor query, Tensor key, Tensor value, Tensor key_scale, Tensor value_scale, SymInt length", "Tensor")
 def attention_int8(
-    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor | None, length: int
+    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Softmax attention over an int8 key cache, without a mask; the product of queries and keys runs on integers.
+    """Softmax attention over an int8 cache, without a mask; the product of queries and keys runs on integers.
 
     Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127), as in SageAttention (Zhang
-    et al. 2024, arXiv 2410.02367); keys have one calibrated scale per head.
+    et al. 2024, arXiv 2410.02367); keys and values have one calibrated scale per head. The weights are not quantized:
+    kernels multiply them in float16, which holds int8 values exactly.
 
     Args:
         query: bfloat16 or float16 `[B, T, H, D]`.
         key: int8 `[B, S, H, D]`.
-        value: int8, float8_e4m3fn, bfloat16 or float16 `[B, S, H, D]`.
+        value: int8 `[B, S, H, D]`.
         key_scale: float32 `[H]`.
-        value_scale: float32 `[H]` for an 8-bit `value`, else None.
+        value_scale: float32 `[H]`.
         length: the first `length` tokens of key and value are visible, 1 to S.
 
     Returns:
@@ -105,9 +106,9 @@ def attention_int8(
         "bfloat16 or float16 [B, T, H, D]",
     )
     batch, _, heads, head_dim = query.shape
-    checks.cache("key", key, key_scale, (batch, heads, head_dim))
-    checks.cache("value", value, value_scale, (batch, heads, head_dim))
-    checks.require(key.dtype == torch.int8, "dtype of key", key.dtype, "torch.int8")
+    for name, tensor, scale in (("key", key, key_scale), ("value", value, value_scale)):
+        checks.cache(name, tensor, scale, (batch, heads, head_dim))
+        checks.require(tensor.dtype == torch.int8, f"dtype of {name}", tensor.dtype, "torch.int8")
     checks.require(1 <= length <= key.shape[1], "length", length, f"1 to {key.shape[1]} (the cached tokens)")
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 

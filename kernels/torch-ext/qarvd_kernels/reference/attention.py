@@ -60,12 +60,10 @@ def qk_norm_rope_append(
 
 
 def attention_int8(
-    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor | None, length: int
+    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
     """`[B, T, H, D]`: softmax attention of int8 queries (one scale per row) on int8 keys; float32 from the scores on."""
-    value = value[:, :length].to(torch.float32)
-    if value_scale is not None:
-        value = value * value_scale[:, None]
+    value = value[:, :length].to(torch.float32) * value_scale[:, None]
     rows = query.to(torch.float32)
     scale = rows.abs().amax(-1, keepdim=True) / QUERY_LEVELS
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)

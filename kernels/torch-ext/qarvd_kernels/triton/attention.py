@@ -5,9 +5,7 @@ Attention on an H200, 4680 queries, 12 heads of 128, microseconds (2026-11-23, t
     keys                         4680   18720   32760
     cuDNN, bfloat16               263     996    1732
     torch flash, bfloat16         454    1736    3022
-    this, float8 values           309    1158    2007
-    this, bfloat16 values         312    1178    2022
-    this, int8 values             373    1417    2481
+    this                          373    1417    2481
 
 So on Hopper it beats FlashAttention-2 and loses to cuDNN: there an int8 cache saves memory, not time. It is meant for GPUs
 that have neither cuDNN's nor FlashAttention-3's Hopper kernels, where it has not been timed.
@@ -197,7 +195,6 @@ def _attend(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
 ):
     """Online softmax over keys `first ... last`; integers become floats by their bits, which saves a conversion each."""
     channel = tl.arange(0, DIM)
@@ -213,14 +210,14 @@ def _attend(
         scores = (scores.to(tl.float32, bitcast=True) - _MAGIC_FLOAT) * factor[:, None]
         if MASKED:
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            value = tl.load(values + at[:, None] + channel[None, :], mask=seen[:, None], other=0.0)
+            value = tl.load(values + at[:, None] + channel[None, :], mask=seen[:, None], other=0)
         else:
             value = tl.load(values + at[:, None] + channel[None, :])
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         probability = tl.exp2(scores - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         total = total * fade + tl.sum(probability, axis=1)
-        out = tl.dot(probability.to(DTYPE), value.to(DTYPE), out * fade[:, None])
+        out = tl.dot(probability.to(tl.float16), value.to(tl.float16), out * fade[:, None])
         peak = new_peak
     return peak, total, out
 
@@ -242,10 +239,8 @@ def attention_int8_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    BFLOAT: tl.constexpr,
 ):
     STRIDE: tl.constexpr = HEADS * DIM
-    DTYPE: tl.constexpr = tl.bfloat16 if BFLOAT else tl.float16
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -264,15 +259,13 @@ def attention_int8_kernel(
     values += batch * room_value * STRIDE + head * DIM
     whole = (length // KEYS) * KEYS
     peak, total, out = _attend(
-        codes, factor, keys, values, length, 0, whole, peak, total, out, STRIDE, DIM, ROWS, KEYS, False, DTYPE
+        codes, factor, keys, values, length, 0, whole, peak, total, out, STRIDE, DIM, ROWS, KEYS, False
     )
     if whole < length:
         peak, total, out = _attend(
-            codes, factor, keys, values, length, whole, length, peak, total, out, STRIDE, DIM, ROWS, KEYS, True, DTYPE
+            codes, factor, keys, values, length, whole, length, peak, total, out, STRIDE, DIM, ROWS, KEYS, True
         )
-    out /= total[:, None]
-    if value_scale is not None:
-        out *= tl.load(value_scale + head)
+    out *= tl.load(value_scale + head) / total[:, None]
     tl.store(result + at, out.to(result.dtype.element_ty), mask=row[:, None] < tokens)
 
 
@@ -325,20 +318,19 @@ def qk_norm_rope_append(
 
 
 def attention_int8(
-    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor | None, length: int
+    query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """`[B, T, H, D]`; 8-bit values are widened to float16, which holds each of them exactly."""
+    """`[B, T, H, D]`; values are widened to float16, which holds each of them exactly."""
     result = torch.empty_like(query)
     batch, tokens, heads, head_dim = query.shape
-    plain = value_scale is None
-    rows, keys, warps, stages = attention_config(query.get_device(), head_dim, plain)
+    rows, keys, warps, stages = attention_config(query.get_device(), head_dim)
     score_scale = head_dim**-0.5 * 1.4426950408889634  # softmax in base 2
     _attention(
         (triton.cdiv(tokens, rows), heads, batch),
         (query, key, value, key_scale, value_scale, result),
         (tokens, key.shape[1], value.shape[1], length, score_scale),
-        (heads, head_dim, rows, keys, value.dtype == torch.bfloat16),
+        (heads, head_dim, rows, keys),
         (warps, stages),
-        (query.dtype, value.dtype),
+        (query.dtype,),
     )
     return result

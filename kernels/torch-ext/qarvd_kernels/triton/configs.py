@@ -2,7 +2,7 @@
 
 Per class of GPUs: `gemm` holds `[BLOCK_M, BLOCK_N, BLOCK_K, STRIPE, warps, stages]` per shape `NxK` with a default, two
 for fewer rows (a text prompt) and one for the residual epilogue, which needs registers; `attention` holds `[query rows, keys
-per step, warps, stages]` per head dimension and kind of values.
+per step, warps, stages]` per head dimension.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def gemm_config(device: int, m: int, n: int, k: int, residual: bool) -> tuple[in
 
 
 @cache
-def attention_config(device: int, head_dim: int, plain: bool) -> tuple[int, ...]:
-    """For heads of this size and plain (16-bit) or 8-bit values on the GPU of this index."""
+def attention_config(device: int, head_dim: int) -> tuple[int, ...]:
+    """For heads of this size on the GPU of this index."""
     if device < 0:
         return _INTERPRETED_ATTENTION
     entries = table()[architecture(torch.cuda.get_device_capability(device))]["attention"]
-    return tuple(entries[f"{head_dim} {'plain' if plain else '8-bit'} values"])
+    return tuple(entries[str(head_dim)])
