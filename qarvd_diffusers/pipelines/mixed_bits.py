@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..calibration.calibrate import quantized_layers
+from ..calibration.processes import Processes
+from ..calibration.resume import write_json
 from ..calibration.switch import QuantizationSwitch
 from ..calibration.targets import input_groups, quantizable_linears
 from ..config import QARVDConfig
-from .quantization import at_work, calibrate_pipeline, calibration_prompts
-from .sensitivity import SEED
+from .quantization import at_work, cache_folder, calibrate_pipeline, calibration_prompts
+from .sensitivity import SEED, describe_measurement
 
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
@@ -64,7 +69,8 @@ def layer_errors(
 ) -> dict[tuple[str, ...], float]:
     """Mean squared latent error, weighted by chunk, of rollouts in which one group of layers alone is quantized.
 
-    One rollout per prompt and group of layers that read one tensor, and one of the float model.
+    One rollout per prompt and group of layers that read one tensor, and one of the float model. Every error is kept in
+    `cache_folder()` as soon as it is known: what was interrupted goes on where it stopped, and nothing is measured twice.
 
     Args:
         pipe: a float pipeline; it is float again afterwards.
@@ -76,12 +82,19 @@ def layer_errors(
 
     Returns:
         By the names of the layers of a group.
+
+    Raises:
+        ValueError: the pipeline is quantized, or the file of what was measured before is damaged; it is named.
     """
     groups = input_groups(pipe.transformer, quantizable_linears(pipe.transformer, config), config)
     layers = quantized_layers(pipe.transformer, calibrate_pipeline(pipe, config))
     weights = torch.tensor(config.sensitivity(num_chunks), dtype=torch.float64)
-    errors = dict.fromkeys(groups, 0.0)
-    with at_work(pipe, "measuring layers", "rollout", len(prompts) * (1 + len(groups))) as step:
+    processes = Processes.launched()
+    path = _errors_file(describe_measurement(pipe, config, prompts, num_chunks, seed, None))
+    measured = processes.from_main(_read_errors(path) if processes.is_main else None)
+    errors = {group: measured.setdefault(" ".join(group), []) for group in groups}  # of each prompt so far
+    remaining = [[group for group in groups if len(errors[group]) <= index] for index in range(len(prompts))]
+    with at_work(pipe, "measuring layers", "rollout", sum(len(some) + 1 for some in remaining if some)) as step:
 
         def roll_out(prompt: str, seed: int) -> list[Tensor]:
             generator = torch.Generator("cpu").manual_seed(seed)
@@ -90,15 +103,33 @@ def layer_errors(
             step()
             return latents
 
-        for index, prompt in enumerate(prompts):
-            expected = roll_out(prompt, seed + index)
-            for group in groups:
+        for index, (prompt, some) in enumerate(zip(prompts, remaining, strict=True)):
+            expected = roll_out(prompt, seed + index) if some else []
+            for group in some:
                 with QuantizationSwitch(pipe.transformer, {name: layers[name] for name in group}) as switch:
                     switch.set(True)
                     got = roll_out(prompt, seed + index)
                 per_chunk = torch.stack([(a - b).square().mean() for a, b in zip(expected, got, strict=True)])
-                errors[group] += (weights * per_chunk).mean().item() / len(prompts)
-    return errors
+                errors[group].append((weights * per_chunk).mean().item())
+                if processes.is_main:
+                    write_json(measured, path)
+    return {group: sum(per_prompt) / len(prompts) for group, per_prompt in errors.items()}
+
+
+def _errors_file(measured: Mapping[str, object]) -> Path:
+    digest = hashlib.blake2b(json.dumps(measured, sort_keys=True).encode(), digest_size=20)
+    return cache_folder() / "layer_errors" / f"{digest.hexdigest()}.json"
+
+
+def _read_errors(path: Path) -> dict[str, list[float]]:
+    """By the names of the layers of a group, one error per prompt; empty without a file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(names): [float(error) for error in per_prompt] for names, per_prompt in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no errors of layers ({error}): delete it and measure again") from error
 
 
 def most_costly(

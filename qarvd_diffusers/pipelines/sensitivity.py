@@ -76,7 +76,7 @@ def measure_sensitivity(
     config = config.replace(chunk_weights="uniform", rounding="nearest")
     num_chunks = num_chunks or config.calibration_chunks
     processes = Processes.launched()
-    measured = _describe(pipe, config, prompts, num_chunks, seed, result)
+    measured = describe_measurement(pipe, config, prompts, num_chunks, seed, result)
     processes.require_same(measured, "model, config, prompts or settings")
     frames = tuple(count for _, _, count in pipe.causal_fields.chunks(num_chunks))
     state = SensitivityResult(measured, len(prompts), frames)
@@ -184,7 +184,7 @@ def _check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def _describe(
+def describe_measurement(
     pipe: ARVDMixin,
     config: QARVDConfig,
     prompts: Sequence[str],

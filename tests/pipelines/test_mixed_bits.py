@@ -84,6 +84,33 @@ def test_errors_are_those_of_one_group_alone(tiny_pipeline):
     assert errors[group] == pytest.approx((1.5 * per_chunk[0] + 0.5 * per_chunk[1]).item() / 2, rel=1e-6)
 
 
+def test_measuring_goes_on_where_it_was_interrupted(tiny_pipeline, tmp_path, monkeypatch):
+    """Killed after 20 of 34 rollouts; another process knows the 18 errors, and measures 14 after the float rollout."""
+    public, stream, rollouts = config("w4a16"), tiny_pipeline.stream, []
+    tiny_pipeline.calibrate(public)
+
+    def counted(prompt, **options):
+        rollouts.append(prompt)
+        if len(rollouts) == 21:
+            raise KeyboardInterrupt
+        return stream(prompt, **options)
+
+    tiny_pipeline.stream = counted
+    with pytest.raises(KeyboardInterrupt):
+        layer_errors(tiny_pipeline, public, PROMPTS)
+    errors = layer_errors(tiny_pipeline, public, PROMPTS)
+    assert len(rollouts) - 21 == 1 + 14
+    assert layer_errors(tiny_pipeline, public, PROMPTS) == errors and len(rollouts) == 36
+    (file,) = (tmp_path / "cache" / "layer_errors").iterdir()
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=f"{file.name} holds no errors of layers"):
+        layer_errors(tiny_pipeline, public, PROMPTS)
+    file.unlink()
+    assert layer_errors(tiny_pipeline, public, PROMPTS) == errors and len(rollouts) == 36 + 34
+    layer_errors(tiny_pipeline, public, PROMPTS, seed=5)  # another measurement
+    assert len(rollouts) == 36 + 2 * 34
+
+
 def test_the_costliest_per_byte_that_fit():
     errors, sizes = {("a",): 8.0, ("b",): 6.0, ("c",): 1.0, ("d",): 2.0}, {("a",): 8, ("b",): 2, ("c",): 1, ("d",): 4}
     assert most_costly(errors, sizes, 7) == [("b",), ("c",), ("d",)]
