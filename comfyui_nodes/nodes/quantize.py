@@ -225,6 +225,10 @@ class QARVDQuantize(io.ComfyNode):
                 "Change exclude_layers or the calibration prompts, or load the model again.",
             ) from error
         _own_parameters(handle.pipe.transformer, pipeline.pipe.transformer)
+        sizes = library().stored_bytes(handle.pipe.transformer)
+        progress.show(
+            f"{sizes['total'] / 1e6:.2f} MB, layers {sizes['quantized'] / sizes['bfloat16']:.3f} of bfloat16"
+        )
         return io.NodeOutput(handle, describe(handle))
 
 
@@ -241,8 +245,12 @@ class _Progress:
         self._bar.update_absolute(step, steps)
         if text != self._text:
             self._text = text
-            server = PromptServer.instance
-            server.send_progress_text(f"{text} ({step}/{steps})", self._node_id, server.client_id)
+            self.show(f"{text} ({step}/{steps})")
+
+    def show(self, text: str) -> None:
+        """Text in the node, in the place of what was there."""
+        server = PromptServer.instance
+        server.send_progress_text(text, self._node_id, server.client_id)
 
 
 def _shared_copy(module: torch.nn.Module) -> torch.nn.Module:

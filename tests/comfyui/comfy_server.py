@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -94,6 +95,14 @@ class Run:
     def text(self, node: str) -> str:
         """What an output node shows."""
         return "\n".join(self.history["outputs"][node]["text"])
+
+
+def _binary(message: bytes) -> tuple[str, dict[str, Any]]:
+    """Kind and content of a binary message: of a text in a node what it says, of a picture nothing."""
+    kind, length = struct.unpack(">II", message[:8])
+    if kind != 3:
+        return "binary", {"kind": kind}
+    return "text", {"node": message[8 : 8 + length].decode(), "text": message[8 + length :].decode()}
 
 
 class Server:
@@ -235,7 +244,7 @@ class _Listener(threading.Thread):
                     content = json.loads(message.data)
                     entry = (time.monotonic(), content["type"], content.get("data") or {})
                 elif message.type == aiohttp.WSMsgType.BINARY:
-                    entry = (time.monotonic(), "binary", {"kind": int.from_bytes(message.data[:4], "big")})
+                    entry = (time.monotonic(), *_binary(message.data))
                 else:
                     continue
                 for run in self.runs:

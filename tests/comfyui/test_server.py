@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -170,6 +171,9 @@ def test_calibration_runs_with_the_given_prompts_and_reports(server):
     assert run.status == "success", run.error
     progress = [data for data in run.of("progress") if data["node"] == "12"]
     assert len(progress) > 10
+    shown = [data["text"] for data in run.of("text") if data["node"] == "12"]
+    assert len(shown) > 2 and all(text.endswith(")") for text in shown[:-1]), "stages while it works"
+    assert re.fullmatch(r"\d\.\d\d MB, layers 0\.2\d\d of bfloat16", shown[-1]), "at the end what came out"
     assert "w4a8, rounding gptq" in run.text("13")
     folder = server.base / "output" / "qarvd" / "calibrated"
     stored = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
