@@ -1,9 +1,9 @@
 // Softmax attention on float8 (e4m3) queries, keys and values for Hopper, heads of 128 channels, no mask.
 //
 // One block holds 192 query rows of a head: a producer warp keeps rings of key and value tiles filled by bulk tensor
-// copies, three consumer warpgroups of 64 rows each run both products, 64 keys at a time. A warpgroup issues the scores
-// of the next keys and the weighted sum of the last ones together. The three are not synchronized: while one waits for
-// the tensor cores, the others compute exponentials.
+// copies, three consumer warpgroups of 64 rows each run both products. A warpgroup takes 64 keys of a tile at a time,
+// and issues the weighted sum of a tile together with the scores of the next one's first half. The three are not
+// synchronized: while one waits for the tensor cores, the others compute exponentials.
 //
 // Values are stored with tokens innermost, [D, tokens], because 8-bit operands must have the summed dimension
 // innermost. The accumulator fragment of the scores becomes the register operand of the weighted sum without a
@@ -17,8 +17,9 @@
 // the values): it sums exactly what is multiplied.
 //
 // Accumulators of 8-bit products keep 13 bits below their largest term and cut the rest off, which over 32760 keys
-// takes a fifth off the result where values have a mean. So they start anew every few tiles, and the total is kept in
-// float32 in shared memory.
+// takes a fifth off the result where values have a mean. So they start anew with every tile, and the total is kept in
+// float32 in shared memory. The way there costs bandwidth and a few instructions, which the exponentials of a tile's
+// second half leave free: nothing is in flight then.
 //
 // Blocks are persistent. Tiles of queries that fill whole waves of blocks are computed whole; the keys of the
 // remaining ones are split evenly over all blocks, and the last one to finish a tile merges its pieces.
@@ -32,11 +33,11 @@
 namespace qarvd {
 
 constexpr int head_dim = 128, query_tile = 192;
-constexpr int key_tile = 128, key_half = 64;  // keys of a tile of keys or values, and of one step
+constexpr int key_tile = 128, key_half = 64;  // keys of a tile of keys or values
 constexpr int attention_consumers = 3, attention_threads = (attention_consumers + 1) * 128;
 constexpr int attention_warps = attention_consumers * 4;    // that consume
-constexpr int tiles_per_sum = 8;                            // that accumulators hold; 4 is slower and half as far off
-constexpr int sum_accumulators = head_dim / 2 + 4;          // of a thread: its channels, and sums of weights
+constexpr int channel_sums = head_dim / 2;                  // of a thread: two rows, a quarter of the channels
+constexpr int sum_accumulators = channel_sums + 4;          // and sums of weights, [64] and [66]
 constexpr int piece_floats = (sum_accumulators + 4) * 128;  // of one warpgroup: accumulators, sums and offsets
 // Weights are 2^6 at the reference; e4m3 ends at 448, so a maximum may grow sevenfold before the reference has to move.
 constexpr float weight_bits = 6.0f;
@@ -61,7 +62,7 @@ struct AttentionShared {
     static constexpr int stages = 3;
     static constexpr int query_bytes = query_tile * head_dim, key_bytes = key_tile * head_dim;
     static constexpr int value_bytes = key_bytes + 8 * key_tile;  // eight rows of ones behind the channels
-    static constexpr int sums_bytes = sum_accumulators * attention_consumers * 128 * 4;
+    static constexpr int sums_bytes = channel_sums * attention_consumers * 128 * 4;
     static constexpr int segment_bytes = 16;
     static constexpr int bytes = query_bytes + stages * (key_bytes + value_bytes) + sums_bytes +
                                  (4 * stages + 2) * int(sizeof(uint64_t)) + 2 * segment_bytes;
@@ -183,9 +184,29 @@ __device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d)
     return packed;
 }
 
-// Weights of one step, as the register operand of two products. Returns whether one of them is out of range.
+// Four e4m3, as above, times a power of two. Only subnormal results are rounded.
+__device__ __forceinline__ uint32_t scale_fp8(uint32_t packed, float factor) {
+    asm("{\n.reg .b16 low, high, f;\n.reg .b32 a, b, ff;\n"
+        "mov.b32 {low, high}, %0;\n"
+        "cvt.rn.f16x2.e4m3x2 a, low;\n"
+        "cvt.rn.f16x2.e4m3x2 b, high;\n"
+        "cvt.rn.f16.f32 f, %1;\n"
+        "mov.b32 ff, {f, f};\n"
+        "mul.rn.f16x2 a, a, ff;\n"
+        "mul.rn.f16x2 b, b, ff;\n"
+        "cvt.rn.satfinite.e4m3x2.f16x2 low, a;\n"
+        "cvt.rn.satfinite.e4m3x2.f16x2 high, b;\n"
+        "mov.b32 %0, {low, high};\n}\n"
+        : "+r"(packed)
+        : "f"(factor));
+    return packed;
+}
+
+// Weights of half a tile, as the register operand of two products; beside(word) is done after every eighth of them.
+// Returns whether a weight is out of range.
+template <class Beside>
 __device__ __forceinline__ bool weigh(
-    const float (&scores)[32], uint32_t (&weights)[8], float scale, const float (&offset)[2]) {
+    const float (&scores)[32], uint32_t (&weights)[8], float scale, const float (&offset)[2], Beside beside) {
     uint32_t over = 0;
 #pragma unroll
     for (int word = 0; word < 8; ++word) {
@@ -196,8 +217,13 @@ __device__ __forceinline__ bool weigh(
             y[i] = power_of_two(fmaf(scores[first + i / 2 * 4 + i % 2], scale, offset[half]));
         weights[word] = pack_fp8(y[0], y[1], y[2], y[3]);
         over |= weights[word] + 0x02020202u;  // the top bit of a byte from 0x7E on
+        beside(word);
     }
     return over & 0x80808080u;
+}
+__device__ __forceinline__ bool weigh(
+    const float (&scores)[32], uint32_t (&weights)[8], float scale, const float (&offset)[2]) {
+    return weigh(scores, weights, scale, offset, [](int) {});
 }
 
 __device__ __forceinline__ void row_maxima(const float (&scores)[32], float (&largest)[2]) {
@@ -237,17 +263,18 @@ class AttentionConsumer {
             refer_to_maxima(scores);
             weigh(scores, weights[0], scale, offset);
         }
-        tiles_in_out = 0, has_total = false, total_factor[0] = total_factor[1] = 1.0f;
-        step<1>(weights[0], weights[1], valid);
+        clear_sums();
+        second_half(weights, valid);
         for (int left = segment.last - segment.first - 1; left > 0; --left) {
-            step<0>(weights[1], weights[0], key_tile);
-            step<1>(weights[0], weights[1], key_tile);
+            first_half(weights);
+            second_half(weights, key_tile);
         }
+        issue_sums<0>(weights[0]);
         issue_sums<1>(weights[1]);
         wgmma_wait<0>();
         wgmma_pin(out);
         release_values();
-        if (has_total) add_total(out);
+        add_total();
         segment = Segment::read(shared.segment(query.phase));
         query.advance();
         if (segment.last - segment.first == p.key_tiles || merge(segment)) store(segment.tile);
@@ -261,11 +288,10 @@ class AttentionConsumer {
     Ring<AttentionShared::stages> keys, values;
     Ring<1> query;
     uint32_t queries[16];         // 64 rows of the warpgroup, as the register operand of four products
-    float out[sum_accumulators];  // weighted sums of some tiles; the last four are sums of weights, [64] and [66]
+    float out[sum_accumulators];  // weighted sums of a tile, at last of all of them
     float scale, offset[2];       // a weight is 2^(score * scale + offset)
-    int tiles_in_out;
-    bool has_total;         // something lies in shared memory,
-    float total_factor[2];  // to be multiplied by this
+    float weights_total[2];       // sums of the weights of the tiles before; those of the channels are in shared memory
+    float total_factor[2];        // by which either is to be multiplied
 
     __device__ __forceinline__ void load_queries() {
         int lane;  // asked again, so that addresses made from it do not occupy registers from segment to segment
@@ -306,9 +332,8 @@ class AttentionConsumer {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < key_half / 32; ++step)
-            wgmma_fp8(out, weights + step * 4, b + step * 2, half > 0 || step > 0 || tiles_in_out > 0);
+            wgmma_fp8(out, weights + step * 4, b + step * 2, half > 0 || step > 0);
         wgmma_commit();
-        tiles_in_out += half;
     }
     __device__ __forceinline__ void release_keys() {
         if (lane == 0) barrier_arrive(shared.key_empty(keys.index));
@@ -327,68 +352,103 @@ class AttentionConsumer {
             offset[half] = fminf(offset[half], weight_bits - ceilf(largest[half] * scale));
     }
 
-    // Scores of half a tile, sums of the half before, weights of this one; `valid` keys of the tile are seen.
-    template <int half>
-    __device__ __forceinline__ void step(uint32_t (&last)[8], uint32_t (&weights)[8], int valid) {
-        float scores[32];
-        issue_scores<half>(scores);
-        if (half == 1 && tiles_in_out == tiles_per_sum) move_to_total();
-        issue_sums<1 - half>(last);
+    // Moves the reference and weighs anew. What was weighed before is to be multiplied by `keep`; the total will be.
+    __device__ __forceinline__ void weigh_anew(const float (&scores)[32], uint32_t (&weights)[8], float (&keep)[2]) {
+        const float old[2] = {offset[0], offset[1]};
+        refer_to_maxima(scores);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            keep[half] = power_of_two(offset[half] - old[half]);
+            total_factor[half] *= keep[half];
+        }
+        weigh(scores, weights, scale, offset);
+    }
+    // Sums of a tile; scores and weights of the first half of the next one.
+    __device__ __forceinline__ void first_half(uint32_t (&weights)[2][8]) {
+        float scores[32], keep[2];
+        issue_sums<0>(weights[0]);
+        issue_scores<0>(scores);
+        issue_sums<1>(weights[1]);
         wgmma_wait<1>();
         wgmma_pin(scores);
-        if constexpr (half == 1) release_keys();
-        if (half == 1 && valid < key_tile) hide<1>(scores, valid);
-        const bool over = __any_sync(0xFFFFFFFF, weigh(scores, weights, scale, offset));
-        float keep[2] = {1.0f, 1.0f};
-        if (over) {
-            const float old[2] = {offset[0], offset[1]};
-            refer_to_maxima(scores);
-            keep[0] = power_of_two(offset[0] - old[0]), keep[1] = power_of_two(offset[1] - old[1]);
-            weigh(scores, weights, scale, offset);
-        }
+        const bool over = __any_sync(0xFFFFFFFF, weigh(scores, weights[0], scale, offset));
+        if (over) weigh_anew(scores, weights[0], keep);
         wgmma_wait<0>();
         wgmma_pin(out);
-        if constexpr (half == 0) release_values();
+        release_values();
         if (over) {
 #pragma unroll
             for (int i = 0; i < sum_accumulators; ++i) out[i] *= keep[i / 2 % 2];
-            total_factor[0] *= keep[0], total_factor[1] *= keep[1];
+        }
+    }
+    // Scores and weights of the second half of a tile, of which `valid` keys are seen; the sums of the tile before go
+    // to the total.
+    __device__ __forceinline__ void second_half(uint32_t (&weights)[2][8], int valid) {
+        float scores[32];
+        issue_scores<1>(scores);
+        wgmma_wait<0>();
+        wgmma_pin(scores);
+        release_keys();
+        if (valid < key_tile) hide<1>(scores, valid);
+        const bool over = weigh(scores, weights[1], scale, offset, [&](int eighth) {
+            add_to_total(eighth * 2), add_to_total(eighth * 2 + 1);
+        });
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            weights_total[half] = fmaf(weights_total[half], total_factor[half], out[channel_sums + half * 2]);
+            total_factor[half] = 1.0f;
+        }
+        if (__any_sync(0xFFFFFFFF, over)) {
+            float keep[2];
+            weigh_anew(scores, weights[1], keep);
+#pragma unroll
+            for (int word = 0; word < 8; ++word) weights[0][word] = scale_fp8(weights[0][word], keep[word % 2]);
         }
     }
 
     __device__ __forceinline__ uint32_t total(int i) const {
-        return shared.sums() + ((consumer * (sum_accumulators / 4) + i) * 128 + threadIdx.x % 128) * 16;
+        return shared.sums() + ((consumer * (channel_sums / 4) + i) * 128 + threadIdx.x % 128) * 16;
     }
     __device__ __forceinline__ void load_total(int i, float (&v)[4]) const {
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                      : "r"(total(i)));
     }
-    // sums += total in shared memory
-    __device__ __forceinline__ void add_total(float (&sums)[sum_accumulators]) const {
+    __device__ __forceinline__ void store_total(int i, const float (&v)[4]) const {
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(total(i)), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+                     "f"(v[3]));
+    }
+    __device__ __forceinline__ void clear_sums() {
+        constexpr float zeros[4] = {};
 #pragma unroll
-        for (int i = 0; i < sum_accumulators / 4; ++i) {
+        for (int i = 0; i < channel_sums / 4; ++i) store_total(i, zeros);
+#pragma unroll
+        for (int i = 0; i < sum_accumulators; ++i) out[i] = 0.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) weights_total[half] = 0.0f, total_factor[half] = 1.0f;
+    }
+    // total += out, four channels of them
+    __device__ __forceinline__ void add_to_total(int i) const {
+        float v[4];
+        load_total(i, v);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[k] = fmaf(v[k], total_factor[k / 2], out[4 * i + k]);
+        store_total(i, v);
+    }
+    // out += total
+    __device__ __forceinline__ void add_total() {
+#pragma unroll
+        for (int i = 0; i < channel_sums / 4; ++i) {
             float v[4];
             load_total(i, v);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) sums[4 * i + k] = fmaf(v[k], total_factor[k / 2], sums[4 * i + k]);
+            for (int k = 0; k < 4; ++k) out[4 * i + k] = fmaf(v[k], total_factor[k / 2], out[4 * i + k]);
         }
-    }
-    // Total in shared memory += out, which only is read: products are in flight.
-    __device__ __forceinline__ void move_to_total() {
 #pragma unroll
-        for (int i = 0; i < sum_accumulators / 4; ++i) {
-            float sums[4] = {out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]};
-            if (has_total) {
-                float v[4];
-                load_total(i, v);
-#pragma unroll
-                for (int k = 0; k < 4; ++k) sums[k] = fmaf(v[k], total_factor[k / 2], sums[k]);
-            }
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(total(i)), "f"(sums[0]), "f"(sums[1]),
-                         "f"(sums[2]), "f"(sums[3]));
+        for (int half = 0; half < 2; ++half) {
+            float& sum = out[channel_sums + half * 2];
+            sum = fmaf(weights_total[half], total_factor[half], sum);
         }
-        has_total = true, total_factor[0] = total_factor[1] = 1.0f, tiles_in_out = 0;
     }
 
     // A block's share of the split tiles is at most one tile's worth of keys: it touches two at most.

@@ -1,0 +1,53 @@
+"""Attention of 8-bit tensor cores in float64: its roundings are theirs, its sums are exact."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+_STEP, _BITS = 32, 13  # products that an instruction sums; bits below the largest exponent that it keeps
+_TOP = 8  # a row's weights are rounded where the power of two above the largest is 2^8
+
+
+def _exponent(x: Tensor, smallest: int) -> Tensor:
+    return torch.where(x == 0, -200, (torch.frexp(x)[1] - 1).clamp_min(smallest))
+
+
+def _cut(x: Tensor, exponent: Tensor) -> Tensor:
+    """What is left of x in units of 2^(exponent - 13)."""
+    bits = _BITS - exponent
+    return torch.ldexp(torch.ldexp(x, bits).trunc(), -bits)
+
+
+def tensor_core_scores(query: Tensor, key: Tensor) -> Tensor:
+    """float64 `[M, N]` from float8 `[M, K]` and `[N, K]` as Hopper's wgmma sums them.
+
+    Of 32 exact products and the sum before, each is cut off 13 bits below the largest exponent among them; so is their sum
+    (Xie et al. 2025, "MMA-Sim", arXiv 2511.10909). Exponents of products are sums of exponents: 1.5 * 1.5 has 0.
+    """
+    query, key = query.double()[:, None], key.double()[None]
+    total = query.new_zeros(query.shape[0], key.shape[1])
+    for part in (slice(start, start + _STEP) for start in range(0, query.shape[2], _STEP)):
+        a, b = query[..., part], key[..., part]
+        terms = torch.cat([a * b, total[..., None]], -1)
+        exponents = torch.cat([_exponent(a, -6) + _exponent(b, -6), _exponent(total, -126)[..., None]], -1)
+        total = _cut(terms, exponents.amax(-1, keepdim=True)).sum(-1)
+        total = _cut(total, _exponent(total, -126))
+    return total
+
+
+def attention_truth(arguments: list) -> Tensor:
+    """float64 `[B, T, H, D]` of the arguments of `attention_fp8`: scores as above, weights in float8, the rest exact."""
+    query, key, value, *scales, length = arguments
+    out = query.new_empty(query.shape, dtype=torch.float64)
+    for sequence in range(query.shape[0]):
+        for head in range(query.shape[2]):
+            q, k, v = (x[sequence, :, head] for x in (query, key[:, :length], value[:, :length]))
+            q_scale, k_scale, v_scale = (scale[head].double() for scale in scales)
+            scores = tensor_core_scores(q, k) * (q_scale * k_scale * math.log2(math.e) / math.sqrt(q.shape[1]))
+            weights = torch.exp2(scores - scores.amax(1, keepdim=True).ceil() + _TOP).float().to(FP8).double()
+            out[sequence, :, head] = weights @ v.double() / weights.sum(1, keepdim=True) * v_scale
+    return out
