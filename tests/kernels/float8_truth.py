@@ -9,7 +9,6 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 _STEP, _BITS = 32, 13  # products that an instruction sums; bits below the largest exponent that it keeps
-_TOP = 8  # a row's weights are rounded where the power of two above the largest is 2^8
 
 
 def _exponent(x: Tensor, smallest: int) -> Tensor:
@@ -20,6 +19,12 @@ def _cut(x: Tensor, exponent: Tensor) -> Tensor:
     """What is left of x in units of 2^(exponent - 13)."""
     bits = _BITS - exponent
     return torch.ldexp(torch.ldexp(x, bits).trunc(), -bits)
+
+
+def _four_digits(x: Tensor) -> Tensor:
+    """Rounded to the digits of an e4m3 number, whatever the exponent."""
+    digits = 4 - torch.frexp(x)[1]
+    return torch.ldexp(torch.ldexp(x, digits).round(), -digits)
 
 
 def tensor_core_scores(query: Tensor, key: Tensor) -> Tensor:
@@ -40,7 +45,7 @@ def tensor_core_scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def attention_truth(arguments: list) -> Tensor:
-    """float64 `[B, T, H, D]` of the arguments of `attention_fp8`: scores as above, weights in float8, the rest exact."""
+    """float64 `[B, T, H, D]` of the arguments of `attention_fp8`: scores as above, weights to four binary digits, the rest exact."""
     query, key, value, *scales, length = arguments
     out = query.new_empty(query.shape, dtype=torch.float64)
     for sequence in range(query.shape[0]):
@@ -48,6 +53,6 @@ def attention_truth(arguments: list) -> Tensor:
             q, k, v = (x[sequence, :, head] for x in (query, key[:, :length], value[:, :length]))
             q_scale, k_scale, v_scale = (scale[head].double() for scale in scales)
             scores = tensor_core_scores(q, k) * (q_scale * k_scale * math.log2(math.e) / math.sqrt(q.shape[1]))
-            weights = torch.exp2(scores - scores.amax(1, keepdim=True).ceil() + _TOP).float().to(FP8).double()
+            weights = _four_digits(torch.exp2(scores - scores.amax(1, keepdim=True).ceil()))
             out[sequence, :, head] = weights @ v.double() / weights.sum(1, keepdim=True) * v_scale
     return out

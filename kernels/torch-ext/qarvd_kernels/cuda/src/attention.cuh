@@ -39,8 +39,9 @@ constexpr int attention_warps = attention_consumers * 4;    // that consume
 constexpr int channel_sums = head_dim / 2;                  // of a thread: two rows, a quarter of the channels
 constexpr int sum_accumulators = channel_sums + 4;          // and sums of weights, [64] and [66]
 constexpr int piece_floats = (sum_accumulators + 4) * 128;  // of one warpgroup: accumulators, sums and offsets
-// Weights are 2^6 at the reference; e4m3 ends at 448, so a maximum may grow sevenfold before the reference has to move.
-constexpr float weight_bits = 6.0f;
+// Weights are 2^5 at a row's first reference: 64 keys give it, and what comes will mostly exceed it, up to 448 without a
+// move. At those that follow they are 2^8: what is small against the largest then keeps most of its bits.
+constexpr float first_weight_bits = 5.0f, later_weight_bits = 8.0f;
 
 struct AttentionParameters {
     int queries, keys, heads;
@@ -260,7 +261,7 @@ class AttentionConsumer {
             wgmma_pin(scores);
             if (valid < key_tile) hide<0>(scores, valid);
             offset[0] = offset[1] = INFINITY;
-            refer_to_maxima(scores);
+            refer_to_maxima(scores, first_weight_bits);
             weigh(scores, weights[0], scale, offset);
         }
         clear_sums();
@@ -344,7 +345,7 @@ class AttentionConsumer {
         values.advance();
     }
     // An integer: what was summed is then rescaled by powers of two, without an error.
-    __device__ __forceinline__ void refer_to_maxima(const float (&scores)[32]) {
+    __device__ __forceinline__ void refer_to_maxima(const float (&scores)[32], float weight_bits) {
         float largest[2];
         row_maxima(scores, largest);
 #pragma unroll
@@ -355,7 +356,7 @@ class AttentionConsumer {
     // Moves the reference and weighs anew. What was weighed before is to be multiplied by `keep`; the total will be.
     __device__ __forceinline__ void weigh_anew(const float (&scores)[32], uint32_t (&weights)[8], float (&keep)[2]) {
         const float old[2] = {offset[0], offset[1]};
-        refer_to_maxima(scores);
+        refer_to_maxima(scores, later_weight_bits);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             keep[half] = power_of_two(offset[half] - old[half]);
