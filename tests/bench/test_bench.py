@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from qarvd_diffusers.bench import VIDEO_VARIANTS
 from qarvd_diffusers.bench.bars import judge
 from qarvd_diffusers.bench.breakdown import summarize
 from qarvd_diffusers.bench.shapes import SHAPES, random_inputs, random_transformer
+from qarvd_diffusers.bench.timing import median_ms
 from qarvd_diffusers.bench.transformer import PassRunner, bench_passes
 from qarvd_diffusers.cli import main
 
@@ -112,3 +114,15 @@ def test_whole_videos(tmp_path):
         assert one["name"] in VIDEO_VARIANTS
         assert one["21"]["frames"] == 21
         assert one["21"]["first_frame_s"] < one["21"]["seconds"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_kernel_is_timed_without_the_wait_for_its_launch():
+    numbers = torch.zeros(8, device="cuda")
+
+    def launch():
+        time.sleep(1e-4)
+        numbers.add_(1)
+
+    assert median_ms(launch) < 0.05

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
 _STEP, _BITS = 32, 13  # products that an instruction sums; bits below the largest exponent that it keeps
+_ROWS = 16  # at a time: every product of them is kept
 
 
 def _exponent(x: Tensor, smallest: int) -> Tensor:
@@ -45,14 +45,18 @@ def tensor_core_scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def attention_truth(arguments: list) -> Tensor:
-    """float64 `[B, T, H, D]` of the arguments of `attention_fp8`: scores as above, weights to four binary digits, the rest exact."""
+    """float64 `[B, T, H, D]` of the arguments of `attention_fp8`.
+
+    Scores are as above, weights have the four binary digits of e4m3, the rest is exact.
+    """
     query, key, value, *scales, length = arguments
     out = query.new_empty(query.shape, dtype=torch.float64)
     for sequence in range(query.shape[0]):
         for head in range(query.shape[2]):
             q, k, v = (x[sequence, :, head] for x in (query, key[:, :length], value[:, :length]))
             q_scale, k_scale, v_scale = (scale[head].double() for scale in scales)
-            scores = tensor_core_scores(q, k) * (q_scale * k_scale * math.log2(math.e) / math.sqrt(q.shape[1]))
+            scores = torch.cat([tensor_core_scores(rows, k) for rows in q.split(_ROWS)])
+            scores *= q_scale * k_scale * math.log2(math.e) / math.sqrt(q.shape[1])
             weights = _four_digits(torch.exp2(scores - scores.amax(1, keepdim=True).ceil()))
             out[sequence, :, head] = weights @ v.double() / weights.sum(1, keepdim=True) * v_scale
     return out
