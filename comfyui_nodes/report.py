@@ -6,23 +6,30 @@ from .handles import PipelineHandle
 from .library import library
 
 
+def size(handle: PipelineHandle) -> str:
+    """MB of a quantized pipeline's transformer and of its quantized layers, these next to bfloat16."""
+    sizes = library().stored_bytes(handle.pipe.transformer)
+    share = sizes["quantized"] / sizes["bfloat16"]
+    return (
+        f"{sizes['total'] / 1e6:.2f} MB\nquantized layers {sizes['quantized'] / 1e6:.2f} MB, {share:.3f} of bfloat16"
+    )
+
+
 def describe(handle: PipelineHandle) -> str:
     """Scheme, size and rollout of a pipeline."""
     pipe = handle.pipe
     config, transformer = pipe.quantization, pipe.transformer
-    sizes = library().stored_bytes(transformer)
     layers = library().quantized_linears(transformer)
     fields = pipe.causal_fields
     lines = [f"{handle.name}: {type(pipe).__name__}, {transformer.config.num_layers} blocks"]
     if config is None:
-        lines.append(f"float ({transformer.dtype}), {sizes['total'] / 1e6:.2f} MB")
+        stored = library().stored_bytes(transformer)["total"]
+        lines.append(f"float ({transformer.dtype}), {stored / 1e6:.2f} MB")
     else:
-        share = sizes["quantized"] / sizes["bfloat16"]
         outliers = sum(layer.num_outliers > 0 for layer in layers.values())
         lines += [
             f"{config.scheme}, rounding {config.resolved_rounding}: {len(layers)} layers, {outliers} with outlier channels",
-            f"{sizes['total'] / 1e6:.2f} MB; quantized layers {sizes['quantized'] / 1e6:.2f} MB, "
-            f"{share:.3f} of bfloat16",
+            size(handle),
         ]
     window = fields.local_attention_frames
     lines += [

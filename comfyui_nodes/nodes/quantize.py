@@ -15,7 +15,7 @@ from .. import folders
 from ..compat import NodeError, schema, stop_if_interrupted, widget, work
 from ..handles import CalibrationType, PipelineHandle, PipelineType
 from ..library import library
-from ..report import describe
+from ..report import describe, size
 
 SCHEMES = ["w4a8", "w8a8", "w4a16", "w8a16", "w8a8_dynamic", "w4a8_dynamic"]
 ROUNDINGS = ["auto", "nearest", "gptq", "adaround"]
@@ -225,10 +225,7 @@ class QARVDQuantize(io.ComfyNode):
                 "Change exclude_layers or the calibration prompts, or load the model again.",
             ) from error
         _own_parameters(handle.pipe.transformer, pipeline.pipe.transformer)
-        sizes = library().stored_bytes(handle.pipe.transformer)
-        progress.show(
-            f"{sizes['total'] / 1e6:.2f} MB, layers {sizes['quantized'] / sizes['bfloat16']:.3f} of bfloat16"
-        )
+        progress.show(size(handle))
         return io.NodeOutput(handle, describe(handle))
 
 

@@ -17,7 +17,10 @@ _HEAD_START = 10_000_000
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
-    """Median milliseconds of `run()` on the current device; every repetition is timed by its own pair of events."""
+    """Median milliseconds of `run()` on the current device; every repetition is timed by its own pair of events.
+
+    On a GPU launches of the host count only once it has used up its head start.
+    """
     for _ in range(warmup):
         run()
     if not torch.cuda.is_available():

@@ -97,10 +97,13 @@ class Run:
         return "\n".join(self.history["outputs"][node]["text"])
 
 
+_TEXT = 3  # ComfyUI's BinaryEventTypes.TEXT
+
+
 def _binary(message: bytes) -> tuple[str, dict[str, Any]]:
     """Kind and content of a binary message: of a text in a node what it says, of a picture nothing."""
     kind, length = struct.unpack(">II", message[:8])
-    if kind != 3:
+    if kind != _TEXT:
         return "binary", {"kind": kind}
     return "text", {"node": message[8 : 8 + length].decode(), "text": message[8 + length :].decode()}
 

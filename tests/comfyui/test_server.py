@@ -173,7 +173,8 @@ def test_calibration_runs_with_the_given_prompts_and_reports(server):
     assert len(progress) > 10
     shown = [data["text"] for data in run.of("text") if data["node"] == "12"]
     assert len(shown) > 2 and all(text.endswith(")") for text in shown[:-1]), "stages while it works"
-    assert re.fullmatch(r"\d\.\d\d MB, layers 0\.2\d\d of bfloat16", shown[-1]), "at the end what came out"
+    assert re.fullmatch(r"\d\.\d\d MB\nquantized layers \d\.\d\d MB, 0\.2\d\d of bfloat16", shown[-1])
+    assert shown[-1] in run.text("13"), "at the end what came out"
     assert "w4a8, rounding gptq" in run.text("13")
     folder = server.base / "output" / "qarvd" / "calibrated"
     stored = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]

@@ -18,8 +18,8 @@
 //
 // Accumulators of 8-bit products keep 13 bits below their largest term and cut the rest off, which over 32760 keys
 // takes a fifth off the result where values have a mean. So they start anew with every tile, and the total is kept in
-// float32 in shared memory. The way there costs bandwidth and a few instructions, which the exponentials of a tile's
-// second half leave free: nothing is in flight then.
+// float32 in shared memory. They are added to it beside the exponentials of a tile's second half, when no product that
+// writes accumulators is in flight.
 //
 // Blocks are persistent. Tiles of queries that fill whole waves of blocks are computed whole; the keys of the
 // remaining ones are split evenly over all blocks, and the last one to finish a tile merges its pieces.
