@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
 
+from qarvd_diffusers.bench.breakdown import breakdown
 from qarvd_diffusers.bench.shapes import SHAPES, Shape, random_inputs, random_transformer
-from qarvd_diffusers.bench.transformer import PassRunner, breakdown, quantized
+from qarvd_diffusers.bench.transformer import PassRunner, quantized
 from qarvd_diffusers.models import CausalWanTransformer3DModel
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 
@@ -70,7 +71,9 @@ def time_chunk(model: CausalWanTransformer3DModel, shape: Shape, storage: str, r
     result["cache_bytes"] = runner._cache.nbytes
     if device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
-        result["kernels"] = breakdown(runner, CHUNKS - 1)[:12]
+        rows = breakdown(lambda: runner(CHUNKS - 1), shape, CHUNKS - 1, storage == "fp8")
+        # Without what a pass takes at least: that is one GPU's.
+        result["operations"] = [{key: row[key] for key in ("operation", "calls", "ms")} for row in rows]
     return result
 
 
@@ -96,7 +99,7 @@ def compare_times(model: CausalWanTransformer3DModel, name: str, shape: Shape, r
 @torch.no_grad()
 def compare_latents(shape: Shape, scheme: str, device: torch.device, layers: int = 2) -> dict:
     """Largest difference of the latents of two chunks in float32, all processes against one."""
-    small = Shape(shape.heads, shape.ffn, layers)
+    small = shape.with_layers(layers)
     model = random_transformer(small, device, torch.float32)
     if scheme != "float":
         model = quantized(model.to(torch.bfloat16), small, scheme)
@@ -176,7 +179,7 @@ def main() -> None:
     for wanted in args.shape:
         name, _, layers = wanted.partition(":")
         shape = SHAPES[name]
-        shape = Shape(shape.heads, shape.ffn, int(layers or shape.layers))
+        shape = shape.with_layers(int(layers or shape.layers))
         report({"shape": name, "exchange_us": time_exchange(shape, device)})
         model = random_transformer(shape, device, torch.bfloat16) if args.variants else None
         work = [partial(compare_times, model, variant, shape, args.repeats) for variant in args.variants]

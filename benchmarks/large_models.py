@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     shape = SHAPES[args.shape]
-    shape = Shape(shape.heads, shape.ffn, args.layers)
+    shape = shape.with_layers(args.layers)
     if args.part == "step":
         print(json.dumps(run_step(args.step, Path(args.folder), args.scheme)))
     elif args.part == "host":

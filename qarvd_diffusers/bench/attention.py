@@ -14,10 +14,8 @@ import qarvd_kernels as ops
 from qarvd_kernels.fa3 import attention as fa3
 
 from ..models.kv_storage import allocate
-from .shapes import CHUNK_TOKENS, Shape
+from .shapes import CACHED_FRAMES, Shape
 from .timing import median_ms
-
-LENGTHS = (CHUNK_TOKENS, 4 * CHUNK_TOKENS, 7 * CHUNK_TOKENS)
 
 
 def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -52,10 +50,12 @@ def _candidates(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable
 
 
 def bench_attention(shape: Shape, device: torch.device, repeats: int = 20) -> list[dict[str, Any]]:
-    """Microseconds and relative error against float32 of every backend at `LENGTHS` keys; an error text where one fails."""
+    """Microseconds and relative error against float32 of every backend with so many latent frames in the cache; an
+    error text where one fails.
+    """
     results = []
-    for length in LENGTHS if device.type == "cuda" else (64,):
-        tokens = CHUNK_TOKENS if device.type == "cuda" else 32
+    for frames in CACHED_FRAMES:
+        tokens, length = shape.chunk_tokens, frames * shape.frame_tokens
         query, key, value = (
             torch.randn(1, size, shape.heads, 128, device=device, dtype=torch.bfloat16)
             for size in (tokens, length, length)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .shapes import CHUNK_TOKENS, TEXT_TOKENS, Shape
+from .shapes import TEXT_TOKENS, Shape
 
 # Peak rates of the SXM boards, dense, from NVIDIA's data sheets: 8-bit and 16-bit operations and bytes per second.
 _PEAKS = {"H200": (1979e12, 989e12, 4.8e12), "H100": (1979e12, 989e12, 3.35e12)}
@@ -41,16 +41,18 @@ def _products(shape: Shape, tokens: int, eight: bool) -> Work:
         sum(n for n, _ in shape.products) + 2 * shape.dim - shape.ffn
     )  # text q and out too; not the one with GELU
     per_token = shape.dim * (6 * shape.dim + shape.ffn)
-    return Work(2 * CHUNK_TOKENS * per_token * shape.layers, bytes=2 * CHUNK_TOKENS * columns * shape.layers)
+    return Work(
+        2 * shape.chunk_tokens * per_token * shape.layers, bytes=2 * shape.chunk_tokens * columns * shape.layers
+    )
 
 
 def _gelu_product(shape: Shape, tokens: int, eight: bool) -> Work:
-    return Work(2 * CHUNK_TOKENS * shape.dim * shape.ffn * shape.layers)
+    return Work(2 * shape.chunk_tokens * shape.dim * shape.ffn * shape.layers)
 
 
 def _attention(shape: Shape, tokens: int, eight: bool) -> Work:
     def operations(keys: int) -> float:
-        return 4.0 * CHUNK_TOKENS * keys * shape.dim * shape.layers
+        return 4.0 * shape.chunk_tokens * keys * shape.dim * shape.layers
 
     own, text = operations(tokens), operations(TEXT_TOKENS)
     return Work(own, text) if eight else Work(0.0, own + text)
@@ -58,7 +60,7 @@ def _attention(shape: Shape, tokens: int, eight: bool) -> Work:
 
 def _activations(bytes_per_channel: float, sites: float) -> Callable[[Shape, int, bool], Work]:
     def work(shape: Shape, tokens: int, eight: bool) -> Work:
-        return Work(bytes=CHUNK_TOKENS * shape.dim * bytes_per_channel * sites * shape.layers)
+        return Work(bytes=shape.chunk_tokens * shape.dim * bytes_per_channel * sites * shape.layers)
 
     return work
 
@@ -96,7 +98,7 @@ def breakdown(run: Callable[[], object], shape: Shape, chunk: int, eight: bool) 
         torch.cuda.synchronize()
     events = [e for e in profile.key_averages() if e.self_device_time_total > 0]
     kernels = [(e.key, e.count, e.self_device_time_total / 1000) for e in events]
-    return summarize(kernels, shape, (chunk + 1) * CHUNK_TOKENS, eight, torch.cuda.get_device_name())
+    return summarize(kernels, shape, (chunk + 1) * shape.chunk_tokens, eight, torch.cuda.get_device_name())
 
 
 def summarize(

@@ -18,11 +18,10 @@ from ..bundled import bundled_model_path
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..pipelines.pipeline_arvd import ARVDPipeline
 from ..pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
-from .shapes import Shape, random_transformer
+from .shapes import WINDOW_FRAMES, Shape, random_transformer
 from .transformer import quantized
 from .vae import random_vae
 
-_WINDOW = 21  # latent frames: the length the family is trained at
 WARM_UP = 4  # chunks: the first, the second and the third compile
 
 
@@ -49,14 +48,15 @@ def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, devi
         vae=random_vae(shape, device, dtype),
         height=480 if large else 32,
         width=832 if large else 48,
-        local_attention_frames=_WINDOW,
+        num_frames_per_chunk=shape.chunk_frames,
+        local_attention_frames=WINDOW_FRAMES,
     )
 
 
 def _pipeline(whole: ARVDPipeline, name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> ARVDPipeline:
     """A pipeline around the transformer of variant `name`; a float one decodes as diffusers does, frame by frame."""
     vae = copy.deepcopy(whole.vae)
-    fields = {key: whole.config[key] for key in ("height", "width", "local_attention_frames")}
+    fields = {key: whole.config[key] for key in ("height", "width", "num_frames_per_chunk", "local_attention_frames")}
     pipe = ARVDPipeline(**{**whole.components, "vae": vae, "transformer": transformer}, **fields)
     pipe.set_progress_bar_config(disable=True)
     if name.startswith("w"):

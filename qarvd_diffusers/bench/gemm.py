@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import qarvd_kernels as ops
 
-from .shapes import CHUNK_TOKENS
 from .timing import median_ms, rotating
 
 OUTLIERS = 128
@@ -50,11 +49,13 @@ def _candidates(n: int, k: int, rows: int, device: torch.device) -> dict[str, Ca
     }
 
 
-def bench_gemm(products: Iterable[tuple[int, int]], device: torch.device, repeats: int = 30) -> list[dict[str, Any]]:
-    """Microseconds of every candidate at every product `(N, K)`; an error text where one cannot run."""
+def bench_gemm(
+    products: Iterable[tuple[int, int]], rows: int, device: torch.device, repeats: int = 30
+) -> list[dict[str, Any]]:
+    """Microseconds of every candidate at every product `(N, K)` of `rows` rows; an error text where one cannot run."""
     results = []
     for n, k in products:
-        sets = [_candidates(n, k, CHUNK_TOKENS if device.type == "cuda" else 32, device) for _ in range(SETS)]
+        sets = [_candidates(n, k, rows, device) for _ in range(SETS)]
         row: dict[str, Any] = {"N": n, "K": k, "us": {}}
         for name in sets[0]:
             try:

@@ -8,25 +8,42 @@ import torch
 
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 
-CHUNK_FRAMES = 3
-LATENT_HEIGHT, LATENT_WIDTH = 60, 104  # 832 x 480 pixels
-CHUNK_TOKENS = CHUNK_FRAMES * (LATENT_HEIGHT // 2) * (LATENT_WIDTH // 2)
+WINDOW_FRAMES = 21  # latent frames that the cache holds: the length the family is trained at
+CACHED_FRAMES = (3, 12, WINDOW_FRAMES)  # visible where attention and passes are timed
 TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Wan transformer.
+    """A Wan transformer and what it is run on.
 
     Attributes:
         heads: attention heads of 128 channels.
         ffn: hidden channels of the feed-forward.
         layers: transformer blocks.
+        chunk_frames: latent frames that are generated together.
     """
 
     heads: int
     ffn: int
     layers: int
+    chunk_frames: int = 3
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width: those of 832 x 480 pixels, or a few for the toy."""
+        return (60, 104) if self.heads > 1 else (4, 6)
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame."""
+        height, width = self.latent_size
+        return height // 2 * (width // 2)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_frames * self.frame_tokens
 
     @property
     def dim(self) -> int:
@@ -76,9 +93,8 @@ def random_transformer(
 
 
 def random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of one chunk `[1, 16, 3, H, W]` and text embeddings `[1, 512, text_dim]`."""
+    """Latents of one chunk `[1, 16, F, H, W]` and text embeddings `[1, 512, text_dim]`."""
     generator = torch.Generator(device).manual_seed(1)
-    height, width = (LATENT_HEIGHT, LATENT_WIDTH) if shape.heads > 1 else (4, 6)
-    latents = torch.randn(1, 16, CHUNK_FRAMES, height, width, generator=generator, device=device)
+    latents = torch.randn(1, 16, shape.chunk_frames, *shape.latent_size, generator=generator, device=device)
     text = torch.randn(1, TEXT_TOKENS, 4096 if shape.heads > 1 else 64, generator=generator, device=device)
     return latents.to(dtype), text.to(dtype)

@@ -15,7 +15,7 @@ from ..models.kv_cache import KVCache
 from ..models.pass_info import PassInfo
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from .breakdown import breakdown
-from .shapes import CHUNK_FRAMES, Shape, random_inputs, random_transformer
+from .shapes import WINDOW_FRAMES, Shape, random_inputs, random_transformer
 from .timing import median_ms, time_limit
 
 TIMESTEP = 750.0
@@ -40,7 +40,7 @@ class PassRunner:
 
     def reset(self) -> None:
         """Start a new stream."""
-        self._cache = KVCache(len(self._transformer.blocks), num_frames=7 * CHUNK_FRAMES, storage=self._kv_cache)
+        self._cache = KVCache(len(self._transformer.blocks), num_frames=WINDOW_FRAMES, storage=self._kv_cache)
 
     @torch.no_grad()
     def __call__(self, chunk: int, cache_only: bool = False) -> Tensor:
@@ -50,7 +50,7 @@ class PassRunner:
             self._timestep,
             self._text,
             kv_cache=self._cache,
-            frame_offset=chunk * CHUNK_FRAMES,
+            frame_offset=chunk * self._latents.shape[2],
             cache_only=cache_only,
             return_dict=False,
         )[0]
@@ -88,7 +88,7 @@ def quantized(transformer: CausalWanTransformer3DModel, shape: Shape, scheme: st
     def run(on_pass: Callable[[PassInfo], None]) -> None:
         runner = PassRunner(model, shape)
         for role in ("denoise", "refresh"):
-            on_pass(PassInfo(0, role, 0, TIMESTEP, 0, CHUNK_FRAMES))
+            on_pass(PassInfo(0, role, 0, TIMESTEP, 0, shape.chunk_frames))
             runner(0)
 
     apply(model, calibrate(model, run, config))

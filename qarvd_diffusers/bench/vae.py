@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from ..pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
-from .shapes import CHUNK_FRAMES, LATENT_HEIGHT, LATENT_WIDTH, Shape
+from .shapes import Shape
 from .timing import median_ms
 
 VAE_VARIANTS = ("frame by frame", "together", "frame by frame, optimized", "together, optimized")
@@ -29,15 +29,18 @@ def bench_vae(shape: Shape, device: torch.device, repeats: int) -> list[dict[str
     error against the first variant.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = (LATENT_HEIGHT, LATENT_WIDTH) if shape.heads > 1 else (4, 6)
     generator = torch.Generator(device).manual_seed(0)
-    latents = torch.randn(3, 1, 16, CHUNK_FRAMES, *size, generator=generator, device=device, dtype=dtype)
+    latents = torch.randn(
+        3, 1, 16, shape.chunk_frames, *shape.latent_size, generator=generator, device=device, dtype=dtype
+    )
     results, truth = [], None
     for name in VAE_VARIANTS:
         vae = random_vae(shape, device, dtype)
         if name.endswith("optimized"):
             optimize_vae(vae)
-        decoder = StreamingVAEDecoder(vae, frames_at_once=1 if name.startswith("frame by frame") else CHUNK_FRAMES)
+        decoder = StreamingVAEDecoder(
+            vae, frames_at_once=1 if name.startswith("frame by frame") else shape.chunk_frames
+        )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()

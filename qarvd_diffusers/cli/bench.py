@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=int, help="transformer blocks of the passes and videos (default: the model's)"
     )
+    parser.add_argument(
+        "--frames-per-chunk", type=int, default=3, help="latent frames that are generated together (default: 3)"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--variants", nargs="+", choices=names, help="of passes or videos (default: all)")
     parser.add_argument(
-        "--chunks", nargs="+", type=int, default=[1, 4, 7], help="chunks of the passes (default: 1 4 7)"
+        "--chunks", nargs="+", type=int, help="of the passes (default: the last within 3, 12 and 21 latent frames)"
     )
     parser.add_argument(
         "--end-to-end",
@@ -34,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time whole videos, text encoder and VAE included",
     )
     parser.add_argument(
-        "--frames", nargs="+", type=int, default=[81, 321], help="of the whole videos, 12 k - 3 (default: 81 321)"
+        "--frames", nargs="+", type=int, default=[81, 321], help="of the whole videos (default: 81 321)"
     )
     parser.add_argument("--repeats", type=int, default=10, help="runs the median is taken of (default: 10)")
     parser.add_argument(
@@ -52,24 +56,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench.bars import judge
     from ..bench.end_to_end import bench_end_to_end
     from ..bench.gemm import bench_gemm
-    from ..bench.shapes import SHAPES
+    from ..bench.shapes import CACHED_FRAMES, SHAPES, WINDOW_FRAMES
     from ..bench.transformer import bench_passes
     from ..bench.vae import bench_vae
     from .info import environment
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = SHAPES[args.shape].with_layers(args.layers)
+    if not 1 <= args.frames_per_chunk <= WINDOW_FRAMES:
+        raise ValueError(f"--frames-per-chunk is {args.frames_per_chunk}, expected 1 to {WINDOW_FRAMES}")
+    shape = replace(SHAPES[args.shape].with_layers(args.layers), chunk_frames=args.frames_per_chunk)
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "command": " ".join(["qarvd", *sys.argv[1:]]),
         "shape": args.shape,
         "layers": shape.layers,
+        "frames_per_chunk": shape.chunk_frames,
         **environment(),
     }
 
     def keep(name: str, value: Any) -> None:
         result[name] = value
-        if args.shape == "1.3b" and args.layers is None:
+        if shape == SHAPES["1.3b"]:
             result["bars"] = judge(result)
         if args.out:
             partial = Path(f"{args.out}.partial")
@@ -84,20 +91,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         keep("end_to_end" if args.end_to_end else "passes", done)
 
     if args.end_to_end:
-        lengths = [(frames + 3) // 12 for frames in args.frames]
+        lengths = [_chunks_of(frames, shape.chunk_frames) for frames in args.frames]
         bench_end_to_end(shape, args.variants or VIDEO_VARIANTS, device, lengths, on_result)
         return result
     if "gemm" in args.parts:
         products = dict.fromkeys(shape.products + (SHAPES["14b"].products if args.shape == "1.3b" else ()))
-        keep("gemm", bench_gemm(products, device, 3 * args.repeats))
+        keep("gemm", bench_gemm(products, shape.chunk_tokens, device, 3 * args.repeats))
     if "attention" in args.parts:
         keep("attention", bench_attention(shape, device, 2 * args.repeats))
     if "passes" in args.parts:
+        chunks = args.chunks or dict.fromkeys(max(frames // shape.chunk_frames, 1) for frames in CACHED_FRAMES)
         bench_passes(
             shape,
             args.variants or PASS_VARIANTS,
             device,
-            [chunk - 1 for chunk in args.chunks],
+            [chunk - 1 for chunk in chunks],
             args.repeats,
             on_result,
             args.seconds,
@@ -144,7 +152,10 @@ def render(result: dict[str, Any]) -> str:
             (one["name"], *map(_rounded, (one["ms"], one["peak_bytes"] / 1e9, one["relative_error"])))
             for one in result["vae"]
         ]
-        parts.append("VAE, a chunk of 3 latent frames\n" + table(("decoder", "ms", "peak GB", "relative error"), rows))
+        parts.append(
+            f"VAE, a chunk of {result['frames_per_chunk']} latent frames\n"
+            + table(("decoder", "ms", "peak GB", "relative error"), rows)
+        )
     videos = result.get("end_to_end")
     if videos:
         parts.append("whole videos\n" + _videos(videos))
@@ -187,6 +198,17 @@ def _videos(results: list[dict[str, Any]]) -> str:
             numbers = (timed[key] for key in ("frames_per_second", "first_frame_s", "chunk_p50_s", "chunk_p95_s"))
             rows.append((one["name"], timed["frames"], *map(_rounded, numbers), _rounded(timed["peak_bytes"] / 1e9)))
     return table(header, rows)
+
+
+def _chunks_of(frames: int, chunk_frames: int) -> int:
+    """Chunks of a video of so many frames: the first latent frame is one of them, every other four."""
+    latent, rest = divmod(frames + 3, 4)
+    if rest or latent < 1 or latent % chunk_frames:
+        raise ValueError(
+            f"--frames {frames} does not fill chunks of {chunk_frames} latent frames, "
+            f"expected a multiple of {4 * chunk_frames} less 3, such as {28 * chunk_frames - 3}"
+        )
+    return latent // chunk_frames
 
 
 def _rounded(value: float | None) -> str:

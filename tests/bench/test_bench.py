@@ -58,6 +58,32 @@ def test_command(tmp_path, capsys):
     assert "dual-scale int8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("frames", (1, 2))
+def test_chunks_of_other_lengths(frames, tmp_path):
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "--shape", "toy", "--device", "cpu", "--frames-per-chunk", str(frames), "--out", str(out)]
+    assert main([*arguments, "--repeats", "1", "--parts", "passes", "--variants", "bf16", "w8a8"]) == 0
+    float_pass, ours = json.loads(out.read_text())["passes"]
+    assert list(float_pass["ms"]) == list(ours["ms"]) == {1: ["3", "12", "21"], 2: ["1", "6", "10"]}[frames]
+    assert all(0 < error < 0.05 for error in ours["relative_error"].values())
+    assert main([*arguments, "--end-to-end", "--variants", "w8a8", "--frames", str(20 * frames - 3)]) == 0
+    timed = json.loads(out.read_text())["end_to_end"][0][str(20 * frames - 3)]
+    assert timed["frames"] == 20 * frames - 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames-per-chunk", "0"], "--frames-per-chunk is 0, expected 1 to 21"),
+        (["--frames-per-chunk", "2", "--end-to-end", "--frames", "25"], "expected a multiple of 8 less 3, such as 53"),
+        (["--end-to-end", "--frames", "80"], "does not fill chunks of 3 latent frames"),
+    ],
+)
+def test_lengths_that_cannot_be(arguments, message, capsys):
+    assert main(["bench", "--shape", "toy", "--device", "cpu", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_breakdown_sorts_kernels():
     kernels = [
         ("void qarvd::gemm_kernel<224, 64, (qarvd::Output)0>(qarvd::Maps)", 120, 4.0),

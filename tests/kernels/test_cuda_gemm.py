@@ -63,6 +63,25 @@ def test_tiles_are_those_that_are_compiled():
     assert {tuple(tile) for tile in gemm._tuned().values()} <= set(gemm._TILES)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "fastest"),
+    [
+        (880, 8960, (128, 160, 128)),
+        (880, 15360, (128, 224, 128)),
+        (1560, 1536, (128, 160, 128)),
+        (1560, 4608, (128, 160, 128)),
+        (1560, 8960, (128, 224, 128)),
+        (1560, 13824, (192, 192, 128)),
+        (1560, 15360, (128, 256, 64)),
+        (3120, 1536, (128, 160, 128)),
+        (3120, 4608, (128, 224, 128)),
+    ],
+)
+def test_tiles_that_are_not_tuned_are_those_measured_fastest(m, n, fastest):
+    """On 132 multiprocessors; the next best tile takes 2 to 27 % longer."""
+    assert gemm._balanced(m, n, 132) == fastest
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_kernels_compile_to_hopper_products_without_spills(tmp_path):
@@ -342,6 +361,25 @@ class TestMoreOnGPU:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, accumulate(a, weight, 128, ratio))
+
+    def test_one_scratch_for_layers_in_turn(self):
+        """Kernels start before the one ahead has ended: no expansion may overtake the product that reads its scratch."""
+        a, _, ratio, scale, bias = make(1000, 1536, 1536)
+        packed = [torch.randint(0, 256, (1536, 768), dtype=torch.uint8, device="cuda") for _ in range(3)]
+        zero_points = torch.randint(0, 16, (1536, 2), dtype=torch.int16, device="cuda")
+        scratch = torch.empty((1536, 1536), dtype=torch.int8, device="cuda")
+
+        def product(weight, out):
+            gemm.expand_int4(weight, zero_points, 128, out)
+            return gemm.dual_scale_gemm(a, out, 128, ratio, scale, bias, None, None, torch.int32)
+
+        wants = [product(weight, torch.empty_like(scratch)) for weight in packed]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            gots = [product(weight, scratch) for _ in range(20) for weight in packed]
+        for _ in range(3):
+            graph.replay()
+            assert all(torch.equal(got, want) for got, want in zip(gots, wants * 20, strict=True))
 
     @pytest.mark.parametrize(("n", "k", "outliers"), [(1, 16, 0), (33, 1536, 128), (1536, 8960, 8960), (64, 48, 16)])
     def test_expand_int4(self, n, k, outliers):

@@ -21,18 +21,16 @@ _ALIGNMENT = 16  # bytes; what the copy engine asks of addresses and rows
 _COLUMNS = 32  # weight rows that one thread's accumulators are spread over
 # Rows and columns of a tile and bytes of a K block, as compiled in src/gemm.cu.
 _TILES = (
+    (128, 128, 128),
+    (128, 160, 128),
+    (128, 224, 128),
     (128, 256, 64),
     (128, 256, 128),
-    (128, 224, 64),
-    (128, 224, 128),
-    (128, 192, 64),
-    (128, 160, 128),
-    (128, 128, 64),
     (192, 192, 128),
 )
-# From here on K blocks of 128, half the copies for the same bytes, are the first guess where nothing is tuned.
-_LONG_K = 4096
-_TUNED_ROWS = 2048  # the tuned tiles hold for full-size activations (measured with 4680 rows)
+# What filling, draining and writing a tile costs, as columns of products.
+_COLUMNS_FOR_THE_REST = 16
+_TUNED_ROWS = 4096  # the tuned tiles hold for full-size activations (measured with 4680 rows)
 _TUNED = Path(__file__).with_name("gemm_configs.json")
 
 
@@ -162,12 +160,16 @@ def tile(m: int, n: int, k: int, device: int) -> tuple[int, int, int]:
     tuned = _tuned().get(f"{n}x{k}")
     if tuned is not None and m >= _TUNED_ROWS:
         return tuple(tuned)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _balanced(m, n, torch.cuda.get_device_properties(device).multi_processor_count)
 
-    def cost(candidate: tuple[int, int, int]) -> tuple[int, bool]:
-        rows, columns, block_k = candidate
+
+def _balanced(m: int, n: int, processors: int) -> tuple[int, int, int]:
+    """The tile with which the busiest multiprocessor has least to do; of equals the first."""
+
+    def cost(candidate: tuple[int, int, int]) -> int:
+        rows, columns, _ = candidate
         tiles = -(-m // rows) * -(-n // columns)
-        return -(-tiles // processors) * rows * columns, (block_k == 128) != (k >= _LONG_K)
+        return -(-tiles // processors) * rows * (columns + _COLUMNS_FOR_THE_REST)
 
     return min(_TILES, key=cost)
 

@@ -3,22 +3,46 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace {
 
-// A thread writes 16 channels of one output row; a group of channels ends at a multiple of 16.
-__global__ void expand_int4_kernel(const uint2* packed, const int16_t* zero_points, uint4* out, long long pieces,
-                                   int pieces_of_row, int outlier_pieces) {
-    const long long piece = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
-    if (piece >= pieces) return;
-    const long long row = piece / pieces_of_row;
-    const int group = static_cast<int>(piece - row * pieces_of_row) >= outlier_pieces;
-    const uint32_t zero = min(max(static_cast<int>(zero_points[row * 2 + group]), 0), 15) * 0x01010101u;
-    const uint2 codes = packed[piece];
-    auto spread = [zero](uint32_t four, int half) {  // two of the four bytes hold four codes, the low nibble first
-        const uint32_t low = four & 0x0F0F0F0F, high = four >> 4 & 0x0F0F0F0F;
-        return __vsub4(__byte_perm(low, high, half ? 0x7362 : 0x5140), zero);
-    };
-    out[piece] = make_uint4(spread(codes.x, 0), spread(codes.x, 1), spread(codes.y, 0), spread(codes.y, 1));
+constexpr int threads = 256, own = 4;  // pieces of a thread: 16 channels of an output row; groups end at multiples of 16
+constexpr int line_pieces = 128 / sizeof(uint2);
+
+// The next kernel's prologue and the way of the codes to the cache overlap the end of the kernel before.
+__global__ void __launch_bounds__(threads) expand_int4_kernel(const uint2* packed, const int16_t* zero_points,
+                                                              uint4* out, uint32_t pieces, uint32_t pieces_of_row,
+                                                              uint32_t outlier_pieces) {
+    qarvd::allow_next_kernel();
+    const uint32_t first = blockIdx.x * (threads * own) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < own; ++i)
+        if (const uint32_t piece = first + i * threads; piece % line_pieces == 0 && piece < pieces)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(packed + piece));
+    qarvd::await_last_kernel();
+
+    uint2 codes[own];
+    uint32_t zeros[own];
+#pragma unroll
+    for (int i = 0; i < own; ++i) {
+        const uint32_t piece = first + i * threads, row = piece / pieces_of_row;
+        if (piece >= pieces) break;
+        const int group = piece - row * pieces_of_row >= outlier_pieces;
+        codes[i] = packed[piece];
+        zeros[i] = min(max(static_cast<int>(zero_points[row * 2 + group]), 0), 15) * 0x01010101u;
+    }
+#pragma unroll
+    for (int i = 0; i < own; ++i) {
+        const uint32_t piece = first + i * threads;
+        if (piece >= pieces) break;
+        auto spread = [zero = zeros[i]](uint32_t four, int half) {  // two of four bytes hold four codes, low nibble first
+            const uint32_t low = four & 0x0F0F0F0F, high = four >> 4 & 0x0F0F0F0F;
+            return __vsub4(__byte_perm(low, high, half ? 0x7362 : 0x5140), zero);
+        };
+        out[piece] = make_uint4(spread(codes[i].x, 0), spread(codes[i].x, 1), spread(codes[i].y, 0),
+                                spread(codes[i].y, 1));
+    }
 }
 
 }  // namespace
@@ -32,12 +56,17 @@ extern "C" int qarvd_expand_int4(const void* weight_packed, const void* zero_poi
     if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
     if (error != cudaSuccess) return error;
     const long long pieces = static_cast<long long>(n) * (k / 16);
-    constexpr int threads = 256;
-    expand_int4_kernel<<<static_cast<unsigned>((pieces + threads - 1) / threads), threads, 0,
-                         static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const uint2*>(weight_packed), static_cast<const int16_t*>(zero_points), static_cast<uint4*>(out),
-        pieces, k / 16, num_outliers / 16);
-    error = cudaPeekAtLastError();
+    if (pieces > INT32_MAX) return cudaErrorInvalidValue;
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>((pieces + threads * own - 1) / (threads * own)), config.blockDim = threads;
+    config.stream = static_cast<cudaStream_t>(stream), config.attrs = &early, config.numAttrs = 1;
+    error = cudaLaunchKernelEx(&config, expand_int4_kernel, static_cast<const uint2*>(weight_packed),
+                               static_cast<const int16_t*>(zero_points), static_cast<uint4*>(out),
+                               static_cast<uint32_t>(pieces), static_cast<uint32_t>(k / 16),
+                               static_cast<uint32_t>(num_outliers / 16));
     if (current != device) cudaSetDevice(current);
     return error;
 }

@@ -87,10 +87,8 @@ template <Output output>
 int launch(int rows, int columns, int block_k, const Operands& operands, const GemmParameters& p, int device,
            cudaStream_t stream) {
     switch (rows * 1000000 + columns * 1000 + block_k) {
-        case 128128064: return launch<Layout<128, 128, 64>, output>(operands, p, device, stream);
+        case 128128128: return launch<Layout<128, 128, 128>, output>(operands, p, device, stream);
         case 128160128: return launch<Layout<128, 160, 128>, output>(operands, p, device, stream);
-        case 128192064: return launch<Layout<128, 192, 64>, output>(operands, p, device, stream);
-        case 128224064: return launch<Layout<128, 224, 64>, output>(operands, p, device, stream);
         case 128224128: return launch<Layout<128, 224, 128>, output>(operands, p, device, stream);
         case 128256064: return launch<Layout<128, 256, 64>, output>(operands, p, device, stream);
         case 128256128: return launch<Layout<128, 256, 128>, output>(operands, p, device, stream);
