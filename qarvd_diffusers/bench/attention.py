@@ -64,7 +64,7 @@ def bench_attention(shape: Shape, device: torch.device, repeats: int = 20) -> li
         truth = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (some, key, value))).transpose(
             1, 2
         )
-        row: dict[str, Any] = {"keys": length, "us": {}, "relative_error": {}}
+        row: dict[str, Any] = {"queries": tokens, "keys": length, "us": {}, "relative_error": {}}
         for name, call in _candidates(query, key, value).items():
             try:
                 error = (call()[:, :64].float() - truth).norm() / truth.norm()

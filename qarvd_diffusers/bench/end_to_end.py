@@ -28,6 +28,7 @@ WARM_UP = 4  # chunks: the first, the second and the third compile
 def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, device: torch.device) -> ARVDPipeline:
     """A pipeline of real sizes with random weights: UMT5-XXL's shape and Wan's VAE, or small ones for the toy shape."""
     large = shape.heads > 1
+    height, width = (8 * size for size in shape.latent_size)
     text_config = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     if large:
         text_config = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -46,8 +47,8 @@ def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, devi
         tokenizer=AutoTokenizer.from_pretrained(Path(bundled_model_path()) / "tokenizer"),
         text_encoder=text_encoder.eval(),
         vae=random_vae(shape, device, dtype),
-        height=480 if large else 32,
-        width=832 if large else 48,
+        height=height,
+        width=width,
         num_frames_per_chunk=shape.chunk_frames,
         local_attention_frames=WINDOW_FRAMES,
     )

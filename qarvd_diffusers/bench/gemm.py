@@ -56,7 +56,7 @@ def bench_gemm(
     results = []
     for n, k in products:
         sets = [_candidates(n, k, rows, device) for _ in range(SETS)]
-        row: dict[str, Any] = {"N": n, "K": k, "us": {}}
+        row: dict[str, Any] = {"M": rows, "N": n, "K": k, "us": {}}
         for name in sets[0]:
             try:
                 row["us"][name] = 1000 * median_ms(rotating([one[name] for one in sets]), repeats)

@@ -117,18 +117,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     parts = []
-    for name, label, unit in (("gemm", "N x K", "us"), ("attention", "keys", "us")):
+    for name, label in (("gemm", "N x K"), ("attention", "keys")):
         rows = result.get(name)
         if rows:
-            columns = list(dict.fromkeys(column for row in rows for column in row[unit]))
+            columns = list(dict.fromkeys(column for row in rows for column in row["us"]))
             body = [
                 (
                     f"{row['N']} x {row['K']}" if name == "gemm" else row["keys"],
-                    *(_rounded(row[unit].get(c)) for c in columns),
+                    *(_rounded(row["us"].get(c)) for c in columns),
                 )
                 for row in rows
             ]
-            parts.append(f"{name}, microseconds\n" + table((label, *columns), body))
+            size = f"{rows[0]['M']} rows" if name == "gemm" else f"{rows[0]['queries']} queries"
+            parts.append(f"{name} of {size}, microseconds\n" + table((label, *columns), body))
     passes = result.get("passes")
     if passes:
         chunks = list(next((one["ms"] for one in passes if "ms" in one), {}))

@@ -66,19 +66,22 @@ def test_tiles_are_those_that_are_compiled():
 @pytest.mark.parametrize(
     ("m", "n", "fastest"),
     [
+        (77, 1536, (128, 128, 128)),
+        (512, 4608, (128, 160, 128)),
+        (512, 5120, (128, 160, 128)),
+        (512, 13824, (128, 224, 128)),
+        (880, 1536, (128, 128, 128)),
         (880, 8960, (128, 160, 128)),
-        (880, 15360, (128, 224, 128)),
         (1560, 1536, (128, 160, 128)),
         (1560, 4608, (128, 160, 128)),
         (1560, 8960, (128, 224, 128)),
         (1560, 13824, (192, 192, 128)),
-        (1560, 15360, (128, 256, 64)),
         (3120, 1536, (128, 160, 128)),
         (3120, 4608, (128, 224, 128)),
     ],
 )
 def test_tiles_that_are_not_tuned_are_those_measured_fastest(m, n, fastest):
-    """On 132 multiprocessors; the next best tile takes 2 to 27 % longer."""
+    """On 132 multiprocessors; the next best tile takes 3 to 31 % longer."""
     assert gemm._balanced(m, n, 132) == fastest
 
 

@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "attention.cuh"
+#include "launch.h"
 #include "tensor_map.h"
 
 namespace {
@@ -35,7 +36,6 @@ bool encode_value(CUtensorMap* map, const void* value, long long channels, int k
     return encode(map, value, 5, extent, stride, box);
 }
 
-constexpr int devices_limit = 64;
 std::atomic<int> processors[devices_limit];  // 0: not asked yet
 
 cudaError_t prepare(int device) {
@@ -93,17 +93,12 @@ extern "C" int qarvd_attention_fp8(const void* query, const void* key, const voi
         !encode_key(&maps.key, key, (batch - 1LL) * room + (keys + 15) / 16 * 16, columns) ||
         !encode_value(&maps.value, value, static_cast<long long>(batch) * columns, keys, room))
         return cudaErrorInvalidValue;
-    int current = device;
-    cudaError_t error = cudaGetDevice(&current);
-    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = prepare(device);
+    const OnDevice current(device);
+    const cudaError_t error = current.error == cudaSuccess ? prepare(device) : current.error;
     if (error != cudaSuccess) return error;
     AttentionParameters p{};
     p.queries = queries, p.keys = keys, p.heads = heads, p.key_groups_of_batch = room / 16;
     p.query_scale = query_scale, p.key_scale = key_scale, p.value_scale = value_scale;
     p.softmax_scale = softmax_scale, p.out = static_cast<__nv_bfloat16*>(out);
-    const int result = run(maps, p, batch, static_cast<char*>(workspace), processors[device],
-                           static_cast<cudaStream_t>(stream));
-    if (current != device) cudaSetDevice(current);
-    return result;
+    return run(maps, p, batch, static_cast<char*>(workspace), processors[device], static_cast<cudaStream_t>(stream));
 }

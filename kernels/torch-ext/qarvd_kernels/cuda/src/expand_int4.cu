@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "launch.h"
 #include "ptx.cuh"
 
 namespace {
@@ -51,22 +52,13 @@ __global__ void __launch_bounds__(threads) expand_int4_kernel(const uint2* packe
 // Returns 0 or a CUDA error.
 extern "C" int qarvd_expand_int4(const void* weight_packed, const void* zero_points, void* out, int n, int k,
                                  int num_outliers, int device, void* stream) {
-    int current = device;
-    cudaError_t error = cudaGetDevice(&current);
-    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
     const long long pieces = static_cast<long long>(n) * (k / 16);
     if (pieces > INT32_MAX) return cudaErrorInvalidValue;
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>((pieces + threads * own - 1) / (threads * own)), config.blockDim = threads;
-    config.stream = static_cast<cudaStream_t>(stream), config.attrs = &early, config.numAttrs = 1;
-    error = cudaLaunchKernelEx(&config, expand_int4_kernel, static_cast<const uint2*>(weight_packed),
-                               static_cast<const int16_t*>(zero_points), static_cast<uint4*>(out),
-                               static_cast<uint32_t>(pieces), static_cast<uint32_t>(k / 16),
+    const qarvd::OnDevice current(device);
+    if (current.error != cudaSuccess) return current.error;
+    const unsigned blocks = static_cast<unsigned>((pieces + threads * own - 1) / (threads * own));
+    return qarvd::launch_early(expand_int4_kernel, blocks, threads, 0, static_cast<cudaStream_t>(stream),
+                               static_cast<const uint2*>(weight_packed), static_cast<const int16_t*>(zero_points),
+                               static_cast<uint4*>(out), static_cast<uint32_t>(pieces), static_cast<uint32_t>(k / 16),
                                static_cast<uint32_t>(num_outliers / 16));
-    if (current != device) cudaSetDevice(current);
-    return error;
 }

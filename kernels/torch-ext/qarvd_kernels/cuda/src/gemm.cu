@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "gemm.cuh"
+#include "launch.h"
 #include "tensor_map.h"
 
 namespace {
@@ -26,8 +27,6 @@ bool encode_weight(CUtensorMap* map, const char* weight, int rows, int channels,
     const cuuint32_t box[5] = {cuuint32_t(block_k), 2, 4, 4, cuuint32_t(box_rows / group_columns)};
     return encode(map, weight, 5, extent, stride, box);
 }
-
-constexpr int devices_limit = 64;
 
 struct Operands {
     const char *a, *weight;
@@ -74,13 +73,8 @@ int launch(const Operands& operands, GemmParameters p, int device, cudaStream_t 
     p.blocks_outliers = (operands.k1 + L::block_k - 1) / L::block_k;
     p.blocks = p.blocks_outliers + (k2 + L::block_k - 1) / L::block_k;
     const int pairs = (p.tiles + cluster_blocks - 1) / cluster_blocks, room = processors[device] / cluster_blocks;
-    cudaLaunchAttribute early{};  // the prologue overlaps the end of the kernel before
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = (pairs < room ? pairs : room) * cluster_blocks, config.blockDim = L::threads;
-    config.dynamicSmemBytes = L::bytes, config.stream = stream, config.attrs = &early, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, maps, p);
+    const int blocks = (pairs < room ? pairs : room) * cluster_blocks;
+    return launch_early(kernel, blocks, L::threads, L::bytes, stream, maps, p);
 }
 
 template <Output output>
@@ -111,10 +105,8 @@ extern "C" int qarvd_gemm(const void* a, long long a_pitch, const void* weight, 
     const void* aligned[] = {a, weight, ratio, scale, bias, row_sums, row_sum_scale, out, residual, gate};
     for (const void* pointer : aligned)
         if (reinterpret_cast<uintptr_t>(pointer) % 16) return cudaErrorMisalignedAddress;
-    int current = device;
-    cudaError_t error = cudaGetDevice(&current);
-    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
+    const OnDevice current(device);
+    if (current.error != cudaSuccess) return current.error;
     GemmParameters p{};
     p.m = m, p.n = n, p.ratio = ratio, p.scale = scale, p.bias = bias, p.row_sums = row_sums;
     p.row_sum_scale = row_sum_scale, p.residual = residual, p.gate = gate, p.gate_rows = gate_rows;
@@ -122,15 +114,11 @@ extern "C" int qarvd_gemm(const void* a, long long a_pitch, const void* weight, 
     p.out = out, p.format = static_cast<Format>(format);
     const Operands operands{static_cast<const char*>(a), static_cast<const char*>(weight), a_pitch, k, k1};
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-    int result;
     if (p.format == Format::int8)
-        result = launch<Output::gelu_int8>(tile_rows, tile_columns, block_k, operands, p, device, queue);
-    else if (p.format == Format::float32 || p.format == Format::int32)
-        result = launch<Output::full_precision>(tile_rows, tile_columns, block_k, operands, p, device, queue);
-    else
-        result = launch<Output::half_precision>(tile_rows, tile_columns, block_k, operands, p, device, queue);
-    if (current != device) cudaSetDevice(current);
-    return result;
+        return launch<Output::gelu_int8>(tile_rows, tile_columns, block_k, operands, p, device, queue);
+    if (p.format == Format::float32 || p.format == Format::int32)
+        return launch<Output::full_precision>(tile_rows, tile_columns, block_k, operands, p, device, queue);
+    return launch<Output::half_precision>(tile_rows, tile_columns, block_k, operands, p, device, queue);
 }
 
 extern "C" const char* qarvd_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

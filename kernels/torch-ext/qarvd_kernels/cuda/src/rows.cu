@@ -10,6 +10,7 @@
 
 #include <atomic>
 
+#include "launch.h"
 #include "ptx.cuh"
 
 namespace {
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters
     }
 }
 
-constexpr int devices_limit = 64, widths = most_warps + 1;
+constexpr int widths = most_warps + 1;
 
 // Blocks of a width that run at once, so that one wave of them covers all rows.
 template <typename T, Kind kind>
@@ -263,13 +264,7 @@ cudaError_t launch(Parameters p, int rows, int device, cudaStream_t stream) {
     p.block_rows = min((fair + turn - 1) / turn * turn, p.segment_rows);
     p.segment_blocks = (p.segment_rows + p.block_rows - 1) / p.block_rows;
     const int blocks = rows / p.segment_rows * p.segment_blocks;
-    cudaLaunchAttribute early{};  // finding places overlaps the end of the kernel before
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = blocks, config.blockDim = p.channels / own, config.dynamicSmemBytes = turn * p.channels;
-    config.stream = stream, config.attrs = &early, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, rows_kernel<T, kind>, p);
+    return launch_early(rows_kernel<T, kind>, blocks, p.channels / own, turn * p.channels, stream, p);
 }
 
 int greatest_common_divisor(int a, int b) {
@@ -290,10 +285,8 @@ extern "C" int qarvd_rows(const void* x, const void* y, const float* gate, const
                           int rows_per_gate, int rows_per_scale, float eps, int half, int device,
                           void* stream) {
     if (device < 0 || device >= devices_limit) return cudaErrorInvalidDevice;
-    int current = device;
-    cudaError_t error = cudaGetDevice(&current);
-    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
+    const OnDevice current(device);
+    if (current.error != cudaSuccess) return current.error;
     Parameters p{x, y, gate, weight, bias, scale, shift, order, input_scale, input_zero_point, total,
                  static_cast<int8_t*>(codes), channels, outliers, rows_per_gate, rows_per_scale};
     p.eps = eps;
@@ -304,7 +297,5 @@ extern "C" int qarvd_rows(const void* x, const void* y, const float* gate, const
         if (eps < 0) return launch<T, Kind::quantize>(p, rows, device, queue);
         return y ? launch<T, Kind::add_norm>(p, rows, device, queue) : launch<T, Kind::norm>(p, rows, device, queue);
     };
-    error = half ? run(__half()) : run(__nv_bfloat16());
-    if (current != device) cudaSetDevice(current);
-    return error;
+    return half ? run(__half()) : run(__nv_bfloat16());
 }
