@@ -14,11 +14,14 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     (m, k), n = a.shape, b.shape[0]
     if 0 in (m, n, k):
         return torch.zeros(m, n, dtype=torch.int32, device=a.device)
-    if a.is_cuda:  # cuBLAS wants more than 16 rows and multiples of 8; zeros change no sum
+    # Zeros change no sum. cuBLAS requires more than 16 rows and multiples of 8. On the CPU a `[1, N]` operand with strides
+    # (1, 1) is taken for its transpose, so that K = 1 gives garbage.
+    if a.is_cuda:
         pad_m, pad_n, pad_k = max(17 - m, 0), -n % 8, -k % 8
-        a, b = F.pad(a, (0, pad_k, 0, pad_m)), F.pad(b, (0, pad_k, 0, pad_n))
-        return torch._int_mm(a.contiguous(), b.contiguous().t())[:m, :n]
-    return torch._int_mm(a.contiguous(), b.contiguous().t())
+    else:
+        pad_m, pad_n, pad_k = 0, 0, int(k == 1)
+    a, b = F.pad(a, (0, pad_k, 0, pad_m)), F.pad(b, (0, pad_k, 0, pad_n))
+    return torch._int_mm(a.contiguous(), b.contiguous().t())[:m, :n]
 
 
 def unpack_weight(weight_packed: Tensor, bits: int) -> Tensor:
