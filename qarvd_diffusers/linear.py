@@ -115,12 +115,13 @@ class QARVDLinear(nn.Linear):
         self._dtype = dtype or torch.get_default_dtype()
         self.register_buffer("_row_order", None, persistent=False)  # a buffer, so that offloading takes it along
         self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
+        # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
+        bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
+        self.register_parameter("bias", bias_tensor)
         for name in ("input_scale", "input_zero_point"):
             self.register_parameter(name, None)
         for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
-        bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
-        self.register_parameter("bias", bias_tensor)
 
     @classmethod
     def empty(
