@@ -113,7 +113,7 @@ class QARVDLinear(nn.Linear):
         self.weight_bits = description.weight_bits
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
-        self.register_buffer("_row_order", None, persistent=False)  # a buffer, so that offloading takes it along
+        self.register_buffer("_row_order", None)  # a buffer, so that offloading takes it along; see store_rows_in
         self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
         for name in ("input_scale", "input_zero_point"):
             self.register_parameter(name, None)
@@ -190,7 +190,9 @@ class QARVDLinear(nn.Linear):
         """
         if self._row_order is not None:
             self._permute_rows(_inverse(self._row_order))
-        self._row_order = None if order is None else order.detach().clone()
+        order = None if order is None else order.detach().clone()
+        # Never saved; but accelerate takes every buffer that is marked so for a tensor.
+        self.register_buffer("_row_order", order, persistent=order is None)
         if order is not None:
             self._permute_rows(order)
 
