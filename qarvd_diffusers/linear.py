@@ -365,6 +365,11 @@ class _StraightThrough(torch.autograd.Function):
         return grad @ ctx.layer.dequantized().to(grad.dtype), None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has put it into a wrapper that shows in the name of every layer."""
+    return getattr(model, "_orig_mod", model)
+
+
 def base_layer_name(model: nn.Module, name: str) -> str:
     """Where the layer called `name` really is: adapters (PEFT) put it into a module of their own, as `base_layer`."""
     return f"{name}.base_layer" if hasattr(model.get_submodule(name), "base_layer") else name
