@@ -113,7 +113,7 @@ class QARVDLinear(nn.Linear):
         self.weight_bits = description.weight_bits
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
-        self.register_buffer("_row_order", None, persistent=False)  # a buffer, so that offloading takes it along
+        self.register_buffer("_row_order", None)  # a buffer, so that offloading takes it along; see store_rows_in
         self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
         # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
         bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
@@ -191,7 +191,9 @@ class QARVDLinear(nn.Linear):
         """
         if self._row_order is not None:
             self._permute_rows(_inverse(self._row_order))
-        self._row_order = None if order is None else order.detach().clone()
+        order = None if order is None else order.detach().clone()
+        # Never saved; but accelerate takes every buffer that is marked so for a tensor.
+        self.register_buffer("_row_order", order, persistent=order is None)
         if order is not None:
             self._permute_rows(order)
 
@@ -362,6 +364,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.dequantized().to(grad.dtype), None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has put it into a wrapper that shows in the name of every layer."""
+    return getattr(model, "_orig_mod", model)
 
 
 def base_layer_name(model: nn.Module, name: str) -> str:

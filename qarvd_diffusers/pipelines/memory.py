@@ -101,7 +101,7 @@ def estimate(
     shapes: ModelShapes,
     choice: MemoryChoice,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | Mapping[str, torch.dtype] = torch.bfloat16,
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,
@@ -112,7 +112,7 @@ def estimate(
     Args:
         shapes: of the model.
         choice: run-time choices.
-        dtype: of the float parts.
+        dtype: of the float parts; or one per component, `default` for the others, as loaders take it.
         height: pixels; None takes the model's.
         width: see `height`.
         batch: samples of the stream.
@@ -121,29 +121,33 @@ def estimate(
     fields = shapes.fields
     if choice.window is not None:
         fields = dataclasses.replace(fields, local_attention_frames=choice.window)
+    model_dtype, vae_dtype, encoder_dtype = (_dtype_of(dtype, name) for name in ("transformer", "vae", "text_encoder"))
     size = (height or shapes.index.get("height", 480), width or shapes.index.get("width", 832))
     text_tokens = shapes.index.get("max_sequence_length", 512)
     spec = json.dumps([shapes.index, shapes.transformer, shapes.vae, shapes.text_encoder], sort_keys=True)
-    weights, largest = _transformer_bytes(spec, choice.scheme, dtype)
+    weights, largest = _transformer_bytes(spec, choice.scheme, model_dtype)
     values = shapes.transformer
     layers, channels = values["num_layers"], values["num_attention_heads"] * values["attention_head_dim"]
     frame = _tokens_per_frame(shapes, size) * channels
     window = fields.local_attention_frames if fields.local_attention_frames != -1 else WINDOW
-    stored = (STORAGES[choice.kv_cache] or dtype).itemsize
+    stored = (STORAGES[choice.kv_cache] or model_dtype).itemsize
     text = 2 * layers * text_tokens * channels
-    working = _pass_bytes(spec, choice.kv_cache, dtype, size, window, batch, fields.num_frames_per_chunk, text_tokens)
-    vae = _vae_bytes(spec, dtype, size, batch, fields.num_frames_per_chunk)
-    encoder = _encoder_bytes(spec, dtype)
+    chunk = fields.num_frames_per_chunk
+    working = _pass_bytes(spec, choice.kv_cache, model_dtype, size, window, batch, chunk, text_tokens)
+    vae = _vae_bytes(spec, vae_dtype, size, batch, fields.num_frames_per_chunk)
+    encoder = _encoder_bytes(spec, encoder_dtype)
     graphs = 0
     if _runs_fused(
         shapes, choice.scheme
     ):  # what its CUDA graphs hold: a stretch's activations, inputs, the prompt's K/V
         tokens = fields.num_frames_per_chunk * frame // channels * batch
-        graphs = tokens * (7 * channels * dtype.itemsize + values["ffn_dim"]) + text * dtype.itemsize * batch
+        graphs = (
+            tokens * (7 * channels * model_dtype.itemsize + values["ffn_dim"]) + text * model_dtype.itemsize * batch
+        )
     components = {
         "transformer weights": weights,
         "K/V cache": 2 * layers * window * frame * stored * batch,
-        "K/V of the prompt": text * dtype.itemsize * batch,
+        "K/V of the prompt": text * model_dtype.itemsize * batch,
         "one pass": working + largest,
         "CUDA graphs of the passes": graphs,
         "VAE decoder and encoder weights": vae.weights,
@@ -163,6 +167,12 @@ def estimate(
         "decoding": resident + kept + components["VAE decoding"],
     }
     return MemoryPlan(choice, components, phases, budget)
+
+
+def _dtype_of(dtype: torch.dtype | Mapping[str, torch.dtype], component: str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return dtype.get(component, dtype.get("default", torch.float32))
 
 
 def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **options: object) -> MemoryPlan:
