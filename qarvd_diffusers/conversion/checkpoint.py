@@ -172,4 +172,4 @@ def _load_torch(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-_LOADERS = {".pt": _load_torch, ".pth": _load_torch, ".safetensors": load_file}
+_LOADERS = {".pt": _load_torch, ".pth": _load_torch, ".bin": _load_torch, ".safetensors": load_file}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -100,15 +101,16 @@ def _spellings(table: Mapping[str, str]) -> dict[str, str]:
 
 _TOP_SPELLINGS, _BLOCK_SPELLINGS = _spellings(_TOP), _spellings(_BLOCK)
 _ADAPTER_PREFIX = re.compile(
-    r"(base_model\.model\.|generator\.|transformer\.|diffusion_model\.|model\.|lora_unet_|lora_transformer_)+"
+    r"((base_model\.model|generator|transformer|diffusion_model|model|module|pipe|dit)\.|lora_(unet|transformer)_+|lycoris_)+"
 )
+_NO_LINEAR = ("patch_embedding", "norm2", "norm_q", "norm_k", "scale_shift_table")
 
 
 def diffusers_module(name: str) -> str | None:
-    """diffusers' name of a module that an adapter file calls `name`, or None if Wan has no such module.
+    """diffusers' name of a module or bare parameter that an adapter file calls `name`, or None if Wan has no such.
 
-    Known spellings: original names and diffusers names, behind the prefixes of PEFT, ComfyUI and diffusers, and kohya's,
-    which have underscores for dots.
+    Known spellings: original names and diffusers names, behind the prefixes of PEFT, ComfyUI, DiffSynth and diffusers, and
+    kohya's, which have underscores for dots.
     """
     name = _WRAPPERS.sub("", name)
     name = name[prefix.end() :] if (prefix := _ADAPTER_PREFIX.match(name)) else name
@@ -117,3 +119,30 @@ def diffusers_module(name: str) -> str | None:
         return _TOP_SPELLINGS.get(name)
     module = _BLOCK_SPELLINGS.get(match[2])
     return None if module is None else f"blocks.{match[1]}.{module}"
+
+
+def common_prefix(names: Iterable[str], known: Callable[[str], object | None]) -> str:
+    """What stands before a known name, up to a dot, in at least half of `names`; empty if there is no such prefix."""
+    found = collections.Counter(split_known(name, known) for name in names)
+    prefix, count = max(
+        ((prefix, count) for prefix, count in found.items() if prefix is not None),
+        key=lambda each: each[1],
+        default=("", 0),
+    )
+    return prefix if 2 * count >= found.total() else ""
+
+
+def split_known(name: str, known: Callable[[str], object | None]) -> str | None:
+    """The shortest prefix, up to a dot, behind which `name` is known; None if there is none."""
+    starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+    return next((name[:start] for start in starts if known(name[start:]) is not None), None)
+
+
+def is_linear(module: str) -> bool:
+    """Whether what diffusers calls `module` is a Linear, and not a norm, a convolution or a bare parameter."""
+    return module.rpartition(".")[2] not in _NO_LINEAR
+
+
+def weight_name(module: str) -> str:
+    """The parameter that is adapted: a module's weight, or a bare parameter itself."""
+    return module if module.endswith("scale_shift_table") else f"{module}.weight"
