@@ -46,6 +46,7 @@ LEAVES = (
     "comfy_quant",
 )
 _DIFFUSERS_ONLY = re.compile(r"condition_embedder\.|attn[12]\.to_|proj_out\.|ffn\.net\.")
+_ADAPTER = re.compile(r"[._]lora[._]|\.lokr_|\.hada_|\.diff(_[bm])?$")
 _OTHER_WAN = {
     "an image-to-video network": re.compile(r"[kv]_img\.|img_emb\."),
     "a VACE network": re.compile(r"vace_"),
@@ -103,6 +104,8 @@ def _refusal(keys: Iterable[str], unknown: list[str]) -> str:
             f"these are diffusers names already (first: {unknown[:3]}), and only original names are converted: save the file as "
             "FOLDER/transformer/diffusion_pytorch_model.safetensors with its config.json beside it, and load FOLDER"
         )
+    if sum(bool(_ADAPTER.search(key)) for key in unknown) > len(unknown) / 2:
+        return f"{len(unknown)} keys are no keys of an original Wan transformer: {unknown[:3]}; this is an adapter: pass it with lora="
     kind = next((kind for kind, mark in _OTHER_WAN.items() if any(map(mark.search, unknown))), None)
     return f"{len(unknown)} keys are no keys of an original Wan transformer: {unknown[:5]}; " + (
         f"this is {kind}, which is not supported"
