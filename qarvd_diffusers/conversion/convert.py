@@ -13,10 +13,10 @@ import torch
 from ..model_card import converted_card
 from ..models import CausalWanTransformer3DModel
 from ..serialization import atomic_directory, atomic_file
-from ..tensor_files import TensorSpec, write_shards, write_tensors
+from ..tensor_files import TensorSpec, read_metadata, write_shards, write_tensors
 from .checkpoint import LORA_NESTINGS, Checkpoint, open_checkpoint
 from .detect import Detected, detect_checkpoint
-from .float8 import check_format, find_scales, is_float8, scaled, without_scales
+from .float8 import check_formats, find_scales, is_float8, scaled, without_scales
 from .folder import base_config, copy_base_components, write_pipeline
 from .lora import LoraLayer, check_fit, merge_lora, read_lora
 from .names import to_diffusers_keys, to_original_keys
@@ -122,8 +122,9 @@ class _Tensors:
         self._scales: dict[str, torch.Tensor] = {}
         for shard in checkpoint.shards if names else ():  # small, and not always beside their weights
             tensors = to_diffusers_keys(shard.load())
-            for name in [name for name in tensors if name.endswith(".comfy_quant")]:
-                check_format(f"{checkpoint.path}: {name}", tensors[name])
+            notes = {name: tensor for name, tensor in tensors.items() if name.endswith(".comfy_quant")}
+            header = read_metadata(shard.path) if shard.path.suffix == ".safetensors" else {}
+            check_formats(str(shard.path), notes, header)
             self._scales |= {weight: tensors[name].clone() for weight, name in names.items() if name in tensors}
         self._open, self._tensors = None, {}
 

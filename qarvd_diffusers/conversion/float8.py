@@ -55,22 +55,34 @@ def without_scales(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     }
 
 
-def check_format(name: str, note: torch.Tensor) -> None:
-    """Refuse a `comfy_quant` entry (bytes of JSON) whose weight is more than codes times a scale.
+def check_formats(source: str, notes: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
+    """Refuse weights that are more than codes times a scale, by what ComfyUI notes of each layer.
+
+    Args:
+        source: what to call the file in errors.
+        notes: `comfy_quant` entries, bytes of JSON.
+        header: texts in the header of the file, where all notes may stand as `_quantization_metadata`.
 
     Raises:
         ValueError: names the layer and its format.
     """
     try:
-        values = json.loads(bytes(note.to(torch.uint8).flatten().tolist()))
-        stored, rotated = values.get("format"), values.get("convrot") or values.get("params", {}).get("convrot")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{name} holds no JSON ({error}): download the file again") from error
-    if stored not in _FORMATS or rotated:
+        found = {name: json.loads(bytes(note.to(torch.uint8).flatten().tolist())) for name, note in notes.items()}
+        found |= json.loads(header.get("_quantization_metadata", "{}")).get("layers", {})
+        said = {
+            name: (note.get("format"), {**note, **note.get("params", {})}.get("convrot"))
+            for name, note in found.items()
+        }
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{name} says {stored!r}{' with rotated weights' if rotated else ''}, expected one of {', '.join(_FORMATS)}: take the "
-            "bfloat16 file"
-        )
+            f"{source}: its notes on 8-bit weights are damaged ({error}); download the file again"
+        ) from error
+    for name, (stored, rotated) in said.items():
+        if stored not in _FORMATS or rotated:
+            raise ValueError(
+                f"{source}: {name} is of format {stored!r}{' with rotated weights' if rotated else ''}, expected one of "
+                f"{', '.join(_FORMATS)}: take the bfloat16 file"
+            )
 
 
 def scaled(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -75,13 +75,19 @@ def test_scales_that_are_not_understood(original, tmp_path):
     key = "blocks.0.ffn.0"
     note = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
     changes = {
-        rf"{key.replace('ffn.0', 'ffn.net.0.proj')}.comfy_quant says 'nvfp4'": {f"{key}.comfy_quant": note},
+        rf"{key.replace('ffn.0', 'ffn.net.0.proj')}.comfy_quant is of format 'nvfp4'": {f"{key}.comfy_quant": note},
         "scales of blocks are not supported": {f"{key}.weight_scale": torch.ones(48, 2)},
         "scales a weight that is torch.float32": {f"{key}.weight": torch.ones(48, 24)},
     }
     for message, change in changes.items():
         save_file({**file, **change}, tmp_path / "odd.safetensors")
         with pytest.raises(ValueError, match=f"odd.safetensors: .*{message}"):
+            convert_checkpoint(tmp_path / "odd.safetensors", tmp_path / "out", num_attention_heads=2)
+    plain = {name: tensor for name, tensor in file.items() if not name.endswith("comfy_quant")}
+    for note in ({"format": "mxfp8"}, {"format": "int8_tensorwise", "convrot": True}):
+        header = {"_quantization_metadata": json.dumps({"layers": {key: note}})}
+        save_file(plain, tmp_path / "odd.safetensors", header)
+        with pytest.raises(ValueError, match=f"odd.safetensors: {key} is of format '{note['format']}'"):
             convert_checkpoint(tmp_path / "odd.safetensors", tmp_path / "out", num_attention_heads=2)
     assert not (tmp_path / "out").exists()
 

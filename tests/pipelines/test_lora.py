@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from lora_files import LAYOUTS, as_file, random_lora
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qarvd_diffusers import QARVDConfig
@@ -384,3 +386,37 @@ def test_files_that_cannot_be_read_are_named(tiny_pipeline, tmp_path):
     torch.save(file, tmp_path / "style.bin")
     tiny_pipeline.load_lora_weights(tmp_path / "style.bin", adapter_name="style")
     assert tiny_pipeline.get_list_adapters() == {"transformer": ["style"]}
+
+
+def test_a_stream_goes_on_only_with_the_adapters_it_was_saved_with(tiny_pipeline, tmp_path):
+    """Scales and disabled adapters decide what comes next: named with both values. Files that do not tell them still load."""
+    pipe, path = tiny_pipeline, tmp_path / "stream.safetensors"
+    pipe.load_lora_weights(as_file(random_lora(pipe.transformer), "diffusers"), adapter_name="style")
+    pipe.load_lora_weights(differences(pipe.transformer, 0.1), adapter_name="light")
+    pipe.set_adapters(["style", "light"], [1.0, 0.5])
+    stream = pipe.stream(
+        "a red circle", num_chunks=3, generator=torch.Generator().manual_seed(1), output_type="latent"
+    )
+    next(stream)
+    stream.save_state(path)
+    want = next(stream).latents
+    changes = [
+        (lambda: pipe.set_adapters(["style", "light"], [2.0, 0.5]), r"'style' at scale 1\.0, .* has it at scale 2\.0"),
+        (lambda: pipe.set_adapters(["style", "light"], [1.0, 0.1]), r"'light' at scale 0\.5, .* has it at scale 0\.1"),
+        (lambda: pipe.set_adapters("style"), r"'light' at scale 0\.5, .* has it not active"),
+        (pipe.disable_lora, r"'light' at scale 0\.5, .* has it not active"),
+        (lambda: pipe.transformer.blocks[0].attn1.to_q.set_scale("style", 3.0), r"'style'.* at scales \[1\.0, 3\.0\]"),
+    ]
+    for change, message in changes:
+        change()
+        with pytest.raises(ValueError, match=f"stream.safetensors was saved with adapter {message}"):
+            pipe.restore_stream(path)
+        pipe.enable_lora()
+        pipe.set_adapters(["style", "light"], [1.0, 0.5])
+    assert torch.equal(next(pipe.restore_stream(path)).latents, want)
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["qarvd_stream"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del facts["adapters"]
+    save_file(tensors, tmp_path / "older.safetensors", {"qarvd_stream": json.dumps(facts)})
+    assert torch.equal(next(pipe.restore_stream(tmp_path / "older.safetensors")).latents, want)
