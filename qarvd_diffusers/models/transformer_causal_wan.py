@@ -348,6 +348,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
         super().fuse_lora(*args, **kwargs)
 
+    def unload_lora(self) -> None:
+        """Remove all adapters, and what they added to parameters that are no Linear's."""
+        if hasattr(self, "lora_differences"):
+            from .lora_differences import remove_differences  # imports PEFT
+
+            remove_differences(self)
+        super().unload_lora()
+
     @classmethod
     def from_single_file(
         cls, pretrained_model_link_or_path_or_dict: Any, **kwargs: Any
