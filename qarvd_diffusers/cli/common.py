@@ -39,8 +39,9 @@ def load_pipeline(path: str, args: argparse.Namespace, **kwargs: Any) -> ARVDPip
 def read_prompts(path: str | None) -> tuple[str, ...] | None:
     """One prompt per line, `#` starts a comment; None if no file was named."""
     from ..config import parse_prompts
+    from ..text_files import read_text
 
-    return None if path is None else parse_prompts(Path(path).read_text(encoding="utf-8").splitlines(), path)
+    return None if path is None else parse_prompts(read_text(path).splitlines(), path)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

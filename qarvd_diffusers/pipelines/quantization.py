@@ -27,6 +27,7 @@ from ..config import PACKED_FORMAT, QARVDConfig, parse_prompts
 from ..models.pass_info import PassInfo
 from ..quantizer import attach
 from ..serialization import quantized_linears
+from ..text_files import read_text
 from .lora import adapter_scales
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def calibration_prompts(pipe: ARVDMixin, config: QARVDConfig) -> tuple[str, ...]
         return config.calibration_prompts
     own = Path(pipe.source or "") / PROMPTS_FILE
     if own.is_file():
-        return parse_prompts(own.read_text(encoding="utf-8").splitlines(), str(own))
+        return parse_prompts(read_text(own).splitlines(), str(own))
     return bundled_prompts()
 
 
