@@ -77,9 +77,8 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"{path} could not be written: {str(error).strip().partition(chr(10))[0].rstrip(':')}"
-        ) from error
+        reason = str(error).strip().partition("\n")[0].rstrip(":")
+        raise OSError(f"{path} could not be written: {reason}") from error
 
 
 def _check_video(written: Path, frames: int) -> None:

@@ -193,7 +193,7 @@ def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **opt
         if plan.fits:
             return plan
     raise ValueError(
-        f"{shapes.name} does not fit into {memory}: with 8-bit K/V, a window of {plan.choice.window} latent frames and a "
+        f"{shapes.name} does not fit into {budget / 1e9:g}GB: with 8-bit K/V, a window of {plan.choice.window} latent frames and a "
         f"streamed text encoder it needs {plan.total / 1e9:.1f} GB\n{plan.describe()}\nAsk for a smaller picture, or a "
         "model of fewer parameters or bits."
     )
