@@ -230,7 +230,7 @@ class QARVDQuantize(io.ComfyNode):
 
 
 class _Progress:
-    """Calibration's progress in the node: a bar per stage, its text with the loss, and a look at the stop button."""
+    """Calibration's progress in the node: one bar, its text with the loss, and a look at the stop button."""
 
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id

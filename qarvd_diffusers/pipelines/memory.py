@@ -83,18 +83,22 @@ class MemoryPlan:
         return "\n".join(f"  {name:<34} {size / 1e9:8.2f} GB" for name, size in rows)
 
 
-def parse_budget(memory: str) -> int | None:
-    """`"8GB"`, or any other number -> bytes; `"max"` -> None.
+def parse_budget(memory: str | float) -> int | None:
+    """`"8GB"`, `"8"` or `8` (10^9 bytes each), `"8GiB"`, `"8192MiB"` -> bytes; `"max"` -> None.
 
     Raises:
         ValueError: for anything else.
     """
     if memory == "max":
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|gb)\s*", str(memory))
-    if match is None:
-        raise ValueError(f"memory is {memory!r}, expected a size such as '8GB', '12GB' or '16GB', or 'max'")
-    return int(float(match[1]) * 1e9)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM]i?B|G|M|)\s*", str(memory), re.IGNORECASE)
+    if match is None or (not match[2] and float(match[1]) >= 10_000):  # a number of bytes, it seems
+        raise ValueError(
+            f"memory is {memory!r}, expected a size such as '8GB', '8' (the same), '8GiB' or '500MB', or 'max'"
+        )
+    unit = match[2].lower() or "g"
+    base = 1024 if "i" in unit else 1000
+    return int(float(match[1]) * base ** (3 if unit[0] == "g" else 2))
 
 
 def estimate(
@@ -199,7 +203,7 @@ def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **opt
         if plan.fits:
             return plan
     raise ValueError(
-        f"{shapes.name} does not fit into {memory}: with 8-bit K/V, a window of {plan.choice.window} latent frames and a "
+        f"{shapes.name} does not fit into {budget / 1e9:g}GB: with 8-bit K/V, a window of {plan.choice.window} latent frames and a "
         f"streamed text encoder it needs {plan.total / 1e9:.1f} GB\n{plan.describe()}\nAsk for a smaller picture, or a "
         "model of fewer parameters or bits."
     )

@@ -16,7 +16,7 @@ from diffusers.utils import is_ftfy_available, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..config import QARVDConfig
+from ..config import INVISIBLE, QARVDConfig
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
@@ -59,12 +59,15 @@ DEFAULT_CHUNKS = 7  # 81 frames, the length the family is trained at
 
 
 def clean_prompt(text: str) -> str:
-    """Repair mojibake (where ftfy is installed), resolve HTML entities, collapse white space, as Wan's pipeline does."""
+    """Repair mojibake (where ftfy is installed), resolve HTML entities, collapse white space, as Wan's pipeline does.
+
+    Beyond that, a byte order mark and zero-width spaces are left out: nobody means them.
+    """
     if is_ftfy_available():
         import ftfy
 
         text = ftfy.fix_text(text)
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text)).translate(INVISIBLE)).strip()
 
 
 class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):

@@ -128,8 +128,8 @@ class QuantizableMixin:
             use_cache: reuse and keep the result under a hash of the weights, the config and the prompts.
             resume: folder for finished parts: an interrupted calibration with the same folder goes on where it stopped,
                 to the same result. None keeps them in the cache, or nowhere without `use_cache`.
-            progress: called with a text, the steps done and how many there are, at least once per transformer pass; what it
-                raises ends the calibration and comes out here.
+            progress: called with a text, the steps done and how many there are in all, at least once per transformer pass;
+                what it raises ends the calibration and comes out here.
         """
         return calibrate_pipeline(self, config, use_cache, resume, progress)
 
