@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..calibration.processes import Processes
+    from ..pipelines.video_start import read_picture
 
+    if args.image:
+        read_picture(args.image)  # refused before the model is loaded
     prompts = read_prompts(args.prompts) or (args.prompt,)
     if args.prompts and args.chunks == 0:
         raise ValueError("--chunks 0 goes on without end, and would never come to the second prompt")
@@ -93,10 +96,9 @@ def _make(
 ) -> dict[str, Any]:
     """Make the video of one prompt, and write it unless another process does."""
     import torch
-    from PIL import Image
 
     writes = processes.is_main or not args.context_parallel
-    start = {"image": Image.open(args.image).convert("RGB")} if args.image else {}
+    start = {"image": args.image} if args.image else {}
     stream = pipe.stream(
         prompt,
         prompt_embeds=args.prompt_embeds,

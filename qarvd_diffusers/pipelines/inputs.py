@@ -128,6 +128,20 @@ class StreamInputs:
         return randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32).to(dtype)
 
 
+def check_tensors(**given: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
+    """Raise ValueError if an argument, called by its name, is given and is no float tensor; `renoise_latents` may be several."""
+    for name, value in given.items():
+        several = name == "renoise_latents" and isinstance(value, list | tuple)
+        for tensor in value if several else [value]:
+            if tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                remedy = ": pass torch.from_numpy of it" if type(tensor).__name__ == "ndarray" else ""
+                raise ValueError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor{remedy}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float one")
+
+
 def resolve_num_chunks(
     fields: CausalFields,
     context_frames: int,

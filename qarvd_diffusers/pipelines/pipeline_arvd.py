@@ -294,7 +294,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
 
     def encode_start(
         self,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         video: Any = None,
         height: int | None = None,
         width: int | None = None,
@@ -303,9 +303,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         """Initial latents `[B, C, F, h, w]` of a picture or a clip.
 
         Args:
-            image: a picture. Where the model has no single first frame, it stands still for one chunk.
-            video: a clip; as much of its end is taken as makes whole chunks.
-            height: pixels; pictures are resized to it. None takes the pipeline config's.
+            image: a picture, or one per sample; see `Picture` for the forms. Where the model has no single first frame, it
+                stands still for one chunk.
+            video: a clip, or one per sample; as much of its end is taken as makes whole chunks.
+            height: pixels; the middle of each picture that has this aspect ratio is resized to it. None takes the pipeline
+                config's.
             width: see `height`.
             batch: samples; one start serves all.
 
