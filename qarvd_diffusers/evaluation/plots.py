@@ -19,7 +19,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'qarvd-diffusers[bench]'") from None
+        raise ImportError("plots need matplotlib: pip install matplotlib") from None
 
 
 def plot_chunks(values: Sequence[float | None], path: str | os.PathLike[str], title: str, log: bool = False) -> None:
