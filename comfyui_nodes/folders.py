@@ -122,7 +122,7 @@ def find_model(name: str) -> Path:
         kind = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("_class_name")
         raise NodeError(
             f"{name} is a {kind} with {architecture}, not an autoregressive Wan model.",
-            "Choose a model of the Self-Forcing family; original checkpoints become one with: qarvd convert.",
+            "Choose a model of the Self-Forcing family: its diffusers folder, or its original checkpoint, which is converted.",
         )
     return folder
 

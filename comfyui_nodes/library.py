@@ -47,29 +47,30 @@ def warn_if_incomplete() -> None:
     if importlib.util.find_spec("qarvd_diffusers") is None and not _has_library():
         missing.insert(0, "qarvd_diffusers")
     if missing:
-        logger.warning("Q-ARVD cannot run yet, it needs %s. %s", ", ".join(missing), _remedy())
+        logger.warning("Q-ARVD needs %s. %s", ", ".join(missing), _remedy())
 
 
 def _missing_requirements() -> list[str]:
     """What the pack's requirements ask for and this Python does not have."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # it comes with transformers, which ComfyUI needs itself
+
+        lines = (Path(__file__).resolve().parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    except (ImportError, OSError):  # nothing to compare with, or by
         return []
     missing = []
-    lines = (Path(__file__).resolve().parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    for line in (line.partition("#")[0].strip() for line in lines):
-        if not line:
-            continue
-        requirement = Requirement(line)
-        try:
-            installed = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(line)
-        else:
-            if not requirement.specifier.contains(installed, prereleases=True):
-                missing.append(f"{line} (not {installed})")
+    for requirement in (Requirement(text) for line in lines if (text := line.partition("#")[0].strip())):
+        found = _installed(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            missing.append(f"{requirement} ({'not installed' if found is None else f'not {found}'})")
     return missing
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _has_library() -> bool:
@@ -78,10 +79,15 @@ def _has_library() -> bool:
 
 
 def _remedy() -> str:
-    pip = f'"{sys.executable}" -m pip install'
+    pip = f"{_quoted(sys.executable)} -m pip install"
     if _has_library():
-        return f'Run {pip} -r "{_CLONE / "requirements.txt"}", then restart ComfyUI.'
+        return f"Run {pip} -r {_quoted(_CLONE / 'requirements.txt')}, then restart ComfyUI."
     return f"Clone the whole repository of this pack, run {pip} -e . there, then restart ComfyUI."
+
+
+def _quoted(path: str | Path) -> str:
+    """For any shell: PowerShell takes a quoted program for a text, so only where it must be."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def _import_from(package: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ..compat import NodeError, schema, widget, work
 from ..handles import PipelineHandle, PipelineType
 from ..library import library
 from ..report import describe
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AS_SAVED, NO_BASE = "as saved", "none"
@@ -61,6 +64,7 @@ def _converted(path: Path, rollout: str, base: Path | None) -> Path:
     source = {"path": str(path), "rollout": rollout, "base": None if base is None else str(base)}
     home = folders.converted_folder() / _key(source)
     if not (folder := home / path.stem).exists():
+        logger.info("Q-ARVD converts %s to %s", path, folder)
         _remove_outdated()
         home.mkdir(parents=True, exist_ok=True)
         (home / SOURCE).write_text(json.dumps(source), encoding="utf-8")

@@ -304,6 +304,7 @@ def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int
 
 # Of any text encoder; embeddings of Wan's are zero where the mask is.
 _OF_EVERY_PROMPT = ("pooled_output", "attention_mask")
+_OF_EVERY_LATENT = ("samples", "batch_index", "downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
 def _prompt_embeds(pipeline: PipelineHandle, positive: list) -> torch.Tensor:
@@ -314,15 +315,20 @@ def _prompt_embeds(pipeline: PipelineHandle, positive: list) -> torch.Tensor:
             "Connect one prompt instead of Conditioning (Combine); for one after the other go on from state with the next.",
         )
     (embeds, options), expected = positive[0], pipeline.pipe.transformer.config.text_dim
-    unused = [name for name, value in options.items() if value is not None and name not in _OF_EVERY_PROMPT]
-    if unused:
-        logger.warning("Q-ARVD Stream Generate does not use what positive says of: %s", ", ".join(sorted(unused)))
+    _warn_of_unused("positive", options, _OF_EVERY_PROMPT)
     if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[-1] != expected:
         raise NodeError(
             f"The conditioning has shape {list(embeds.shape)}, {pipeline.name} reads [1, tokens, {expected}].",
             "Encode the prompt with Q-ARVD Encode Prompt and this pipeline.",
         )
     return embeds
+
+
+def _warn_of_unused(name: str, given: dict[str, Any], used: tuple[str, ...]) -> None:
+    """Say in the log what else an input brings, which streams do not know."""
+    unused = sorted(key for key, value in given.items() if value is not None and key not in used)
+    if unused:
+        logger.warning("Q-ARVD Stream Generate does not use what %s says of: %s", name, ", ".join(unused))
 
 
 def _check_size(pipeline: PipelineHandle, width: int, height: int) -> tuple[int, int]:
@@ -355,6 +361,7 @@ def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> dic
     samples = value.latents if named[0] == "state" else value["samples"]
     latents = one_video(named[0], samples, pipe.vae.config.z_dim, pipeline.name)
     if named[0] == "start_latent":
+        _warn_of_unused(named[0], value, _OF_EVERY_LATENT)
         latents = normalize(pipe.vae, latents.float())
     elif value.model != pipeline.name:
         logger.warning("the state is of %s, %s goes on with it", value.model, pipeline.name)

@@ -211,6 +211,15 @@ class TestLatents:
         graph["9"] = node("PreviewImage", images=["8", 0])
         expect_two_lines(server.run(graph).error, f"latent {problem}", remedy)
 
+    def test_a_mask_is_not_used_and_said(self, server):
+        graph = stream_graph(chunks=1, preview="off", start_latent=["9", 0])
+        graph["7"] = node("EmptyHunyuanLatentVideo", width=64, height=64, length=9, batch_size=1)
+        graph["8"] = node("SolidMask", value=1.0, width=64, height=64)
+        graph["9"] = node("SetLatentNoiseMask", samples=["7", 0], mask=["8", 0])
+        run = server.run(graph)
+        assert run.status == "success", run.error
+        assert "does not use what start_latent says of: noise_mask" in server.log.read_text()
+
     def test_a_state_of_another_model_goes_on_with_a_note(self, server):
         graph = stream_graph(chunks=1, preview="off")
         graph["12"] = node("QARVDQuantize", pipeline=["1", 0], scheme="w8a16")
