@@ -19,6 +19,7 @@ class NodeError(RuntimeError):
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}\n{remedy}")
+        self.line = f"{problem} {remedy}"  # for places that show only one
 
 
 def supported(constructor: Callable, options: dict[str, Any]) -> dict[str, Any]:

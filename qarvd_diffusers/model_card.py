@@ -73,7 +73,7 @@ def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
 Weights of the release {source}, in the layout of diffusers. Nothing but names and file format was changed.
 
 ```python
-import qarvd_diffusers  # pip install qarvd-diffusers
+import qarvd_diffusers  # pip install -e . in a clone of the Q-ARVD repository
 pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("path/to/this/folder")
 ```
 
@@ -173,7 +173,7 @@ quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)): {s
 {activations} activations, outlier channels on a scale of their own.
 
 ```python
-import qarvd_diffusers  # registers the quantization method; pip install qarvd-diffusers
+import qarvd_diffusers  # registers the quantization method; pip install -e . in a clone of the Q-ARVD repository
 {_loading(pipeline, repo_id or "path/to/this/folder")}
 ## Size
 

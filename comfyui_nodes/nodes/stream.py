@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,10 @@ from comfy_api.latest import io
 
 from ..compat import NodeError, schema, stop_if_interrupted, widget, work
 from ..handles import PipelineHandle, PipelineType, StateType, StreamState
-from ..latents import denormalize, normalize
+from ..latents import denormalize, normalize, one_video
 from ..preview import ChunkFeed, LatentPreview, picture, video
+
+logger = logging.getLogger(__name__)
 
 PREVIEWS = ["video", "frames", "off"]
 ACTIVATION_CHUNKS = 16  # working memory of a pass, in units of one chunk's hidden states
@@ -299,14 +302,33 @@ def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int
         ) from error
 
 
+# Of any text encoder; embeddings of Wan's are zero where the mask is.
+_OF_EVERY_PROMPT = ("pooled_output", "attention_mask")
+_OF_EVERY_LATENT = ("samples", "batch_index", "downscale_ratio_spacial", "downscale_ratio_temporal")
+
+
 def _prompt_embeds(pipeline: PipelineHandle, positive: list) -> torch.Tensor:
-    embeds, expected = positive[0][0], pipeline.pipe.transformer.config.text_dim
+    """Embeddings `[1, tokens, text_dim]` of the one prompt in a CONDITIONING."""
+    if len(positive) != 1:
+        raise NodeError(
+            f"positive holds {len(positive)} prompts, a stream follows one.",
+            "Connect one prompt instead of Conditioning (Combine); for one after the other go on from state with the next.",
+        )
+    (embeds, options), expected = positive[0], pipeline.pipe.transformer.config.text_dim
+    _warn_of_unused("positive", options, _OF_EVERY_PROMPT)
     if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[-1] != expected:
         raise NodeError(
             f"The conditioning has shape {list(embeds.shape)}, {pipeline.name} reads [1, tokens, {expected}].",
             "Encode the prompt with Q-ARVD Encode Prompt and this pipeline.",
         )
     return embeds
+
+
+def _warn_of_unused(name: str, given: dict[str, Any], used: tuple[str, ...]) -> None:
+    """Say in the log what else an input brings, which streams do not know."""
+    unused = sorted(key for key, value in given.items() if value is not None and key not in used)
+    if unused:
+        logger.warning("Q-ARVD Stream Generate does not use what %s says of: %s", name, ", ".join(unused))
 
 
 def _check_size(pipeline: PipelineHandle, width: int, height: int) -> tuple[int, int]:
@@ -334,9 +356,15 @@ def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> dic
         raise NodeError(f"{' and '.join(named)} are both connected.", "Connect one of them: a video has one start.")
     value, pipe = given[named[0]], pipeline.pipe
     if named[0] == "start_image":
-        pictures = value[..., :3].permute(0, 3, 1, 2)
+        pictures = value.permute(0, 3, 1, 2).clamp(0, 1)  # resampling in ComfyUI overshoots
         return {"image": pictures[0]} if len(pictures) == 1 else {"video": pictures}
-    latents = value.latents if named[0] == "state" else normalize(pipe.vae, value["samples"].float())
+    samples = value.latents if named[0] == "state" else value["samples"]
+    latents = one_video(named[0], samples, pipe.vae.config.z_dim, pipeline.name)
+    if named[0] == "start_latent":
+        _warn_of_unused(named[0], value, _OF_EVERY_LATENT)
+        latents = normalize(pipe.vae, latents.float())
+    elif value.model != pipeline.name:
+        logger.warning("the state is of %s, %s goes on with it", value.model, pipeline.name)
     try:
         pipe.causal_fields.context_pieces(latents.shape[2])
     except ValueError as error:

@@ -58,8 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..calibration.processes import Processes
+    from ..pipelines.video_start import read_picture
 
     _check(args)
+    if args.image:
+        read_picture(args.image)  # refused before the model is loaded
     prompts = read_prompts(args.prompts) or (args.prompt,)
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     if processes.count == 1 and args.context_parallel:
@@ -111,10 +114,9 @@ def _make(
 ) -> dict[str, Any]:
     """Make the video of one prompt, and write it unless another process does."""
     import torch
-    from PIL import Image
 
     writes = processes.is_main or not args.context_parallel
-    start = {"image": Image.open(args.image).convert("RGB")} if args.image else {}
+    start = {"image": args.image} if args.image else {}
     stream = pipe.stream(
         prompt,
         prompt_embeds=args.prompt_embeds,

@@ -23,7 +23,7 @@ def has_matplotlib() -> bool:
 def require_matplotlib() -> None:
     """Raises ImportError, with the remedy, where matplotlib is missing."""
     if not has_matplotlib():
-        raise ImportError("plots need matplotlib: pip install 'qarvd-diffusers[bench]'")
+        raise ImportError("plots need matplotlib: pip install matplotlib")
 
 
 def plot_chunks(values: Sequence[float | None], path: str | os.PathLike[str], title: str, log: bool = False) -> None:

@@ -25,7 +25,7 @@ from ..serialization import align_float_tensors, quantized_linears
 from .arguments import check_scheduler, start_arguments
 from .chunk_loop import ChunkLoop
 from .decoding import Decoder, check_decoder
-from .inputs import StreamInputs
+from .inputs import StreamInputs, check_tensors
 from .quantizable import QuantizableMixin
 from .stream import Stream
 from .stream_run import run_stream
@@ -199,6 +199,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         check_scheduler(self.scheduler)
         storage = check_storage(kv_cache or self.kv_cache)
         prompt_embeds = load_prompt_embeds(prompt_embeds)
+        check_tensors(latents=latents, renoise_latents=renoise_latents, initial_latents=initial_latents)
         make_decoder = self._decoder_maker(decoder)
         inputs = self.check_stream_inputs(
             prompt=prompt,

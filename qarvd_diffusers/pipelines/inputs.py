@@ -38,7 +38,6 @@ class StreamInputs:
 
     def __post_init__(self) -> None:
         batch, channels, height, width = self.shape
-        check_tensors(latents=self.latents, initial_latents=self.initial_latents)
         for name in ("latents", "initial_latents"):
             tensor = getattr(self, name)
             if tensor is not None and (tensor.ndim != 5 or (*tensor.shape[:2], *tensor.shape[3:]) != self.shape):
@@ -142,17 +141,18 @@ class StreamInputs:
         return randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32).to(dtype)
 
 
-def check_tensors(**given: Any) -> None:
-    """Refuse what is no tensor by its name; None passes.
-
-    Raises:
-        ValueError: named.
-    """
+def check_tensors(**given: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
+    """Raise ValueError if an argument, called by its name, is given and is no float tensor; `renoise_latents` may be several."""
     for name, value in given.items():
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f"{name} is a {type(value).__name__}, expected a torch.Tensor, such as torch.from_numpy(...)"
-            )
+        several = name == "renoise_latents" and isinstance(value, list | tuple)
+        for tensor in value if several else [value]:
+            if tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                remedy = ": pass torch.from_numpy of it" if type(tensor).__name__ == "ndarray" else ""
+                raise ValueError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor{remedy}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float one")
 
 
 def whole_number(name: str, value: Any, expected: str) -> int:

@@ -23,7 +23,7 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
-from .inputs import StreamInputs, check_tensors, resolve_num_chunks, whole_number
+from .inputs import StreamInputs, resolve_num_chunks, whole_number
 from .lora import LoraMixin
 from .memory import apply_choice, choose
 from .model_shapes import ModelShapes
@@ -308,7 +308,6 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             if initial_latents is not None:
                 raise ValueError("give either initial_latents or an image or video as a start, got both")
             initial_latents = self.encode_start(image, video, height, width, batch)
-        check_tensors(latents=latents, initial_latents=initial_latents)
         start = latents if latents is not None else initial_latents
         shape = (batch, self.transformer.config.in_channels, *self._latent_size(height, width, start))
         fields, given = self.causal_fields, initial_latents
@@ -325,7 +324,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
 
     def encode_start(
         self,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         video: Any = None,
         height: int | None = None,
         width: int | None = None,
@@ -334,9 +333,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         """Initial latents `[B, C, F, h, w]` of a picture or a clip.
 
         Args:
-            image: a picture. Where the model has no single first frame, it stands still for one chunk.
-            video: a clip; as much of its end is taken as makes whole chunks.
-            height: pixels; pictures are resized to it. None takes the pipeline config's.
+            image: a picture, or one per sample; see `Picture` for the forms. Where the model has no single first frame, it
+                stands still for one chunk.
+            video: a clip, or one per sample; as much of its end is taken as makes whole chunks.
+            height: pixels; the middle of each picture that has this aspect ratio is resized to it. None takes the pipeline
+                config's.
             width: see `height`.
             batch: samples; one start serves all.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.request
 from pathlib import Path
 
@@ -13,14 +14,18 @@ from graphs import BUNDLED, node
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("comfyui_nodes", "qarvd_diffusers", "kernels", "docs", "examples")
 
 
 @pytest.fixture(scope="module")
 def server(comfy_tree, tmp_path_factory):
-    """A server with the repository as its custom node, and a library in which something is missing."""
+    """A server with the repository as its custom node, a library in which something is missing, and one that is too old."""
     broken = tmp_path_factory.mktemp("broken") / "qarvd_diffusers"
     broken.mkdir()
     (broken / "__init__.py").write_text("import a_package_that_is_not_there\n")
+    old = broken.parent / "optimum_quanto-0.0.1.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: optimum-quanto\nVersion: 0.0.1\n")
     path = os.pathsep.join([str(broken.parent), os.environ.get("PYTHONPATH", "")])
     running = comfy_server.Server(comfy_tree, tmp_path_factory.mktemp("comfyui"), {"PYTHONPATH": path}, pack=ROOT)
     running.start()
@@ -47,7 +52,24 @@ def test_a_missing_library_is_an_error_of_two_lines_when_a_node_runs(server):
         lines = server.run(graph).error.strip().splitlines()
         assert len(lines) == 2, lines
         assert "cannot be imported: No module named 'a_package_that_is_not_there'" in lines[0]
-        assert "pip install" in lines[1]
+        assert remedy() in lines[1] and "restart ComfyUI" in lines[1]
+
+
+def remedy() -> str:
+    """The command that installs what is missing: with the server's Python, and of this clone."""
+    return f"{comfy_server.python()} -m pip install -r {ROOT / 'requirements.txt'}, then"
+
+
+def test_what_is_missing_is_said_in_the_log_at_the_start(server):
+    (line,) = [line for line in server.log.read_text().splitlines() if "Q-ARVD needs " in line]
+    assert "optimum-quanto>=0.2.7 (not 0.0.1)" in line and remedy() in line
+
+
+def test_no_package_is_named_that_anyone_could_claim():
+    """The library is not on PyPI, and advice to install it from there would install whatever someone puts there."""
+    for path in [*ROOT.glob("*.md"), *(p for room in ROOMS for p in (ROOT / room).rglob("*"))]:
+        if path.suffix in (".py", ".md", ".txt", ".js"):
+            assert not re.search(r"pip install ['\"]?qarvd[-_]diffusers", path.read_text(encoding="utf-8")), path
 
 
 def test_torch_is_in_no_requirements_of_the_pack():
