@@ -11,7 +11,7 @@ from qarvd_diffusers import primitives as P
 from qarvd_diffusers.calibration.outliers import find_outliers
 from qarvd_diffusers.calibration.weights import quantize_weight
 from qarvd_diffusers.config import SCHEMES, QARVDConfig, QuantizedModule
-from qarvd_diffusers.linear import LinearQParams, QARVDLinear
+from qarvd_diffusers.linear import PER_ROW, LinearQParams, QARVDLinear
 from qarvd_diffusers.packing import pack
 
 
@@ -242,6 +242,44 @@ def test_folded_constants_follow_the_state(on_kernels):
     assert torch.equal(layer(x), other(x))
     assert "_folded" not in "".join(layer.state_dict())
     assert torch.equal(copy.deepcopy(layer)(x), other(x))
+
+
+@pytest.mark.parametrize("moved", [*PER_ROW, "all"])
+def test_state_dict_follows_the_device_of_each_tensor(moved):
+    """Rows lie in another order, and somebody has moved one parameter, or all but their order, elsewhere."""
+    _, layer, _ = pair("w8a8", bias=True)
+    want = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.store_rows_in(torch.randperm(48).to(torch.int32))
+    names = [name for name, tensor in layer.named_parameters()] if moved == "all" else [moved]
+    for name in names:
+        setattr(layer, name, nn.Parameter(getattr(layer, name).to("meta"), requires_grad=False))
+    got = layer.state_dict()
+    assert [got[name].device.type for name in names] == ["meta"] * len(names)
+    assert all(got[name].shape == tensor.shape for name, tensor in want.items())
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items() if name not in names)
+
+
+def test_a_layer_whose_values_are_gone_can_be_loaded():
+    _, layer, x = pair("w8a8", bias=True)
+    want, state = layer(x), copy.deepcopy(layer.state_dict())
+    layer.store_rows_in(torch.randperm(48).to(torch.int32))
+    layer.to_empty(device="meta").load_state_dict(state, assign=True)
+    assert torch.equal(layer.to("cpu")(x), want)
+
+
+def test_folded_constants_follow_an_assigned_parameter(on_kernels):
+    _, layer, x = pair("w8a8", bias=True)
+    before = layer(x)
+    layer.bias = nn.Parameter(layer.bias + 1, requires_grad=False)
+    torch.testing.assert_close(layer(x), before + 1)
+
+
+def test_rows_are_put_back_in_inference_mode_too():
+    _, layer, _ = pair("w8a8", bias=True)
+    layer.store_rows_in(torch.randperm(48).to(torch.int32))
+    with torch.inference_mode():
+        layer.state_dict()
+    assert not any(parameter.is_inference() or parameter.data.is_inference() for parameter in layer.parameters())
 
 
 def test_layer_that_could_overflow_stays_on_the_exact_operators(on_kernels):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
         }
         digest.update(json.dumps(config, sort_keys=True).encode())
         quantized = quantized_linears(model)
-        for key, tensor in model.state_dict().items():
+        for key, tensor in _stored(model):
             owner, _, leaf = key.rpartition(".")
             values = tensor.detach().flatten()
             if owner in quantized:
@@ -57,6 +57,15 @@ def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
     found = {name: digest.hexdigest() for name, digest in hashes.items()}
     parallel = getattr(pipe.transformer, "context_parallel", None)
     return found if parallel is None else found | {"process": f"{parallel.rank} of {parallel.size}"}
+
+
+def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a state dict holds, without asking for one: that would undo the layout for kernels of the running stream."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **kept}.items():
+            if tensor is not None:
+                yield f"{prefix}.{name}".removeprefix("."), tensor
 
 
 def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[str]) -> None:
