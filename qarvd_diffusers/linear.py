@@ -84,6 +84,9 @@ class _Folded(NamedTuple):
     bias: Tensor | None = None
     row_sum_scale: Tensor | None = None
 
+    def lies_on(self, device: torch.device) -> bool:
+        return self.scale is None or self.scale.device == device
+
 
 class QARVDLinear(nn.Linear):
     """A frozen linear layer with packed 4- or 8-bit weights, dual scales and (static or dynamic) int8 activations.
@@ -302,11 +305,10 @@ class QARVDLinear(nn.Linear):
         """
         if x.dtype == torch.float64 or not self._kernels_run(x.device):
             return None
-        if self._folded is not None and self._folded.scale is not None and self._folded.scale.device != x.device:
-            self._folded = None
-        if self._folded is None and not torch.compiler.is_compiling():
-            self._folded = self._fold_constants()
-        return self._folded if self._folded is not None and self._folded.ratio is not None else None
+        folded = self._folded if self._folded is not None and self._folded.lies_on(x.device) else None
+        if folded is None and not torch.compiler.is_compiling():
+            folded = self._folded = self._fold_constants()
+        return folded if folded is not None and folded.ratio is not None else None
 
     @staticmethod
     def _kernels_run(device: torch.device) -> bool:
@@ -371,7 +373,7 @@ PER_ROW = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
 
 
 def _natural_order() -> Tensor:
-    """What stands for "not reordered"; on the CPU even where everything else is built on the meta device."""
+    """Stands for "not reordered"; real even where all else is built on the meta device."""
     return torch.empty(0, dtype=torch.int32, device="cpu")
 
 

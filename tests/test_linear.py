@@ -1,6 +1,7 @@
 """QARVDLinear against the float layer it came from, and as a guest of torch, PEFT and the compiler."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -280,6 +281,48 @@ def test_rows_are_put_back_in_inference_mode_too():
     with torch.inference_mode():
         layer.state_dict()
     assert not any(parameter.is_inference() or parameter.data.is_inference() for parameter in layer.parameters())
+
+
+class TestTheWeight:
+    """`layer.weight`, which is computed when it is looked at."""
+
+    @pytest.fixture
+    def layer(self):
+        return pair("w8a8")[1]
+
+    def test_is_a_parameter_wherever_one_is_wanted(self, layer):
+        plain, parameter = layer.dequantized(), nn.Parameter(layer.weight, requires_grad=False)
+        assert isinstance(parameter, nn.Parameter) and torch.equal(parameter, plain)
+        assert type(parameter.detach()) is type(layer.weight.detach()) is type(copy.copy(parameter)) is type(parameter)
+        layer.weight_scale.data *= 2  # nothing was computed ahead of time
+        assert torch.equal(parameter, 2 * plain)
+        holder = nn.Module()
+        holder.weight = parameter
+        for moved in (holder.to(torch.bfloat16).weight, layer.weight.clone(), layer.weight.to("meta")):
+            moved.zero_()  # ordinary tensors
+
+    def test_copies_go_along_with_the_layer(self, layer):
+        pairs = {"layer": layer, "weight": nn.Parameter(layer.weight, requires_grad=False)}
+        twin = copy.deepcopy(pairs)
+        twin["layer"].weight_scale.data *= 2
+        assert isinstance(twin["weight"], nn.Parameter)
+        assert torch.equal(twin["weight"], 2 * pairs["weight"])
+
+    def test_is_never_written_to(self, layer):
+        parameter, plain = nn.Parameter(layer.weight, requires_grad=False), layer.dequantized()
+        for write in (
+            lambda: parameter.copy_(plain),
+            lambda: nn.init.zeros_(parameter),
+            lambda: torch.add(plain, 1, out=layer.weight),
+            lambda: torch._foreach_add_([layer.weight], 1),
+            lambda: setattr(parameter, "data", plain),
+        ):
+            with pytest.raises(ValueError, match=r"packed integers: what is written to its .* would be lost"):
+                write()
+        with pytest.raises(ValueError, match=r"takes? no gradient\. Pass requires_grad=False"):
+            nn.Parameter(layer.weight)
+        with pytest.raises(TypeError, match=r"save the layer's state_dict\(\), or weight\.clone\(\)"):
+            pickle.dumps(layer.weight)
 
 
 def test_layer_that_could_overflow_stays_on_the_exact_operators(on_kernels):
