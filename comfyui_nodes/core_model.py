@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import comfy.lora
@@ -56,7 +57,7 @@ def to_model(handle: PipelineHandle) -> Any:
     )
     patcher.add_callback(CallbacksMP.ON_LOAD, _lay_over)
     patcher.add_callback(CallbacksMP.ON_DETACH, _take_off)
-    patcher.model.state_dict_for_saving = _refuse_to_save
+    patcher.model.state_dict_for_saving = _refusal_to_save(bool(layers))
     if handle.pipe.vae is not None:
         patcher.model.latent_format = _latent_format(patcher.model.latent_format, handle.pipe.vae.config)
     return patcher
@@ -212,8 +213,15 @@ def _packed_layers(patcher: Any) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in patcher.model.named_modules() if hasattr(layer, "lay_over")]
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise NodeError(
-        "ComfyUI's own savers cannot write the model of Q-ARVD To Model so that it could be loaded again.",
-        "Save the pipeline with Q-ARVD Save Quantized: as a qarvd folder, or as a ComfyUI int8 file.",
-    )
+def _refusal_to_save(quantized: bool) -> Callable:
+    """In the place of what ComfyUI's savers ask a model for."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NodeError(
+            "ComfyUI's own savers cannot write the model of Q-ARVD To Model so that it could be loaded again.",
+            "Save the pipeline with Q-ARVD Save Quantized: as a qarvd folder, or as a ComfyUI int8 file."
+            if quantized
+            else "Connect Q-ARVD Quantize and Q-ARVD Save Quantized, or save it in Python: pipe.save_single_file(path).",
+        )
+
+    return refuse

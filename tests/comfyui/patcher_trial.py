@@ -6,6 +6,7 @@ python patcher_trial.py COMFYUI
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 import tempfile
@@ -212,6 +213,7 @@ def too_large(handle: PipelineHandle) -> list[str]:
 
 def main() -> None:
     missing = [name for name in ("ModelPatcherDynamic",) if not hasattr(comfy.model_patcher, name)]
+    missing += ["causal Wan model"] if importlib.util.find_spec("comfy.ldm.wan.ar_model") is None else []
     pipes = [ARVDPipeline.from_pretrained(bundled_model_path()) for _ in range(3)]
     pipes[0].quantize(QARVDConfig("w8a16"))
     pipes[1].quantize(QARVDConfig("w8a16", outlier_detector="none"))
