@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,12 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
 
     Not the dynamic patcher of later versions, which sets one tensor after the other without telling the model: what the
     model computed from its weights for a kernel, and holds on the GPU, would never be given back.
+
+    Attributes:
+        streamed: the component moves its own weights, and is not to be loaded any more.
     """
+
+    streamed = False
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, **options: Any) -> Any:
         """Load all of it, however little ComfyUI asks for."""
@@ -98,19 +104,37 @@ class PipelineHandle:
     def load(self, *parts: str, memory: int = 0) -> None:
         """Bring parts to the compute device, after making room for them and for `memory` bytes more.
 
+        A text encoder for which there is no room works layer by layer from then on.
+
         Raises:
-            NodeError: they do not fit, even alone.
+            NodeError: the others do not fit, even alone.
         """
-        patchers = {part: self._parts[part] for part in parts if part in self._parts}
+        patchers = {
+            part: self._parts[part] for part in parts if part in self._parts and not self._parts[part].streamed
+        }
         room = float("inf") if management.is_device_cpu(self.device) else management.get_total_memory(self.device)
-        if sum(patcher.model_size() for patcher in patchers.values()) > room:
-            raise self._too_large(patchers, room)
+        error: Exception | None = None
+        if sum(patcher.model_size() for patcher in patchers.values()) <= room:
+            try:
+                management.load_models_gpu(list(patchers.values()), memory_required=memory, force_full_load=True)
+                return
+            except torch.OutOfMemoryError as caught:
+                error, room = caught, management.get_free_memory(self.device)
+        for patcher in patchers.values():
+            patcher.detach()  # what was under way lies on two devices
+        if "text_encoder" not in patchers or not self._stream_text_encoder():
+            raise self._too_large(patchers, room) from error
+        self.load(*parts, memory=memory)
+
+    def _stream_text_encoder(self) -> bool:
+        """Have the text encoder's layers come one by one while it works; False if it cannot be run so."""
         try:
-            management.load_models_gpu(list(patchers.values()), memory_required=memory, force_full_load=True)
-        except torch.OutOfMemoryError as error:
-            for patcher in patchers.values():
-                patcher.detach()  # what was under way lies on two devices
-            raise self._too_large(patchers, management.get_free_memory(self.device)) from error
+            self.pipe.offload_text_encoder("stream", self.device)
+        except ValueError:
+            return False
+        self._parts["text_encoder"].streamed = True
+        logging.info("%s: the text encoder does not fit on %s; its layers come one by one", self.name, self.device)
+        return True
 
     def _too_large(self, patchers: dict[str, WholePatcher], room: float) -> NodeError:
         sizes = {part: patcher.model_size() for part, patcher in patchers.items()}

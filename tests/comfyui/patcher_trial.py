@@ -208,7 +208,22 @@ def too_large(handle: PipelineHandle) -> list[str]:
     ):
         small = message(handle.load, "transformer", "vae")
     with patch.object(management, "load_models_gpu", run_out):
-        return [small, message(handle.load, "text_encoder")]
+        return [small, message(handle.load, "vae")]
+
+
+def streamed_text_encoder(handle: PipelineHandle) -> dict[str, Any]:
+    """A text encoder on a device that has no room for it."""
+    prompt = "a large red circle moving left"
+    want = handle.pipe.encode_prompt(prompt, device="cpu")
+    sibling = handle.with_transformer(handle.pipe.transformer, "sibling")
+    with (
+        patch.object(management, "is_device_cpu", lambda device: False),
+        patch.object(management, "get_total_memory", lambda device: 1e5),
+    ):
+        for each in (handle, sibling, handle):
+            each.load("text_encoder")
+    got = handle.pipe.encode_prompt(prompt, device="cpu")
+    return {"offload": handle.pipe.text_encoder_offload, "difference": float((got - want).abs().max())}
 
 
 def main() -> None:
@@ -229,6 +244,7 @@ def main() -> None:
         report["whole model"] = whole_model(handle, flat)
         report["part"] = part_loading(handle)
     report["whole"] = whole_loading(other)
+    report["text encoder"] = streamed_text_encoder(other)
     print(json.dumps(report))
 
 

@@ -100,5 +100,9 @@ def test_what_does_not_fit_is_refused_in_two_lines(report):
     small, out_of_memory = (text.splitlines() for text in report["refused"])
     assert small[0].startswith("transformer (0.00767 GB) and vae (") and "where 0.001 GB can be had" in small[0]
     assert small[1].startswith("Quantize it to w4a8")
-    assert out_of_memory[0].startswith("text_encoder (") and "CLIP Text Encode" in out_of_memory[1]
+    assert out_of_memory[0].startswith("vae (") and out_of_memory[1].startswith("Free memory")
     assert len(small) == len(out_of_memory) == 2
+
+
+def test_a_text_encoder_without_room_works_layer_by_layer(report):
+    assert report["text encoder"] == {"offload": "stream", "difference": 0.0}
