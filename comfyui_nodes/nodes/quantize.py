@@ -226,6 +226,7 @@ class QARVDQuantize(io.ComfyNode):
                 "Change exclude_layers or the calibration prompts, or load the model again.",
             ) from error
         _own_parameters(handle.pipe.transformer, pipeline.pipe.transformer)
+        handle.load("transformer")  # it lies there already: now ComfyUI knows, and can unload it
         progress.show(size(handle))
         return io.NodeOutput(handle, describe(handle))
 

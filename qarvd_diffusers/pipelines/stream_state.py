@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
         }
         digest.update(json.dumps(config, sort_keys=True).encode())
         quantized = quantized_linears(model)
-        for key, tensor in model.state_dict().items():
+        for key, tensor in _stored(model):
             owner, _, leaf = key.rpartition(".")
             values = tensor.detach().flatten()
             if owner in quantized:
@@ -75,6 +75,15 @@ def _spoken(scales: Mapping[str, float] | None) -> str:
     return (
         f"at scale {scales['']}" if "" in scales else f"at scales {sorted(set(scales.values()))} in different layers"
     )
+
+
+def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a state dict holds, without asking for one: that would undo the layout for kernels of the running stream."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **kept}.items():
+            if tensor is not None:
+                yield f"{prefix}.{name}".removeprefix("."), tensor
 
 
 def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[str]) -> None:
