@@ -12,6 +12,8 @@ import torch
 from comfy_api.latest import io
 
 CATEGORY = "Q-ARVD"
+# Search aliases of the nodes where work begins: what people call these models and what they do.
+FAMILY = ["self forcing", "self-forcing", "wan", "causvid", "longlive", "krea realtime", "video", "image to video"]
 
 
 class NodeError(RuntimeError):

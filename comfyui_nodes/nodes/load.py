@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import io
 
 from .. import folders
-from ..compat import NodeError, schema, widget, work
+from ..compat import FAMILY, NodeError, schema, widget, work
 from ..handles import PipelineHandle, PipelineType
 from ..library import library
 from ..report import describe
@@ -108,7 +108,7 @@ class QARVDLoadPipeline(io.ComfyNode):
             display_name="Q-ARVD Load Pipeline",
             description="Loads an autoregressive Wan model (Self-Forcing family) from a diffusers folder or a single file in "
             "models/qarvd or models/diffusers, or the small model that ships with the library.",
-            search_aliases=["self-forcing", "causal wan", "autoregressive video", "load streaming model"],
+            search_aliases=[*FAMILY, "causal wan", "autoregressive video", "load streaming model"],
             inputs=[
                 widget(
                     io.Combo,
@@ -174,7 +174,7 @@ class QARVDLoadQuantized(io.ComfyNode):
             node_id="QARVDLoadQuantized",
             display_name="Q-ARVD Load Quantized",
             description="Loads a model saved by Q-ARVD Save Quantized (or by qarvd quantize), packed as it is on disk.",
-            search_aliases=["w4a8", "w8a8", "int4", "int8", "load quantized video model"],
+            search_aliases=[*FAMILY, "w4a8", "w8a8", "int4", "int8", "load quantized video model"],
             inputs=[
                 widget(
                     io.Combo,
