@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..config import QARVDConfig
     from ..conversion import quantize_folder
     from ..evaluation.fidelity import compare, describe, roll_out
-    from ..pipelines.quantization import calibration_prompts, quantize_pipeline
+    from ..pipelines.quantization import calibration_prompts, quantize_pipeline, require_float
 
     config = QARVDConfig(
         args.scheme,
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         return {"out": args.out, "scheme": args.scheme, "sizes": sizes, "report": None}
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     pipe = load_pipeline(args.model, args)
+    require_float(pipe)
     wanted = args.evaluate if processes.is_main else 0
     prompts = calibration_prompts(pipe, config)[-wanted:] if wanted else ()
     # The evaluation noise is never the calibration noise.
