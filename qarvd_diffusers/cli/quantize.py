@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..config import QARVDConfig
     from ..conversion import quantize_folder
     from ..evaluation.fidelity import compare, describe
-    from ..pipelines.quantization import quantize_pipeline
+    from ..pipelines.quantization import quantize_pipeline, require_float
 
     config = QARVDConfig(
         args.scheme,
@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         return {"out": args.out, "scheme": args.scheme, "sizes": sizes, "report": None}
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     pipe = load_pipeline(args.model, args)
-    if pipe.quantization is not None:
-        raise ValueError(f"{args.model} is quantized already ({pipe.quantization.scheme}): quantize the float model")
+    require_float(pipe)
     compared = _compared_prompts(pipe, config, args.evaluate)
     prompts = compared if processes.is_main else ()
     if args.mixed:

@@ -193,3 +193,16 @@ def check_scheduler(scheduler: Any) -> None:
             f"scheduler is a {type(scheduler).__name__}, which knows no chunks: give one whose set_timesteps takes chunk_index, "
             "such as FewStepRenoiseScheduler"
         )
+
+
+def check_cache_maker(make_cache: Callable[..., Any], storage: str) -> None:
+    """Refuse a storage that a pipeline's cache does not have.
+
+    Raises:
+        ValueError: names it.
+    """
+    names, open_ended = parameters(make_cache)
+    if storage != "auto" and "storage" not in names and not open_ended:
+        raise ValueError(
+            f"kv_cache is {storage!r}, but this pipeline's make_cache takes no storage: leave it at 'auto'"
+        )

@@ -213,7 +213,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         if name == "transformer" and value is not None:
             return CausalWanTransformer3DModel.from_transformer(value)
         if name == "scheduler":
-            if "scheduler" in self.__dict__ and not isinstance(value, tuple(_SAMPLERS.values())):
+            if "scheduler" in self.__dict__ and not isinstance(value, (type(None), *_SAMPLERS.values())):
                 logger.warning(
                     "The scheduler %s is replaced by %s, built from the pipeline's config: flow_shift or shift is its "
                     "timestep_shift, the steps are its denoising_timesteps; pass them to from_pretrained.",

@@ -167,6 +167,20 @@ def test_another_architecture_is_refused_at_once(tiny_pipeline, tmp_path):
         ARVDPipeline.from_pretrained(tmp_path)
 
 
+def test_sequential_offload_finds_rows_in_natural_order(tiny_pipeline):
+    """A fused pass lays rows out for its kernels; offloaded weights come back from the state dict, which does not."""
+    config = QARVDConfig("w8a8", calibration_prompts=(PROMPT,), calibration_chunks=1)
+    tiny_pipeline.quantize(config, tiny_pipeline.calibrate(config, use_cache=False))
+    tiny_pipeline.transformer.fused_pass = True
+    expected = generate(tiny_pipeline)
+    layers = quantized_linears(tiny_pipeline.transformer).values()
+    assert any(layer._row_order is not None for layer in layers)
+    tiny_pipeline.enable_sequential_cpu_offload(device="cpu")
+    assert all(layer.weight_packed.is_meta and layer._row_order is None for layer in layers)
+    tiny_pipeline.remove_all_hooks()
+    assert (generate(tiny_pipeline) - expected).abs().max() < 1e-2
+
+
 # Features of diffusers that a causal model cannot honour.
 
 
@@ -208,5 +222,7 @@ def test_a_foreign_scheduler_is_saved_as_it_is(tmp_path):
     assert (tmp_path / "pipeline.py").read_text() == "from test_components import Foreign\n"
     card = (tmp_path / "README.md").read_text()
     assert "from test_components import Foreign" in card and "ARVDPipeline" not in card
+    with pytest.raises(ValueError, match="kv_cache is 'int8', but this pipeline's make_cache takes no storage"):
+        ToyPipeline(Denoiser()).stream("abc", num_chunks=1, kv_cache="int8")
     with pytest.raises(ValueError, match="scheduler is a FlowMatchEulerDiscreteScheduler, which knows no chunks"):
         pipe.stream("abc", num_chunks=1)

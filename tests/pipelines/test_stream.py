@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +20,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from qarvd_diffusers import ARVDPipeline
 
 PROMPT, OTHER = "a red circle moves left", "a blue square"
 
@@ -452,3 +456,47 @@ def test_chunks_after_100_take_no_more_time_than_after_20(pipe):
             seconds.append(time.perf_counter() - start)
         ratios.append(seconds[0] / seconds[1])
     assert statistics.median(ratios) < 1.5
+
+
+@pytest.mark.parametrize("storage", ("auto", "int8"))
+def test_stepped_inside_and_outside_of_inference_mode(tiny_pipeline, storage):
+    options = {"num_chunks": 4, "kv_cache": storage, "output_type": "pt"}
+    want = tiny_pipeline(PROMPT, generator=seeded(), **options).frames
+    stream, frames = tiny_pipeline.stream(PROMPT, generator=seeded(), **options), []
+    for chunk in range(4):
+        with torch.inference_mode(chunk % 2 == 0):
+            frames.append(next(stream).frames)
+    assert torch.equal(torch.cat(frames, dim=1), want)
+
+
+def test_another_default_dtype_changes_nothing(tiny_pipeline):
+    videos = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            pipe = ARVDPipeline(**{**tiny_pipeline.components, "scheduler": None}, height=32, width=48)
+            pipe.set_progress_bar_config(disable=True)
+            videos.append(pipe(PROMPT, num_chunks=2, generator=seeded(), output_type="pt").frames)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert videos[1].dtype == torch.float32 and torch.equal(*videos)
+
+
+def test_streams_left_open_when_the_interpreter_ends():
+    """Several of them, and in a reference cycle, so that nothing has dropped them before modules are taken down."""
+    code = """
+import builtins
+from conftest import *
+pipe = ARVDPipeline(build_transformer(), vae=build_vae(), height=32, width=48)
+text = torch.zeros(1, 12, 16)
+streams = [pipe.stream(prompt_embeds=text, output_type=kind) for kind in ("pt", "latent")]
+for stream in streams:
+    next(stream)
+streams.append(streams)
+builtins.kept = streams
+print("done")
+"""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout == "done\n" and "Exception ignored" not in ended.stderr and "Error" not in ended.stderr
