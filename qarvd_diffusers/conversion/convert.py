@@ -97,7 +97,10 @@ def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLa
         return {}
     weights = (found.checkpoint.weights or "generator").partition(".")[0]
     file = open_checkpoint(path, None, (f"{weights}_lora", *LORA_NESTINGS))
-    if (file.weights or "").startswith("generator") and file.weights != f"{weights}_lora":
+    for reason in file.reasons:
+        logger.warning("%s: %s", path, reason)
+    chosen = (file.weights or "").partition(".")[0]
+    if chosen.startswith("generator") and chosen != f"{weights}_lora":
         raise ValueError(
             f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain weights "
             "must not be mixed; name the others with weights="

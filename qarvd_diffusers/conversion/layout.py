@@ -31,12 +31,18 @@ def state_dicts(content: StateDict) -> dict[str | None, StateDict]:
 
 def _collect(content: StateDict, name: str | None, found: dict[str | None, StateDict]) -> None:
     nested = {key: value for key, value in content.items() if isinstance(value, Mapping)}
-    flat = {key: value for key, value in content.items() if key not in nested}
+    flat = {key: _as_tensor(key, value) for key, value in content.items() if key not in nested}
     if any(isinstance(value, torch.Tensor) for value in flat.values()) or not (nested or name):
         found[name] = flat
     for key, value in nested.items():
         if isinstance(key, str):  # the state of an optimizer is numbered
             _collect(value, key if name is None else f"{name}.{key}", found)
+
+
+def _as_tensor(key: Any, value: Any) -> Any:
+    """The alpha of an adapter is a plain number in some files; all else as it is."""
+    number = isinstance(value, int | float) and str(key).endswith(".alpha")
+    return torch.tensor(float(value)) if number else value
 
 
 def _by_prefix(owner: str | None, state_dict: StateDict) -> dict[str | None, StateDict]:
@@ -69,14 +75,15 @@ def choose(found: Mapping[str | None, StateDict], weights: str | None, nestings:
         nestings: names in the order of preference, where nothing is asked for.
 
     Raises:
-        ValueError: there is none of the name asked for, or several networks and no preference among them.
+        KeyError: there is none of the name asked for.
+        ValueError: there are several networks, and no preference among them.
     """
     names = [name for name in found if name is not None]
     if weights is not None:
         exact = [name for name in names if name == weights]
         matches = exact or [name for name in names if name.startswith(f"{weights}.") or name.endswith(f".{weights}")]
         if len(matches) != 1:
-            raise ValueError(f"has no state dict {weights!r}; it holds {names or 'flat tensors'}")
+            raise KeyError(f"has no state dict {weights!r}; it holds {names or 'flat tensors'}")
         return matches[0]
     preferred = (name for wish in nestings for name in names if name == wish or name.startswith(f"{wish}."))
     if (chosen := next(preferred, None)) is not None:
