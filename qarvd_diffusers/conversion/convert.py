@@ -69,8 +69,11 @@ def convert_checkpoint(
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
     found = detect_checkpoint(src, family, weights)
-    config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
-    model = empty_transformer(found.specs, config)
+    try:
+        config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
+        model = empty_transformer(found.specs, config)
+    except ValueError as error:
+        raise ValueError(f"{src}: {error}") from None
     tensors = _Tensors(found.checkpoint, _read_adapters(found, lora), dtype)
     for reason in found.reasons:
         logger.info("%s: %s", src, reason)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .names import original_names
+from .names import original_names, without_wrappers
 
 _PREFIXES = ("generator_ema", "generator")  # nestings that flat files spell as a prefix of every key
 _COUNTER = re.compile(r"(.*\.)?(freqs\w*|\w*steps?|epochs?|iterations?|num_updates|n_averaged|scaled_fp8)")
@@ -117,10 +117,11 @@ def own_keys(state_dict: StateDict) -> tuple[list[str], list[str]]:
     if said := [key for key in counters if not key.endswith("scaled_fp8")]:
         reasons.append(f"left out: {said[:5]} ({len(said)} in all), counters and buffers that are no parameters")
     prefix = collections.Counter(prefix for prefix, _ in names.values()).most_common(1)[0][0]
+    first, dot, _ = prefix.partition(".")
     outside = [
         key
         for key in keys
-        if key not in names and key not in set(counters) and not key.startswith(prefix.partition(".")[0])
+        if key not in names and key not in set(counters) and not without_wrappers(key).startswith(first + dot)
     ]
     if outside:
         firsts = sorted({key.partition(".")[0] for key in outside})

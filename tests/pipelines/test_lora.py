@@ -403,6 +403,16 @@ def test_differences_that_do_not_fit_change_nothing(tiny_pipeline):
     assert not hasattr(tiny_pipeline.transformer, "peft_config")
 
 
+def test_what_is_offloaded_to_the_meta_device_is_not_added_to(tiny_pipeline):
+    transformer = tiny_pipeline.transformer
+    transformer.patch_embedding.to("meta")
+    with pytest.raises(
+        ValueError, match=r"2 parameters that are offloaded .*patch_embedding.*enable_sequential_cpu_offload"
+    ):
+        tiny_pipeline.load_lora_weights(differences(transformer, 0.1))
+    assert not hasattr(transformer, "peft_config")
+
+
 def test_files_that_cannot_be_read_are_named(tiny_pipeline, tmp_path):
     file = as_file(random_lora(tiny_pipeline.transformer), "comfyui")
     save_file(file, tmp_path / "whole.safetensors")
