@@ -46,6 +46,8 @@ class LoraMixin(WanLoraLoaderMixin):
         source = "the LoRA" if isinstance(given, dict) else str(given)
         if not isinstance(given, dict) and Path(given).is_file() and Path(given).suffix != ".safetensors":
             given = load_checkpoint(given, nestings=LORA_NESTINGS)
+        if isinstance(given, dict):  # the adapter's layers keep these tensors, and hot-swapping writes to them
+            given = {key: tensor.clone() for key, tensor in given.items()}
         try:
             tensors, metadata = _fetch(given, **kwargs)
         except SafetensorError as error:

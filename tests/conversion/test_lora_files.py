@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_files import LAYOUTS, as_file, original_name, random_lora
 
-from qarvd_diffusers.conversion import check_fit, merge_lora, read_lora, to_peft
+from qarvd_diffusers.conversion import check_fit, load_checkpoint, merge_lora, read_lora, to_peft
 
 
 @pytest.fixture
@@ -122,6 +122,13 @@ def test_what_is_left_out_is_counted_once(lora, caplog):
     file["diffusion_model.blocks.0.norm_extra.diff"] += 10
     with pytest.raises(ValueError, match=r"my.safetensors: 1 tensors of size 20 .*norm_extra.*another kind of model"):
         read_lora(file, "my.safetensors")
+
+
+def test_alphas_that_are_plain_numbers(lora, tmp_path):
+    file = {key: value.item() if key.endswith(".alpha") else value for key, value in as_file(lora, "comfyui").items()}
+    torch.save({**file, "rank": 3}, tmp_path / "style.pt")
+    read = read_lora(load_checkpoint(tmp_path / "style.pt"))
+    assert all(torch.equal(read[name].delta(), layer.delta()) for name, layer in lora.items())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
