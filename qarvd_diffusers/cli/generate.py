@@ -56,10 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..calibration.processes import Processes
-    from ..pipelines.video_start import read_picture
 
-    if args.image:
-        read_picture(args.image)  # refused before the model is loaded
     prompts = read_prompts(args.prompts) or (args.prompt,)
     if args.prompts and args.chunks == 0:
         raise ValueError("--chunks 0 goes on without end, and would never come to the second prompt")
@@ -72,6 +69,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError(
             f"{processes.count} processes for one video: start one, give several --prompts, or --context-parallel"
         )
+    if args.image:
+        from ..pipelines.video_start import read_picture
+
+        read_picture(args.image)  # refused before the model is loaded
     size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
     pipe = load_pipeline(args.model, args, **({"memory": args.memory, **size} if args.memory else {}))
     mine = range(len(prompts))

@@ -23,7 +23,7 @@ from ..models.pass_info import PassInfo
 from ..serialization import align_float_tensors
 from .chunk_loop import ChunkLoop
 from .decoding import Decoder, check_decoder
-from .inputs import StreamInputs, check_tensors
+from .inputs import StreamInputs
 from .quantizable import QuantizableMixin
 from .stream import Stream
 from .stream_run import run_stream
@@ -189,7 +189,6 @@ class ARVDMixin(QuantizableMixin, ABC):
             )
         storage = check_storage(kv_cache or self.kv_cache)
         prompt_embeds = load_prompt_embeds(prompt_embeds)
-        check_tensors(latents=latents, renoise_latents=renoise_latents, initial_latents=initial_latents)
         make_decoder = self._decoder_maker(decoder)
         inputs = self.check_stream_inputs(
             prompt=prompt,

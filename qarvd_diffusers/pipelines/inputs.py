@@ -56,7 +56,13 @@ class StreamInputs:
             raise ValueError(f"renoise_latents has noise for {count} chunks, num_chunks is {self.num_chunks}")
         batch, channels, height, width = self.shape
         for chunk, _, frames in self.fields.chunks(self.num_chunks, self.context_frames):
-            got = tuple(self.renoise_latents[chunk].shape)
+            noise = self.renoise_latents[chunk]
+            if not isinstance(noise, torch.Tensor):
+                raise ValueError(
+                    f"renoise_latents of chunk {chunk} is a {type(noise).__name__}, expected a torch.Tensor, such as "
+                    "torch.from_numpy(...)"
+                )
+            got = tuple(noise.shape)
             steps = self.fields.num_renoises(chunk)
             fits = len(got) == 6 and got[0] >= steps and got[3] >= frames
             if not fits or (*got[1:3], *got[4:]) != self.shape:
@@ -126,20 +132,6 @@ class StreamInputs:
         shape = (batch, channels, frames, height, width)
         # Drawn in float32: a seed then means the same noise in every compute dtype.
         return randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32).to(dtype)
-
-
-def check_tensors(**given: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
-    """Raise ValueError if an argument, called by its name, is given and is no float tensor; `renoise_latents` may be several."""
-    for name, value in given.items():
-        several = name == "renoise_latents" and isinstance(value, list | tuple)
-        for tensor in value if several else [value]:
-            if tensor is None:
-                continue
-            if not isinstance(tensor, torch.Tensor):
-                remedy = ": pass torch.from_numpy of it" if type(tensor).__name__ == "ndarray" else ""
-                raise ValueError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor{remedy}")
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float one")
 
 
 def resolve_num_chunks(
