@@ -187,6 +187,7 @@ def test_a_clip_in_any_form():
         ({"image": 3}, "a frame of the start is a int"),
         ({"image": PIL.Image.new("F", (48, 32))}, "mode F"),
         ({"image": PIL.Image.new("I", (48, 32), 70000)}, "mode I has values from 70000"),
+        ({"image": PIL.Image.fromarray(grey().astype(np.int32))}, "mode I has values from 0 to 255, expected 16 bits"),
         ({"image": "https://example.com/x.png"}, "diffusers.utils.load_image"),
         ({"video": "clip.mp4"}, r"video is a path \(clip.mp4\): read it with diffusers.utils.load_video"),
         ({"video": RGB}, r"video has shape \(32, 48, 3\), expected \[F, H, W, 3\]"),
@@ -204,6 +205,9 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
     (tmp_path / "x.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"x\.png: is no picture"):
         start(tmp_path / "x.png")
+    PIL.Image.new("F", (48, 32), 0.5).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match="mode F"):
+        start(tmp_path / "x.tiff")
     with pytest.raises(FileNotFoundError, match=r"nosuch\.png"):
         start(str(tmp_path / "nosuch.png"))
 
