@@ -58,11 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..calibration.processes import Processes
-    from ..pipelines.video_start import read_picture
 
     _check(args)
-    if args.image:
-        read_picture(args.image)  # refused before the model is loaded
     prompts = read_prompts(args.prompts) or (args.prompt,)
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     if processes.count == 1 and args.context_parallel:
@@ -73,6 +70,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError(
             f"{processes.count} processes for one video: start one, give several --prompts, or --context-parallel"
         )
+    if args.image:
+        from ..pipelines.video_start import read_picture
+
+        read_picture(args.image)  # refused before the model is loaded
     size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
     pipe = load_pipeline(args.model, args, **({"memory": args.memory, **size} if args.memory else {}))
     mine = range(len(prompts))

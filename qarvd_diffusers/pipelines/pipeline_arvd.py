@@ -350,7 +350,9 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         size = [scale * pixels for pixels in self._latent_size(height, width, None)]
         pixels = start_pixels(image, video, self.video_processor, tuple(size))
         if len(pixels) not in (1, batch):
-            raise ValueError(f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample")
+            raise ValueError(
+                f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample; a clip is video="
+            )
         pixels = fit_length(pixels, self.causal_fields, self.vae_scale_factor_temporal)
         self.align_modules()
         return self.encode_frames(pixels).expand(batch, -1, -1, -1, -1)
