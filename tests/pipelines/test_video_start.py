@@ -225,5 +225,5 @@ def test_a_picture_for_every_sample(tiny_pipeline):
 
 @pytest.mark.parametrize("noise", [np.zeros((1, 3, 1, 4, 3, 4, 6)), [np.zeros((3, 1, 4, 3, 4, 6))]])
 def test_noise_that_is_no_tensor_is_refused_by_name(tiny_pipeline, noise):
-    with pytest.raises(ValueError, match=r"renoise_latents of chunk 0 is a ndarray, expected a torch\.Tensor"):
+    with pytest.raises(ValueError, match=r"renoise_latents is a ndarray, expected a torch\.Tensor"):
         tiny_pipeline.stream(PROMPT, num_chunks=1, renoise_latents=noise)
