@@ -10,8 +10,9 @@ const FIXED_SEEDS = ["QARVDQuantize", "QARVDCalibrationPrompts"];
 // Widget types of our own: the name of a type that Nodes 2.0 knows, such as "text", would show its own input instead.
 const PLAYER_TYPE = "qarvd_player";
 const TEXT_TYPE = "qarvd_text";
-const PLAYER_HEIGHT = 260;
-const BAR_HEIGHT = 40;
+const PLAYER_HEIGHT = 240;
+const BAR_HEIGHT = 32;
+const MARGINS = 20; // that the canvas leaves above and below
 
 const players = new WeakMap(); // node -> Player; nodes are built anew whenever their tab is opened
 const runs = new Map(); // graph and node -> the latest run, whichever tab is open
@@ -174,7 +175,7 @@ class Player {
     this.stage.style.display = shown ? "" : "none";
     [this.pauseButton, this.saveButton, this.screenButton].forEach((control) => (control.hidden = !shown));
     this.height = shown ? PLAYER_HEIGHT : BAR_HEIGHT;
-    this.root.style.minHeight = `${this.height - 20}px`; // without the margins that the canvas leaves
+    this.root.style.minHeight = `${this.height}px`;
     this.root.style.maxHeight = shown ? "" : this.root.style.minHeight;
   }
 
@@ -256,7 +257,7 @@ function playerOf(node) {
     const widget = node.addDOMWidget("qarvd_video", PLAYER_TYPE, player.root, {
       serialize: false,
       hideOnZoom: false,
-      getMinHeight: () => player.height,
+      getMinHeight: () => player.height + MARGINS,
     });
     widget.serialize = false;
     const preview = node.widgets.find((w) => w.name === "preview");
@@ -283,7 +284,7 @@ function showText(node) {
   box.className = "qarvd-text";
   box.style.cssText =
     "margin:0;padding:6px;width:100%;height:100%;min-height:60px;box-sizing:border-box;overflow:auto;background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px;user-select:text";
-  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, { serialize: false, hideOnZoom: false, getMinHeight: () => 80 }).serialize =
+  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, { serialize: false, hideOnZoom: false, getMinHeight: () => 60 + MARGINS }).serialize =
     false;
   node.qarvdText = (output) => {
     if (output?.text) box.textContent = [].concat(output.text).join("\n");

@@ -235,7 +235,7 @@ def check_controls(page, folder: Path) -> None:
     download.value.save_as(path)
     assert path.suffix == ".mp4" and len(read_video(path)) == 81
     page.locator(".qarvd-fullscreen").click()
-    page.wait_for_function("document.fullscreenElement?.className === 'qarvd-player'", timeout=5000)
+    page.wait_for_function("document.fullscreenElement?.classList.contains('qarvd-player')", timeout=5000)
     page.evaluate("document.exitFullscreen()")
     assert page.locator(".qarvd-finish").is_hidden()
     check_preview_off(page)
@@ -377,10 +377,11 @@ def test_nodes_that_report_in_words_show_them(server, page, nodes, vue):
 def search(page, text: str) -> list[str]:
     """What the search box lists; it stays open."""
     page.keyboard.press("Escape")
+    page.wait_for_timeout(500)
     page.mouse.dblclick(300, 780)
-    page.wait_for_timeout(700)
+    page.wait_for_selector("[role=option]")
     page.keyboard.type(text)
-    page.wait_for_timeout(1000)
+    page.wait_for_timeout(1500)
     return page.evaluate("[...document.querySelectorAll('[role=option]')].map(e => e.innerText.split('\\n')[0])")
 
 
@@ -399,11 +400,11 @@ def test_a_quantize_node_from_the_menu_calibrates_once(server, page):
     """Nothing changes its seed between runs; a saved workflow's own choice is kept."""
     open_example(server, page, "stream", vue=True)
     page.evaluate(f"{APP}.graph.clear()")
-    for name in ("Q-ARVD Calibration Prompts", "Q-ARVD Quantize"):
+    for name, x in (("Q-ARVD Calibration Prompts", 700), ("Q-ARVD Quantize", 1200)):
         search(page, name)
         page.keyboard.press("Enter")
         page.wait_for_timeout(500)
-        page.mouse.click(300, 780)  # puts the node down
+        page.mouse.click(x, 300)  # puts the node down
         page.wait_for_timeout(500)
     page.evaluate(
         f"model => {{ const g = {APP}.graph, add = type => {{ const n = LiteGraph.createNode(type); g.add(n); return n; }};"
