@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.30.0", "Comfy.Workflow.Persist": False}
-WAIT = 40_000  # ms; longer than anything takes
+WAIT = 120_000  # ms; longer than anything takes
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 APP = "window.comfyAPI.app.app"
 STREAM = f"{APP}.graph.nodes.find(n => n.type === 'QARVDStreamGenerate')"
