@@ -54,7 +54,7 @@ def attention_truth(arguments: list) -> Tensor:
     for sequence in range(query.shape[0]):
         for head in range(query.shape[2]):
             q, k, v = (x[sequence, :, head] for x in (query, key[:, :length], value[:, :length]))
-            q_scale, k_scale, v_scale = (scale[head].double() for scale in scales)
+            q_scale, k_scale, v_scale = (scale.expand(len(query), -1)[sequence, head].double() for scale in scales)
             scores = torch.cat([tensor_core_scores(rows, k) for rows in q.split(_ROWS)])
             scores *= q_scale * k_scale * math.log2(math.e) / math.sqrt(q.shape[1])
             weights = _four_digits(torch.exp2(scores - scores.amax(1, keepdim=True).ceil()))

@@ -30,6 +30,24 @@ def with_tokens_innermost(cache):
     return cache.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+def per_sample(arguments, *positions):
+    """The arguments with scales `[B, H]`, another one for every sample, in place of the `[H]` at `positions`."""
+    factors = torch.linspace(0.5, 2, arguments[0].shape[0])[:, None]
+    return [x * factors.to(x.device) if i in positions and x is not None else x for i, x in enumerate(arguments)]
+
+
+def alone(arguments, sample):
+    """The arguments of one sample of a batch, tensors per sample cut to it."""
+    batch = arguments[0].shape[0]
+    cut = [x[sample : sample + 1] if isinstance(x, torch.Tensor) and x.ndim > 2 else x for x in arguments]
+    return [x[sample] if isinstance(x, torch.Tensor) and x.shape == (batch, H) else x for x in cut]
+
+
+def over_channels(scale):
+    """Scales `[H]` or `[B, H]` as float64 beside `[B, T, H, D]`."""
+    return scale.double()[..., None, :, None]
+
+
 def append_truth(arguments):
     """float64 q, k, v `[B, T, H, D]` through complex numbers."""
     qkv, q_weight, k_weight, eps, cos, sin, key_cache = arguments[:7]
@@ -48,9 +66,9 @@ def assert_stored(stored, exact, scale):
     if scale is None:
         torch.testing.assert_close(stored.double(), exact, rtol=8e-3, atol=1e-6)
     elif stored.dtype == torch.int8:
-        assert float((stored.double() - (exact / scale.double()[:, None]).clamp(-127, 127)).abs().max()) < 0.501
+        assert float((stored.double() - (exact / over_channels(scale)).clamp(-127, 127)).abs().max()) < 0.501
     else:
-        want = (exact / scale.double()[:, None]).clamp(-448, 448)
+        want = (exact / over_channels(scale)).clamp(-448, 448)
         torch.testing.assert_close(stored.double(), want, rtol=1 / 15, atol=2e-3)
 
 
@@ -107,7 +125,7 @@ def attention_truth(arguments):
     query, key, value, key_scale, value_scale, length = arguments
     step = query.float().abs().amax(-1, keepdim=True) / 127
     codes = (query.float() / step.where(step > 0, 1)).round().double()
-    key, value = (x.double() * scale.double()[:, None] for x, scale in ((key, key_scale), (value, value_scale)))
+    key, value = (x.double() * over_channels(scale) for x, scale in ((key, key_scale), (value, value_scale)))
     query, key, value = (t.transpose(1, 2) for t in (codes * step.double(), key[:, :length], value[:, :length]))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
@@ -141,9 +159,7 @@ def fp8_arguments(length=S, batch=B, tokens=T, heads=H, head_dim=D, room=S, mean
 def fp8_truth(arguments):
     """Attention on what the codes stand for, float64."""
     *tensors, length = arguments
-    query, key, value = (
-        x.double() * scale.double()[:, None] for x, scale in zip(tensors[:3], tensors[3:], strict=True)
-    )
+    query, key, value = (x.double() * over_channels(scale) for x, scale in zip(tensors[:3], tensors[3:], strict=True))
     query, key, value = (t.transpose(1, 2) for t in (query, key[:, :length], value[:, :length]))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
@@ -158,6 +174,29 @@ def test_attention_fp8(length):
     assert torch.equal(ops.attention_fp8(*arguments), got)
     arguments[2] = with_tokens_innermost(arguments[2])
     torch.testing.assert_close(ops.attention_fp8(*arguments), got, rtol=8e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", (torch.int8, torch.float8_e4m3fn))
+def test_scales_of_each_sample(dtype):
+    """With scales `[B, H]` a sample is stored and read as if it were alone with its `[H]`."""
+    batch = per_sample(append_arguments(dtype, dtype), 9, 10)
+    parts = [alone([x.clone() if isinstance(x, torch.Tensor) else x for x in batch], b) for b in range(B)]
+    ops.qk_norm_rope_append(*batch)
+    assert_stored(batch[6][:, 4:9], append_truth(batch)[1], batch[9])
+    for sample, part in enumerate(parts):
+        ops.qk_norm_rope_append(*part)
+        for cache in (6, 7):
+            assert torch.equal(batch[cache][sample].float(), part[cache][0].float())
+    int8 = dtype == torch.int8
+    batch = per_sample(attention_arguments(), 3, 4) if int8 else per_sample(fp8_arguments(), 4, 5)
+    op, truth = (ops.attention_int8, attention_truth) if int8 else (ops.attention_fp8, fp8_truth)
+    got = op(*batch)
+    assert error(got, truth(batch)) < 8e-3
+    for sample in range(B):
+        torch.testing.assert_close(got[sample : sample + 1], op(*alone(batch, sample)), rtol=8e-3, atol=2e-3)
+    batch[4] = batch[4][:1, :2]
+    with pytest.raises(ValueError, match=r"_scale is \(1, 2\), expected \(2, 3\)"):
+        op(*batch)
 
 
 def test_no_gpu_wants_tokens_innermost():

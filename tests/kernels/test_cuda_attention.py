@@ -6,7 +6,7 @@ import pytest
 import torch
 from float8_truth import attention_truth, tensor_core_scores
 from kernel_inputs import generator
-from test_cache_attention import error, fp8_truth, with_tokens_innermost
+from test_cache_attention import error, fp8_truth, per_sample, with_tokens_innermost
 
 import qarvd_kernels as ops
 from qarvd_kernels.cuda import attention
@@ -110,6 +110,13 @@ class TestOnGPU:
         assert error(got[:, rows], attention_truth(some)) < BAR
         assert error(got[:, rows], fp8_truth(some)) < 0.03  # what weights of 3 bits cost
         assert torch.equal(attention.attention_fp8(*arguments), got)
+
+    def test_scales_of_each_sample(self):
+        """Also by the implementations that take over where values do not lie with tokens innermost."""
+        arguments = per_sample(cached(3, 193, 777, 5), 4, 5)
+        assert error(attention.attention_fp8(*arguments), attention_truth(arguments)) < BAR
+        arguments[2] = arguments[2].contiguous()
+        assert error(ops.attention_fp8(*arguments), fp8_truth(arguments)) < 0.03
 
     @pytest.mark.parametrize("spread", (0.1, 1.0))
     def test_many_keys_whose_values_have_a_mean(self, spread):

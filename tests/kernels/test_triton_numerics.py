@@ -22,6 +22,7 @@ from test_cache_attention import (
     attention_arguments,
     attention_truth,
     error,
+    per_sample,
     with_tokens_innermost,
 )
 
@@ -165,6 +166,21 @@ def test_attention_int8(tokens, length, head_dim, mean, on_device, triton_module
     arguments = attention_arguments(length, 1, tokens, 2, head_dim, 200, mean, dtype)
     got = on_device(triton_module("attention").attention_int8, arguments)
     assert got.dtype == dtype and error(got, attention_truth(arguments)) < 2e-3
+
+
+@pytest.mark.parametrize("innermost", (False, True))
+def test_scales_of_each_sample(innermost, on_device, triton_module):
+    arguments = per_sample(append_arguments(torch.int8, torch.int8, batch=3), 9, 10)
+    if innermost:
+        arguments[7] = with_tokens_innermost(arguments[7])
+    on_device(triton_module("attention").qk_norm_rope_append, arguments)
+    _, key, value = append_truth(arguments)
+    assert_stored(arguments[6][:, 4:9], key, arguments[9])
+    assert_stored(arguments[7][:, 4:9], value, arguments[10])
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    arguments = per_sample(attention_arguments(70, 3, 33, 2, 64, 80, dtype=dtype), 3, 4)
+    got = on_device(triton_module("attention").attention_int8, arguments)
+    assert error(got, attention_truth(arguments)) < 2e-3
 
 
 @pytest.mark.gpu

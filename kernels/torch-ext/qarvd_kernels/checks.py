@@ -175,7 +175,7 @@ def dual_scale_gemm(
 
 
 def cache(name: str, value: Tensor, scale: Tensor | None, shape: tuple[int, int, int]) -> None:
-    """One side of a K/V cache `[B, S, H, D]`: 8-bit with a scale per head, or plain without."""
+    """One side of a K/V cache `[B, S, H, D]`: 8-bit with a scale per head, or per sample and head; or plain without."""
     batch, heads, head_dim = shape
     require(
         value.ndim == 4 and (value.shape[0], *value.shape[2:]) == shape,
@@ -197,4 +197,9 @@ def cache(name: str, value: Tensor, scale: Tensor | None, shape: tuple[int, int,
         f"{'a tensor' if quantized else 'None'} for a {value.dtype} cache",
     )
     if scale is not None:
-        tensor(f"{name}_scale", scale, (heads,), torch.float32)
+        tensor(f"{name}_scale", scale, (heads,) if scale.ndim == 1 else (batch, heads), torch.float32)
+
+
+def per_sample(scale: Tensor | None, batch: int) -> Tensor | None:
+    """Scales `[H]` or `[B, H]` of a cache as kernels read them: contiguous, one row of heads per sample."""
+    return None if scale is None else scale.expand(batch, -1).contiguous()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import per_sample
 from ..dispatch import takes_strides
 from .build import library, message, refusal
 from .device import device_refusal
@@ -57,6 +58,7 @@ def attention_fp8(
     """bfloat16 `[B, T, H, D]`."""
     query = query.contiguous()
     (batch, tokens, heads, head_dim), device = query.shape, query.get_device()
+    key_scale, value_scale = per_sample(key_scale, batch), per_sample(value_scale, batch)
     out = torch.empty_like(query, dtype=torch.bfloat16)
     function, workspace_bytes = _function(device)
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=query.device)

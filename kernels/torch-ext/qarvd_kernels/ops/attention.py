@@ -42,8 +42,8 @@ def qk_norm_rope_append(
             holds `clamp(round(k / key_scale), -127, 127)`, float8_e4m3fn holds `k / key_scale`, clamped to its range.
         value_cache: `[B, S, H, D]` likewise; may have another dtype, and tokens innermost (see `tokens_innermost`).
         query_scale: float32 `[H]`: return q quantized like the keys; or None.
-        key_scale: float32 `[H]` for an 8-bit `key_cache`, else None.
-        value_scale: float32 `[H]` for an 8-bit `value_cache`, else None.
+        key_scale: float32 `[H]`, or `[B, H]` (one per sample), for an 8-bit `key_cache`, else None.
+        value_scale: float32 `[H]` or `[B, H]` for an 8-bit `value_cache`, else None.
         start: first cache token that is written.
 
     Returns:
@@ -82,15 +82,15 @@ def attention_int8(
     """Softmax attention over an int8 cache, without a mask; the product of queries and keys runs on integers.
 
     Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127), as in SageAttention (Zhang
-    et al. 2024, arXiv 2410.02367); keys and values have one calibrated scale per head. The weights are not quantized:
+    et al. 2024, arXiv 2410.02367); keys and values have one scale per head, or per sample and head. The weights are not quantized:
     kernels multiply them in float16, which holds int8 values exactly.
 
     Args:
         query: bfloat16 or float16 `[B, T, H, D]`.
         key: int8 `[B, S, H, D]`.
         value: int8 `[B, S, H, D]`.
-        key_scale: float32 `[H]`.
-        value_scale: float32 `[H]`.
+        key_scale: float32 `[H]`, or `[B, H]` (one per sample).
+        value_scale: float32 `[H]` or `[B, H]`.
         length: the first `length` tokens of key and value are visible, 1 to S.
 
     Returns:
@@ -133,8 +133,8 @@ def attention_fp8(
         key: float8_e4m3fn `[B, S, H, D]`.
         value: float8_e4m3fn `[B, S, H, D]`; see `tokens_innermost` for how it should lie.
         query_scale: float32 `[H]`.
-        key_scale: float32 `[H]`.
-        value_scale: float32 `[H]`.
+        key_scale: float32 `[H]`, or `[B, H]` (one per sample).
+        value_scale: float32 `[H]` or `[B, H]`.
         length: the first `length` tokens of key and value are visible, 1 to S.
 
     Returns:

@@ -24,11 +24,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
+def per_channel(scale: Tensor) -> Tensor:
+    """Scales `[H]` or `[B, H]`, shaped to broadcast over `[B, T, H, D]`."""
+    return scale[..., None, :, None]
+
+
 def to_cache(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """float32 `[B, T, H, D]` in the number format of a cache with one scale per head."""
+    """float32 `[B, T, H, D]` in the number format of a cache with scales `[H]` or `[B, H]`."""
     if scale is None:
         return x.to(dtype)
-    x = x / scale[:, None]
+    x = x / per_channel(scale)
     if dtype == torch.int8:
         return x.round().clamp(-QUERY_LEVELS, QUERY_LEVELS).to(dtype)
     return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(dtype)
@@ -63,14 +68,14 @@ def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
     """`[B, T, H, D]`: softmax attention of int8 queries (one scale per row) on int8 keys; float32 from the scores on."""
-    value = value[:, :length].to(torch.float32) * value_scale[:, None]
+    value = value[:, :length].to(torch.float32) * per_channel(value_scale)
     rows = query.to(torch.float32)
     scale = rows.abs().amax(-1, keepdim=True) / QUERY_LEVELS
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     codes = (rows / scale).round().clamp(-QUERY_LEVELS, QUERY_LEVELS)
     # Sums of at most head_dim * 127 * 127 are exact in float32, so the product needs no integer type here.
     scores = torch.einsum("bthd,bshd->bhts", codes, key[:, :length].to(torch.float32))
-    scores = scores * (scale.movedim(1, 2) * (key_scale * query.shape[3] ** -0.5)[:, None, None])
+    scores = scores * (scale.movedim(1, 2) * (key_scale * query.shape[3] ** -0.5)[..., None, None])
     out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), value)
     return out.to(query.dtype).contiguous()
 
@@ -86,4 +91,4 @@ def attention_fp8(
 ) -> Tensor:
     """bfloat16 `[B, T, H, D]`: attention of 16 bits on what the codes stand for."""
     pairs = ((query, query_scale), (key[:, :length], key_scale), (value[:, :length], value_scale))
-    return attention(*((x.float() * scale[:, None]).to(torch.bfloat16) for x, scale in pairs)).contiguous()
+    return attention(*((x.float() * per_channel(scale)).to(torch.bfloat16) for x, scale in pairs)).contiguous()

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import per_sample
 from ..dispatch import takes_strides
 from .configs import attention_config
 from .launch import Launcher, device_refusal, empty_refusal, round_to_int
@@ -127,7 +128,7 @@ def qk_norm_rope_append_kernel(
     value = tl.load(qkv + row * (3 * WIDTH) + part * WIDTH + channel, mask=mask, other=0.0).to(tl.float32)
     if part == 2:
         if value_scale is not None:
-            value *= _inverse(value_scale, head, HEADS)
+            value *= _inverse(value_scale + batch * HEADS, head, HEADS)
         _store(value_cache + (batch * room_value + start + token) * WIDTH, value, channel, mask)
     else:
         # Loads come before the reduction of the norm, whose barrier they could not pass later.
@@ -144,7 +145,7 @@ def qk_norm_rope_append_kernel(
         else:
             weight = tl.load(k_weight + channel, mask=mask, other=0.0)
             if key_scale is not None:
-                inverse = _inverse(key_scale, head, HEADS)
+                inverse = _inverse(key_scale + batch * HEADS, head, HEADS)
             value = _norm_rotate(value, weight, c, s, eps, HEADS, DIM, ROOM)
             if key_scale is not None:
                 value *= inverse
@@ -173,7 +174,7 @@ def append_values_kernel(
     row = (batch * tokens + token) * (3 * WIDTH) + 2 * WIDTH + head * DIM
     value = tl.load(qkv + row[:, None] + channel[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
     if value_scale is not None:
-        value *= 1.0 / tl.load(value_scale + head)
+        value *= 1.0 / tl.load(value_scale + batch * HEADS + head)
     at = ((batch * HEADS + head) * DIM + channel)[:, None] * room + start + token[None, :]
     tl.store(value_cache + at, _coded(tl.trans(value), value_cache.dtype.element_ty), mask=mask[None, :])
 
@@ -250,7 +251,7 @@ def attention_int8_kernel(
     scale = tl.max(tl.abs(q), axis=1) / 127.0
     scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
     codes = round_to_int(q / scale[:, None]).to(tl.int8)
-    factor = scale * (tl.load(key_scale + head) * score_scale)
+    factor = scale * (tl.load(key_scale + batch * HEADS + head) * score_scale)
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -265,7 +266,7 @@ def attention_int8_kernel(
         peak, total, out = _attend(
             codes, factor, keys, values, length, whole, length, peak, total, out, STRIDE, DIM, ROWS, KEYS, True
         )
-    out *= tl.load(value_scale + head) / total[:, None]
+    out *= tl.load(value_scale + batch * HEADS + head) / total[:, None]
     tl.store(result + at, out.to(result.dtype.element_ty), mask=row[:, None] < tokens)
 
 
@@ -296,6 +297,7 @@ def qk_norm_rope_append(
     dtype = qkv.dtype if query_scale is None else key_cache.dtype
     query = torch.empty((batch, tokens, heads, head_dim), dtype=dtype, device=qkv.device)
     room = _room(heads)
+    key_scale, value_scale = (per_sample(scale, batch) for scale in (key_scale, value_scale))
     scales = (query_scale, key_scale, value_scale)
     _append(
         (batch * tokens, 3 if in_one else 2, 1),
@@ -323,6 +325,7 @@ def attention_int8(
     """`[B, T, H, D]`; values are widened to float16, which holds each of them exactly."""
     result = torch.empty_like(query)
     batch, tokens, heads, head_dim = query.shape
+    key_scale, value_scale = per_sample(key_scale, batch), per_sample(value_scale, batch)
     rows, keys, warps, stages = attention_config(query.get_device(), head_dim)
     score_scale = head_dim**-0.5 * 1.4426950408889634  # softmax in base 2
     _attention(

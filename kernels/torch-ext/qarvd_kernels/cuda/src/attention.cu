@@ -75,8 +75,8 @@ extern "C" long long qarvd_attention_fp8_workspace(int multiprocessors) {
 }
 
 // Returns 0 or a CUDA error. Device pointers: query e4m3 [batch, queries, heads, 128], key e4m3 [batch, room, heads,
-// 128], value e4m3 [batch, heads, 128, room], scales float32 [heads], out bfloat16 [batch, queries, heads, 128]. The
-// first `keys` tokens are seen. `room` is a multiple of 16.
+// 128], value e4m3 [batch, heads, 128, room], query_scale float32 [heads], key_scale and value_scale float32
+// [batch, heads], out bfloat16 [batch, queries, heads, 128]. The first `keys` tokens are seen. `room` is a multiple of 16.
 extern "C" int qarvd_attention_fp8(const void* query, const void* key, const void* value, int batch, int queries,
                                    int keys, int room, int heads, const float* query_scale, const float* key_scale,
                                    const float* value_scale, float softmax_scale, void* out, void* workspace,

@@ -48,7 +48,7 @@ struct AttentionParameters {
     int row_tiles, key_tiles;                            // of one sequence
     int whole_waves, split_tiles;                        // tiles of queries: waves of one per block; what is left
     int key_groups_of_batch;                             // groups of 16 key rows between sequences
-    const float *query_scale, *key_scale, *value_scale;  // [heads]
+    const float *query_scale, *key_scale, *value_scale;  // [heads], [batch][heads], [batch][heads]
     float softmax_scale;                                 // log2(e) / sqrt(D)
     __nv_bfloat16* out;                                  // [batch, queries, heads, D]
     float* pieces;                                       // [blocks][2][consumers][piece_floats]
@@ -250,8 +250,9 @@ class AttentionConsumer {
         barrier_wait(shared.query_full(), query.phase);
         Segment segment = Segment::read(shared.segment(query.phase));
         if (segment.tile < 0) return false;
-        const int head = QueryTile(p, segment.tile).head;
-        scale = __ldg(p.query_scale + head) * __ldg(p.key_scale + head) * p.softmax_scale;
+        const QueryTile tile(p, segment.tile);
+        scale = __ldg(p.query_scale + tile.head) * __ldg(p.key_scale + tile.sequence * p.heads + tile.head) *
+                p.softmax_scale;
         load_queries();
         const int valid = p.keys - (segment.last - 1) * key_tile;
         {
@@ -511,7 +512,7 @@ class AttentionConsumer {
     // Thread `lane` holds channels 8 (lane % 4) to + 7 of every 32, of two rows.
     __device__ __forceinline__ void store(int index) const {
         const QueryTile tile(p, index);
-        const float value_scale = __ldg(p.value_scale + tile.head);
+        const float value_scale = __ldg(p.value_scale + tile.sequence * p.heads + tile.head);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = tile.row + consumer * 64 + warp * 16 + half * 8 + lane / 4;
