@@ -8,7 +8,7 @@ import torch
 
 import qarvd_kernels as ops
 from qarvd_kernels import dispatch
-from qarvd_kernels.operator import OPERATORS
+from qarvd_kernels.declare import OPERATORS
 
 
 def test_report_names_every_operator_and_every_other_implementation():

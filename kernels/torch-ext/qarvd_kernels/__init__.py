@@ -12,7 +12,7 @@ import torch
 
 from . import dispatch
 from .attention_backends import attention, tokens_innermost
-from .operator import OPERATORS as _OPERATORS
+from .declare import OPERATORS as _OPERATORS
 from .ops.attention import attention_fp8, attention_int8, qk_norm_rope_append
 from .ops.channel_norm import add_bias, rms_norm_silu
 from .ops.gemm import dual_scale_gemm, dual_scale_gemm_gelu, dual_scale_gemm_residual, expand_int4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,58 +42,24 @@ def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | 
     return reason or refusal()
 
 
-def dual_scale_gemm(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def dual_scale_gemm(*arguments: Any) -> Tensor:
     """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=out_dtype, device=a.device)
-    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out)
+    *product, out_dtype = arguments
+    return _launch(product, out_dtype)
 
 
-def dual_scale_gemm_gelu(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_outliers: int,
-) -> Tensor:
+def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
     """int8 `[M, N]`, GELU and static quantization of the product."""
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=torch.int8, device=a.device)
-    quantizer = (out_scale.data_ptr(), out_zero_point.data_ptr(), out_outliers)
-    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out, quantizer=quantizer)
+    *product, out_scale, out_zero_point, out_outliers = arguments
+    return _launch(product, torch.int8, quantizer=(out_scale.data_ptr(), out_zero_point.data_ptr(), out_outliers))
 
 
-def dual_scale_gemm_residual(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
+def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
     """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+    *product, residual, gate = arguments
     residual = _aligned(residual.contiguous())
-    out = torch.empty_like(residual)
-    sums = (residual.data_ptr(), _pointer(gate), a.shape[0] // gate.shape[0] if gate is not None else 1)
-    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out, sums=sums)
+    sums = (residual.data_ptr(), _pointer(gate), residual.shape[0] // gate.shape[0] if gate is not None else 1)
+    return _launch(product, residual.dtype, sums=sums)
 
 
 def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:
@@ -113,16 +79,15 @@ def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: 
 
 
 def _launch(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    columns: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    out: Tensor,
+    product: Sequence[Any],
+    dtype: torch.dtype,
     quantizer: tuple[int | None, int | None, int] = (None, None, 0),
     sums: tuple[int | None, int | None, int] = (None, None, 1),
 ) -> Tensor:
-    ratio, scale, bias, row_sums, row_sum_scale = columns
-    m, n, k, device = *out.shape, a.shape[1], a.get_device()
+    """Compute a product (the fields of `Product`) in `dtype`; `quantizer` and `sums` as in src/gemm.cu."""
+    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
+    (m, k), n, device = a.shape, weight.shape[0], a.get_device()
+    out = torch.empty((m, n), dtype=dtype, device=a.device)
     if a.stride(1) != 1 or a.stride(0) % _ALIGNMENT or a.data_ptr() % _ALIGNMENT:
         a = a.clone(memory_format=torch.contiguous_format)
     code = _functions()[0](

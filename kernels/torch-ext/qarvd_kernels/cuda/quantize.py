@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from .rows import launch, refuses  # noqa: F401  (`refuses` is looked up here)
+from .rows import NO_NORM, launch, refuses  # noqa: F401  (`refuses` is looked up here)
 
 
-def quantize_static(
-    x: Tensor, channel_order: Tensor, num_outliers: int, input_scale: Tensor, input_zero_point: Tensor
-) -> Tensor:
+def quantize_static(x: Tensor, *quantizer: Any) -> Tensor:
     """16-bit `[..., K]` -> int8 `[..., K]`, permuted."""
-    quantizer = (channel_order, num_outliers, input_scale, input_zero_point)
-    return launch(x, None, None, (None, None, None, None), None, quantizer)[1]
+    return launch(x, None, None, *NO_NORM, *quantizer)[1]

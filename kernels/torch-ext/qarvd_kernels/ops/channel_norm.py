@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..operator import operator
+from ..declare import operator
 
 
-@operator("Tensor x, Tensor? bias, Tensor weight, Tensor? past, SymInt lead", "Tensor")
+@operator()
 def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor | None, lead: int) -> Tensor:
     """RMS norm over C of `x + bias` in float32, times `weight`, then SiLU; in front of it, frames that are there already.
 
@@ -40,7 +40,7 @@ def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor |
     return torch.empty((x.shape[0], lead + x.shape[1], *x.shape[2:]), dtype=x.dtype, device=x.device)
 
 
-@operator("Tensor(a!) total, Tensor x, Tensor bias", "()")
+@operator(mutates=["total"])
 def add_bias(total: Tensor, x: Tensor, bias: Tensor) -> None:
     """`total += x + bias`, added in float32: a residual sum in place.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,21 +41,10 @@ def to_cache(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(dtype)
 
 
-def qk_norm_rope_append(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_scale: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    start: int,
-) -> Tensor:
+def qk_norm_rope_append(qkv: Tensor, *arguments: Any) -> Tensor:
     """q `[B, T, H, D]`, normed and rotated; k likewise and v are written into the caches."""
+    q_weight, k_weight, eps, cos, sin, key_cache, value_cache, query_scale, *scales, start = arguments
+    key_scale, value_scale = scales
     heads = (-1, key_cache.shape[3])
     query, key, value = qkv.chunk(3, dim=-1)
     query = rotate(rms_norm(query, q_weight, eps).unflatten(-1, heads), cos, sin)

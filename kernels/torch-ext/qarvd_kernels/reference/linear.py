@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -81,41 +83,20 @@ def _finish(total: Tensor, a: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
     return total.to(out_dtype).reshape(*a.shape[:-1], total.shape[1])
 
 
-def dual_scale_linear_static(
-    a: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    num_outliers: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def dual_scale_linear_static(a: Tensor, *arguments: Any) -> Tensor:
     """int8 `[..., K]` of `quantize_static` times the packed weight, plus bias -> `[..., N]` in `out_dtype`."""
-    operand, remainder = integer_weight(weight_packed, weight_zero_point, bits, num_outliers)
+    packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, bits, outliers, out_dtype = arguments
+    weight = (*integer_weight(packed, weight_zero_point, bits, outliers), weight_scale)
     rows = a.reshape(-1, a.shape[-1])
-    zero_point = input_zero_point - CODE_OFFSET
-    total = _dual_scale_linear(rows, zero_point, input_scale[None], (operand, remainder, weight_scale), num_outliers)
+    total = _dual_scale_linear(rows, input_zero_point - CODE_OFFSET, input_scale[None], weight, outliers)
     return _finish(total, a, bias, out_dtype)
 
 
-def dual_scale_linear_dynamic(
-    a: Tensor,
-    a_scale: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    num_outliers: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def dual_scale_linear_dynamic(a: Tensor, a_scale: Tensor, *arguments: Any) -> Tensor:
     """int8 `[..., K]` and scale `[..., 2]` of `quantize_dynamic` times the packed weight -> `[..., N]` in `out_dtype`."""
-    operand, remainder = integer_weight(weight_packed, weight_zero_point, bits, num_outliers)
-    rows, scale = a.reshape(-1, a.shape[-1]), a_scale.reshape(-1, 2)
-    total = _dual_scale_linear(rows, None, scale, (operand, remainder, weight_scale), num_outliers)
+    packed, weight_scale, weight_zero_point, bias, bits, outliers, out_dtype = arguments
+    weight = (*integer_weight(packed, weight_zero_point, bits, outliers), weight_scale)
+    total = _dual_scale_linear(a.reshape(-1, a.shape[-1]), None, a_scale.reshape(-1, 2), weight, outliers)
     return _finish(total, a, bias, out_dtype)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.arguments import Norm
 from .quantize import quantize_static
 
 
@@ -20,43 +23,24 @@ def _sum(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return x.to(torch.float32) + (y if gate is None else expand_groups(gate, x.shape[0]) * y)
 
 
-def norm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    channel_order: Tensor,
-    num_outliers: int,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> Tensor:
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    """float32 `[M, C]`: LayerNorm and modulation."""
+    normed = F.layer_norm(x.to(torch.float32), x.shape[1:], norm.weight, norm.norm_bias, norm.eps)
+    if norm.scale is not None:
+        normed = normed * (1 + expand_groups(norm.scale, x.shape[0])) + expand_groups(norm.shift, x.shape[0])
+    return normed
+
+
+def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
     """Float `[M, C]` -> int8 `[M, C]`, permuted: LayerNorm, modulation, static quantization."""
-    normed = F.layer_norm(x.to(torch.float32), x.shape[1:], weight, norm_bias, eps)
-    if scale is not None:
-        normed = normed * (1 + expand_groups(scale, x.shape[0])) + expand_groups(shift, x.shape[0])
-    return quantize_static(normed, channel_order, num_outliers, input_scale, input_zero_point)
+    norm, quantizer = arguments[: len(Norm._fields)], arguments[len(Norm._fields) :]
+    return quantize_static(_normed(x, Norm(*norm)), *quantizer)
 
 
-def add_norm_quantize(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    channel_order: Tensor,
-    num_outliers: int,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> tuple[Tensor, Tensor]:
+def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The gated sum in the dtype of x, and int8 `[M, C]` of its norm."""
     total = _sum(x, y, gate)
-    quantizer = (channel_order, num_outliers, input_scale, input_zero_point)
-    return total.to(x.dtype), norm_quantize(total, weight, norm_bias, scale, shift, eps, *quantizer)
+    return total.to(x.dtype), norm_quantize(total, *arguments)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:

@@ -276,32 +276,19 @@ _attention = Launcher(attention_int8_kernel)
 
 
 @takes_strides
-def qk_norm_rope_append(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_scale: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    start: int,
-) -> Tensor:
+def qk_norm_rope_append(qkv: Tensor, *arguments: Any) -> Tensor:
     """q `[B, T, H, D]`, normed and rotated; k likewise and v are written into the caches."""
+    q_weight, k_weight, eps, cos, sin, key_cache, value_cache, query_scale, *scales, start = arguments
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     (batch, tokens), (heads, head_dim) = qkv.shape[:2], key_cache.shape[2:]
     in_one = value_cache.is_contiguous()
     dtype = qkv.dtype if query_scale is None else key_cache.dtype
     query = torch.empty((batch, tokens, heads, head_dim), dtype=dtype, device=qkv.device)
     room = _room(heads)
-    key_scale, value_scale = (per_sample(scale, batch) for scale in (key_scale, value_scale))
-    scales = (query_scale, key_scale, value_scale)
+    key_scale, value_scale = (per_sample(scale, batch) for scale in scales)
     _append(
         (batch * tokens, 3 if in_one else 2, 1),
-        (qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, *scales, query),
+        (qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, query_scale, key_scale, value_scale, query),
         (eps, tokens, key_cache.shape[1], value_cache.shape[1], start),
         (heads, head_dim, room),
         (min(max(room * head_dim // 512, 1), 16), 1),

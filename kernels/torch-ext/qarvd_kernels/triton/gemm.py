@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,10 +149,17 @@ _expand_int4 = Launcher(expand_int4_kernel)
 
 
 def _launch(
-    prepared: tuple, out: Tensor, epilogue: int, residual=None, gate=None, quantizer=(None, None, 0)
+    product: Sequence[Any],
+    dtype: torch.dtype,
+    epilogue: int,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    quantizer: tuple[Tensor | None, Tensor | None, int] = (None, None, 0),
 ) -> Tensor:
-    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = prepared
+    """Compute a product (the fields of `Product`) in `dtype`."""
+    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
     (m, k), n = a.shape, weight.shape[0]
+    out = torch.empty((m, n), dtype=dtype, device=a.device)
     out_scale, out_zero_point, out_outliers = quantizer
     block_m, block_n, block_k, stripe, warps, stages = gemm_config(a.get_device(), m, n, k, epilogue == _RESIDUAL)
     _gemm(
@@ -166,57 +173,22 @@ def _launch(
     return out
 
 
-def dual_scale_gemm(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def dual_scale_gemm(*arguments: Any) -> Tensor:
     """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=out_dtype, device=a.device)
-    return _launch((a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale), out, _PLAIN)
+    *product, out_dtype = arguments
+    return _launch(product, out_dtype, _PLAIN)
 
 
-def dual_scale_gemm_gelu(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_outliers: int,
-) -> Tensor:
+def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
     """int8 `[M, N]`, GELU and static quantization of the product."""
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=torch.int8, device=a.device)
-    prepared = (a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale)
-    return _launch(prepared, out, _GELU, quantizer=(out_scale, out_zero_point, out_outliers))
+    *product, out_scale, out_zero_point, out_outliers = arguments
+    return _launch(product, torch.int8, _GELU, quantizer=(out_scale, out_zero_point, out_outliers))
 
 
-def dual_scale_gemm_residual(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
+def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
     """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
-    out = torch.empty_like(residual)
-    prepared = (a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale)
-    return _launch(prepared, out, _RESIDUAL, residual=residual, gate=gate)
+    *product, residual, gate = arguments
+    return _launch(product, residual.dtype, _RESIDUAL, residual, gate)
 
 
 def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:

@@ -112,8 +112,11 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 8) if block <= 2048 else 4 if block <= 8192 else 16
 
 
-def _launch(x, y, gate, tables, eps, quantizer, total, codes) -> None:
-    channel_order, num_outliers, input_scale, input_zero_point = quantizer
+def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any) -> tuple[Tensor | None, Tensor]:
+    """Return the sum in the dtype of x if there is a y, and int8 codes; arguments: fields of `Norm`, `InputQuantizer`."""
+    *tables, eps, channel_order, num_outliers, input_scale, input_zero_point = arguments
+    total = None if y is None else torch.empty_like(x)
+    codes = torch.empty_like(x, dtype=torch.int8)
     (rows, columns), block = x.shape, _block(x.shape[1])
     _norm_quantize(
         (rows, 1, 1),
@@ -123,47 +126,17 @@ def _launch(x, y, gate, tables, eps, quantizer, total, codes) -> None:
         (_warps(block), 1),
         (x.dtype, None if y is None else y.dtype, gate is None, tables[0] is None, tables[2] is None),
     )
-
-
-def norm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    channel_order: Tensor,
-    num_outliers: int,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> Tensor:
-    """Float `[M, C]` -> int8 `[M, C]`, permuted."""
-    codes = torch.empty_like(x, dtype=torch.int8)
-    quantizer = (channel_order, num_outliers, input_scale, input_zero_point)
-    _launch(x, None, None, (weight, norm_bias, scale, shift), eps, quantizer, None, codes)
-    return codes
-
-
-def add_norm_quantize(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    channel_order: Tensor,
-    num_outliers: int,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gated sum in the dtype of x, and int8 `[M, C]` of its norm."""
-    total = torch.empty_like(x)
-    codes = torch.empty_like(x, dtype=torch.int8)
-    quantizer = (channel_order, num_outliers, input_scale, input_zero_point)
-    _launch(x, y, gate, (weight, norm_bias, scale, shift), eps, quantizer, total, codes)
     return total, codes
+
+
+def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
+    """Float `[M, C]` -> int8 `[M, C]`, permuted."""
+    return _launch(x, None, None, *arguments)[1]
+
+
+def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The gated sum in the dtype of x, and int8 `[M, C]` of its norm."""
+    return _launch(x, y, gate, *arguments)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
