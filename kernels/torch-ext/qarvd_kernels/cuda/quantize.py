@@ -1,4 +1,4 @@
-"""Static quantization with a permutation, on Hopper GPUs; what it computes: `ops.quantize`."""
+"""Run `quantize_static` of `ops.quantize` on Hopper GPUs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .rows import NO_NORM, launch, refuses  # noqa: F401  (`refuses` is looked up here)
+from .rows import NO_NORM, launch, unsupported_reason  # noqa: F401  (`unsupported_reason` is looked up here)
 
 
 def quantize_static(x: Tensor, *quantizer: Any) -> Tensor:
-    """16-bit `[..., K]` -> int8 `[..., K]`, permuted."""
+    """Quantize 16-bit `[..., K]` to int8 `[..., K]`, permuted."""
     return launch(x, None, None, *NO_NORM, *quantizer)[1]

@@ -1,4 +1,4 @@
-"""Launching `src/rows.cu`, which `norm` and `quantize` share: rows of activations to codes in stored order."""
+"""Launch `src/rows.cu`, which `norm` and `quantize` share: rows of activations to int8 codes in stored order."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import torch
 from torch import Tensor
 
 from ..ops.arguments import Norm
-from .build import library, message, refusal
-from .device import device_refusal
+from .build import library, message, unavailable_reason
+from .device import unsupported_device
 
-_CHANNELS = 256  # of a warp; rows are a multiple
-_MOST_CHANNELS = 5120
+_CHANNELS = 256  # per warp; rows have a multiple of it
+_MAX_CHANNELS = 5120
 _ALIGNMENT = 16
 _HALF = {torch.bfloat16: 0, torch.float16: 1}
 _NO_EPS = -1.0  # tells the kernel not to normalize
 NO_NORM = (None,) * len(Norm._fields)
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device)
     if reason is None and arguments is not None:
-        reason = _arguments_refusal(arguments)
-    return reason or refusal()
+        reason = _unsupported_arguments(arguments)
+    return reason or unavailable_reason()
 
 
-def _arguments_refusal(arguments: Mapping[str, Any]) -> str | None:
+def _unsupported_arguments(arguments: Mapping[str, Any]) -> str | None:
     x = arguments["x"]
     if x.numel() == 0:
         return "an empty tensor"
-    if x.shape[-1] % _CHANNELS or x.shape[-1] > _MOST_CHANNELS:
-        return f"rows of {x.shape[-1]} channels, expected a multiple of {_CHANNELS} up to {_MOST_CHANNELS}"
+    if x.shape[-1] % _CHANNELS or x.shape[-1] > _MAX_CHANNELS:
+        return f"rows of {x.shape[-1]} channels, expected a multiple of {_CHANNELS} up to {_MAX_CHANNELS}"
     y = arguments.get("y")
     dtypes = [tensor.dtype for tensor in (x, y) if tensor is not None]
     if dtypes[0] not in _HALF or len(set(dtypes)) > 1:

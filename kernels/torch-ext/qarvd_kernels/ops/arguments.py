@@ -1,4 +1,4 @@
-"""Groups of arguments that several operators share; callers pass their fields one by one, see `declare.operator`."""
+"""Define arguments that several operators share; callers pass the fields one by one, see `declare.operator`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Product(NamedTuple):
         ratio: float32 `[N]`, scale of group 0 over scale of group 1.
         scale: float32 `[N]`.
         bias: float32 `[N]`, with the constant part of all zero-points folded in.
-        row_sums: int32 `[M, 2]` of the operator of that name, or None.
+        row_sums: int32 `[M, 2]`, the result of `row_sums`; or None.
         row_sum_scale: float32 `[2, N]`; given together with `row_sums`.
     """
 
@@ -34,7 +34,7 @@ class Product(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(M, N)`."""
+        """Shape of the result, `(M, N)`."""
         return self.a.shape[0], self.weight.shape[0]
 
 
@@ -109,7 +109,7 @@ class CacheScales(NamedTuple):
     """Scales of 8-bit queries, keys and values.
 
     Attributes:
-        query_scale: float32 `[H]`: return q quantized like the keys; or None.
+        query_scale: float32 `[H]`, to return q quantized like the keys; or None.
         key_scale: float32 `[H]`, or `[B, H]` (one per sample), for an 8-bit `key_cache`, else None.
         value_scale: float32 `[H]` or `[B, H]` for an 8-bit `value_cache`, else None.
     """

@@ -1,4 +1,4 @@
-"""What surrounds attention over a K/V cache: norms, rotation and the cache append; and 8-bit attention itself."""
+"""Attention over a K/V cache: QK norm, RoPE and cache append in one operator; 8-bit attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def qk_norm_rope_append(
     scales: CacheScales,
     start: int,
 ) -> Tensor:
-    """RMSNorm of q and k over all heads, RoPE on interleaved pairs, and k and v written into the cache at `start`.
+    """Apply RMSNorm to q and k (over all heads) and RoPE on interleaved pairs; write k and v into the cache at `start`.
 
     Args:
         qkv: float `[B, T, 3 * H * D]`, a row holding q, k and v.
@@ -68,11 +68,11 @@ def qk_norm_rope_append(
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Softmax attention over an int8 cache, without a mask; the product of queries and keys runs on integers.
+    """Compute softmax attention over an int8 cache, without a mask; queries times keys is an integer product.
 
     Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127), as in SageAttention (Zhang
-    et al. 2024, arXiv 2410.02367); keys and values have one scale per head, or per sample and head. The weights are not quantized:
-    kernels multiply them in float16, which holds int8 values exactly.
+    et al. 2024, arXiv 2410.02367); keys and values have one scale per head, or per sample and head. The softmax weights
+    are not quantized: kernels multiply them in float16, which holds int8 values exactly.
 
     Args:
         query: bfloat16 or float16 `[B, T, H, D]`.
@@ -106,12 +106,14 @@ def attention_int8(
 def attention_fp8(
     query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Softmax attention on float8 queries, keys and values, without a mask; both products run on 8 bits where hardware can.
+    """Compute softmax attention on float8 queries, keys and values, without a mask.
+
+    Both products use 8-bit tensor cores where the device has them.
 
     Args:
         query: float8_e4m3fn `[B, T, H, D]`.
         key: float8_e4m3fn `[B, S, H, D]`.
-        value: float8_e4m3fn `[B, S, H, D]`; see `tokens_innermost` for how it should lie.
+        value: float8_e4m3fn `[B, S, H, D]`; `tokens_innermost` says which memory layout is needed.
         query_scale: float32 `[H]`.
         key_scale: float32 `[H]`, or `[B, H]` (one per sample).
         value_scale: float32 `[H]` or `[B, H]`.

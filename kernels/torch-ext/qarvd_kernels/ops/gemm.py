@@ -1,4 +1,4 @@
-"""The dual-scale integer matrix product on prepared layers (see `prepare`), and the expansion of 4-bit weights for it."""
+"""Multiply int8 activations by dual-scale weights of prepared layers (see `prepare`); expand 4-bit weights for that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .arguments import Product
 
 @operator()
 def dual_scale_gemm(product: Product, out_dtype: torch.dtype) -> Tensor:
-    """`a @ weight.T` with outlier channels first in K: the int32 sum is re-scaled once, where the groups meet.
+    """Compute `a @ weight.T` with outlier channels first in K; the int32 sum is rescaled once, between the groups.
 
         acc = sum_{k < num_outliers} a w                    int32
         acc = rint(float32(acc) * ratio[n])                 int32, ties to even
@@ -38,9 +38,9 @@ def dual_scale_gemm(product: Product, out_dtype: torch.dtype) -> Tensor:
 
 @operator()
 def dual_scale_gemm_gelu(product: Product, out_scale: Tensor, out_zero_point: Tensor, out_outliers: int) -> Tensor:
-    """`dual_scale_gemm`, GELU (tanh form), and the static quantizer of the layer that follows.
+    """Compute `dual_scale_gemm`, then GELU (tanh form) and the static quantizer of the next layer.
 
-    The rows of `weight` (and its scales) stand in the stored channel order of that next layer, so that the result does too.
+    The rows of `weight` (and its scales) are in the stored channel order of that next layer, and so is the result.
 
     Args:
         product: as in `dual_scale_gemm`.
@@ -66,7 +66,7 @@ def dual_scale_gemm_gelu(product: Product, out_scale: Tensor, out_zero_point: Te
 
 @operator()
 def dual_scale_gemm_residual(product: Product, residual: Tensor, gate: Tensor | None) -> Tensor:
-    """`residual + gate[m // (M / G)] * y`, y of `dual_scale_gemm`, computed in float32.
+    """Compute `residual + gate[m // (M / G)] * y` in float32, with y of `dual_scale_gemm`.
 
     Args:
         product: as in `dual_scale_gemm`.
@@ -93,7 +93,7 @@ def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: 
         weight_packed: uint8 `[N, K / 2]`, low nibble first, stored channel order.
         weight_zero_point: int16 `[N, 2]`.
         num_outliers: size of group 0.
-        out: int8 `[N, K]`, overwritten; one scratch serves all layers of a model in turn.
+        out: int8 `[N, K]`, overwritten; all layers of a model can share one buffer in turn.
 
     Raises:
         ValueError: a shape, dtype or count does not fit.

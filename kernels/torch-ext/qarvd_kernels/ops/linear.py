@@ -1,4 +1,4 @@
-"""Linear layers straight from a stored layer: no preparation, exact for every zero-point. The truth of the prepared path."""
+"""Run linear layers on stored tensors without preparation, exact for every zero-point: reference of the prepared path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dual_scale_linear_static(
     num_outliers: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Linear layer on an activation of `quantize_static`: exact int32 sums per group, scaled and added in float32.
+    """Apply a linear layer to an activation of `quantize_static`: exact int32 sums per group, scaled and added in float32.
 
     Args:
         a: int8 `[..., K]`.
@@ -66,7 +66,7 @@ def dual_scale_linear_dynamic(
     num_outliers: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Linear layer on the pair of `quantize_dynamic`; arguments as in `dual_scale_linear_static`.
+    """Apply a linear layer to the results of `quantize_dynamic`; arguments as in `dual_scale_linear_static`.
 
     Raises:
         ValueError: a shape, dtype or count does not fit.
@@ -81,7 +81,7 @@ def dual_scale_linear_dynamic(
 def dequantize_weight(
     weight: StoredWeight, channel_order: Tensor, bits: Constant, num_outliers: int, out_dtype: torch.dtype
 ) -> Tensor:
-    """The float weight `[N, K]` in its original channel order; arguments as in `dual_scale_linear_static`.
+    """Return the float weight `[N, K]` in its original channel order; arguments as in `dual_scale_linear_static`.
 
     Raises:
         ValueError: a shape, dtype or count does not fit.
@@ -95,7 +95,7 @@ def dequantize_weight(
 def weight_only_linear(
     x: Tensor, weight: StoredWeight, channel_order: Tensor, bias: Tensor | None, bits: Constant, num_outliers: int
 ) -> Tensor:
-    """Linear layer on a float activation `[..., K]` (original channel order) with the de-quantized weight.
+    """Apply a linear layer with the de-quantized weight to a float activation `[..., K]` (original channel order).
 
     Returns:
         `[..., N]` in the dtype of x.

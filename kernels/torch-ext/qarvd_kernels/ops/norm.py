@@ -1,4 +1,4 @@
-"""Normalization, modulation and gated residuals that end in the next layer's int8 activation."""
+"""Normalize, modulate and add gated residuals, and quantize the result for the next layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .arguments import InputQuantizer, Norm
 
 @operator()
 def norm_quantize(x: Tensor, norm: Norm, quantizer: InputQuantizer) -> Tensor:
-    """LayerNorm over C in float32, times `1 + scale[g]`, plus `shift[g]`, then `quantize_static`.
+    """Apply LayerNorm over C in float32, times `1 + scale[g]`, plus `shift[g]`, then `quantize_static`.
 
     Args:
         x: float `[M, C]`.
@@ -34,7 +34,7 @@ def norm_quantize(x: Tensor, norm: Norm, quantizer: InputQuantizer) -> Tensor:
 def add_norm_quantize(
     x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, quantizer: InputQuantizer
 ) -> tuple[Tensor, Tensor]:
-    """The gated residual `x + gate[g] * y` and `norm_quantize` of it, taken of the float32 sum.
+    """Compute the gated residual sum `x + gate[g] * y`, and `norm_quantize` of that sum in float32.
 
     Args:
         x: float `[M, C]`, the residual stream.
@@ -60,7 +60,7 @@ def add_norm_quantize(
 
 @operator()
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """`x + gate[g] * y` computed in float32; arguments as in `add_norm_quantize`.
+    """Compute `x + gate[g] * y` in float32; arguments as in `add_norm_quantize`.
 
     Returns:
         `[M, C]` in the dtype of x.

@@ -1,4 +1,4 @@
-"""Activation quantizers, and the helpers of asymmetric weights."""
+"""Quantize activations; compute the row sums that asymmetric weights need."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def quantize_static(x: Tensor, quantizer: InputQuantizer) -> Tensor:
 
 @operator()
 def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tuple[Tensor, Tensor]:
-    """Quantize an activation symmetrically, with one scale per token and group found on the spot.
+    """Quantize an activation symmetrically, with one scale per token and group computed from its values.
 
     Args:
         x: float `[..., K]`.
@@ -53,7 +53,7 @@ def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tup
 
 @operator()
 def row_sums(a: Tensor, num_outliers: int) -> Tensor:
-    """Sums of the two channel groups of every row; only asymmetric 8-bit weights need them.
+    """Sum the two channel groups of every row; only asymmetric 8-bit weights need this.
 
     Args:
         a: int8 `[M, K]`, permuted.

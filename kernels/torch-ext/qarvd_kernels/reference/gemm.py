@@ -1,4 +1,4 @@
-"""The dual-scale integer matrix product on prepared layers."""
+"""Reference implementations of `ops.gemm`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .norm import expand_groups
 
 
 def accumulate(a: Tensor, weight: Tensor, num_outliers: int, ratio: Tensor) -> Tensor:
-    """int32 `[M, N]`: the outlier sum, re-scaled and rounded, plus the normal sum."""
+    """Return int32 `[M, N]`: the outlier sum, rescaled and rounded, plus the normal sum."""
     outlier, normal = (int_matmul(a[:, part], weight[:, part]) for part in group_slices(a.shape[1], num_outliers))
     return (outlier.to(torch.float32) * ratio).round_().to(torch.int32) + normal
 
 
 def _scaled(product: Product) -> Tensor:
-    """float32 `[M, N]`: the sums scaled, with bias and what is left of the weight zero-points."""
+    """Return float32 `[M, N]`: the scaled sums, bias, and the remainder of the weight zero-points."""
     y = accumulate(*product[:4]).to(torch.float32) * product.scale + product.bias
     if product.row_sums is not None:
         for g in (0, 1):
@@ -30,7 +30,7 @@ def _scaled(product: Product) -> Tensor:
 
 
 def dual_scale_gemm(*arguments: Any) -> Tensor:
-    """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
+    """Return `[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
     *product, out_dtype = arguments
     if out_dtype == torch.int32:
         return accumulate(*product[:4])
@@ -38,7 +38,7 @@ def dual_scale_gemm(*arguments: Any) -> Tensor:
 
 
 def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
-    """int8 `[M, N]`, GELU and static quantization of the product."""
+    """Return int8 `[M, N]`: GELU and static quantization of the product."""
     *product, out_scale, out_zero_point, out_outliers = arguments
     y = F.gelu(_scaled(Product(*product)), approximate="tanh")
     codes = y.div_(spread(out_scale, y.shape[1], out_outliers)).round_()
@@ -47,7 +47,7 @@ def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
 
 
 def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
-    """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+    """Return `[M, N]` in the dtype of `residual`: the residual plus the gated product."""
     *product, residual, gate = arguments
     y = _scaled(Product(*product))
     if gate is not None:

@@ -1,4 +1,4 @@
-"""Dual-scale int8 matrix product with its epilogues, for every GPU with int8 tensor cores; and the int4 expander."""
+"""Run the operators of `ops.gemm` on every GPU with int8 tensor cores: matrix product, epilogues, int4 expansion."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .configs import gemm_config
 from .launch import (
     Launcher,
     block_of,
-    device_refusal,
-    empty_refusal,
     group_quantizer,
     group_values,
     quantize,
     round_to_int,
+    unsupported_device,
+    unsupported_empty,
 )
 
-_MULTIPLE = 16  # of K and of the number of outliers: 16-byte copies never straddle the border of the groups
+_MULTIPLE = 16  # of K and of the number of outliers: 16-byte copies never cross the border between the groups
 _PLAIN, _GELU, _RESIDUAL = 0, 1, 2
 _PLAIN_, _GELU_ = tl.constexpr(_PLAIN), tl.constexpr(_GELU)
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device) or empty_refusal(arguments)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
     if operator == "expand_int4":
@@ -59,7 +59,7 @@ def _accumulate(acc, a_row, w_row, K: tl.constexpr, FIRST: tl.constexpr, LAST: t
 
 @triton.jit
 def _gelu(x):
-    """tanh form, as x * sigmoid(2 u)."""
+    """Apply GELU in tanh form, as x * sigmoid(2 u)."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp2(-2.885390081777927 * u))
 
@@ -174,19 +174,19 @@ def _launch(
 
 
 def dual_scale_gemm(*arguments: Any) -> Tensor:
-    """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
+    """Return `[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
     *product, out_dtype = arguments
     return _launch(product, out_dtype, _PLAIN)
 
 
 def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
-    """int8 `[M, N]`, GELU and static quantization of the product."""
+    """Return int8 `[M, N]`: GELU and static quantization of the product."""
     *product, out_scale, out_zero_point, out_outliers = arguments
     return _launch(product, torch.int8, _GELU, quantizer=(out_scale, out_zero_point, out_outliers))
 
 
 def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
-    """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+    """Return `[M, N]` in the dtype of `residual`: the residual plus the gated product."""
     *product, residual, gate = arguments
     return _launch(product, residual.dtype, _RESIDUAL, residual, gate)
 

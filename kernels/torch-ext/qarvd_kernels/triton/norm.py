@@ -1,4 +1,4 @@
-"""LayerNorm, modulation, gated residual and static quantization of one row per program; the row never leaves the chip."""
+"""Run LayerNorm, modulation, gated residual and static quantization of one row per program, all in registers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, device_refusal, empty_refusal, group_quantizer, quantize
+from .launch import Launcher, group_quantizer, quantize, unsupported_device, unsupported_empty
 
 _LARGEST_ROW = 16384
 _ADD_BLOCK = 1024
 _block = cache(triton.next_power_of_2)
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device) or empty_refusal(arguments)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
     columns = arguments["x"].shape[1]
@@ -31,7 +31,7 @@ def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | 
 
 @triton.jit
 def _gated_sum(x, y, gate, channel, mask):
-    """float32 `x + gate * y` of one row; y and gate may be None."""
+    """Compute `x + gate * y` of one row in float32; y and gate may be None."""
     value = tl.load(x + channel, mask=mask, other=0.0).to(tl.float32)
     if y is not None:
         added = tl.load(y + channel, mask=mask, other=0.0).to(tl.float32)
@@ -108,7 +108,7 @@ def _rows_per(table: Tensor | None, rows: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """Measured on an H200 at C = 1536 (2, 4, 8, 16 warps: 27, 27, 20, 24 us) and C = 5120 (4, 8, 16: 92, 99, 102 us)."""
+    """Choose the number of warps; measured on an H200 at C = 1536 (2, 4, 8, 16 warps: 27, 27, 20, 24 us) and C = 5120 (4, 8, 16: 92, 99, 102 us)."""
     return min(max(block // 256, 1), 8) if block <= 2048 else 4 if block <= 8192 else 16
 
 
@@ -130,17 +130,17 @@ def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any) -
 
 
 def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
-    """Float `[M, C]` -> int8 `[M, C]`, permuted."""
+    """Normalize and quantize float `[M, C]` to int8 `[M, C]`, permuted."""
     return _launch(x, None, None, *arguments)[1]
 
 
 def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The gated sum in the dtype of x, and int8 `[M, C]` of its norm."""
+    """Return the gated sum in the dtype of x, and int8 codes `[M, C]` of its norm."""
     return _launch(x, y, gate, *arguments)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """`x + gate * y` in the dtype of x."""
+    """Compute `x + gate * y` in the dtype of x."""
     (rows, columns), total = x.shape, torch.empty_like(x)
     block = min(_block(columns), _ADD_BLOCK)
     grid = (rows, triton.cdiv(columns, block), 1)
