@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
+import comfy.lora
+import comfy.model_management as management
 import comfy.ops
 import comfy.sd
-import comfy.utils
 import comfyui_version
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from .compat import NodeError
 from .handles import PipelineHandle
@@ -47,11 +49,15 @@ def to_model(handle: PipelineHandle) -> Any:
         (old.removesuffix(".weight"), new.removesuffix(".weight")) for old, new in zip(named, original, strict=True)
     ]
     modules = {new: layers[old] for old, new in pairs if old in layers}
+    offload = management.unet_offload_device()
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        {key: tensor.clone() if tensor.device.type != "meta" else tensor for key, tensor in original.items()},
+        {key: tensor if tensor.is_meta else tensor.to(offload, copy=True) for key, tensor in original.items()},
         model_options={"custom_operations": _operations(modules), "dtype": transformer.dtype},
         metadata=library("models.single_file").comfyui_metadata(transformer.config),
     )
+    patcher.add_callback(CallbacksMP.ON_LOAD, _lay_over)
+    patcher.add_callback(CallbacksMP.ON_DETACH, _take_off)
+    patcher.model.state_dict_for_saving = _refusal_to_save(bool(layers))
     if handle.pipe.vae is not None:
         patcher.model.latent_format = _latent_format(patcher.model.latent_format, handle.pipe.vae.config)
     return patcher
@@ -77,50 +83,145 @@ def _operations(layers: dict[str, torch.nn.Module]) -> type:
                     super()._load_from_state_dict(state_dict, prefix, *args)
                     return
                 self.__class__ = packed_linear
-                self.__dict__ = copy.deepcopy(layer).__dict__
+                self.__dict__ = copy.deepcopy(layer).to(management.unet_offload_device()).__dict__
 
     return Operations
 
 
 def _packed_linear(base: type) -> type:
     class PackedLinear(base):
-        """A quantized layer that ComfyUI can lay a LoRA over.
+        """A quantized layer as ComfyUI's patchers move it, and that LoRAs are laid over.
 
-        `weight` reads as the de-quantized weight. Writing to it keeps the difference beside the packed weight, and writing the
-        original back drops it: that is how ComfyUI applies and removes a LoRA.
+        Its state dict names what can be patched: `weight`, which reads as the de-quantized weight, and `bias`. The packed
+        tensors are parameters, so that they are moved, but nobody can patch or merge them.
         """
 
-        difference: torch.Tensor | None = None
+        _lora: _Lora | None = None
 
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name == "weight":
-                self.set_weight(value)
-            else:
-                super().__setattr__(name, value)
+        def lay_over(self, lora: _Lora | None) -> None:
+            """Compute with a LoRA from now on, or with none."""
+            self._lora = lora
 
-        def set_weight(self, weight: torch.Tensor, **_: Any) -> None:
-            difference = weight.detach().float() - self.weight.to(weight.device).float()
-            kept = difference.to(self.dtype) if bool(difference.any()) else None
-            object.__setattr__(self, "difference", kept)
-
-        @property
-        def _stand_in(self) -> torch.Tensor:
-            """Something of the weight's shape that takes one byte."""
-            return self.weight_packed.new_zeros(1, 1).expand(self.out_features, self.in_features)
-
-        # ComfyUI looks for "weight" in these two places.
-        def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
-            yield from super().named_parameters(*args, **options)
-            yield "weight", self._stand_in
+        def set_weight(self, *_: Any, **__: Any) -> None:
+            """Where ComfyUI would write a patched weight; a load hook lays LoRAs over instead, so this is another feature."""
+            raise NodeError(
+                "A LoRA that is switched on and off between steps (by hooks) cannot be laid over a quantized layer.",
+                "Use Load LoRA (Model), or give the hooks a float pipeline's model.",
+            )
 
         def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            destination[f"{prefix}weight"] = self._stand_in
+            packed = sum(
+                tensor.nbytes for name, tensor in self._parameters.items() if tensor is not None and name != "bias"
+            )
+            destination[f"{prefix}weight"] = self.weight_packed.new_zeros(1).expand(
+                packed
+            )  # tells its size; takes none
+            if self.bias is not None:
+                destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result = super().forward(x)
-            if self.difference is not None:
-                result = result + torch.nn.functional.linear(x, self.difference.to(x))
-            return result
+            result = super().forward(x) if self.weight_packed.device == x.device else self._forward_beside(x)
+            return result if self._lora is None else result + self._lora(x).to(result)
+
+        def _forward_beside(self, x: torch.Tensor) -> torch.Tensor:
+            """For weights that ComfyUI left elsewhere, for want of room: they visit the device of `x`."""
+            home = self._parameters, self._buffers
+            try:
+                for name, tensors in zip(("_parameters", "_buffers"), home, strict=True):
+                    self.__dict__[name] = {
+                        key: value if value is None else _at(value, x) for key, value in tensors.items()
+                    }
+                return super().forward(x)
+            finally:
+                self.__dict__.update(zip(("_parameters", "_buffers"), home, strict=True))
 
     return PackedLinear
+
+
+def _at(tensor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    moved = tensor.detach().to(x.device)
+    return torch.nn.Parameter(moved, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else moved
+
+
+class _Lora:
+    """What the patches of a layer add to its output: `x @ down.T @ up.T + bias`."""
+
+    def __init__(self, layer: Any, key: str, patches: dict[str, list], bias_is_patched: bool, device: Any) -> None:
+        self.down = self.up = self.bias = None
+        weight_patches, bias_patches = patches.get(f"{key}.weight", []), patches.get(f"{key}.bias", [])
+        if weight_patches and all(map(_is_plain, weight_patches)):
+            # Several LoRAs are one of the sum of their ranks.
+            factors = [_factors(patch, device) for patch in weight_patches]
+            self.up = torch.cat([up for up, _ in factors], dim=1).to(layer.dtype)
+            self.down = torch.cat([down for _, down in factors]).to(layer.dtype)
+        elif weight_patches:
+            weight = layer.dequantized().to(device, torch.float32)
+            self.up = _difference(weight, weight_patches, f"{key}.weight").to(layer.dtype)
+        if bias_patches and layer.bias is not None and not bias_is_patched:
+            self.bias = _difference(layer.bias.to(device, torch.float32), bias_patches, f"{key}.bias").to(layer.dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` -> `[..., N]`."""
+        if self.up is None:
+            return self.bias
+        inner = x if self.down is None else torch.nn.functional.linear(x, self.down.to(x))
+        return torch.nn.functional.linear(inner, self.up.to(x), None if self.bias is None else self.bias.to(x))
+
+
+def _is_plain(patch: tuple) -> bool:
+    """Whether a patch is two factors that are added: no rescaling, no part of a weight, no other kind of adapter."""
+    _, value, strength_model, offset, function = patch
+    plain = strength_model == 1.0 and offset is None and function is None and type(value).__name__ == "LoRAAdapter"
+    return plain and all(part is None for part in value.weights[3:])
+
+
+def _factors(patch: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 `[N, rank]` and `[rank, K]`, whose product is what a plain patch adds to the weight."""
+    strength, value = patch[:2]
+    up, down, alpha = value.weights[:3]
+    up, down = (factor.to(device, torch.float32).flatten(start_dim=1) for factor in (up, down))
+    return strength * (1.0 if alpha is None else alpha / down.shape[0]) * up, down
+
+
+def _difference(tensor: torch.Tensor, patches: list, key: str) -> torch.Tensor:
+    """What patches of any kind add to a float32 weight or bias."""
+    patched = comfy.lora.calculate_weight(patches, tensor.clone(), key)
+    if patched.shape != tensor.shape:
+        raise NodeError(
+            f"A LoRA resizes {key} from {list(tensor.shape)} to {list(patched.shape)}.",
+            "Use a LoRA that was made for this model: quantized layers keep their size.",
+        )
+    return patched - tensor
+
+
+def _lay_over(patcher: Any, device: torch.device, *_: Any) -> None:
+    """After ComfyUI has loaded the model: its LoRAs over our layers, which its loaders pass by."""
+    dynamic = getattr(patcher, "is_dynamic", lambda: False)()
+    for name, layer in _packed_layers(patcher):
+        keys = {f"{name}.weight", f"{name}.bias"} & patcher.patches.keys()
+        patched = f"{name}.bias" in patcher.backup and not dynamic  # the static loader sees to biases that it moves
+        layer.lay_over(_Lora(layer, name, patcher.patches, patched, device) if keys else None)
+
+
+def _take_off(patcher: Any, unpatch: bool, *_: Any) -> None:
+    """When ComfyUI unloads the model; the next load lays the LoRAs over again."""
+    for _name, layer in _packed_layers(patcher) if unpatch else ():
+        layer.lay_over(None)
+
+
+def _packed_layers(patcher: Any) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in patcher.model.named_modules() if hasattr(layer, "lay_over")]
+
+
+def _refusal_to_save(quantized: bool) -> Callable:
+    """In the place of what ComfyUI's savers ask a model for."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NodeError(
+            "ComfyUI's own savers cannot write the model of Q-ARVD To Model so that it could be loaded again.",
+            "Save the pipeline with Q-ARVD Save Quantized: as a qarvd folder, or as a ComfyUI int8 file."
+            if quantized
+            else "Connect Q-ARVD Quantize and Q-ARVD Save Quantized, or save it in Python: pipe.save_single_file(path).",
+        )
+
+    return refuse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 
+from .compat import NodeError
+
 if TYPE_CHECKING:
     from qarvd_diffusers import ARVDPipeline
 
@@ -18,8 +21,13 @@ PipelineType = io.Custom("QARVD_PIPELINE")
 CalibrationType = io.Custom("QARVD_CALIBRATION")
 StateType = io.Custom("QARVD_STATE")
 
-_ModelPatcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-_COMPONENTS = ("transformer", "vae", "text_encoder")
+# What to do where a component does not fit.
+_REMEDIES = {
+    "transformer": "Quantize it to w4a8, or stream in Python with a memory preset: ARVDPipeline.from_pretrained(..., "
+    'memory="8GB") moves weights in and out.',
+    "vae": "Free memory in other programs.",
+    "text_encoder": "Encode the prompt with ComfyUI's own Load CLIP (device cpu) and CLIP Text Encode.",
+}
 
 
 class _Shell(torch.nn.Module):
@@ -28,6 +36,34 @@ class _Shell(torch.nn.Module):
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
         self.module = module
+
+
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """Loads and unloads a component as a whole, never in part: nothing in it computes with weights on two devices.
+
+    Not the dynamic patcher of later versions, which sets one tensor after the other without telling the model: what the
+    model computed from its weights for a kernel, and holds on the GPU, would never be given back.
+
+    Attributes:
+        streamed: the component moves its own weights, and is not to be loaded any more.
+    """
+
+    streamed = False
+
+    def partially_load(self, device_to: torch.device, extra_memory: float = 0, **options: Any) -> Any:
+        """Load all of it, however little ComfyUI asks for."""
+        return super().partially_load(device_to, 1e32, **options)
+
+    def partially_unload(self, *_: Any, **__: Any) -> int:
+        """Nothing: ComfyUI then unloads all of it."""
+        return 0
+
+
+def _patcher(module: torch.nn.Module, name: str) -> WholePatcher:
+    shell = type(name, (_Shell,), {})(module)  # ComfyUI's log names a model by its class
+    return WholePatcher(
+        shell, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
 
 
 class PipelineHandle:
@@ -41,14 +77,10 @@ class PipelineHandle:
     def __init__(self, pipe: ARVDPipeline, name: str, parts: dict[str, Any] | None = None) -> None:
         self.pipe, self.name = pipe, name
         self._parts = dict(parts or {})
-        for part in _COMPONENTS:
+        for part in _REMEDIES:
             module = getattr(pipe, part)
             if module is not None and part not in self._parts:
-                self._parts[part] = _ModelPatcher(
-                    _Shell(module),
-                    load_device=management.get_torch_device(),
-                    offload_device=management.unet_offload_device(),
-                )
+                self._parts[part] = _patcher(module, f"{part} of {name}")
 
     def with_transformer(self, transformer: torch.nn.Module, name: str) -> PipelineHandle:
         """The same pipeline around another transformer; the other parts are shared."""
@@ -70,9 +102,47 @@ class PipelineHandle:
         return pipe
 
     def load(self, *parts: str, memory: int = 0) -> None:
-        """Bring parts to the compute device, after making room for them and for `memory` bytes more."""
-        patchers = [self._parts[part] for part in parts if part in self._parts]
-        management.load_models_gpu(patchers, memory_required=memory)
+        """Bring parts to the compute device, after making room for them and for `memory` bytes more.
+
+        A text encoder for which there is no room works layer by layer from then on.
+
+        Raises:
+            NodeError: the others do not fit, even alone.
+        """
+        patchers = {
+            part: self._parts[part] for part in parts if part in self._parts and not self._parts[part].streamed
+        }
+        room = float("inf") if management.is_device_cpu(self.device) else management.get_total_memory(self.device)
+        error: Exception | None = None
+        if sum(patcher.model_size() for patcher in patchers.values()) <= room:
+            try:
+                management.load_models_gpu(list(patchers.values()), memory_required=memory, force_full_load=True)
+                return
+            except torch.OutOfMemoryError as caught:
+                error, room = caught, management.get_free_memory(self.device)
+        for patcher in patchers.values():
+            patcher.detach()  # what was under way lies on two devices
+        if "text_encoder" not in patchers or not self._stream_text_encoder():
+            raise self._too_large(patchers, room) from error
+        self.load(*parts, memory=memory)
+
+    def _stream_text_encoder(self) -> bool:
+        """Have the text encoder's layers come one by one while it works; False if it cannot be run so."""
+        try:
+            self.pipe.offload_text_encoder("stream", self.device)
+        except ValueError:
+            return False
+        self._parts["text_encoder"].streamed = True
+        logging.info("%s: the text encoder does not fit on %s; its layers come one by one", self.name, self.device)
+        return True
+
+    def _too_large(self, patchers: dict[str, WholePatcher], room: float) -> NodeError:
+        sizes = {part: patcher.model_size() for part, patcher in patchers.items()}
+        listed = " and ".join(f"{part} ({size / 1e9:.3g} GB)" for part, size in sizes.items())
+        return NodeError(
+            f"{listed} of {self.name} must lie on {self.device} as a whole, where {room / 1e9:.3g} GB can be had.",
+            _REMEDIES[max(sizes, key=sizes.get)],
+        )
 
     @property
     def device(self) -> torch.device:

@@ -84,6 +84,9 @@ class _Folded(NamedTuple):
     bias: Tensor | None = None
     row_sum_scale: Tensor | None = None
 
+    def lies_on(self, device: torch.device) -> bool:
+        return self.scale is None or self.scale.device == device
+
 
 class QARVDLinear(nn.Linear):
     """A frozen linear layer with packed 4- or 8-bit weights, dual scales and (static or dynamic) int8 activations.
@@ -94,7 +97,12 @@ class QARVDLinear(nn.Linear):
     as if the layer were the float layer of its de-quantized weight (straight-through).
 
     Build it with `empty` (to be filled by a loader) or `from_float`.
+
+    Attributes:
+        revision: grows whenever parameters are assigned, loaded or laid out anew; moving them to a device is not counted.
     """
+
+    revision = 0
 
     def __init__(
         self,
@@ -113,7 +121,8 @@ class QARVDLinear(nn.Linear):
         self.weight_bits = description.weight_bits
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
-        self.register_buffer("_row_order", None, persistent=False)  # a buffer, so that offloading takes it along
+        # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their order.
+        self.register_buffer("_row_order", _natural_order(), persistent=False)
         self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
         # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
         bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
@@ -189,31 +198,47 @@ class QARVDLinear(nn.Linear):
         Args:
             order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural order.
         """
-        if self._row_order is not None:
-            self._permute_rows(_inverse(self._row_order))
-        self._row_order = None if order is None else order.detach().clone()
-        if order is not None:
-            self._permute_rows(order)
+        if order is None and not self._is_reordered:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # parameters stay ordinary tensors, whoever asks
+            if self._is_reordered:
+                self._permute_rows(_inverse(self._row_order))
+            self._row_order = _natural_order() if order is None else order.detach().clone()
+            if order is not None:
+                self._permute_rows(order)
+
+    @property
+    def _is_reordered(self) -> bool:
+        return self._row_order.numel() > 0
 
     def _permute_rows(self, order: Tensor) -> None:
-        self._folded = None
+        self._forget()
         for name in PER_ROW:
             tensor = getattr(self, name)
             if tensor is not None:
-                tensor.data = tensor.data.index_select(0, order)
+                tensor.data = _take(tensor.data, order)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # Not copies in natural order: offloading puts what it reads here back into the layer, and must leave no order behind.
+        self.store_rows_in(None)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._row_order is not None:
-            natural = _inverse(self._row_order)
-            for name in PER_ROW:
-                if prefix + name in destination:
-                    destination[prefix + name] = destination[prefix + name].index_select(0, natural)
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        if self._row_order.is_meta:  # so were the parameters: nothing to put back
+            self._row_order = _natural_order()
         self.store_rows_in(None)
-        self._folded = None
+        self._forget()
         super()._load_from_state_dict(*args)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Behind every assignment of a parameter, which may bring other values or rows in another order."""
+        self._forget()
+        super().register_parameter(name, param)
+
+    def _forget(self) -> None:
+        """Give up what was computed from parameters that now change."""
+        self._folded = None
+        self.revision += 1
 
     @property
     def description(self) -> QuantizedModule:
@@ -238,7 +263,7 @@ class QARVDLinear(nn.Linear):
         return self._in_natural_order(self._stored_weight(), 0)
 
     def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
-        return tensor if self._row_order is None else tensor.index_select(dim, _inverse(self._row_order))
+        return _take(tensor, _inverse(self._row_order), dim) if self._is_reordered else tensor
 
     def _stored_weight(self) -> Tensor:
         return ops.dequantize_weight(
@@ -281,9 +306,10 @@ class QARVDLinear(nn.Linear):
         """
         if x.dtype == torch.float64 or not self._kernels_run(x.device):
             return None
-        if self._folded is None and not torch.compiler.is_compiling():
-            self._folded = self._fold_constants()
-        return self._folded if self._folded is not None and self._folded.ratio is not None else None
+        folded = self._folded if self._folded is not None and self._folded.lies_on(x.device) else None
+        if folded is None and not torch.compiler.is_compiling():
+            folded = self._folded = self._fold_constants()
+        return folded if folded is not None and folded.ratio is not None else None
 
     @staticmethod
     def _kernels_run(device: torch.device) -> bool:
@@ -347,8 +373,18 @@ class QARVDLinear(nn.Linear):
 PER_ROW = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
 
 
+def _natural_order() -> Tensor:
+    """Stands for "not reordered"; real even where all else is built on the meta device."""
+    return torch.empty(0, dtype=torch.int32, device="cpu")
+
+
 def _inverse(order: Tensor) -> Tensor:
     return torch.argsort(order)
+
+
+def _take(tensor: Tensor, order: Tensor, dim: int = 0) -> Tensor:
+    """`tensor` in another order, wherever the two lie: offloading may have moved one of them."""
+    return tensor.index_select(dim, order.to(tensor.device))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -362,6 +398,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.dequantized().to(grad.dtype), None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has put it into a wrapper that shows in the name of every layer."""
+    return getattr(model, "_orig_mod", model)
 
 
 def base_layer_name(model: nn.Module, name: str) -> str:

@@ -143,6 +143,10 @@ class QARVDQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False writes pickles; a quantized model is stored as safetensors: leave it out"
+            )
         adapters = sorted({key.split(".base_layer.")[0] for key in state_dict if ".base_layer." in key})
         if adapters:
             raise ValueError(
@@ -174,8 +178,10 @@ class QARVDQuantizer(DiffusersQuantizer):
 
 def attach(model: ModelMixin, config: QARVDConfig) -> None:
     """Mark a model whose Linears were just quantized in memory, so that `save_pretrained` writes what it is."""
+    from .linear import unwrapped
     from .serialization import align_float_tensors, describe_modules
 
+    model = unwrapped(model)
     align_float_tensors(model)
     _declare_float32_scales(model)
     stored = config.for_checkpoint(describe_modules(model))

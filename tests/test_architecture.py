@@ -21,13 +21,14 @@ LAYERS = [
     {"serialization", "conversion", "model_card"},
     {"calibration", "presets"},
     {"linear", "models", "schedulers"},
-    {"config", "primitives", "packing", "bundled", "tensor_files", "weight_view"},
+    {"config", "primitives", "packing", "bundled", "tensor_files", "text_files", "weight_view"},
 ]
 RANK = {name: len(LAYERS) - depth for depth, names in enumerate(LAYERS) for name in names}
 # The root registers with diffusers; type checking and lazy names reach everything.
 ROOT_MAY_IMPORT = {"quantizer"}
 SAME_LAYER = {
     ("bundled", "config"),
+    ("text_files", "config"),
     ("primitives", "packing"),
     ("hub", "evaluation"),
     ("conversion", "serialization"),

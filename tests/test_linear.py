@@ -1,6 +1,7 @@
 """QARVDLinear against the float layer it came from, and as a guest of torch, PEFT and the compiler."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from qarvd_diffusers import primitives as P
 from qarvd_diffusers.calibration.outliers import find_outliers
 from qarvd_diffusers.calibration.weights import quantize_weight
 from qarvd_diffusers.config import SCHEMES, QARVDConfig, QuantizedModule
-from qarvd_diffusers.linear import LinearQParams, QARVDLinear
+from qarvd_diffusers.linear import PER_ROW, LinearQParams, QARVDLinear
 from qarvd_diffusers.packing import pack
 
 
@@ -252,6 +253,86 @@ def test_folded_constants_follow_the_state(on_kernels):
     assert torch.equal(layer(x), other(x))
     assert "_folded" not in "".join(layer.state_dict())
     assert torch.equal(copy.deepcopy(layer)(x), other(x))
+
+
+@pytest.mark.parametrize("moved", [*PER_ROW, "all"])
+def test_state_dict_follows_the_device_of_each_tensor(moved):
+    """Rows lie in another order, and somebody has moved one parameter, or all but their order, elsewhere."""
+    _, layer, _ = pair("w8a8", bias=True)
+    want = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.store_rows_in(torch.randperm(48).to(torch.int32))
+    names = [name for name, tensor in layer.named_parameters()] if moved == "all" else [moved]
+    for name in names:
+        setattr(layer, name, nn.Parameter(getattr(layer, name).to("meta"), requires_grad=False))
+    got = layer.state_dict()
+    assert [got[name].device.type for name in names] == ["meta"] * len(names)
+    assert all(got[name].shape == tensor.shape for name, tensor in want.items())
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items() if name not in names)
+
+
+def test_a_layer_whose_values_are_gone_can_be_loaded():
+    _, layer, x = pair("w8a8", bias=True)
+    want, state = layer(x), copy.deepcopy(layer.state_dict())
+    layer.store_rows_in(torch.randperm(48).to(torch.int32))
+    layer.to_empty(device="meta").load_state_dict(state, assign=True)
+    assert torch.equal(layer.to("cpu")(x), want)
+
+
+def test_folded_constants_follow_an_assigned_parameter(on_kernels):
+    _, layer, x = pair("w8a8", bias=True)
+    before = layer(x)
+    layer.bias = nn.Parameter(layer.bias + 1, requires_grad=False)
+    torch.testing.assert_close(layer(x), before + 1)
+
+
+def test_rows_are_put_back_in_inference_mode_too():
+    _, layer, _ = pair("w8a8", bias=True)
+    layer.store_rows_in(torch.randperm(48).to(torch.int32))
+    with torch.inference_mode():
+        layer.state_dict()
+    assert not any(parameter.is_inference() or parameter.data.is_inference() for parameter in layer.parameters())
+
+
+class TestTheWeight:
+    """`layer.weight`, which is computed when it is looked at."""
+
+    @pytest.fixture
+    def layer(self):
+        return pair("w8a8")[1]
+
+    def test_is_a_parameter_wherever_one_is_wanted(self, layer):
+        plain, parameter = layer.dequantized(), nn.Parameter(layer.weight, requires_grad=False)
+        assert isinstance(parameter, nn.Parameter) and torch.equal(parameter, plain)
+        assert type(parameter.detach()) is type(layer.weight.detach()) is type(copy.copy(parameter)) is type(parameter)
+        layer.weight_scale.data *= 2  # nothing was computed ahead of time
+        assert torch.equal(parameter, 2 * plain)
+        holder = nn.Module()
+        holder.weight = parameter
+        for moved in (holder.to(torch.bfloat16).weight, layer.weight.clone(), layer.weight.to("meta")):
+            moved.zero_()  # ordinary tensors
+
+    def test_copies_go_along_with_the_layer(self, layer):
+        pairs = {"layer": layer, "weight": nn.Parameter(layer.weight, requires_grad=False)}
+        twin = copy.deepcopy(pairs)
+        twin["layer"].weight_scale.data *= 2
+        assert isinstance(twin["weight"], nn.Parameter)
+        assert torch.equal(twin["weight"], 2 * pairs["weight"])
+
+    def test_is_never_written_to(self, layer):
+        parameter, plain = nn.Parameter(layer.weight, requires_grad=False), layer.dequantized()
+        for write in (
+            lambda: parameter.copy_(plain),
+            lambda: nn.init.zeros_(parameter),
+            lambda: torch.add(plain, 1, out=layer.weight),
+            lambda: torch._foreach_add_([layer.weight], 1),
+            lambda: setattr(parameter, "data", plain),
+        ):
+            with pytest.raises(ValueError, match=r"packed integers: what is written to its .* would be lost"):
+                write()
+        with pytest.raises(ValueError, match=r"takes? no gradient\. Pass requires_grad=False"):
+            nn.Parameter(layer.weight)
+        with pytest.raises(TypeError, match=r"save the layer's state_dict\(\), or weight\.clone\(\)"):
+            pickle.dumps(layer.weight)
 
 
 def test_layer_that_could_overflow_stays_on_the_exact_operators(on_kernels):

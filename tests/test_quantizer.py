@@ -222,9 +222,10 @@ def test_layerwise_casting_leaves_quantized_layers_alone():
     assert quantized_linears(model)[Q].weight_scale.dtype == torch.float32
 
 
-def test_sequential_cpu_offload():
+@pytest.mark.parametrize("offload_buffers", (False, True))
+def test_sequential_cpu_offload(offload_buffers):
     model, expected = quantized_model(), output(quantized_model())
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=offload_buffers)
     assert torch.equal(output(model), expected)
     assert quantized_linears(model)[Q].weight_packed.is_meta, "nothing packed stays behind"
 

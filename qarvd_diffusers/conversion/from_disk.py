@@ -24,6 +24,7 @@ from ..packing import pack
 from ..serialization import atomic_directory
 from ..tensor_files import TensorSpec, write_shards
 from .convert import STEM, folder_tensors
+from .float8 import is_float8
 from .network import load_transformer_config
 
 
@@ -64,7 +65,7 @@ def quantize_folder(
         raise ValueError(f"{src} is quantized already: quantize the float model")
     with init_empty_weights():
         model = CausalWanTransformer3DModel.from_config(stored)
-    specs, fetch = folder_tensors(path.parent)
+    specs, fetch = _without_float8(*folder_tensors(path.parent))
     missing = sorted(model.state_dict().keys() - specs.keys())
     if missing:
         raise ValueError(f"{path.parent} lacks {len(missing)} tensors (first: {missing[0]}): a shard is missing")
@@ -78,6 +79,18 @@ def quantize_folder(
         card = model_card(final, work.sizes(), None, final.base_model, stated_licence(src))
         (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
     return work.sizes()
+
+
+def _without_float8(
+    specs: Mapping[str, TensorSpec], fetch: Callable[[str], torch.Tensor]
+) -> tuple[dict[str, TensorSpec], Callable[[str], torch.Tensor]]:
+    """8-bit floats as bfloat16, which holds each of them: nothing can be computed with them, nor with biases of theirs."""
+
+    def wide(dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if is_float8(dtype) else dtype
+
+    widened = {name: TensorSpec(spec.shape, wide(spec.dtype)) for name, spec in specs.items()}
+    return widened, lambda name: fetch(name).to(widened[name].dtype)
 
 
 def _transformer_weights(folder: str, names: Sequence[str]) -> set[str]:

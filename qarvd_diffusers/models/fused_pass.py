@@ -145,13 +145,24 @@ def _linears(transformer: WanTransformer3DModel) -> list[nn.Module]:
     return found
 
 
-def _placement(transformer: WanTransformer3DModel) -> list[tuple[type, int]]:
-    if transformer.training:
+def _placement(transformer: WanTransformer3DModel) -> list[tuple]:
+    """Where everything lies that a fused pass was built from."""
+    if transformer.training or hasattr(transformer, "lora_differences"):
         return []
     # An adapter wraps its layer, and has no packed weight of its own.
-    return [
-        (type(layer), layer.weight_packed.data_ptr() if type(layer) is QARVDLinear else 0)
+    linears: list[tuple] = [
+        (type(layer), layer.revision, layer.weight_packed.data_ptr()) if type(layer) is QARVDLinear else (type(layer),)
         for layer in _linears(transformer)
+    ]
+    return linears + [tuple(tensor.data_ptr() for tensor in _copied(block)) for block in transformer.blocks]
+
+
+def _copied(block: nn.Module) -> list[Tensor]:
+    """Parameters beside those of the linear layers that a fused block keeps in float32."""
+    norms = [block.attn1.norm_q, block.attn1.norm_k, block.norm2]
+    return [
+        block.scale_shift_table,
+        *(tensor for norm in norms for tensor in norm._parameters.values() if tensor is not None),
     ]
 
 
@@ -164,6 +175,8 @@ def refusal(transformer: WanTransformer3DModel) -> str | None:
             return "the model attends to images"
     if transformer.training:
         return "the model is in training mode"
+    if hasattr(transformer, "lora_differences"):
+        return "an adapter adds to parameters of which a fused pass holds copies"
     for layer in _linears(transformer):
         if type(layer) is not QARVDLinear:
             return f"a block holds a {type(layer).__name__} (an adapter, or a layer kept in float)"

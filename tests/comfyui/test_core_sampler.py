@@ -104,6 +104,18 @@ def test_a_lora_changes_the_quantized_model_and_only_while_it_is_connected(serve
     )  # equal runs differ in the last bit, which H.264 enlarges
 
 
+@pytest.mark.parametrize("scheme", ["float", "w8a16"])
+def test_core_save_model_is_refused_with_the_node_to_use(server, causal, scheme):
+    graph = (
+        {"11": node("QARVDLoadPipeline", model=BUNDLED)} if scheme == "float" else quantize_graph(scheme, "to-save")
+    )
+    graph["14"] = node("QARVDToModel", pipeline=["11" if scheme == "float" else "12", 0])
+    graph["15"] = node("ModelSave", model=["14", 0], filename_prefix="diffusion_models/refused")
+    problem, remedy = server.run(graph).error.strip().splitlines()
+    assert "own savers cannot write" in problem and "Q-ARVD Save Quantized" in remedy
+    assert not list((server.base / "output").rglob("refused*"))
+
+
 @pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w4a16"])
 def test_int8_file_runs_in_comfyui(server, causal, scheme):
     """UNETLoader reads the export; ComfyUI then knows Wan's latent statistics only, so decoding is done here."""

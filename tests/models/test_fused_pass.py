@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import weakref
 
+import accelerate
 import pytest
 import torch
 from tiny_wan import CHUNKS, make_run, make_wan
@@ -262,6 +263,55 @@ def test_rows_in_another_order_change_nothing():
     layer.store_rows_in(order.flip(0))
     layer.load_state_dict(state)
     assert torch.equal(layer.weight_packed, stored) and torch.equal(layer(x), expected)
+
+
+def test_weights_put_back_as_they_were_before_a_fused_pass_are_read_right():
+    """As ComfyUI does it: it keeps parameters and buffers, sets copies in their place, and later sets the kept ones again."""
+    model = quantized()
+    expected, state = roll_out(model, True)[0], copy.deepcopy(model.state_dict())
+    layers = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    for _ in range(2):
+        for module, parameters, buffers in layers:
+            for name, kept in parameters.items():
+                if kept is not None:
+                    setattr(module, name, nn.Parameter(kept.clone(), requires_grad=False))
+            for name, kept in buffers.items():
+                module.register_buffer(name, kept.clone(), persistent=name not in module._non_persistent_buffers_set)
+        assert torch.equal(roll_out(model, True)[0], expected)
+        for module, parameters, buffers in layers:
+            for name, kept in {**parameters, **buffers}.items():
+                setattr(module, name, kept)
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+        assert relative(roll_out(model, False)[0], expected) < TOLERANCE
+
+
+def test_offloading_after_a_fused_pass_reads_the_rows_in_the_order_it_stores():
+    """accelerate takes the weights out of the state dict, and puts them back layer by layer."""
+    model = quantized()
+    expected, _ = roll_out(model, True)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert relative(roll_out(model, False)[0], expected) < TOLERANCE
+
+
+REPLACED = (
+    "attn2.to_out.0.bias",
+    "ffn.net.0.proj.weight_scale",
+    "scale_shift_table",
+    "norm2.weight",
+    "attn1.norm_k.weight",
+)
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_replaced_parameter_is_noticed(name):
+    """Everything that a fused pass computed from parameters is computed anew."""
+    model = quantized()
+    before, _ = roll_out(model, True)
+    owner, _, leaf = name.rpartition(".")
+    owner = model.blocks[1].get_submodule(owner)
+    setattr(owner, leaf, nn.Parameter(2 * getattr(owner, leaf).detach(), requires_grad=False))
+    got, want = (roll_out(model, fused)[0] for fused in (True, False))
+    assert relative(got, want) < TOLERANCE < relative(before, want)
 
 
 @pytest.mark.gpu

@@ -381,7 +381,7 @@ def test_lengths_of_starts(pipe):
         ({"video": moving(5)}, "a start of 5 frames is too short: this model starts with at least 9"),
         ({"video": moving(9), "image": moving()[0]}, "either image or video"),
         ({"video": []}, "has no frames"),
-        ({"image": moving()}, r"a frame of the start has shape \(9, 32, 48, 3\)"),
+        ({"image": moving()}, "9 starts for a batch of 1"),
         ({"video": moving()[None].repeat(3, 0)}, "3 starts for a batch of 1"),
         ({"image": moving()[0], "initial_latents": torch.zeros(1, 4, 3, 4, 6)}, "got both"),
     ):
