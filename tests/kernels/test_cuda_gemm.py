@@ -19,13 +19,13 @@ NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
 
 
-def hopper_refusal() -> str | None:
+def hopper_reason() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return gemm.refuses("dual_scale_gemm", torch.device("cuda", 0), None)
+    return gemm.unsupported_reason("dual_scale_gemm", torch.device("cuda", 0), None)
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_refusal() is not None, reason=str(hopper_refusal()))]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_reason() is not None, reason=str(hopper_reason()))]
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_two_processes_build_one_library(cache, small_sources):
 
 def test_without_a_compiler(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
-    reason = cuda_build.refusal()
+    reason = cuda_build.unavailable_reason()
     assert "no nvcc in CUDA_HOME=" in reason and "12.5" in reason
     with pytest.raises(cuda_build.BuildError, match="no nvcc"):
         cuda_build.library()
@@ -178,7 +178,7 @@ def test_without_a_compiler(cache, monkeypatch, tmp_path):
 def test_with_an_unusable_compiler(cache, monkeypatch, tmp_path, script, reason):
     fake_nvcc(tmp_path / "cuda", script)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    assert reason in cuda_build.refusal()
+    assert reason in cuda_build.unavailable_reason()
     assert not list(cache.glob("*.so"))
 
 
@@ -192,7 +192,7 @@ def test_without_a_place_to_write(monkeypatch, tmp_path, small_sources):
 
 def test_refuses_other_devices():
     for operator in ("dual_scale_gemm", "dual_scale_gemm_gelu", "dual_scale_gemm_residual", "expand_int4"):
-        assert "needs an NVIDIA GPU" in gemm.refuses(operator, torch.device("cpu"), None)
+        assert "needs an NVIDIA GPU" in gemm.unsupported_reason(operator, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_refuses_other_sizes(k, n, outliers, reason):
         "weight": torch.empty(n, k, dtype=torch.int8),
         "num_outliers": outliers,
     }
-    assert gemm._gemm_refusal(arguments) == reason
+    assert gemm._unsupported_gemm(arguments) == reason
 
 
 def test_refuses_what_is_not_contiguous():
@@ -219,7 +219,7 @@ def test_refuses_what_is_not_contiguous():
         "weight": torch.empty(64, 32, dtype=torch.int8).t(),
         "num_outliers": 16,
     }
-    assert gemm._gemm_refusal(arguments) == "weight is not contiguous"
+    assert gemm._unsupported_gemm(arguments) == "weight is not contiguous"
 
 
 # ---- on the GPU
