@@ -23,7 +23,7 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
-from .inputs import StreamInputs, check_tensors, resolve_num_chunks, whole_number
+from .inputs import StreamInputs, check_generator, check_tensors, resolve_num_chunks, whole_number
 from .lora import LoraMixin
 from .memory import apply_choice, choose
 from .model_shapes import ModelShapes
@@ -292,6 +292,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     ) -> StreamInputs:
         """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
         batch = self.check_prompt(prompt, prompt_embeds)
+        check_generator(generator, batch)
+        check_tensors(latents=latents, initial_latents=initial_latents)
         if output_type != "latent" and self.vae is None:
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
@@ -305,7 +307,6 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             if initial_latents is not None:
                 raise ValueError("give either initial_latents or an image or video as a start, got both")
             initial_latents = self.encode_start(image, video, height, width, batch)
-        check_tensors(latents=latents, initial_latents=initial_latents)
         start = latents if latents is not None else initial_latents
         shape = (batch, self.transformer.config.in_channels, *self._latent_size(height, width, start))
         fields, given = self.causal_fields, initial_latents

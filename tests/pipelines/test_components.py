@@ -184,10 +184,17 @@ def test_sequential_offload_finds_rows_in_natural_order(tiny_pipeline):
 # Features of diffusers that a causal model cannot honour.
 
 
-@pytest.mark.parametrize("config", (PyramidAttentionBroadcastConfig(2), FirstBlockCacheConfig(threshold=0.1)))
+@pytest.mark.parametrize(
+    "config",
+    (PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: 500), FirstBlockCacheConfig(threshold=0.1)),
+)
 def test_block_skipping_caches_are_refused(tiny_pipeline, config):
     with pytest.raises(ValueError, match=rf"enable_cache\({type(config).__name__}\) .*K/V cache"):
         tiny_pipeline.transformer.enable_cache(config)
+    stock = build_transformer()
+    stock.enable_cache(config)
+    with pytest.raises(ValueError, match=r"K/V cache .*disable_cache\(\) first"):
+        tiny_pipeline.transformer = stock
 
 
 def test_layerwise_casting_is_refused_on_packed_weights(tiny_pipeline):
