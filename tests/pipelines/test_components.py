@@ -21,7 +21,8 @@ from test_third_party import Denoiser, ToyPipeline
 from tiny_wan import make_wan22_vae
 
 from qarvd_diffusers import ARVDPipeline, FewStepRenoiseScheduler, QARVDConfig
-from qarvd_diffusers.calibration.calibrate import calibrate
+from qarvd_diffusers.calibration.calibrate import apply, calibrate, quantized_layers
+from qarvd_diffusers.calibration.switch import QuantizationSwitch
 from qarvd_diffusers.calibration.targets import base_linears
 from qarvd_diffusers.conversion import save_single_file
 from qarvd_diffusers.models import CausalWanTransformer3DModel
@@ -73,9 +74,13 @@ def test_functions_take_a_compiled_model_as_it_is(tiny_pipeline, tmp_path):
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "wrapped"))
     assert first.keys() == second.keys()
     assert list(base_linears(wrapped)) == list(base_linears(plain))
-    assert calibrate(wrapped, print, QARVDConfig("w8a16")).layers.keys() <= base_linears(plain).keys()
-    tiny_pipeline.quantize(QARVDConfig("w8a8_dynamic"))
-    attach(wrapped, tiny_pipeline.quantization)
+    config = QARVDConfig("w8a8_dynamic")
+    result = calibrate(wrapped, print, config)
+    with QuantizationSwitch(wrapped, quantized_layers(wrapped, result)) as switch:
+        switch.set(True)
+        assert quantized_linears(plain).keys() == result.layers.keys()
+    apply(wrapped, result)
+    attach(wrapped, config)
     assert describe_modules(wrapped) == plain.config.quantization_config.modules
     assert CausalWanTransformer3DModel.from_transformer(wrapped) is plain
     assert (
