@@ -13,6 +13,7 @@ from diffusers import (
     HeliosTransformer3DModel,
     PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
+    WanPipeline,
     WanTransformer3DModel,
 )
 from lora_files import as_file, random_lora
@@ -26,6 +27,7 @@ from qarvd_diffusers.calibration.switch import QuantizationSwitch
 from qarvd_diffusers.calibration.targets import base_linears
 from qarvd_diffusers.conversion import save_single_file
 from qarvd_diffusers.models import CausalWanTransformer3DModel
+from qarvd_diffusers.pipelines.quantizable import QuantizableMixin
 from qarvd_diffusers.pipelines.streaming_vae import StreamingVAEDecoder
 from qarvd_diffusers.quantizer import attach
 from qarvd_diffusers.serialization import describe_modules, quantized_linears
@@ -238,3 +240,16 @@ def test_a_foreign_scheduler_is_saved_as_it_is(tmp_path):
         ToyPipeline(Denoiser()).stream("abc", num_chunks=1, kv_cache="int8")
     with pytest.raises(ValueError, match="scheduler is a FlowMatchEulerDiscreteScheduler, which knows no chunks"):
         pipe.stream("abc", num_chunks=1)
+
+
+def test_a_stock_pipeline_that_only_wants_quantization(tiny_pipeline, tmp_path):
+    class Quantizable(QuantizableMixin, WanPipeline):
+        """Whole videos, no streams."""
+
+    parts = {name: getattr(tiny_pipeline, name) for name in ("tokenizer", "text_encoder", "vae")}
+    pipe = Quantizable(**parts, scheduler=UniPCMultistepScheduler(flow_shift=3.0), transformer=build_transformer())
+    pipe.quantize(QARVDConfig("w8a8_dynamic"))
+    pipe.save_pretrained(tmp_path)
+    stock = WanPipeline.from_pretrained(tmp_path)
+    assert stock.scheduler.config.flow_shift == 3.0 and type(stock.scheduler) is UniPCMultistepScheduler
+    assert (tmp_path / "pipeline.py").read_text() == "from test_components import Quantizable\n"
