@@ -403,7 +403,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def base_layer_name(model: nn.Module, name: str) -> str:
     """Where the layer called `name` really is: adapters (PEFT) put it into a module of their own, as `base_layer`."""
-    return f"{name}.base_layer" if hasattr(model.get_submodule(name), "base_layer") else name
+    return f"{name}.base_layer" if hasattr(unwrapped(model).get_submodule(name), "base_layer") else name
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

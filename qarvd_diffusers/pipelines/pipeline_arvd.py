@@ -23,7 +23,7 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
-from .inputs import StreamInputs, resolve_num_chunks, whole_number
+from .inputs import StreamInputs, check_generator, resolve_num_chunks, whole_number
 from .lora import LoraMixin
 from .memory import apply_choice, choose
 from .model_shapes import ModelShapes
@@ -295,6 +295,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     ) -> StreamInputs:
         """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
         batch = self.check_prompt(prompt, prompt_embeds)
+        check_generator(generator, batch)
+        check_tensors(latents=latents, initial_latents=initial_latents)
         if output_type != "latent" and self.vae is None:
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
