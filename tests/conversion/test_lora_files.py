@@ -38,6 +38,8 @@ def test_biases():
     assert torch.equal(layer.bias, bias)
     (scaled,) = read_lora({**pair, f"{key}.lora_B.bias": bias}).values()
     assert torch.equal(scaled.bias, bias * 2)
+    (both,) = read_lora({**pair, f"{key}.lora_B.bias": bias, f"{key}.diff_b": bias}).values()
+    assert torch.equal(both.bias, bias * 3)
     tensors, config = to_peft(read_lora({**pair, f"{key}.diff_b": bias}), prefix="")
     assert torch.equal(tensors["blocks.0.ffn.net.0.proj.lora_B.bias"] * 2, bias) and config["lora_bias"]
     weight, old = torch.randn(6, 8), torch.randn(6)

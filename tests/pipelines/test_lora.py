@@ -428,7 +428,14 @@ def test_files_that_cannot_be_read_are_named(tiny_pipeline, tmp_path):
         tiny_pipeline.load_lora_weights(tmp_path / "style.ckpt")
     torch.save(file, tmp_path / "style.bin")
     tiny_pipeline.load_lora_weights(tmp_path / "style.bin", adapter_name="style")
-    assert tiny_pipeline.get_list_adapters() == {"transformer": ["style"]}
+    tiny_pipeline.load_lora_weights(tmp_path, weight_name="style.bin", adapter_name="again")
+    assert tiny_pipeline.get_list_adapters() == {"transformer": ["style", "again"]}
+    save_file(file, tmp_path / "header.safetensors", {"lora_adapter_metadata": "{broken"})
+    with pytest.raises(ValueError, match=r"header\.safetensors: unreadable or truncated"):
+        tiny_pipeline.load_lora_weights(tmp_path / "header.safetensors")
+    torch.save({"lora": file, "config": object}, tmp_path / "objects.bin")
+    with pytest.raises(ValueError, match=r"objects.bin: holds more than plain tensors .*use safetensors"):
+        tiny_pipeline.load_lora_weights(tmp_path / "objects.bin")
 
 
 def test_a_stream_goes_on_only_with_the_adapters_it_was_saved_with(tiny_pipeline, tmp_path):
