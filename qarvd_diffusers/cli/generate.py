@@ -142,6 +142,8 @@ def _make(
 
 
 def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:
+    from tqdm.auto import tqdm
+
     from ..evaluation.fidelity import to_uint8
     from ..evaluation.pictures import video_writer
 
@@ -153,7 +155,8 @@ def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:
                     append(frame)
                 frames += len(chunk.frames[0])
                 seconds.append(chunk.seconds)
-                print(f"chunk {chunk.index}: {len(chunk.frames[0])} frames in {chunk.seconds:.2f} s", file=sys.stderr)
+                line = f"chunk {chunk.index}: {len(chunk.frames[0])} frames in {chunk.seconds:.2f} s"
+                tqdm.write(line, file=sys.stderr)  # above the bar, not into it
         except KeyboardInterrupt:
             if not frames:
                 raise
