@@ -12,6 +12,8 @@ import torch
 from comfy_api.latest import io
 
 CATEGORY = "Q-ARVD"
+# Search aliases of the nodes where work begins: what people call these models and what they do.
+FAMILY = ["self forcing", "self-forcing", "wan", "causvid", "longlive", "krea realtime", "video", "image to video"]
 
 
 class NodeError(RuntimeError):
@@ -19,6 +21,7 @@ class NodeError(RuntimeError):
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}\n{remedy}")
+        self.line = f"{problem} {remedy}"  # for places that show only one
 
 
 def supported(constructor: Callable, options: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders
+from . import folders, runs
+from .library import warn_if_incomplete
 from .nodes.compare import QARVDCompare, QARVDInfo
 from .nodes.core import QARVDDecode, QARVDToModel
 from .nodes.load import QARVDLoadPipeline, QARVDLoadQuantized
@@ -30,4 +31,6 @@ NODES = [
 class QARVDExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folders.register()  # here, since 0.3.75 does not call on_load
+        warn_if_incomplete()
+        runs.register()
         return NODES

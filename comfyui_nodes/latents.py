@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .compat import NodeError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -27,3 +29,23 @@ def denormalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Inverse of `normalize`."""
     mean, std = _statistics(vae, latents)
     return latents * std + mean
+
+
+def one_video(name: str, samples: Any, channels: int, model: str) -> torch.Tensor:
+    """`samples` of the input `name`, if they are latents of one video, `[1, channels, frames, height, width]`.
+
+    Raises:
+        NodeError: they are latents of pictures, of several videos, or of another VAE than `model`'s.
+    """
+    wanted = f"[1, {channels}, frames, height, width]"
+    remedy = "Connect the latents of a video: of Q-ARVD Stream Generate, or of VAE Encode with this model's VAE."
+    if not isinstance(samples, torch.Tensor) or samples.ndim != 5:
+        shape = list(samples.shape) if isinstance(samples, torch.Tensor) else type(samples).__name__
+        raise NodeError(f"{name} holds no video: it is {shape}, a video of {model} is {wanted}.", remedy)
+    if samples.shape[1] != channels:
+        raise NodeError(f"{name} has {samples.shape[1]} channels, latents of {model} have {channels}.", remedy)
+    if len(samples) != 1:
+        raise NodeError(
+            f"{name} holds {len(samples)} videos, expected one.", "Take one of them with Latent From Batch."
+        )
+    return samples

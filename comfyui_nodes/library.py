@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from .compat import NodeError
+
+logger = logging.getLogger(__name__)
 
 # Where the packages lie if the whole repository was cloned into custom_nodes.
 _CLONE = Path(__file__).resolve().parent.parent
@@ -33,9 +37,57 @@ def library(module: str = "") -> ModuleType:
     except ImportError as error:
         raise NodeError(
             f"The Python library qarvd_diffusers cannot be imported: {error}",
-            f"Install it with the Python that runs ComfyUI: {sys.executable} -m pip install qarvd-diffusers, or run "
-            f"pip install -e in a clone of its repository; then restart ComfyUI.",
+            _remedy(),
         ) from error
+
+
+def warn_if_incomplete() -> None:
+    """Say once, in the log, what is missing before a node runs and fails; the nodes are listed all the same."""
+    missing = _missing_requirements()
+    if importlib.util.find_spec("qarvd_diffusers") is None and not _has_library():
+        missing.insert(0, "qarvd_diffusers")
+    if missing:
+        logger.warning("Q-ARVD needs %s. %s", ", ".join(missing), _remedy())
+
+
+def _missing_requirements() -> list[str]:
+    """What the pack's requirements ask for and this Python does not have."""
+    try:
+        from packaging.requirements import Requirement
+
+        lines = (Path(__file__).resolve().parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    except (ImportError, OSError):  # nothing to compare with, or by
+        return []
+    missing = []
+    for requirement in (Requirement(text) for line in lines if (text := line.partition("#")[0].strip())):
+        found = _installed(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            missing.append(f"{requirement} ({'not installed' if found is None else f'not {found}'})")
+    return missing
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _has_library() -> bool:
+    """Whether this pack is part of a clone of the whole repository."""
+    return (_IN_CLONE["qarvd_diffusers"] / "__init__.py").is_file()
+
+
+def _remedy() -> str:
+    pip = f"{_quoted(sys.executable)} -m pip install"
+    if _has_library():
+        return f"Run {pip} -r {_quoted(_CLONE / 'requirements.txt')}, then restart ComfyUI."
+    return f"Clone the whole repository of this pack, run {pip} -e . there, then restart ComfyUI."
+
+
+def _quoted(path: str | Path) -> str:
+    """For any shell: PowerShell takes a quoted program for a text, so only where it must be."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def _import_from(package: str, folder: Path) -> None:

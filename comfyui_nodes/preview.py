@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import uuid
 from fractions import Fraction
 from io import BytesIO
 from typing import Any
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 from comfy_api.latest import InputImpl, Types
 from PIL import Image
-from server import PromptServer
+
+from .runs import Run, send
 
 EVENT = "qarvd.chunk"
 STEP_EVENT = "qarvd.step"
@@ -37,50 +37,33 @@ class ChunkFeed:
     """Shows the chunks of one run in the node that makes them.
 
     Args:
-        node_id: the node's unique id; inside a subgraph it has the form `29:12`.
-        total: chunks to come.
+        run: the run, which keeps what is shown.
         fps: frames per second.
     """
 
-    def __init__(self, node_id: str, total: int, fps: float) -> None:
-        self.node_id, self.total, self.fps = node_id, total, fps
-        self.shown: list[dict[str, Any]] = []
-        self._run = uuid.uuid4().hex[:12]
+    def __init__(self, run: Run, fps: float) -> None:
+        self._run, self._fps = run, fps
 
     def show(self, images: torch.Tensor, seconds: float) -> None:
-        """Write a chunk and tell the browser that asked for the run."""
+        """Write a chunk `[frames, height, width, 3]` and tell the browser that asked for the run."""
         folder = os.path.join(folder_paths.get_temp_directory(), SUBFOLDER)
         os.makedirs(folder, exist_ok=True)
-        name = f"{self._run}_{len(self.shown):04d}.mp4"
-        video(images, self.fps).save_to(
+        index = len(self._run.chunks)
+        name = f"{self._run.id}_{index:04d}.mp4"
+        video(images, self._fps).save_to(
             os.path.join(folder, name), format=Types.VideoContainer("mp4"), codec=Types.VideoCodec("h264")
         )
-        self.shown.append(
-            {
-                "node": self.node_id,
-                "run": self._run,
-                "index": len(self.shown),
-                "total": self.total,
-                "frames": len(images),
-                "seconds": round(seconds, 3),
-                "filename": name,
-                "subfolder": SUBFOLDER,
-                "type": "temp",
-            }
-        )
-        _send(EVENT, self.shown[-1])
+        chunk = {"index": index, "frames": len(images), "seconds": round(seconds, 3)}
+        chunk |= {"filename": name, "subfolder": SUBFOLDER, "type": "temp"}
+        self._run.chunks.append({**self._run.status(), **chunk})
+        send(EVENT, self._run.chunks[-1])
 
     def step(self, image: Image.Image) -> None:
         """Show a still of the chunk in progress."""
         buffer = BytesIO()
         image.save(buffer, "PNG")
         still = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        _send(STEP_EVENT, {"node": self.node_id, "run": self._run, "image": still})
-
-
-def _send(event: str, data: dict[str, Any]) -> None:
-    server = PromptServer.instance
-    server.send_sync(event, data, server.client_id)
+        send(STEP_EVENT, {**self._run.status(), "image": still})
 
 
 class LatentPreview:

@@ -349,8 +349,13 @@ def named_by(name: str, pattern: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
+# Byte order mark and zero-width space, for `str.translate`: unseen in an editor, and yet tokens of a prompt.
+INVISIBLE = dict.fromkeys((0xFEFF, 0x200B))
+
+
 def parse_prompts(lines: Sequence[str], source: str) -> tuple[str, ...]:
     """Non-empty, stripped lines that do not start with `#`; an empty result is an error that names `source`."""
+    lines = [line.translate(INVISIBLE) for line in lines]
     prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not prompts:
         raise ValueError(f"{source} contains no prompt: one prompt per line is expected")

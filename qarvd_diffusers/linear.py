@@ -124,12 +124,13 @@ class QARVDLinear(nn.Linear):
         # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their order.
         self.register_buffer("_row_order", _natural_order(), persistent=False)
         self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
+        # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
+        bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
+        self.register_parameter("bias", bias_tensor)
         for name in ("input_scale", "input_zero_point"):
             self.register_parameter(name, None)
         for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
-        bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
-        self.register_parameter("bias", bias_tensor)
 
     @classmethod
     def empty(
@@ -393,6 +394,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.dequantized().to(grad.dtype), None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has put it into a wrapper that shows in the name of every layer."""
+    return getattr(model, "_orig_mod", model)
 
 
 def base_layer_name(model: nn.Module, name: str) -> str:

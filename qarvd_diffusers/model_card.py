@@ -73,7 +73,7 @@ def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
 Weights of the release {source}, in the layout of diffusers. Nothing but names and file format was changed.
 
 ```python
-import qarvd_diffusers  # pip install qarvd-diffusers
+import qarvd_diffusers  # pip install -e . in a clone of the Q-ARVD repository
 pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("path/to/this/folder")
 ```
 
@@ -114,6 +114,18 @@ def _exceptions(config: QARVDConfig) -> str:
     return f" ({listed})" if listed else ""
 
 
+def _loading(pipeline: str, source: str) -> str:
+    """The lines that load a model by a pipeline class, up to the end of their block, and what it can do then."""
+    module, _, name = pipeline.rpartition(".")
+    if module == "qarvd_diffusers":
+        lines = f'pipe = {pipeline}.from_pretrained("{source}")\n```\n'
+    else:
+        lines = f'from {module} import {name}\n\npipe = {name}.from_pretrained("{source}")\n```\n'
+    if module.split(".")[0] == "diffusers":
+        return lines  # a stock pipeline generates whole videos
+    return f'{lines}\n`for chunk in pipe.stream("a prompt"): chunk.frames` yields frames while the next chunk is computed.\n'
+
+
 def model_card(
     config: QARVDConfig,
     sizes: Mapping[str, int],
@@ -121,6 +133,7 @@ def model_card(
     base_model: str | None = None,
     licence: str | None = None,
     repo_id: str | None = None,
+    pipeline: str = "qarvd_diffusers.ARVDPipeline",
 ) -> ModelCard:
     """A card that states bits, sizes, fidelity per chunk, base model and licence, and the lines that load the model.
 
@@ -131,6 +144,7 @@ def model_card(
         base_model: Hub id of the float model.
         licence: licence identifier of the base model, which the quantized weights inherit.
         repo_id: where the card will live; None writes a placeholder.
+        pipeline: the class that loads the model, dotted.
     """
     scheme = config.resolved_scheme
     activations = {"static": "static 8-bit", "dynamic": "dynamic 8-bit", "none": "float"}[scheme.activation]
@@ -159,12 +173,8 @@ quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)): {s
 {activations} activations, outlier channels on a scale of their own.
 
 ```python
-import qarvd_diffusers  # registers the quantization method; pip install qarvd-diffusers
-pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("{repo_id or "path/to/this/folder"}")
-```
-
-`for chunk in pipe.stream("a prompt"): chunk.frames` yields frames while the next chunk is computed.
-
+import qarvd_diffusers  # registers the quantization method; pip install -e . in a clone of the Q-ARVD repository
+{_loading(pipeline, repo_id or "path/to/this/folder")}
 ## Size
 
 | | bytes |

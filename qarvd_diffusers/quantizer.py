@@ -123,6 +123,7 @@ class QARVDQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             check_loaded(model, self._source)
             align_float_tensors(model)
+            _declare_float32_scales(model)
             return model
         config = self.quantization_config
         if config.resolved_scheme.needs_calibration:
@@ -142,6 +143,10 @@ class QARVDQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False writes pickles; a quantized model is stored as safetensors: leave it out"
+            )
         adapters = sorted({key.split(".base_layer.")[0] for key in state_dict if ".base_layer." in key})
         if adapters:
             raise ValueError(
@@ -173,14 +178,26 @@ class QARVDQuantizer(DiffusersQuantizer):
 
 def attach(model: ModelMixin, config: QARVDConfig) -> None:
     """Mark a model whose Linears were just quantized in memory, so that `save_pretrained` writes what it is."""
+    from .linear import unwrapped
     from .serialization import align_float_tensors, describe_modules
 
+    model = unwrapped(model)
     align_float_tensors(model)
+    _declare_float32_scales(model)
     stored = config.for_checkpoint(describe_modules(model))
     model.hf_quantizer = QARVDQuantizer(stored, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = stored.quant_method
     model.register_to_config(quantization_config=stored)
+
+
+def _declare_float32_scales(model: ModelMixin) -> None:
+    """List the scales among what the model keeps in float32, so that `model.dtype` is not read off one of them.
+
+    It is the dtype of the first floating-point parameter that is not listed, and a model may begin with a Linear without bias.
+    """
+    scales = ["weight_scale", "input_scale"]
+    model._keep_in_fp32_modules = [*(model._keep_in_fp32_modules or []), *scales]
 
 
 def register() -> None:

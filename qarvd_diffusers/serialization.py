@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from .config import QuantizedModule
-from .linear import QARVDLinear
+from .linear import QARVDLinear, unwrapped
 
 _ALIGNMENT = 64  # bytes, what torch's CPU allocator gives
 _NAMED = 5  # names shown in an error before it says how many more there are
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QARVDLinear]:
-    """Every quantized Linear by its name in `model`; a LoRA layer around it does not show in the name."""
+    """Every quantized Linear by its name in `model`; neither a LoRA layer around it nor `torch.compile` shows in the name."""
     return {
         name.removesuffix(".base_layer"): module
-        for name, module in model.named_modules()
+        for name, module in unwrapped(model).named_modules()
         if isinstance(module, QARVDLinear)
     }
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import accelerate
+import diffusers
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -17,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import qarvd_diffusers  # noqa: F401  (registers the method)
 from qarvd_diffusers.calibration.calibrate import apply, quantize_weights
-from qarvd_diffusers.config import QARVDConfig
+from qarvd_diffusers.config import QARVDConfig, QuantizedModule
 from qarvd_diffusers.linear import QARVDLinear
 from qarvd_diffusers.quantizer import attach
-from qarvd_diffusers.serialization import quantized_linears
+from qarvd_diffusers.serialization import install_empty_modules, quantized_linears
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -221,9 +222,10 @@ def test_layerwise_casting_leaves_quantized_layers_alone():
     assert quantized_linears(model)[Q].weight_scale.dtype == torch.float32
 
 
-def test_sequential_cpu_offload():
+@pytest.mark.parametrize("offload_buffers", (False, True))
+def test_sequential_cpu_offload(offload_buffers):
     model, expected = quantized_model(), output(quantized_model())
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=offload_buffers)
     assert torch.equal(output(model), expected)
     assert quantized_linears(model)[Q].weight_packed.is_meta, "nothing packed stays behind"
 
@@ -293,3 +295,26 @@ def test_single_file_with_original_names(tmp_path, folder):
         dtype=torch.float32,
     )
     assert torch.equal(output(model), output(quantized_model("w8a16")))
+
+
+FIRST_LINEARS = {  # what `next(parameters())` and `ModelMixin.dtype` meet first: Linears with and without bias
+    "CosmosTransformer3DModel": {"num_layers": 1},
+    "Kandinsky5Transformer3DModel": {"num_text_blocks": 1, "num_visual_blocks": 1},
+    "MiniMaxH3Transformer3DModel": {"num_layers": 1},
+    "NucleusMoEImageTransformer2DModel": {"num_layers": 1},
+    "SanaWMTransformer3DModel": {"num_layers": 1},
+    "AnyFlowFARTransformer3DModel": {"num_layers": 1},
+    "WanAnimate2Transformer3DModel": {"num_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", FIRST_LINEARS)
+def test_dtype_of_a_quantized_model_is_that_of_the_float_model(name):
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(**FIRST_LINEARS[name]).bfloat16()
+    linears = {key: module for key, module in model.named_modules() if type(module) is torch.nn.Linear}
+    biased = [key for key, module in linears.items() if module.bias is not None]
+    install_empty_modules(model, dict.fromkeys(linears, QuantizedModule(0, 8, "static")))
+    attach(model, QARVDConfig("w8a8"))
+    assert model.dtype == torch.bfloat16
+    assert all(next(model.get_submodule(key).parameters()).dtype == torch.bfloat16 for key in biased)

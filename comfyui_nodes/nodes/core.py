@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..compat import NodeError, schema, work
 from ..handles import PipelineHandle, PipelineType
-from ..latents import normalize
+from ..latents import normalize, one_video
 
 
 class QARVDToModel(io.ComfyNode):
@@ -53,13 +53,11 @@ class QARVDDecode(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, pipeline: PipelineHandle, latent: dict[str, torch.Tensor]) -> io.NodeOutput:
-        pipe, samples = pipeline.pipe, latent["samples"]
-        if pipe.vae is None or samples.ndim != 5 or samples.shape[1] != pipe.vae.config.z_dim:
-            raise NodeError(
-                f"Latents of shape {list(samples.shape)} do not fit the VAE of {pipeline.name}.",
-                "Connect video latents of this pipeline, [1, channels, frames, height, width].",
-            )
+        pipe = pipeline.pipe
+        if pipe.vae is None:
+            raise NodeError(f"{pipeline.name} has no VAE.", "Decode with ComfyUI's VAE Decode and Wan's VAE.")
+        samples = one_video("latent", latent["samples"], pipe.vae.config.z_dim, pipeline.name)
         pipeline.load("vae")
-        raw = samples[:1].to(device=pipeline.device, dtype=pipe.vae.dtype)
+        raw = samples.to(device=pipeline.device, dtype=pipe.vae.dtype)
         pixels = pipe.make_decoder().decode(normalize(pipe.vae, raw))
         return io.NodeOutput((pixels[0].permute(1, 2, 3, 0).float().cpu() / 2 + 0.5).clamp(0, 1))

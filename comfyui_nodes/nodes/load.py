@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,16 @@ import torch
 from comfy_api.latest import io
 
 from .. import folders
-from ..compat import NodeError, schema, widget, work
+from ..compat import FAMILY, NodeError, schema, widget, work
 from ..handles import PipelineHandle, PipelineType
 from ..library import library
 from ..report import describe
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 AS_SAVED, NO_BASE = "as saved", "none"
+SOURCE = "source.json"  # beside a converted folder: what it was made of
 
 
 def _load(path: Path, name: str, dtype: str, rollout: str = AS_SAVED, base: str = NO_BASE) -> io.NodeOutput:
@@ -52,12 +57,37 @@ def _is_ours(path: Path) -> bool:
 
 
 def _converted(path: Path, rollout: str, base: Path | None) -> Path:
-    """The folder, beside those that are saved, that an original checkpoint is converted into, once."""
-    folder = folders.saved_folder() / (path.stem if rollout == AS_SAVED else f"{path.stem}-{rollout}")
-    if not folder.exists():
-        family = "auto" if rollout == AS_SAVED else rollout
-        library().convert_checkpoint(path, folder, family, base=base)
+    """The diffusers folder of an original checkpoint, converted once for each content, rollout and base.
+
+    Whenever one is converted, the folders of checkpoints and bases that have changed or are gone are removed.
+    """
+    source = {"path": str(path), "rollout": rollout, "base": None if base is None else str(base)}
+    home = folders.converted_folder() / _key(source)
+    if not (folder := home / path.stem).exists():
+        logger.info("Q-ARVD converts %s to %s", path, folder)
+        _remove_outdated()
+        home.mkdir(parents=True, exist_ok=True)
+        (home / SOURCE).write_text(json.dumps(source), encoding="utf-8")
+        library().convert_checkpoint(path, folder, "auto" if rollout == AS_SAVED else rollout, base=base)
     return folder
+
+
+def _key(source: dict[str, str | None]) -> str:
+    """Name for what `source` is converted into: another one when a file that conversion reads is another."""
+    path, base = Path(source["path"]), source["base"]
+    read = [path, *sorted(path.parent.glob("lora.*")), *([] if base is None else [Path(base)])]
+    facts = [library().__version__, source, [folders.stamp(file) for file in read]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _remove_outdated() -> None:
+    for note in folders.converted_folder().glob(f"*/{SOURCE}"):
+        try:
+            current = _key(json.loads(note.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            current = None
+        if current != note.parent.name:
+            shutil.rmtree(note.parent, ignore_errors=True)  # on Windows not what is still loaded
 
 
 def _presets() -> list[str]:
@@ -72,17 +102,18 @@ class QARVDLoadPipeline(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        models, files = folders.scan()
         return schema(
             node_id="QARVDLoadPipeline",
             display_name="Q-ARVD Load Pipeline",
             description="Loads an autoregressive Wan model (Self-Forcing family) from a diffusers folder or a single file in "
             "models/qarvd or models/diffusers, or the small model that ships with the library.",
-            search_aliases=["self-forcing", "causal wan", "autoregressive video", "load streaming model"],
+            search_aliases=[*FAMILY, "causal wan", "autoregressive video", "load streaming model"],
             inputs=[
                 widget(
                     io.Combo,
                     "model",
-                    options=[folders.BUNDLED, *folders.model_folders(), *folders.model_files()],
+                    options=[folders.BUNDLED, *models, *files],
                     default=folders.BUNDLED,
                     tooltip="A diffusers folder with model_index.json in models/qarvd, models/diffusers or output/qarvd; or "
                     "a single file there: one that Q-ARVD wrote, or an original checkpoint, which is converted once.",
@@ -109,7 +140,7 @@ class QARVDLoadPipeline(io.ComfyNode):
                 widget(
                     io.Combo,
                     "base",
-                    options=[NO_BASE, *folders.model_folders()],
+                    options=[NO_BASE, *models],
                     default=NO_BASE,
                     advanced=True,
                     optional=True,
@@ -120,9 +151,10 @@ class QARVDLoadPipeline(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: str = "", **kwargs: Any) -> str:
-        found = {**folders.model_files(), **folders.model_folders()}
-        return folders.stamp(found[model]) if model in found else ""
+    def fingerprint_inputs(cls, model: str = "", base: str = NO_BASE, **kwargs: Any) -> str:
+        models, files = folders.scan()
+        found = models | files
+        return "|".join(folders.stamp(found[name]) for name in (model, base) if name in found)
 
     @classmethod
     @work
@@ -137,12 +169,12 @@ class QARVDLoadQuantized(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        quantized = [name for name, folder in folders.model_folders().items() if folders.is_quantized(folder)]
+        quantized = [name for name, folder in folders.scan()[0].items() if folders.is_quantized(folder)]
         return schema(
             node_id="QARVDLoadQuantized",
             display_name="Q-ARVD Load Quantized",
             description="Loads a model saved by Q-ARVD Save Quantized (or by qarvd quantize), packed as it is on disk.",
-            search_aliases=["w4a8", "w8a8", "int4", "int8", "load quantized video model"],
+            search_aliases=[*FAMILY, "w4a8", "w8a8", "int4", "int8", "load quantized video model"],
             inputs=[
                 widget(
                     io.Combo,
@@ -164,17 +196,19 @@ class QARVDLoadQuantized(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str) -> bool | str:
-        # Instead of ComfyUI's "value not in list", which does not say what to do.
+    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        # Instead of ComfyUI's "value not in list", which does not say what to do. One that is missing ComfyUI names itself, one
+        # that is connected is not known yet.
         try:
-            cls._find(checkpoint)
+            if checkpoint is not None:
+                cls._find(checkpoint)
         except NodeError as error:
-            return str(error)
+            return error.line
         return True
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str = "", **kwargs: Any) -> str:
-        found = folders.model_folders()
+        found, _ = folders.scan()
         return folders.stamp(found[checkpoint]) if checkpoint in found else ""
 
     @classmethod

@@ -6,6 +6,7 @@ import copy
 import random
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
@@ -231,7 +232,7 @@ class QARVDQuantize(io.ComfyNode):
 
 
 class _Progress:
-    """Calibration's progress in the node: a bar per stage, its text with the loss, and a look at the stop button."""
+    """Calibration's progress in the node: one bar, its text with the loss, and a look at the stop button."""
 
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id
@@ -302,6 +303,16 @@ class QARVDSaveQuantized(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        # Before the model is quantized, and not only when it is to be saved. A connected name is not known yet.
+        try:
+            if name is not None:
+                folders.check_name(name, folders.saved_folder())
+        except NodeError as error:
+            return error.line
+        return True
+
+    @classmethod
     @work
     def execute(
         cls, pipeline: PipelineHandle, name: str, format: str = FORMATS[0], overwrite: bool = True
@@ -311,8 +322,10 @@ class QARVDSaveQuantized(io.ComfyNode):
         if format not in FORMATS:
             raise NodeError(f"format is {format!r}.", f"Choose one of: {', '.join(FORMATS)}.")
         if format == FORMATS[1]:
-            path = _free_path(folders.saved_folder().parent / "diffusion_models", f"{name}.safetensors", overwrite)
-            losses = library().export_int8_tensorwise(pipeline.pipe.transformer, path)
+            path = _free_path(
+                folders.saved_folder().parent / "diffusion_models", f"{name}.safetensors", overwrite, False
+            )
+            losses = library().export_int8_tensorwise(pipeline.pipe.transformer, path) + _losses_of_colour(pipeline)
             return io.NodeOutput(str(path), ui=ui.PreviewText("\n".join([_saved(path), *losses])))
         path = _free_path(folders.saved_folder(), name, overwrite)
         pipeline.pipe.save_pretrained(path)
@@ -323,15 +336,44 @@ def _saved(path: Path) -> str:
     return f"saved {path.relative_to(folders.saved_folder().parent.resolve()).as_posix()} in the output folder"
 
 
-def _free_path(root: Path, name: str, overwrite: bool) -> Path:
-    """Where to save under `name`, inside `root`."""
-    path = (root / name).resolve()
-    if not name.strip() or root.resolve() not in path.parents:
-        raise NodeError(
-            f"The name {name!r} is not inside {root}.", "Give a plain name, or a name in a subfolder such as wan/w4a8."
-        )
-    number = 2
+def _losses_of_colour(pipeline: PipelineHandle) -> list[str]:
+    """What ComfyUI does not know of the pipeline's VAE, whose latents it takes for Wan's."""
+    if pipeline.pipe.vae is None:
+        return []
+    own, core = pipeline.pipe.vae.config, comfy.latent_formats.Wan21()
+    for values, wan in ((own.latents_mean, core.latents_mean), (own.latents_std, core.latents_std)):
+        if len(values) != wan.numel() or not torch.allclose(torch.tensor(values), wan.flatten().float(), atol=1e-3):
+            return [
+                "The mean and deviation of this VAE's latents are lost: ComfyUI takes those of Wan's VAE, which gives other "
+                "colours. Q-ARVD To Model keeps them."
+            ]
+    return []
+
+
+def _free_path(root: Path, name: str, overwrite: bool, is_folder: bool = True) -> Path:
+    """Where to save a folder, or a file, under `name`, inside `root`.
+
+    Raises:
+        NodeError: the name cannot be used, or saving there would be in the way of what is there.
+    """
+    path, root = folders.check_name(name, root), root.resolve()
+    for above in path.parents:
+        if above == root:
+            break
+        if above.is_file() or (above / folders.INDEX).is_file():
+            raise NodeError(
+                f"The name {name!r} is inside the {'file' if above.is_file() else 'model'} "
+                f"{above.relative_to(root).as_posix()}.",
+                "Give a name beside it: what is inside is not listed, and goes when that is saved again.",
+            )
+    number, wanted = 2, path
     while path.exists() and not overwrite:
-        path = path.with_name(f"{Path(name).stem}-{number}{Path(name).suffix}")
+        path = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         number += 1
+    holds_others = path.is_dir() and not (path / folders.INDEX).is_file() and any(path.iterdir())
+    if path.exists() and (path.is_dir() != is_folder or holds_others):
+        raise NodeError(
+            f"The name {name!r} is taken by a {'folder' if path.is_dir() else 'file'} that is no saved model.",
+            "Give another name, or turn overwrite off.",
+        )
     return path

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import logging
 from typing import Any
 
-import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..compat import NodeError, schema, stop_if_interrupted, widget, work
-from ..handles import PipelineHandle, PipelineType, StateType, StreamState
-from ..latents import denormalize, normalize
-from ..preview import ChunkFeed, LatentPreview, picture, video
+from ..compat import FAMILY, NodeError, schema, widget, work
+from ..handles import PipelineHandle, PipelineType, StateType
+from ..latents import denormalize, normalize, one_video
+from ..preview import video
+from ..runs import Run, workflow_id
+from ..tensors import digest
+from ..watch import Take, Takes, Watch
+
+logger = logging.getLogger(__name__)
 
 PREVIEWS = ["video", "frames", "off"]
 ACTIVATION_CHUNKS = 16  # working memory of a pass, in units of one chunk's hidden states
+
+_takes = Takes()
 
 
 class QARVDStreamGenerate(io.ComfyNode):
@@ -31,12 +36,13 @@ class QARVDStreamGenerate(io.ComfyNode):
             "while the next one is computed. Connect state to another one to go on, with the same prompt or another.",
             search_aliases=[
                 "sampler",
-                "self-forcing",
+                *FAMILY,
                 "autoregressive",
                 "streaming video",
                 "text to video",
                 "rollout",
             ],
+            is_output_node=True,  # it shows what it makes
             inputs=[
                 PipelineType.Input("pipeline", tooltip="A float or quantized pipeline."),
                 io.Conditioning.Input(
@@ -65,11 +71,11 @@ class QARVDStreamGenerate(io.ComfyNode):
                     default=0,
                     min=0,
                     max=8192,
-                    step=8,
+                    step=16,
                     optional=True,
                     tooltip="Pixels; 0 takes the size the model was made for.",
                 ),
-                widget(io.Int, "height", default=0, min=0, max=8192, step=8, optional=True, tooltip="See width."),
+                widget(io.Int, "height", default=0, min=0, max=8192, step=16, optional=True, tooltip="See width."),
                 widget(
                     io.Combo,
                     "preview",
@@ -144,7 +150,7 @@ class QARVDStreamGenerate(io.ComfyNode):
                 StateType.Output(display_name="state"),
                 io.String.Output(display_name="stats"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -170,16 +176,40 @@ class QARVDStreamGenerate(io.ComfyNode):
         if pipeline.pipe.vae is None:
             raise NodeError(f"{pipeline.name} has no VAE.", "Convert or save the model together with its VAE.")
         pipe = _streaming_pipeline(pipeline, timesteps, kv_window, sink)
-        embeds = _prompt_embeds(pipeline, positive)
         size = _check_size(pipeline, width, height)
         fps = fps or float(pipe.config.fps)
+        run = Run(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), num_chunks)
+        watch = Watch(run, pipe, fps, preview)
+        inputs = digest([positive, num_chunks, seed, size, timesteps, kv_window, sink, kv_cache, start])
+        with run.going_on():
+            take = _takes.find(run.node_id, pipeline, inputs)
+            if take is not None:
+                watch.replay(take)
+            else:
+                take = cls._generate(watch, pipeline, pipe, positive, (num_chunks, seed, size, kv_cache), start)
+                _takes.keep(run.node_id, pipeline, inputs, take)
+        return io.NodeOutput(
+            take.images,
+            {"samples": denormalize(pipe.vae, take.latents)},
+            video(take.images, fps),
+            take.state,
+            take.stats(num_chunks, fps),
+            ui={"qarvd_chunks": run.chunks, "qarvd_stream": [run.status()]},
+        )
+
+    @classmethod
+    def _generate(
+        cls, watch: Watch, pipeline: PipelineHandle, pipe: Any, positive: list, settings: tuple, start: dict[str, Any]
+    ) -> Take:
+        """Run the model; `settings` are num_chunks, seed, size in pixels, kv_cache."""
+        num_chunks, seed, size, kv_cache = settings
+        embeds = _prompt_embeds(pipeline, positive)
         frames = pipe.causal_fields.num_frames_per_chunk * (num_chunks + 1)
         pipeline.load("transformer", "vae", memory=_working_bytes(pipe, size, frames))
-        beginning = _start(pipeline, size, **start)
+        beginning, before = _start(pipeline, size, **start), start.get("state")
         generator = torch.Generator("cpu").manual_seed(seed % 2**63)
-        if start.get("state") is not None:
-            generator.set_state(start["state"].generator)
-        watch = _Watch(cls.hidden.unique_id, pipe, num_chunks, fps, preview)
+        if before is not None:
+            generator.set_state(before.generator)
         try:
             stream = pipe.stream(
                 prompt_embeds=embeds,
@@ -195,91 +225,7 @@ class QARVDStreamGenerate(io.ComfyNode):
             )
         except ValueError as error:
             raise NodeError(f"{error}.", "Change what starts the video, or the node's settings.") from error
-        images, latents = watch.collect(stream, skip_start=start.get("state") is not None)
-        everything = latents if start.get("state") is None else torch.cat([start["state"].latents, latents], dim=2)
-        state = StreamState(pipeline.name, everything, generator.get_state())
-        return io.NodeOutput(
-            images,
-            {"samples": denormalize(pipe.vae, latents)},
-            video(images, fps),
-            state,
-            watch.stats(),
-            ui={"qarvd_chunks": watch.shown},
-        )
-
-
-class _Watch:
-    """Follows one run: progress and stop button before every pass, previews after steps and chunks, times."""
-
-    def __init__(self, node_id: str, pipe: Any, num_chunks: int, fps: float, preview: str) -> None:
-        self._pipe, self._preview = pipe, preview
-        fields = pipe.causal_fields
-        passes = sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in range(num_chunks))
-        self._bar = comfy.utils.ProgressBar(passes, node_id=node_id)
-        self._feed = ChunkFeed(node_id, num_chunks, fps) if preview == "video" else None
-        self._latent_preview = LatentPreview()
-        self._fps = fps
-        self._chunk_seconds: list[float] = []
-        self._first_after = 0.0
-        self._frames = 0
-
-    @property
-    def shown(self) -> list[dict[str, Any]]:
-        """The chunks as the browser was told of them."""
-        return self._feed.shown if self._feed is not None else []
-
-    def on_pass(self, info: Any) -> None:
-        stop_if_interrupted()
-        if info.role != "context":
-            self._bar.update(1)
-
-    def on_step(self, pipe: Any, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> dict:
-        if self._feed is not None:
-            image = self._latent_preview.image(tensors["latents"])
-            if image is not None:
-                self._feed.step(image)
-        return {}
-
-    def collect(self, stream: Iterator, skip_start: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the stream to its end: images `[frames, height, width, 3]` and normalized latents, on the CPU."""
-        images, latents = [], []
-        start = time.perf_counter()
-        try:
-            for chunk in stream:
-                pixels = chunk.frames[0].permute(0, 2, 3, 1).float().cpu().contiguous()
-                if chunk.index == -1 and skip_start:
-                    continue
-                images.append(pixels)
-                latents.append(chunk.latents.float().cpu())
-                if chunk.index >= 0:
-                    self._chunk_seconds.append(chunk.seconds)
-                    self._frames += len(pixels)
-                    self._first_after = self._first_after or time.perf_counter() - start
-                self._show(chunk, pixels)
-        except FloatingPointError as error:
-            problem, _, remedy = str(error).partition(": ")
-            raise NodeError(problem, remedy[:1].upper() + remedy[1:]) from error
-        finally:
-            stream.close()  # an interrupted or failed stream gives its cache back now
-        return torch.cat(images), torch.cat(latents, dim=2)
-
-    def _show(self, chunk: Any, pixels: torch.Tensor) -> None:
-        if self._feed is not None:
-            self._latent_preview.fit(chunk.latents, pixels)
-            if chunk.index >= 0:
-                self._feed.show(pixels, chunk.seconds)
-        elif self._preview == "frames":
-            self._bar.update_absolute(self._bar.current, preview=("JPEG", picture(pixels[-1]), None))
-
-    def stats(self) -> str:
-        """What the run took, in words."""
-        seconds = sum(self._chunk_seconds)
-        each = ", ".join(f"{s:.2f}" for s in self._chunk_seconds)
-        return (
-            f"{len(self._chunk_seconds)} chunks, {self._frames} frames in {seconds:.2f} s: {self._frames / seconds:.1f} frames "
-            f"per second ({self._frames / seconds / self._fps:.2f} of real time)\n"
-            f"first chunk after {self._first_after:.2f} s; seconds per chunk: {each}"
-        )
+        return watch.collect(stream, before, generator, pipeline.name)
 
 
 def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int, sink: int) -> Any:
@@ -299,14 +245,33 @@ def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int
         ) from error
 
 
+# Of any text encoder; embeddings of Wan's are zero where the mask is.
+_OF_EVERY_PROMPT = ("pooled_output", "attention_mask")
+_OF_EVERY_LATENT = ("samples", "batch_index", "downscale_ratio_spacial", "downscale_ratio_temporal")
+
+
 def _prompt_embeds(pipeline: PipelineHandle, positive: list) -> torch.Tensor:
-    embeds, expected = positive[0][0], pipeline.pipe.transformer.config.text_dim
+    """Embeddings `[1, tokens, text_dim]` of the one prompt in a CONDITIONING."""
+    if len(positive) != 1:
+        raise NodeError(
+            f"positive holds {len(positive)} prompts, a stream follows one.",
+            "Connect one prompt instead of Conditioning (Combine); for one after the other go on from state with the next.",
+        )
+    (embeds, options), expected = positive[0], pipeline.pipe.transformer.config.text_dim
+    _warn_of_unused("positive", options, _OF_EVERY_PROMPT)
     if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[-1] != expected:
         raise NodeError(
             f"The conditioning has shape {list(embeds.shape)}, {pipeline.name} reads [1, tokens, {expected}].",
             "Encode the prompt with Q-ARVD Encode Prompt and this pipeline.",
         )
     return embeds
+
+
+def _warn_of_unused(name: str, given: dict[str, Any], used: tuple[str, ...]) -> None:
+    """Say in the log what else an input brings, which streams do not know."""
+    unused = sorted(key for key, value in given.items() if value is not None and key not in used)
+    if unused:
+        logger.warning("Q-ARVD Stream Generate does not use what %s says of: %s", name, ", ".join(unused))
 
 
 def _check_size(pipeline: PipelineHandle, width: int, height: int) -> tuple[int, int]:
@@ -334,9 +299,15 @@ def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> dic
         raise NodeError(f"{' and '.join(named)} are both connected.", "Connect one of them: a video has one start.")
     value, pipe = given[named[0]], pipeline.pipe
     if named[0] == "start_image":
-        pictures = value[..., :3].permute(0, 3, 1, 2)
+        pictures = value.permute(0, 3, 1, 2).clamp(0, 1)  # resampling in ComfyUI overshoots
         return {"image": pictures[0]} if len(pictures) == 1 else {"video": pictures}
-    latents = value.latents if named[0] == "state" else normalize(pipe.vae, value["samples"].float())
+    samples = value.latents if named[0] == "state" else value["samples"]
+    latents = one_video(named[0], samples, pipe.vae.config.z_dim, pipeline.name)
+    if named[0] == "start_latent":
+        _warn_of_unused(named[0], value, _OF_EVERY_LATENT)
+        latents = normalize(pipe.vae, latents.float())
+    elif value.model != pipeline.name:
+        logger.warning("the state is of %s, %s goes on with it", value.model, pipeline.name)
     try:
         pipe.causal_fields.context_pieces(latents.shape[2])
     except ValueError as error:

@@ -3,30 +3,104 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-const NODE = "QARVDStreamGenerate";
+const STREAM = "QARVDStreamGenerate";
 const TEXT_NODES = ["QARVDInfo", "QARVDCompare", "QARVDSaveQuantized"];
-const players = new WeakMap();
+// Their seeds are settings: a new one means to calibrate again, which takes long and is never wanted by itself.
+const FIXED_SEEDS = ["QARVDQuantize", "QARVDCalibrationPrompts"];
+// Widget types of our own: the name of a type that Nodes 2.0 knows, such as "text", would show its own input instead.
+const PLAYER_TYPE = "qarvd_player";
+const TEXT_TYPE = "qarvd_text";
+const PLAYER_HEIGHT = 240;
+const BAR_HEIGHT = 32;
+const MARGINS = 20; // that the canvas leaves above and below
 
-// A node inside subgraphs has an id such as "29:12": one part per level.
+const players = new WeakMap(); // node -> Player; nodes are built anew whenever their tab is opened
+const runs = new Map(); // graph and node -> the latest run, whichever tab is open
+
+const graphId = () => (app.rootGraph ?? app.graph)?.id ?? null;
+const keyOf = (run) => `${run.workflow ?? null} ${run.node}`;
+
+// A node inside subgraphs has an id such as "29:12", one part per level; in stored outputs, the subgraph's own id and then
+// the node's.
 function findNode(id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
   for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part));
-    graph = node?.subgraph;
+    const subgraph = graph?.subgraphs?.get?.(part);
+    node = subgraph ? null : (graph?.getNodeById(part) ?? graph?.getNodeById(Number(part)));
+    graph = subgraph ?? node?.subgraph;
   }
   return node;
 }
 
+// Takes in what an event or the server says of a run. `chunks` may have come before, and in any order.
+function learn(status, chunks = []) {
+  const known = runs.get(keyOf(status));
+  const run = known?.run === status.run ? known : { made: new Map() };
+  chunks.forEach((chunk) => run.made.set(chunk.index, chunk));
+  const ended = run.state && run.state !== "running";
+  Object.assign(run, {
+    run: status.run,
+    workflow: status.workflow ?? null,
+    node: status.node,
+    total: status.total,
+    state: ended ? run.state : status.state, // an answer may be older than the last event
+    finishing: status.finishing || run.finishing,
+    count: Math.max(status.made, run.count ?? 0),
+  });
+  runs.set(keyOf(run), run);
+  return run;
+}
+
+const post = (path, data) =>
+  api.fetchApi(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(data) });
+
+function playerFor(run) {
+  if ((run.workflow ?? null) !== graphId()) return null; // another tab's
+  const node = findNode(run.node);
+  return node?.comfyClass === STREAM ? playerOf(node) : null;
+}
+
+// Lines of 16 x 16 pictures.
+const ICONS = {
+  pause: "M5 3v10M11 3v10",
+  play: "M4 2.5l9 5.5-9 5.5z",
+  save: "M8 2v8M4.5 7L8 10.5 11.5 7M3 13.5h10",
+  fullscreen: "M2 6V2h4M10 2h4v4M14 10v4h-4M6 14H2v-4",
+};
+
+function setIcon(button, name, title) {
+  button.innerHTML = `<svg width="16" height="16" fill="none" stroke="currentColor" stroke-width="1.6"><path d="${ICONS[name]}"/></svg>`;
+  button.title = title;
+  button.setAttribute("aria-label", title);
+}
+
+function makeButton(name, press) {
+  const made = Object.assign(document.createElement("button"), { type: "button", className: `qarvd-${name}` });
+  made.style.cssText =
+    "background:none;border:0;color:#ddd;font:12px sans-serif;padding:3px 5px;cursor:pointer;white-space:nowrap;flex:none;line-height:0";
+  made.addEventListener("click", press);
+  made.addEventListener("pointerdown", (event) => event.stopPropagation()); // would drag the node
+  return made;
+}
+
+const CAPTIONS = {
+  running: (run) => `${run.count} of ${run.total} chunks made`,
+  done: (run) => `all ${run.count} chunks made`,
+  early: (run) => `finished early after ${run.count} of ${run.total} chunks`,
+  stopped: (run) => `stopped after ${run.count} of ${run.total} chunks`,
+  failed: (run) => `failed after ${run.count} of ${run.total} chunks`,
+};
+
 class Player {
   constructor() {
-    this.chunks = [];
     this.run = null;
-    this.playing = 0;
+    this.playing = null; // index of the chunk
+    this.paused = false;
     this.root = document.createElement("div");
     this.root.className = "qarvd-player";
     this.root.style.cssText =
-      "display:flex;flex-direction:column;width:100%;height:100%;min-height:240px;background:#111;border-radius:6px;overflow:hidden;position:relative";
+      "display:flex;flex-direction:column;width:100%;height:100%;background:#111;border-radius:6px;overflow:hidden;position:relative";
     // Two videos lie over each other: the next chunk loads in the hidden one, so that nothing flickers between chunks.
     this.stage = document.createElement("div");
     this.stage.style.cssText = "position:relative;flex:1 1 0;min-height:0;width:100%";
@@ -35,46 +109,83 @@ class Player {
       video.style.cssText =
         "position:absolute;inset:0;width:100%;height:100%;object-fit:contain;image-rendering:pixelated;visibility:hidden";
       video.addEventListener("loadeddata", () => this.reveal(video));
-      video.addEventListener("ended", () => {
-        if (video === this.videos[0]) this.play((this.playing + 1) % this.chunks.length);
-      });
+      video.addEventListener("ended", () => video === this.videos[0] && this.play(this.next()));
+      video.addEventListener("error", () => video === this.videos[1] && video.src && this.lost());
       this.stage.append(video);
       return video;
     });
     this.still = document.createElement("img");
     this.still.style.cssText =
       "position:absolute;right:6px;top:6px;width:25%;border:1px solid #888;border-radius:3px;image-rendering:pixelated;display:none";
+    this.stage.append(this.still);
+    this.root.append(this.stage, this.makeBar());
+    this.describe();
+  }
+
+  makeBar() {
     this.caption = document.createElement("div");
-    this.caption.style.cssText = "color:#ddd;font:12px sans-serif;padding:4px 6px;text-align:center";
-    this.caption.textContent = "chunks appear here as they are made";
-    this.root.append(this.stage, this.still, this.caption);
+    this.caption.className = "qarvd-caption";
+    this.caption.style.cssText = "color:#ddd;font:12px sans-serif;padding:4px 6px;flex:1 1 0;min-width:0";
+    this.pauseButton = makeButton("pause", () => this.pause(!this.paused));
+    this.saveButton = makeButton("save", () => this.save());
+    this.screenButton = makeButton("fullscreen", () =>
+      document.fullscreenElement ? document.exitFullscreen() : this.root.requestFullscreen(),
+    );
+    this.finishButton = makeButton("finish", () => this.finish());
+    setIcon(this.pauseButton, "pause", "Pause");
+    setIcon(this.saveButton, "save", "Save the chunks made so far as one video");
+    setIcon(this.screenButton, "fullscreen", "Full screen");
+    this.finishButton.textContent = "Finish";
+    this.finishButton.title = "Finish after this chunk: what exists by then goes to the nodes behind";
+    this.finishButton.style.cssText += ";background:#444;border-radius:4px;line-height:16px";
+    const bar = document.createElement("div");
+    bar.style.cssText = "display:flex;align-items:center;flex:none;min-height:30px;padding-right:4px";
+    bar.append(this.caption, this.finishButton, this.pauseButton, this.saveButton, this.screenButton);
+    return bar;
   }
 
-  add(chunk) {
-    if (chunk.run !== this.run) {
-      this.run = chunk.run;
-      this.chunks = [];
+  // Shows a run as far as it is known; `latest` is the index of a chunk that has just arrived.
+  show(run, latest) {
+    const fresh = run.run !== this.run?.run;
+    this.run = run;
+    if (fresh) {
+      this.playing = null;
+      this.videos.forEach((video) => {
+        video.removeAttribute("src");
+        video.style.visibility = "hidden";
+      });
+      this.pause(false);
+      this.still.style.display = "none";
     }
-    this.chunks[chunk.index] = chunk;
-    this.root.dataset.chunks = this.chunks.length;
-    this.play(chunk.index);
-    if (this.chunks.length === chunk.total) this.still.style.display = "none";
+    this.root.dataset.chunks = run.made.size;
+    if (run.state !== "running" || run.count === run.total) this.still.style.display = "none";
+    if (run.made.size && (this.playing === null || (latest !== undefined && !this.paused))) {
+      this.play(latest ?? Math.min(...run.made.keys()));
+    }
+    this.describe();
   }
 
-  all(chunks) {
-    if (!chunks?.length || (chunks[0].run === this.run && chunks.length === this.chunks.length)) return;
-    chunks.forEach((chunk) => this.add(chunk));
-    this.play(0);
-  }
-
-  preview(step) {
-    if (step.run !== this.run) return;
-    this.still.src = step.image;
+  preview(image) {
+    this.still.src = image;
     this.still.style.display = "";
   }
 
+  // With `preview` off or as pictures there is nothing to play, only to say and to finish.
+  setVideo(shown) {
+    this.stage.style.display = shown ? "" : "none";
+    [this.pauseButton, this.saveButton, this.screenButton].forEach((control) => (control.hidden = !shown));
+    this.height = shown ? PLAYER_HEIGHT : BAR_HEIGHT;
+    this.root.style.minHeight = `${this.height}px`;
+    this.root.style.maxHeight = shown ? "" : this.root.style.minHeight;
+  }
+
+  next() {
+    const made = [...this.run.made.keys()].sort((a, b) => a - b);
+    return made.find((index) => index > this.playing) ?? made[0];
+  }
+
   play(index) {
-    const chunk = this.chunks[index];
+    const chunk = this.run.made.get(index);
     if (!chunk) return;
     this.playing = index;
     const query = new URLSearchParams({ filename: chunk.filename, subfolder: chunk.subfolder, type: chunk.type });
@@ -85,61 +196,174 @@ class Player {
     if (video !== this.videos[1]) return;
     this.videos.reverse();
     video.style.visibility = "visible";
-    video.play().catch(() => {});
+    if (!this.paused) video.play().catch(() => {});
     this.videos[1].style.visibility = "hidden";
     this.videos[1].pause();
-    const chunk = this.chunks[this.playing];
-    const made = this.chunks.length;
-    const status = made < chunk.total ? `${made} of ${chunk.total} chunks made` : `all ${made} chunks made`;
-    this.caption.textContent = `chunk ${this.playing + 1} · ${chunk.frames} frames in ${chunk.seconds.toFixed(2)} s · ${status}`;
+    this.describe();
+  }
+
+  pause(paused) {
+    this.paused = paused;
+    setIcon(this.pauseButton, paused ? "play" : "pause", paused ? "Play" : "Pause");
+    const video = this.videos[0];
+    if (paused) video.pause();
+    else if (video.ended) this.play(this.next());
+    else if (video.src) video.play().catch(() => {});
+  }
+
+  save() {
+    if (!this.run?.made.size) return;
+    const link = document.createElement("a");
+    link.href = api.apiURL(`/qarvd/video?run=${this.run.run}`);
+    link.download = `qarvd_${this.run.run}.mp4`;
+    link.click();
+  }
+
+  finish() {
+    this.finishButton.disabled = true;
+    post("/qarvd/finish", { run: this.run.run });
+  }
+
+  lost() {
+    this.caption.textContent = "the chunks are not there any more; run again to see them";
+  }
+
+  describe() {
+    const run = this.run;
+    const running = run?.state === "running";
+    this.finishButton.hidden = !running;
+    this.finishButton.disabled = Boolean(run?.finishing);
+    this.finishButton.style.opacity = this.finishButton.disabled ? 0.5 : 1;
+    for (const control of [this.pauseButton, this.saveButton, this.screenButton]) {
+      control.disabled = !run?.made.size;
+      control.style.opacity = control.disabled ? 0.4 : 1;
+    }
+    if (!run) {
+      this.caption.textContent = "chunks appear here as they are made";
+      return;
+    }
+    const chunk = run.made.get(this.playing);
+    const shown = chunk ? `chunk ${chunk.index + 1} · ${chunk.frames} frames in ${chunk.seconds.toFixed(2)} s · ` : "";
+    const finishing = running && run.finishing ? "; finishing after this one" : "";
+    this.caption.textContent = shown + CAPTIONS[run.state](run) + finishing;
   }
 }
 
 function playerOf(node) {
   if (!players.has(node)) {
     const player = new Player();
-    const widget = node.addDOMWidget("qarvd_video", "video", player.root, {
+    players.set(node, player);
+    player.setVideo(true);
+    const widget = node.addDOMWidget("qarvd_video", PLAYER_TYPE, player.root, {
       serialize: false,
       hideOnZoom: false,
-      getMinHeight: () => 240,
+      getMinHeight: () => player.height + MARGINS,
     });
     widget.serialize = false;
-    players.set(node, player);
+    const preview = node.widgets.find((w) => w.name === "preview");
+    const callback = preview?.callback;
+    if (preview) {
+      preview.callback = function () {
+        callback?.apply(this, arguments);
+        const before = player.height;
+        fit(node);
+        node.setSize([node.size[0], node.size[1] + player.height - before]);
+      };
+    }
   }
   return players.get(node);
+}
+
+// The player as large as the node's `preview` asks for.
+function fit(node) {
+  playerOf(node).setVideo((node.widgets.find((w) => w.name === "preview")?.value ?? "video") === "video");
 }
 
 function showText(node) {
   const box = document.createElement("pre");
   box.className = "qarvd-text";
   box.style.cssText =
-    "margin:0;padding:6px;width:100%;height:100%;min-height:80px;box-sizing:border-box;overflow:auto;background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px";
-  node.addDOMWidget("qarvd_text", "text", box, { serialize: false, hideOnZoom: false, getMinHeight: () => 80 }).serialize = false;
+    "margin:0;padding:6px;width:100%;height:100%;min-height:60px;box-sizing:border-box;overflow:auto;background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px;user-select:text";
+  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, { serialize: false, hideOnZoom: false, getMinHeight: () => 60 + MARGINS }).serialize =
+    false;
+  node.qarvdText = (output) => {
+    if (output?.text) box.textContent = [].concat(output.text).join("\n");
+  };
   const onExecuted = node.onExecuted;
   node.onExecuted = function (output) {
     onExecuted?.apply(this, arguments);
-    if (output?.text) box.textContent = [].concat(output.text).join("\n");
+    this.qarvdText(output);
   };
+}
+
+// What a stream node put out. The page hands outputs to whichever node of the open tab has the id; they belong to the graph
+// of their prompt, which for a result that ComfyUI had kept is not the one it was made for.
+async function showOutput({ prompt_id, node, output }) {
+  const status = output?.qarvd_stream?.[0];
+  if (!status) return;
+  let workflow = status.workflow;
+  if (prompt_id !== status.prompt) {
+    const answer = await post("/qarvd/cached", { prompt: prompt_id, run: status.run });
+    workflow = (await answer.json()).workflow;
+  }
+  const run = learn({ ...status, workflow, node }, output.qarvd_chunks ?? []);
+  playerFor(run)?.show(run);
+}
+
+// Nodes that were just built show what is known of their graph, also what was made before the page was loaded.
+async function restore() {
+  const workflow = graphId();
+  const nodes = [];
+  const gather = (graph) => {
+    for (const node of graph?.nodes ?? graph?._nodes ?? []) {
+      if (node.comfyClass === STREAM) nodes.push(node);
+      if (node.subgraph) gather(node.subgraph);
+    }
+  };
+  gather(app.rootGraph ?? app.graph);
+  if (!nodes.length) return;
+  nodes.forEach(fit);
+  if (workflow === null) return;
+  const show = () => [...runs.values()].forEach((run) => playerFor(run)?.show(run));
+  show();
+  const answer = await api.fetchApi(`/qarvd/streams?${new URLSearchParams({ workflow })}`);
+  if (!answer.ok) return;
+  for (const { chunks, ...status } of await answer.json()) {
+    const known = runs.get(keyOf(status));
+    if (!known || known.run === status.run || known.fromServer) learn(status, chunks).fromServer = !known || known.fromServer;
+  }
+  show();
 }
 
 app.registerExtension({
   name: "qarvd.stream",
   nodeCreated(node) {
     if (TEXT_NODES.includes(node.comfyClass)) showText(node);
-    if (node.comfyClass !== NODE) return;
-    playerOf(node);
-    const onExecuted = node.onExecuted;
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      playerOf(this).all(output?.qarvd_chunks);
-    };
+    if (FIXED_SEEDS.includes(node.comfyClass)) {
+      const control = node.widgets?.find((w) => w.name === "control_after_generate");
+      if (control) control.value = "fixed"; // a saved workflow's own choice is set after this
+    }
+    if (node.comfyClass === STREAM) playerOf(node);
+  },
+  afterConfigureGraph: restore,
+  onNodeOutputsUpdated(outputs) {
+    for (const [id, output] of Object.entries(outputs ?? {})) findNode(id)?.qarvdText?.(output);
   },
   setup() {
-    const toNode = (event, method) => {
-      const node = findNode(event.detail.node);
-      if (node) playerOf(node)[method](event.detail);
-    };
-    api.addEventListener("qarvd.chunk", (event) => toNode(event, "add"));
-    api.addEventListener("qarvd.step", (event) => toNode(event, "preview"));
+    api.addEventListener("executed", ({ detail }) => showOutput(detail));
+    api.addEventListener("qarvd.stream", ({ detail }) => {
+      const run = learn(detail);
+      playerFor(run)?.show(run);
+    });
+    api.addEventListener("qarvd.chunk", ({ detail }) => {
+      const run = learn(detail, [detail]);
+      playerFor(run)?.show(run, detail.index);
+    });
+    api.addEventListener("qarvd.step", ({ detail }) => {
+      const run = learn(detail);
+      const player = playerFor(run);
+      if (player && player.run !== run) player.show(run);
+      player?.preview(detail.image);
+    });
   },
 });

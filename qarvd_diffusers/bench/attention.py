@@ -44,7 +44,7 @@ def _candidates(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable
         "chosen fp8": lambda: ops.attention_fp8(q8[0], *cached, *scales, length),
         "int8 (Triton)": lambda: ops.attention_int8(query, k_int[0], v_int[0], k_int[1], v_int[1], length),
     }
-    if fa3.refusal(key.device) is None:
+    if fa3.unavailable_reason(key.device) is None:
         candidates["FlashAttention-3 fp8"] = lambda: fa3.attention_fp8(q8[0], k8[0], v8[0], *scales, length)
     return candidates
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +51,12 @@ def round_blocks(
         The parameters of every layer of `nearest`.
     """
     kind, sequential = ROUNDINGS[config.resolved_rounding], config.rounding_inputs == "quantized"
-    done = dict(nearest)
+    by_name, done = {group.name: group for group in groups}, dict(nearest)
+    channels = {group.name: group.outliers.channel_order.numel() for group in groups}
+    finished = processes.from_main(_restore(groups, folder if processes.is_main else None))
     with _quantized(transformer) as quantize:
-        for stage in _stages(groups, kind.bytes, 0 if sequential else processes.count * CAPTURE_BYTES):
-            finished = processes.from_main(_restore(stage, folder if processes.is_main else None))
-            left = [group for group in stage if group.name not in finished]
-            mine = _dealt(left, kind.bytes, processes)
+        for stage in stages_of(channels, config, finished, processes):
+            mine = [by_name[name] for name in stage.mine]
             found: dict[str, LinearQParams] = {}
             roundings = _watch(mine, kind, run, config) if mine else []
             while mine:  # a group's statistics are freed before the next one is solved
@@ -65,11 +66,53 @@ def round_blocks(
                 found.update(layers)
                 if folder is not None:
                     folder.save(group.name, layers)
-            for layers in (*finished.values(), *processes.gather(found)):
+            for layers in (*(finished.get(name, {}) for name in stage.groups), *processes.gather(found)):
                 done.update(layers)
             if sequential:
-                quantize({name: done[name] for group in stage for name in group.linears})
+                quantize({name: done[name] for group in stage.groups for name in by_name[group].linears})
     return done
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive groups whose inputs are watched together, in one set of rollouts.
+
+    Attributes:
+        groups: their names.
+        mine: those of them that are not finished and that this process rounds.
+    """
+
+    groups: tuple[str, ...]
+    mine: tuple[str, ...]
+
+
+def stages_of(
+    channels: Mapping[str, int], config: QARVDConfig, finished: Collection[str], processes: Processes
+) -> list[Stage]:
+    """Groups in stages: whole blocks, as many as fit the memory, at least one.
+
+    Args:
+        channels: input channels of every group, in module order, by its name.
+        config: decides the rounding, and whether a block is to see what became of those before it.
+        finished: names of groups that are done.
+        processes: those that share the groups.
+    """
+    sizes = {name: ROUNDINGS[config.resolved_rounding].bytes(count) for name, count in channels.items()}
+    budget = 0 if config.rounding_inputs == "quantized" else processes.count * CAPTURE_BYTES
+    blocks: dict[str, list[str]] = {}
+    for name in sizes:
+        blocks.setdefault(block_name(name), []).append(name)
+    stages: list[list[str]] = []
+    room = -math.inf
+    for block in blocks.values():
+        needed = sum(sizes[name] for name in block)
+        if needed > room:
+            stages.append([])
+            room = budget
+        stages[-1].extend(block)
+        room -= needed
+    dealt = (_dealt({name: sizes[name] for name in stage if name not in finished}, processes) for stage in stages)
+    return [Stage(tuple(stage), mine) for stage, mine in zip(stages, dealt, strict=True)]
 
 
 def _restore(groups: Iterable[LayerGroup], folder: ResumeFolder | None) -> dict[str, Mapping[str, LinearQParams]]:
@@ -78,14 +121,12 @@ def _restore(groups: Iterable[LayerGroup], folder: ResumeFolder | None) -> dict[
     return {name: layers for name, layers in stored.items() if layers is not None}
 
 
-def _dealt(
-    groups: Iterable[LayerGroup], size: Callable[[LayerGroup], float], processes: Processes
-) -> list[LayerGroup]:
+def _dealt(sizes: Mapping[str, float], processes: Processes) -> tuple[str, ...]:
     """This process's share of some groups: the largest are dealt first, each to who has least."""
-    groups, hands = list(groups), [[] for _ in range(processes.count)]
-    for group in sorted(groups, key=size, reverse=True):
-        min(hands, key=lambda hand: (sum(map(size, hand)), len(hand))).append(group)
-    return [group for group in groups if group in hands[processes.index]]
+    hands: list[list[str]] = [[] for _ in range(processes.count)]
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        min(hands, key=lambda hand: (sum(map(sizes.__getitem__, hand)), len(hand))).append(name)
+    return tuple(name for name in sizes if name in hands[processes.index])
 
 
 def _watch(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, config: QARVDConfig) -> list[Rounding]:
@@ -111,25 +152,6 @@ def _report(progress: Callable[[str, int, int], None] | None, group: LayerGroup)
             progress(f"rounding {group.name}{text}", step, steps)
 
     return report
-
-
-def _stages(
-    groups: Iterable[LayerGroup], size: Callable[[LayerGroup], float], budget: float
-) -> list[list[LayerGroup]]:
-    """Consecutive groups in stages: whole blocks, as many as fit the budget, at least one."""
-    blocks: dict[str, list[LayerGroup]] = {}
-    for group in groups:
-        blocks.setdefault(block_name(group.name), []).append(group)
-    stages: list[list[LayerGroup]] = []
-    room = -math.inf
-    for block in blocks.values():
-        needed = sum(map(size, block))
-        if needed > room:
-            stages.append([])
-            room = budget
-        stages[-1].extend(block)
-        room -= needed
-    return stages
 
 
 def block_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..config import QARVDConfig, QuantizedModule
 from ..linear import LinearQParams, QARVDLinear, base_layer_name
 from ..models.pass_info import PassInfo
 from ..packing import pack
-from .blocks import round_blocks
+from .blocks import round_blocks, stages_of
 from .capture import InputCapture, pass_weight
 from .groups import LayerGroup
 from .inputs import InputQuantizer
@@ -22,12 +23,56 @@ from .outliers import OutlierSet
 from .processes import ALONE, Processes
 from .result import CalibrationResult, config_hash
 from .resume import ResumeFolder
+from .rounding import ROUNDINGS
 from .splits import input_extents, split_inputs, stored_split
 from .targets import input_groups, quantizable_linears, skips_rounding
 from .weights import quantize_weight
 
 # Called with what is being done, how many steps of it are done, and how many there are.
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a calibration has to do in this process, counted before it begins.
+
+    Attributes:
+        shared_runs: sets of rollouts that the processes share.
+        whole_runs: sets of rollouts that this process makes alone.
+        layers: weights that are quantized to nearest.
+        rounding: steps of the rounding from data.
+    """
+
+    shared_runs: int = 0
+    whole_runs: int = 0
+    layers: int = 0
+    rounding: int = 0
+
+
+def plan_work(
+    transformer: nn.Module, config: QARVDConfig, folder: ResumeFolder | None = None, processes: Processes = ALONE
+) -> Work:
+    """What `calibrate` will do when it is given the same; what the folder holds is not done again.
+
+    Raises:
+        ValueError: there is no layer to quantize.
+    """
+    linears = quantizable_linears(transformer, config)
+    if not config.needs_calibration:
+        return Work(layers=len(linears))
+    groups = input_groups(transformer, linears, config)
+    held = [part for part in ("ranges", *(names[0] for names in groups)) if folder is not None and folder.holds(part)]
+    finished = set(processes.from_main(held))
+    work = Work()
+    if "ranges" not in finished:
+        runs = (config.resolved_outlier_detector == "input") + config.resolved_scheme.needs_calibration
+        work = Work(shared_runs=runs, layers=len(linears))
+    if config.resolved_rounding == "nearest":
+        return work
+    channels = {names[0]: linears[names[0]].in_features for names in groups if not skips_rounding(names[0], config)}
+    mine = [stage.mine for stage in stages_of(channels, config, finished, processes) if stage.mine]
+    steps = ROUNDINGS[config.resolved_rounding].steps(config) * sum(map(len, mine))
+    return dataclasses.replace(work, whole_runs=len(mine), rounding=steps)
 
 
 def calibrate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class InputCapture:
             observe: called with the index of the group, its input `[..., K]` and the current pass.
         """
         self._linears, self._groups, self._observe = linears, groups, observe
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._ends = ExitStack()
         self._passes: list[PassInfo] = []
         self._called: dict[str, list[int]] = {name: [] for name in linears}  # index into _passes, one per call
 
@@ -53,17 +54,17 @@ class InputCapture:
         self._passes.append(info)
 
     def __enter__(self) -> InputCapture:
+        self._ends.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not see new hooks
         for index, group in enumerate(self._groups):
             last = _Last()
             for position, name in enumerate(group):
                 hook = self._hook(index, name, last, leads=position == 0)
-                self._handles.append(self._linears[name].register_forward_pre_hook(hook, with_kwargs=True))
+                handle = self._linears[name].register_forward_pre_hook(hook, with_kwargs=True)
+                self._ends.callback(handle.remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._ends.close()
 
     def _hook(self, index: int, name: str, last: _Last, leads: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -62,6 +62,10 @@ class ResumeFolder:
             return
         write_json({"fingerprint": fingerprint}, manifest)
 
+    def holds(self, part: str) -> bool:
+        """Whether a part is finished."""
+        return self._file(part).is_file()
+
     def load(self, part: str, names: Iterable[str]) -> Mapping[str, LinearQParams] | None:
         """The layers of a finished part; None if it is not there.
 
@@ -69,7 +73,7 @@ class ResumeFolder:
             ValueError: its file is damaged or holds other layers; named.
         """
         path = self._file(part)
-        if not path.is_file():
+        if not self.holds(part):
             return None
         result = CalibrationResult.load(path)
         if result.config_hash != self.fingerprint or set(result.layers) != set(names):

@@ -34,6 +34,14 @@ class Rounded(NamedTuple):
 class Rounding(Protocol):
     """Rounds the weights of one group of layers."""
 
+    @staticmethod
+    def bytes(channels: int) -> float:
+        """What watching a group with so many input channels takes on the device."""
+
+    @staticmethod
+    def steps(config: QARVDConfig) -> int:
+        """How often `solve` calls `on_step`."""
+
     def add(self, x: Tensor, weight: float) -> None:
         """Record one call: x `[batch, ..., K]` as the layers read it, weight of the chunk it belongs to."""
 
@@ -51,8 +59,12 @@ class CompensatedRounding:
         self.moments = torch.zeros(size, size, device=group.device)
 
     @staticmethod
-    def bytes(group: LayerGroup) -> float:
-        return 4 * group.outliers.channel_order.numel() ** 2
+    def bytes(channels: int) -> float:
+        return 4 * channels**2
+
+    @staticmethod
+    def steps(config: QARVDConfig) -> int:
+        return 1
 
     def add(self, x: Tensor, weight: float) -> None:
         x = self.group.permute(x.detach().to(self.moments.device, torch.float32)).flatten(0, -2)
@@ -78,8 +90,12 @@ class AdaRounding:
         self.seed = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest())
 
     @staticmethod
-    def bytes(group: LayerGroup) -> float:
+    def bytes(channels: int) -> float:
         return math.inf  # grows with the rollouts: never more than one block
+
+    @staticmethod
+    def steps(config: QARVDConfig) -> int:
+        return config.rounding_iterations
 
     def add(self, x: Tensor, weight: float) -> None:
         for sample in x.detach().flatten(1, -2) if x.ndim > 2 else x.detach()[None]:

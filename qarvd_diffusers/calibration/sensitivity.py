@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..text_files import read_text
 from .resume import write_json
 
 FORMAT = "qarvd-sensitivity-1"
@@ -135,7 +136,7 @@ class SensitivityResult:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such sensitivity file; `qarvd sensitivity` writes one")
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(read_text(path))
             if values["format"] != FORMAT:
                 raise ValueError(f"format is {values['format']!r}, expected {FORMAT!r}")
             errors = tuple(tuple(tuple(map(float, row)) for row in matrix) for matrix in values["errors"])

@@ -47,7 +47,10 @@ def split_inputs(
             raise ValueError(
                 f"the weight of {name} is on the meta device: remove offloading hooks, quantize, offload again"
             )
-        if not bool(linear.weight.isfinite().all()):
+        weight = (
+            linear.weight.float() if linear.weight.dtype.itemsize == 1 else linear.weight
+        )  # of 8-bit floats nobody can ask
+        if not bool(weight.isfinite().all()):
             raise ValueError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
     words = word_linears(transformer, linears)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..config import QARVDConfig, named_by
-from ..linear import QARVDLinear
+from ..linear import QARVDLinear, unwrapped
 
 # Outside the blocks, only what embeds the text is quantized: the rest is small, and the whole video depends on it.
 KEEP_FLOAT = ("time_embedder", "time_proj", "image_embedder", "patch_embedding", "norm_out", "proj_out")
@@ -56,7 +56,18 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
 
 
 def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear of the model itself by name; adapters neither count nor show in the names."""
+    """Every Linear of the model itself by name; adapters neither count nor show in the names, nor does `torch.compile`.
+
+    Raises:
+        ValueError: a part of the model is wrapped by `torch.compile`.
+    """
+    transformer = unwrapped(transformer)
+    wrapped = next((name for name, _ in transformer.named_modules() if "_orig_mod" in name.split(".")), None)
+    if wrapped is not None:
+        raise ValueError(
+            f"{wrapped.partition('._orig_mod')[0]} is wrapped by torch.compile(), which changes the names of its layers: call "
+            "its compile() method, or the model's compile_repeated_blocks(), instead"
+        )
     wrappers = {name for name, module in transformer.named_modules() if hasattr(module, "base_layer")}
     found = {}
     for name, module in transformer.named_modules():

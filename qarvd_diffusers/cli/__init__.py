@@ -9,7 +9,10 @@ import argparse
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
+
+from .threads import let_threads_sleep
 
 COMMANDS = {
     "demo": "quantize the bundled model, save, reload, generate and compare: start here",
@@ -40,9 +43,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def quiet_libraries() -> None:
+    """Silence what other libraries print while they load and save; bars of downloads stay."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    hidden = are_progress_bars_disabled()
+    of_transformers.disable_progress_bar()  # and with it those of huggingface_hub
+    if not hidden:
+        enable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # passed by diffusers, not by us
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `qarvd` script; returns the exit code."""
     args = build_parser().parse_args(argv)
+    if argv is None:  # a process of its own
+        let_threads_sleep(args)
+    quiet_libraries()
     try:
         result = args.run(args)
     except KeyboardInterrupt:

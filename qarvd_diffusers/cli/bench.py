@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .common import table
+from .common import table, whole
 
 PARTS = ("gemm", "attention", "passes", "vae")
 
@@ -22,15 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = tuple(dict.fromkeys((*PASS_VARIANTS, *VIDEO_VARIANTS)))
     parser.add_argument("--shape", choices=SHAPE_NAMES, default="1.3b", help="model size (default: 1.3b)")
     parser.add_argument(
-        "--layers", type=int, help="transformer blocks of the passes and videos (default: the model's)"
+        "--layers", type=whole(1), help="transformer blocks of the passes and videos (default: the model's)"
     )
     parser.add_argument(
-        "--frames-per-chunk", type=int, default=3, help="latent frames that are generated together (default: 3)"
+        "--frames-per-chunk", type=whole(1), default=3, help="latent frames that are generated together (default: 3)"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--variants", nargs="+", choices=names, help="of passes or videos (default: all)")
     parser.add_argument(
-        "--chunks", nargs="+", type=int, help="of the passes (default: the last within 3, 12 and 21 latent frames)"
+        "--chunks",
+        nargs="+",
+        type=whole(1),
+        help="of the passes (default: the last within 3, 12 and 21 latent frames)",
     )
     parser.add_argument(
         "--end-to-end",
@@ -38,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time whole videos, text encoder and VAE included",
     )
     parser.add_argument(
-        "--frames", nargs="+", type=int, default=[81, 321], help="of the whole videos (default: 81 321)"
+        "--frames", nargs="+", type=whole(1), default=[81, 321], help="of the whole videos (default: 81 321)"
     )
-    parser.add_argument("--repeats", type=int, default=10, help="runs the median is taken of (default: 10)")
+    parser.add_argument("--repeats", type=whole(1), default=10, help="runs the median is taken of (default: 10)")
     parser.add_argument(
         "--seconds", type=float, help="give up a variant of the passes after this time (default: never)"
     )

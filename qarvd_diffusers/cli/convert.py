@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import DTYPES
+from .common import DTYPES, named_model, require_new_folder, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="self-forcing",
         help="whose chunk size, steps and window apply; auto: by the names of file and folder",
     )
-    parser.add_argument("--base", help="diffusers folder that supplies VAE, text encoder and tokenizer")
+    parser.add_argument(
+        "--base", help="diffusers folder that supplies VAE, text encoder and tokenizer; `bundled` is one"
+    )
     parser.add_argument(
         "--weights", help="state dict in the file: generator_ema, generator or model (default: the family's)"
     )
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a quantized folder write ComfyUI's own int8 format, and say what it cannot hold",
     )
-    parser.add_argument("--heads", type=int, help="attention heads (default: from --base, else width / 128)")
+    parser.add_argument("--heads", type=whole(1), help="attention heads (default: from --base, else width / 128)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as stored)")
 
 
@@ -47,18 +49,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..conversion import convert_checkpoint, detect_checkpoint, single_file_to_folder
     from ..models.single_file import read_single_file
 
-    source = Path(args.source)
+    source, base = Path(named_model(args.source)), args.base and named_model(args.base)
     if (source / "transformer" / "config.json").is_file():
         return _folder_to_file(source, args)
     if source.is_file() and source.suffix == ".safetensors" and read_single_file(source) is not None:
-        single_file_to_folder(source, args.out, args.base)
+        single_file_to_folder(source, args.out, base)
         return {"out": args.out, "layout": "diffusers folder, as the file's header tells"}
-    found = detect_checkpoint(args.source, args.family, args.weights)
+    require_new_folder(args.out)
+    found = detect_checkpoint(source, args.family, args.weights)
     convert_checkpoint(
-        args.source,
+        source,
         args.out,
         family=found.family,
-        base=args.base,
+        base=base,
         weights=args.weights,
         lora=args.lora,
         num_attention_heads=args.heads,
@@ -70,11 +73,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _folder_to_file(source: Path, args: argparse.Namespace) -> dict[str, Any]:
     from ..conversion import export_checkpoint, export_int8_tensorwise, folder_to_single_file
     from ..models import CausalWanTransformer3DModel
+    from ..text_files import read_text
 
     if args.int8_tensorwise:
         transformer = CausalWanTransformer3DModel.from_pretrained(source, subfolder="transformer", torch_dtype="auto")
         return {"out": args.out, "layout": "int8_tensorwise", "losses": export_int8_tensorwise(transformer, args.out)}
-    config = json.loads((source / "transformer" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(read_text(source / "transformer" / "config.json"))
     if config.get("quantization_config") is None:
         export_checkpoint(source, args.out)
         return {"out": args.out, "layout": "original names"}

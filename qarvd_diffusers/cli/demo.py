@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import table
+from .common import say, seed, table, whole
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline_arvd import ARVDPipeline
@@ -18,9 +17,9 @@ SCHEMES = ("w8a8", "w4a8")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="qarvd_demo", help="folder for videos, pictures and checkpoints")
-    parser.add_argument("--prompts", type=int, default=4, help="held-out prompts to generate (default: 4)")
-    parser.add_argument("--chunks", type=int, default=7, help="chunks per video (default: 7, that is 81 frames)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise")
+    parser.add_argument("--prompts", type=whole(1), default=4, help="held-out prompts to generate (default: 4)")
+    parser.add_argument("--chunks", type=whole(1), default=7, help="chunks per video (default: 7, that is 81 frames)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of prompts and noise")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,13 +44,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    _say("float model: generating")
+    say("float model: generating")
     reference = load(bundled_model_path())
     expected = roll_out(reference, prompts, args.chunks, args.seed)
     report = {"float": describe(reference, expected, prompts, judge)}
     rollouts = {"float": expected}
     for scheme in SCHEMES:
-        _say(f"{scheme}: calibrating, saving, reloading, generating")
+        say(f"{scheme}: calibrating, saving, reloading, generating")
         pipe = load(bundled_model_path())
         pipe.quantize(QARVDConfig(scheme))
         pipe.save_pretrained(out / scheme)
@@ -67,10 +66,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with atomic_file(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
     return report
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _write_pictures(

@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_device_arguments, load_pipeline, read_prompts, table
+from .common import add_device_arguments, load_pipeline, read_prompts, say, seed, table, watched_roll_out, whole
 
 if TYPE_CHECKING:
     from ..evaluation.fidelity import Judge, Rollout
@@ -20,19 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("quantized", help="quantized model folder or Hub id")
     parser.add_argument("--prompts", metavar="FILE", required=True, help="prompts, one per line, one video each")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--chunks", type=int, default=7, help="chunks per video (default: 7)")
-    parser.add_argument("--seed", type=int, default=0, help="prompt i draws its noise from seed + i (default: 0)")
-    parser.add_argument("--videos", type=int, default=4, help="prompts whose videos go into the page (default: 4)")
+    parser.add_argument("--chunks", type=whole(1), default=7, help="chunks per video (default: 7)")
+    parser.add_argument("--seed", type=seed, default=0, help="prompt i draws its noise from seed + i (default: 0)")
+    parser.add_argument(
+        "--videos", type=whole(0), default=4, help="prompts whose videos go into the page (default: 4)"
+    )
     parser.add_argument("--card", action="store_true", help="write the result into the quantized folder's model card")
     add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..evaluation.fidelity import join
-    from ..evaluation.plots import require_matplotlib
-    from ..evaluation.report import strict_json, write_report
+    from ..evaluation.plots import has_matplotlib
+    from ..evaluation.report import NO_PLOTS, strict_json, write_report
 
-    require_matplotlib()
+    if not has_matplotlib():
+        say(NO_PLOTS)
     prompts = read_prompts(args.prompts)
     if args.card and not Path(args.quantized).is_dir():
         raise ValueError(f"--card rewrites a local folder, {args.quantized} is none: download it, or leave --card out")
@@ -51,18 +54,14 @@ def _roll_out(
     model: str, prompts: tuple[str, ...], args: argparse.Namespace, quantized: bool
 ) -> tuple[Rollout, dict[str, Any], str, int]:
     """Load one model, generate, describe it, and let go of it; with its scheme and frames per second."""
-    from tqdm.auto import tqdm
-
-    from ..evaluation.fidelity import describe, roll_out
+    from ..evaluation.fidelity import describe
 
     pipe = load_pipeline(model, args)
     if (pipe.quantization is not None) != quantized:
         found, wanted = ("quantized", "float") if pipe.quantization is not None else ("float", "quantized")
         raise ValueError(f"{model} is {found}, expected a {wanted} model: the order is FLOAT QUANTIZED")
-    pipe.set_progress_bar_config(disable=True)
     what = "quantized model" if quantized else "float model"
-    with tqdm(desc=what, unit="chunk", total=len(prompts) * args.chunks, disable=None) as bar:
-        rollout = roll_out(pipe, prompts, args.chunks, args.seed, bar.update)
+    rollout = watched_roll_out(pipe, prompts, args.chunks, args.seed, what)
     described = describe(pipe, rollout, prompts, _judge(rollout, prompts))
     scheme, fps = getattr(pipe.quantization, "scheme", "float"), pipe.config.get("fps") or 16
     del pipe

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_device_arguments, load_pipeline, read_prompts
+from .common import add_device_arguments, load_pipeline, read_prompts, seed, whole
 
 if TYPE_CHECKING:
     from ..calibration.processes import Processes
@@ -28,24 +28,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-embeds", metavar="FILE", help="safetensors file of save_prompt_embeds: no text encoder works"
     )
     parser.add_argument(
-        "--out", required=True, help="mp4 file to write; with --prompts a folder, for 000.mp4, 001.mp4, ..."
+        "--out",
+        required=True,
+        help="file to write (.mp4, .mov, .mkv, .avi, .wmv, .gif, .webp); with --prompts a folder, for 000.mp4, 001.mp4, ...",
     )
     parser.add_argument(
-        "--chunks", type=int, default=7, help="chunks to generate; 0 goes on until Ctrl-C (default: 7)"
+        "--chunks", type=whole(0), default=7, help="chunks to generate; 0 goes on until Ctrl-C (default: 7)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the first prompt, one more for each other (default: 0)"
+        "--seed", type=seed, default=0, help="of the first prompt, one more for each other (default: 0)"
     )
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=whole(1))
+    parser.add_argument("--width", type=whole(1))
     parser.add_argument("--image", metavar="FILE", help="picture that the video starts with")
     parser.add_argument(
         "--kv-cache", choices=("auto", "bf16", "int8", "fp8"), help="dtype of the cached keys and values"
     )
     parser.add_argument(
-        "--memory", metavar="SIZE", help="fit into this much GPU memory, such as 8GB; see `qarvd plan`"
+        "--memory", metavar="SIZE", help="fit into this much GPU memory, such as 8GB or 8 or 8GiB; see `qarvd plan`"
     )
-    parser.add_argument("--fps", type=int, help="frames per second of the file (default: the model's, else 16)")
+    parser.add_argument("--fps", type=whole(1), help="frames per second of the file (default: the model's, else 16)")
     parser.add_argument(
         "--context-parallel",
         action="store_true",
@@ -57,9 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..calibration.processes import Processes
 
+    _check(args)
     prompts = read_prompts(args.prompts) or (args.prompt,)
-    if args.prompts and args.chunks == 0:
-        raise ValueError("--chunks 0 goes on without end, and would never come to the second prompt")
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     if processes.count == 1 and args.context_parallel:
         raise ValueError(
@@ -69,6 +70,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError(
             f"{processes.count} processes for one video: start one, give several --prompts, or --context-parallel"
         )
+    if args.image:
+        from ..pipelines.video_start import read_picture
+
+        read_picture(args.image)  # refused before the model is loaded
     size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
     pipe = load_pipeline(args.model, args, **({"memory": args.memory, **size} if args.memory else {}))
     mine = range(len(prompts))
@@ -88,15 +93,31 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     return {"out": args.out, "videos": videos} if args.prompts else videos[0]
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded, what could not be done or written."""
+    from ..evaluation.pictures import check_video_name
+    from ..pipelines.memory import parse_budget
+
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty: say what the video shows")
+    if args.prompts and args.chunks == 0:
+        raise ValueError("--chunks 0 goes on without end, and would never come to the second prompt")
+    if args.prompts and Path(args.out).is_file():
+        raise FileExistsError(f"--out {args.out} is a file: with --prompts it is a folder, for 000.mp4, 001.mp4, ...")
+    if not args.prompts:
+        check_video_name(args.out)
+    if args.memory is not None:
+        parse_budget(args.memory)
+
+
 def _make(
     pipe: ARVDPipeline, args: argparse.Namespace, index: int, prompt: str | None, processes: Processes
 ) -> dict[str, Any]:
     """Make the video of one prompt, and write it unless another process does."""
     import torch
-    from PIL import Image
 
     writes = processes.is_main or not args.context_parallel
-    start = {"image": Image.open(args.image).convert("RGB")} if args.image else {}
+    start = {"image": args.image} if args.image else {}
     stream = pipe.stream(
         prompt,
         prompt_embeds=args.prompt_embeds,
@@ -121,20 +142,15 @@ def _make(
 
 
 def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:
-    import imageio.v2 as imageio
-
     from ..evaluation.fidelity import to_uint8
-    from ..serialization import atomic_file
+    from ..evaluation.pictures import video_writer
 
     frames, seconds = 0, []
-    with (
-        atomic_file(out) as temporary,
-        imageio.get_writer(temporary, fps=fps, codec="libx264", quality=9, macro_block_size=2) as writer,
-    ):
+    with video_writer(out, fps) as append:
         try:
             for chunk in stream:
                 for frame in to_uint8(chunk.frames[0]):
-                    writer.append_data(frame)
+                    append(frame)
                 frames += len(chunk.frames[0])
                 seconds.append(chunk.seconds)
                 print(f"chunk {chunk.index}: {len(chunk.frames[0])} frames in {chunk.seconds:.2f} s", file=sys.stderr)

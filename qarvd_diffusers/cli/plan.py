@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import DTYPES, resolve_model, table
+from .common import DTYPES, resolve_model, table, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder or Hub id; `bundled` names the model that ships with the package")
-    parser.add_argument("--vram", metavar="GB", help="memory of the GPU in 10^9 bytes (default: no limit)")
+    parser.add_argument(
+        "--vram", metavar="SIZE", help="memory of the GPU, such as 8GB or 8 or 8GiB (default: no limit)"
+    )
     parser.add_argument(
         "--scheme", help="plan for a float model quantized like this (default: quantize if it must be)"
     )
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--batch", type=int, default=1, help="samples of the stream")
+    parser.add_argument("--height", type=whole(1))
+    parser.add_argument("--width", type=whole(1))
+    parser.add_argument("--batch", type=whole(1), default=1, help="samples of the stream")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
 
 
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     shapes = ModelShapes.read(resolve_model(args.model))
     options = {"height": args.height, "width": args.width, "batch": args.batch, "dtype": getattr(torch, args.dtype)}
-    plan = choose(shapes, f"{args.vram}GB" if args.vram else "max", scheme=args.scheme, **options)
+    plan = choose(shapes, "max" if args.vram is None else args.vram, scheme=args.scheme, **options)
     return {
         "model": args.model,
         "vram_bytes": plan.budget,

@@ -6,9 +6,23 @@ Under `accelerate launch -m qarvd_diffusers quantize ...` the processes share th
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .common import add_device_arguments, load_pipeline, read_prompts, table
+from .common import (
+    add_device_arguments,
+    load_pipeline,
+    named_model,
+    read_prompts,
+    require_new_folder,
+    seed,
+    table,
+    watched_roll_out,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from ..config import QARVDConfig
+    from ..pipelines.pipeline_arvd import ARVDPipeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", help="float model folder or Hub id; `bundled` names the model that ships with the package"
     )
-    parser.add_argument("out", help="folder to write")
+    parser.add_argument("out", help="folder to write; must not exist yet")
     parser.add_argument("--scheme", choices=tuple(SCHEMES), default="w8a8")
     parser.add_argument("--prompts", metavar="FILE", help="calibration prompts, one per line (default: bundled ones)")
     parser.add_argument("--sensitivity", metavar="JSON", help="chunk weights: a file of `qarvd sensitivity`")
-    parser.add_argument("--chunks", type=int, default=7, help="chunks per calibration rollout (default: 7)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration noise (default: 0)")
+    parser.add_argument("--chunks", type=whole(1), default=7, help="chunks per calibration rollout (default: 7)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the calibration noise (default: 0)")
     parser.add_argument(
-        "--evaluate", type=int, default=1, metavar="N", help="compare N prompts with the float model (default: 1)"
+        "--evaluate", type=whole(0), default=1, metavar="N", help="compare N prompts with the float model (default: 1)"
     )
     parser.add_argument("--reference-compat", action="store_true", help="reproduce the public reference recipe")
     parser.add_argument(
@@ -50,8 +64,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..calibration.sensitivity import SensitivityResult
     from ..config import QARVDConfig
     from ..conversion import quantize_folder
-    from ..evaluation.fidelity import compare, describe, roll_out
-    from ..pipelines.quantization import calibration_prompts, quantize_pipeline
+    from ..evaluation.fidelity import compare, describe
+    from ..pipelines.quantization import quantize_pipeline, require_float
 
     config = QARVDConfig(
         args.scheme,
@@ -65,30 +79,49 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     )
     if args.from_disk and args.mixed:
         raise ValueError("--mixed has to run the model and cannot work from disk: leave out --mixed or --from-disk")
+    require_new_folder(args.out)
     if args.from_disk:
-        sizes = quantize_folder(args.model, args.out, config)
+        sizes = quantize_folder(named_model(args.model), args.out, config)
         return {"out": args.out, "scheme": args.scheme, "sizes": sizes, "report": None}
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     pipe = load_pipeline(args.model, args)
-    wanted = args.evaluate if processes.is_main else 0
-    prompts = calibration_prompts(pipe, config)[-wanted:] if wanted else ()
-    # The evaluation noise is never the calibration noise.
-    seed = args.seed + 10_000
-    expected = roll_out(pipe, prompts, args.chunks, seed) if prompts else None
+    require_float(pipe)
+    compared = _compared_prompts(pipe, config, args.evaluate)
+    prompts = compared if processes.is_main else ()
     if args.mixed:
         config = pipe.choose_bits(config, args.mixed)
+    # The evaluation noise is never the calibration noise.
+    noise = args.seed + 10_000
+    expected = watched_roll_out(pipe, prompts, args.chunks, noise, "float model") if prompts else None
     quantize_pipeline(pipe, config)
     processes.close()
     if not processes.is_main:
         return None
     report = None
     if expected is not None:
-        got = roll_out(pipe, prompts, args.chunks, seed)
+        got = watched_roll_out(pipe, prompts, args.chunks, noise, "quantized model")
         report = compare(expected, got) | describe(pipe, got, prompts, None)
-        report |= {"prompts": len(prompts), "num_chunks": args.chunks, "seed": seed, "reference_adherence": None}
+        report |= {"prompts": len(prompts), "num_chunks": args.chunks, "seed": noise, "reference_adherence": None}
     pipe.save_pretrained(args.out, report=report)
     mixed = {"module_bits": dict(config.module_bits)} if config.module_bits else {}
     return {"out": args.out, "scheme": args.scheme, **mixed, "sizes": _sizes(pipe), "report": report}
+
+
+def _compared_prompts(pipe: ARVDPipeline, config: QARVDConfig, count: int) -> tuple[str, ...]:
+    """The last of the calibration prompts, to compare the two models on.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    from ..pipelines.quantization import calibration_prompts
+
+    prompts = calibration_prompts(pipe, config)
+    if count > len(prompts):
+        raise ValueError(
+            f"--evaluate is {count}, but there are {len(prompts)} calibration prompts to compare on: ask for fewer, or give "
+            "more with --prompts"
+        )
+    return prompts[len(prompts) - count :]
 
 
 def _sizes(pipe: Any) -> dict[str, int]:

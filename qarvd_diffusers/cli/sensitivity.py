@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_device_arguments, load_pipeline, read_prompts, table
+from .common import add_device_arguments, load_pipeline, read_prompts, seed, table, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="JSON", required=True, help="file to write, after every prompt")
     parser.add_argument("--plot", metavar="PNG", help="draw sensitivity and fitted decay (needs matplotlib)")
     parser.add_argument("--calibration-prompts", metavar="FILE", help="calibration prompts (default: bundled ones)")
-    parser.add_argument("--chunks", type=int, default=7, help="chunks per rollout (default: 7)")
+    parser.add_argument("--chunks", type=whole(1), default=7, help="chunks per rollout (default: 7)")
     parser.add_argument(
-        "--seed", type=int, help="seed of the measured noise (default: one that calibration never uses)"
+        "--seed", type=seed, help="seed of the measured noise (default: one that calibration never uses)"
     )
     parser.add_argument("--reference-compat", action="store_true", help="reproduce the public reference recipe")
     add_device_arguments(parser)
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     )
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     pipe = load_pipeline(args.model, args)
-    seed = SEED if args.seed is None else args.seed
-    result = measure_sensitivity(pipe, config, prompts, num_chunks=args.chunks, seed=seed, path=args.out)
+    noise = SEED if args.seed is None else args.seed
+    result = measure_sensitivity(pipe, config, prompts, num_chunks=args.chunks, seed=noise, path=args.out)
     processes.close()
     if not processes.is_main:
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..tensor_files import TensorSpec
+from .layout import StateDict, choose, is_network, own_keys, state_dicts, tensors_of
+
+logger = logging.getLogger(__name__)
 
 NESTINGS = ("generator_ema", "generator", "model")
 LORA_NESTINGS = ("generator_lora", "generator_ema_lora", "lora", "model")
-_PREFIXES = ("generator_ema", "generator")  # nestings that flat files spell as a prefix of every key
+_SAMPLES = 16  # values per tensor that tell one model from another
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +41,8 @@ class Shard:
 
     def load(self) -> dict[str, torch.Tensor]:
         """The tensors, mapped from the file: memory is taken as they are read, and given back with the last of them."""
-        return dict(_contents(self.path)[self.weights])
+        content = _contents(self.path)[self.weights]
+        return {key: content[key] for key in self.specs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,14 +52,16 @@ class Checkpoint:
     Attributes:
         path: file, or folder of shards.
         weights: the nested state dict that was chosen, None for flat files.
-        found: all nested state dicts in it.
+        found: all nested state dicts in it; where some are Wan networks, these.
         shards: its files, in order.
+        reasons: what was left out, in words.
     """
 
     path: Path
     weights: str | None
     found: tuple[str, ...]
     shards: tuple[Shard, ...]
+    reasons: tuple[str, ...] = ()
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -61,13 +69,21 @@ class Checkpoint:
         return {key: spec for shard in self.shards for key, spec in shard.specs.items()}
 
 
+class NoStateDict(ValueError):
+    """A file that can be read does not hold what is looked for; beside others in a folder it may be left out."""
+
+
 def open_checkpoint(path: str | Path, weights: str | None = None, nestings: Sequence[str] = NESTINGS) -> Checkpoint:
     """Look into a checkpoint: a file, or a folder of shards (with or without an index).
 
+    Of a folder without an index, hidden files are left out and, where some files hold a Wan network, all others: adapters, a
+    VAE, a text encoder. Of the same weights in two formats the safetensors are taken.
+
     Args:
-        path: `.pt`, `.pth` (opened with `weights_only=True`, nothing is unpickled) or `.safetensors`, or a folder of them.
-        weights: which nested state dict to take; None takes the first of `nestings` that is present, or the file itself
-            if it is flat.
+        path: `.pt`, `.pth`, `.bin` (opened with `weights_only=True`, nothing is unpickled) or `.safetensors`, or a folder of
+            them.
+        weights: which nested state dict to take (`generator`, `generator.model`); None takes the first of `nestings` that is
+            present, or the only one that is a Wan network, or the file itself if it is flat.
         nestings: names under which training code stores a state dict, the preferred ones first.
 
     Raises:
@@ -75,22 +91,25 @@ def open_checkpoint(path: str | Path, weights: str | None = None, nestings: Sequ
             different nesting or with the same key; names the file.
     """
     path = Path(path)
-    shards = tuple(_open(file, weights, nestings) for file in _files(path))
-    found = tuple(dict.fromkeys(name for _, names in shards for name in names))
-    chosen = {shard.weights for shard, _ in shards}
-    if len(chosen) > 1:
-        listed = ", ".join(f"{shard.path.name}: {shard.weights or 'flat'}" for shard, _ in shards)
-        raise ValueError(
-            f"{path}: the shards hold different weights ({listed}); averaged (EMA) and plain weights must not be mixed: "
-            "name one with weights=, or remove the shards of the other"
-        )
-    seen: dict[str, Path] = {}
-    for shard, _ in shards:
-        if twice := seen.keys() & shard.specs.keys():
-            key = min(twice)
-            raise ValueError(f"{path}: {key!r} is in {seen[key].name} and in {shard.path.name}: shards of two models")
-        seen.update(dict.fromkeys(shard.specs, shard.path))
-    return Checkpoint(path, chosen.pop(), found, tuple(shard for shard, _ in shards))
+    files, reasons = _files(path)
+    opened, refused = [], None
+    for file in files:
+        try:
+            opened.append(_open(file, weights, nestings))
+        except NoStateDict as error:
+            refused = error
+            reasons.append(f"left out: {file.name}, {str(error).removeprefix(f'{file}: ').partition(';')[0]}")
+    networks = [each for each in opened if is_network(list(each.shard.specs))]
+    if refused is not None and not networks:
+        raise refused
+    if networks and path.is_dir():
+        reasons += [f"left out: {each.shard.path.name}, no Wan network" for each in opened if each not in networks]
+        opened = networks
+    opened, twice = _one_format(opened)
+    reasons += [*twice, *(reason for each in opened for reason in each.reasons)]
+    found = tuple(dict.fromkeys(name for each in opened for name in each.found))
+    _check_shards(path, [each.shard for each in opened])
+    return Checkpoint(path, opened[0].shard.weights, found, tuple(each.shard for each in opened), tuple(reasons))
 
 
 def load_checkpoint(
@@ -98,35 +117,70 @@ def load_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """The state dict of a checkpoint, memory-mapped where the format allows; arguments and errors of `open_checkpoint`."""
     checkpoint = open_checkpoint(path, weights, nestings)
+    for reason in checkpoint.reasons:
+        logger.warning("%s: %s", path, reason)
     return {key: tensor for shard in checkpoint.shards for key, tensor in shard.load().items()}
 
 
-def _files(path: Path) -> list[Path]:
+def _check_shards(path: Path, shards: Sequence[Shard]) -> None:
+    if len({shard.weights for shard in shards}) > 1:
+        listed = ", ".join(f"{shard.path.name}: {shard.weights or 'flat'}" for shard in shards)
+        raise ValueError(
+            f"{path}: the shards hold different weights ({listed}); averaged (EMA) and plain weights must not be mixed: "
+            "name one with weights=, or remove the shards of the other"
+        )
+    seen: dict[str, Path] = {}
+    for shard in shards:
+        if twice := seen.keys() & shard.specs.keys():
+            key = min(twice)
+            raise ValueError(f"{path}: {key!r} is in {seen[key].name} and in {shard.path.name}: shards of two models")
+        seen.update(dict.fromkeys(shard.specs, shard.path))
+
+
+def _files(path: Path) -> tuple[list[Path], list[str]]:
+    """Files that may hold tensors, and in words which were passed over."""
     if path.is_file():
-        return [path]
+        return [path], []
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     files = sorted(file for file in path.iterdir() if file.suffix in _LOADERS)
-    for index in path.glob("*.index.json"):
+    hidden = [file.name for file in files if file.name.startswith(".")]
+    reasons = [f"left out: {hidden[:5]} ({len(hidden)} in all), hidden files"] if hidden else []
+    files = [file for file in files if file.name not in hidden]
+    indexes = sorted(index for index in path.glob("*.index.json") if not index.name.startswith("."))
+    for index in sorted(indexes, key=lambda index: ".safetensors" not in index.name)[:1]:
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(listed - {file.name for file in files})
         if missing:
             raise ValueError(f"{path}: {index.name} lists {missing}, which are missing: download them")
+        if others := [file.name for file in files if file.name not in listed]:
+            reasons.append(f"left out: {others[:5]} ({len(others)} in all), which {index.name} does not list")
         files = [file for file in files if file.name in listed]
     if not files:
         raise ValueError(f"{path}: holds no {', '.join(_LOADERS)} files")
-    return files
+    return files, reasons
 
 
-def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> tuple[Shard, list[str]]:
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    shard: Shard
+    found: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> _Opened:
     contents = _contents(path)
     names = [name for name in contents if name is not None]
-    if weights is not None and weights not in names:
-        raise ValueError(f"{path}: has no state dict {weights!r}; it holds {names or 'flat tensors'}")
-    chosen = weights or next((name for name in nestings if name in contents), None)
+    try:
+        chosen = choose(contents, weights, nestings)
+    except KeyError as error:
+        raise NoStateDict(f"{path}: {error.args[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     state_dict = contents.get(chosen, {})
-    strange = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
-    if strange or not state_dict:
+    keys, reasons = own_keys(state_dict)
+    if not keys:
+        strange = list(state_dict)
         found = (
             f"non-tensor entries {strange[:5]}"
             if strange
@@ -134,23 +188,39 @@ def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> tuple[Sha
             if names
             else "no tensors"
         )
-        raise ValueError(f"{path}: {found}; expected a flat state dict, or one below {', '.join(nestings)}")
-    return Shard(path, chosen, {key: TensorSpec.of(tensor) for key, tensor in state_dict.items()}), names
+        raise NoStateDict(f"{path}: {found}; expected a flat state dict, or one below {', '.join(nestings)}")
+    networks = [name for name in names if is_network(tensors_of(contents[name]))]
+    specs = {key: TensorSpec.of(state_dict[key]) for key in keys}
+    return _Opened(
+        Shard(path, chosen, specs), tuple(networks or names), tuple(f"{path.name}: {each}" for each in reasons)
+    )
 
 
-def _contents(path: Path) -> dict[str | None, Mapping[str, Any]]:
+def _one_format(opened: list[_Opened]) -> tuple[list[_Opened], list[str]]:
+    """Without the pickles whose tensors are in the safetensors too, and in words which these are."""
+    safe = [each for each in opened if each.shard.path.suffix == ".safetensors"]
+    others = [each for each in opened if each not in safe]
+    specs = [{key: spec for each in part for key, spec in each.shard.specs.items()} for part in (safe, others)]
+    if not safe or not others or specs[0] != specs[1]:
+        return opened, []
+    samples = [{key: value for each in part for key, value in _samples(each.shard).items()} for part in (safe, others)]
+    if any(not torch.equal(samples[0][key], samples[1][key]) for key in samples[0]):
+        return opened, []
+    names = [each.shard.path.name for each in others]
+    return safe, [f"left out: {names[:5]} ({len(names)} in all), the same weights as in {safe[0].shard.path.name}"]
+
+
+def _samples(shard: Shard) -> dict[str, torch.Tensor]:
+    flat = {key: tensor.flatten() for key, tensor in shard.load().items()}
+    return {key: tensor[:: max(1, len(tensor) // _SAMPLES)].float() for key, tensor in flat.items()}
+
+
+def _contents(path: Path) -> dict[str | None, StateDict]:
     """All state dicts in a file by name; None is the flat one."""
     content = _read(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
-    nested = {name: value for name, value in content.items() if isinstance(value, Mapping)}
-    if nested:
-        return nested
-    found: dict[str | None, dict[str, Any]] = {}
-    for key, value in content.items():
-        name = next((prefix for prefix in _PREFIXES if key.startswith(f"{prefix}.")), None)
-        found.setdefault(name, {})[key if name is None else key[len(name) + 1 :]] = value
-    return found or {None: {}}
+    return state_dicts(content)
 
 
 def _read(path: Path) -> Any:
@@ -161,9 +231,11 @@ def _read(path: Path) -> Any:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path}: unreadable or truncated ({error}); download the file again") from error
     except Exception as error:  # pickle errors: torch raises its own class for anything but plain tensors
-        raise ValueError(
-            f"{path}: holds more than plain tensors, which are never unpickled here ({type(error).__name__}); "
-            "save just the state dict with torch.save, or use safetensors"
+        objects = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise NoStateDict(
+            f"{path}: holds more than plain tensors ({objects[1] if objects else type(error).__name__}), which are never unpickled "
+            "here; save just the state dict with torch.save, or use safetensors. For a file whose origin you trust: "
+            f"torch.save(torch.load({path.name!r}, weights_only=False)[STATE_DICT], 'weights.pt')"
         ) from error
 
 
@@ -172,4 +244,4 @@ def _load_torch(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-_LOADERS = {".pt": _load_torch, ".pth": _load_torch, ".safetensors": load_file}
+_LOADERS = {".pt": _load_torch, ".pth": _load_torch, ".bin": _load_torch, ".safetensors": load_file}

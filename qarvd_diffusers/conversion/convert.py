@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ import torch
 from ..model_card import converted_card
 from ..models import CausalWanTransformer3DModel
 from ..serialization import atomic_directory, atomic_file
-from ..tensor_files import TensorSpec, write_shards, write_tensors
+from ..tensor_files import TensorSpec, read_metadata, write_shards, write_tensors
 from .checkpoint import LORA_NESTINGS, Checkpoint, open_checkpoint
 from .detect import Detected, detect_checkpoint
+from .float8 import check_formats, find_scales, is_float8, scaled, without_scales
 from .folder import base_config, copy_base_components, write_pipeline
 from .lora import LoraLayer, check_fit, merge_lora, read_lora
 from .names import to_diffusers_keys, to_original_keys
@@ -52,7 +54,8 @@ def convert_checkpoint(
         lora: LoRA file to merge, in any layout that `read_lora` knows; None merges `lora.pt` beside the checkpoint if the
             family's release consists of both, `"none"` merges nothing.
         num_attention_heads: see `infer_config`; not needed with `base`.
-        dtype: cast the weights, except those that the model keeps in float32; None keeps all as stored.
+        dtype: cast the weights, except those that the model keeps in float32; None keeps all as stored, except that 8-bit
+            weights which have scales, or are adapted, become bfloat16.
 
     Returns:
         `out_dir`.
@@ -66,15 +69,18 @@ def convert_checkpoint(
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
     found = detect_checkpoint(src, family, weights)
-    config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
-    model = empty_transformer(found.specs, config)
-    adapters = _read_adapters(found, lora)
+    try:
+        config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
+        model = empty_transformer(found.specs, config)
+    except ValueError as error:
+        raise ValueError(f"{src}: {error}") from None
+    tensors = _Tensors(found.checkpoint, _read_adapters(found, lora), dtype)
     for reason in found.reasons:
         logger.info("%s: %s", src, reason)
     with atomic_directory(out_dir) as folder:
         write_pipeline(folder, found.preset.pipeline_config(), copy_base_components(base, folder))
         model.save_config(folder / "transformer")
-        _write_transformer(folder / "transformer", found.checkpoint, adapters, dtype)
+        _write_transformer(folder / "transformer", found.checkpoint, tensors)
         card = converted_card(found.family, found.preset.source, found.licence)
         (folder / "README.md").write_text(str(card), encoding="utf-8")
     return out_dir
@@ -92,55 +98,78 @@ def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLa
                 "put it beside the checkpoint as lora.pt, or pass lora='none' to convert the base alone"
             )
         return {}
-    weights = found.checkpoint.weights or "generator"
+    weights = (found.checkpoint.weights or "generator").partition(".")[0]
     file = open_checkpoint(path, None, (f"{weights}_lora", *LORA_NESTINGS))
-    if (file.weights or "").startswith("generator") and file.weights != f"{weights}_lora":
+    for reason in file.reasons:
+        logger.warning("%s: %s", path, reason)
+    chosen = (file.weights or "").partition(".")[0]
+    if chosen.startswith("generator") and chosen != f"{weights}_lora":
         raise ValueError(
             f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain weights "
             "must not be mixed; name the others with weights="
         )
     tensors = {key: tensor for shard in file.shards for key, tensor in shard.load().items()}
     adapters = read_lora(tensors, str(path))
-    sizes = {
-        key.removesuffix(".weight"): spec.shape
-        for key, spec in found.specs.items()
-        if key.endswith(".weight") and len(spec.shape) == 2
-    }
+    sizes = {key.removesuffix(".weight"): spec.shape for key, spec in found.specs.items()}
     check_fit(adapters, sizes, str(path))
     return adapters
 
 
 class _Tensors:
-    """Tensors of a checkpoint under diffusers names, one shard open at a time, adapters merged and cast."""
+    """Tensors of a checkpoint under diffusers names, one shard open at a time: scales multiplied in, adapters merged, cast.
+
+    What is computed is computed in float32 and rounded once.
+    """
 
     def __init__(self, checkpoint: Checkpoint, adapters: Mapping[str, LoraLayer], dtype: torch.dtype | None) -> None:
         self._adapters, self._dtype = adapters, dtype
         self._shards = {key: shard for shard in checkpoint.shards for key in to_diffusers_keys(shard.specs)}
+        names = find_scales(to_diffusers_keys(checkpoint.specs))
+        self._scales: dict[str, torch.Tensor] = {}
+        for shard in checkpoint.shards if names else ():  # small, and not always beside their weights
+            tensors = to_diffusers_keys(shard.load())
+            notes = {name: tensor for name, tensor in tensors.items() if name.endswith(".comfy_quant")}
+            header = read_metadata(shard.path) if shard.path.suffix == ".safetensors" else {}
+            check_formats(str(shard.path), notes, header)
+            self._scales |= {weight: tensors[name].clone() for weight, name in names.items() if name in tensors}
         self._open, self._tensors = None, {}
 
     def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
-        kept = CausalWanTransformer3DModel._keep_in_fp32_modules
-        cast = self._dtype is not None and not any(part in kept for part in name.split("."))
-        return TensorSpec(stored.shape, self._dtype) if cast else stored
+        """Shape and dtype in the folder: 8 bits only where they are stored as they are."""
+        kept = any(part in CausalWanTransformer3DModel._keep_in_fp32_modules for part in name.split("."))
+        narrow = name in self._scales or is_float8(stored.dtype)
+        if self._dtype is None:
+            changed = name in self._scales or (narrow and self._adapter(name) is not None)
+            dtype = (torch.float32 if kept else torch.bfloat16) if changed else stored.dtype
+        else:
+            dtype = self._dtype if not kept else torch.float32 if narrow else stored.dtype
+        return TensorSpec(stored.shape, dtype)
+
+    def _adapter(self, name: str) -> LoraLayer | None:
+        return self._adapters.get(name) or self._adapters.get(name.rpartition(".")[0])
 
     def __call__(self, name: str) -> torch.Tensor:
         if (shard := self._shards[name]) is not self._open:
             self._tensors.clear()  # the mapping of the last shard goes with it
             self._open, self._tensors = shard, to_diffusers_keys(shard.load())
         tensor = self._tensors[name]
-        module, _, leaf = name.rpartition(".")
-        if (adapter := self._adapters.get(module)) is not None and leaf == "weight":
-            tensor, _ = merge_lora(tensor, tensor.new_zeros(tensor.shape[0]), adapter)
-        elif adapter is not None and leaf == "bias" and adapter.bias is not None:
-            tensor = (tensor.float() + adapter.bias.float()).to(tensor.dtype)
-        return tensor.to(self.spec(name, TensorSpec.of(tensor)).dtype)
+        dtype = self.spec(name, TensorSpec.of(tensor)).dtype
+        if name in self._scales:
+            tensor = scaled(tensor, self._scales[name])
+        if (adapter := self._adapter(name)) is not None:
+            if name.endswith(".bias"):
+                tensor = tensor if adapter.bias is None else tensor.float() + adapter.bias.float()
+            else:
+                tensor, _ = merge_lora(tensor.float(), None, replace(adapter, bias=None))
+        return tensor.to(dtype)
 
 
-def _write_transformer(
-    folder: Path, checkpoint: Checkpoint, adapters: Mapping[str, LoraLayer], dtype: torch.dtype | None
-) -> None:
-    tensors = _Tensors(checkpoint, adapters, dtype)
-    stored = [to_diffusers_keys(shard.specs) for shard in checkpoint.shards]
+def _write_transformer(folder: Path, checkpoint: Checkpoint, tensors: _Tensors) -> None:
+    parameters = without_scales(to_diffusers_keys(checkpoint.specs))
+    stored = [
+        {name: parameters[name] for name in to_diffusers_keys(shard.specs) if name in parameters}
+        for shard in checkpoint.shards
+    ]
     if sum(spec.nbytes for shard in stored for spec in shard.values()) <= SHARD_BYTES:
         stored = [{name: spec for shard in stored for name, spec in shard.items()}]
     groups: list[dict[str, TensorSpec]] = []

@@ -11,6 +11,7 @@ from ..model_card import is_non_commercial, stated_licence
 from ..presets import NETWORKS, PRESETS, Preset, available, find_preset
 from ..tensor_files import TensorSpec
 from .checkpoint import NESTINGS, Checkpoint, open_checkpoint
+from .float8 import find_scales, without_scales
 from .names import to_diffusers_keys
 
 _LORA_FILES = ("lora.pt", "lora.safetensors")
@@ -70,7 +71,7 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
     """
     src = Path(src)
     first = open_checkpoint(src, weights)
-    specs = to_diffusers_keys(first.specs)
+    specs = _diffusers_specs(first)
     network = network_of(specs)
     reasons = [f"network: {network or 'no released size'}, by its tensor shapes"]
     if family == "auto":
@@ -83,10 +84,15 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
             f"{', '.join(_families(network)) or 'none that runs'}"
         )
     checkpoint = first
-    if weights is None and {"generator", "generator_ema"} <= set(first.found):
+    if weights is None and {"generator", "generator_ema"} <= {name.partition(".")[0] for name in first.found}:
         checkpoint = open_checkpoint(src, None, (preset.weights, *NESTINGS))
-        specs = to_diffusers_keys(checkpoint.specs)
+        specs = _diffusers_specs(checkpoint)
         reasons.append(f"weights: {checkpoint.weights}, which {family} is meant to use")
+    elif weights is None and len(first.found) > 1:
+        reasons.append(f"weights: {first.weights or 'flat'}, of {', '.join(first.found)}; name others with weights=")
+    reasons += checkpoint.reasons
+    if scaled := len(checkpoint.specs) - len(specs):
+        reasons.append(f"8-bit weights with scales ({scaled} tensors of these): they are multiplied out in float32")
     beside = src if src.is_dir() else src.parent
     lora = next((beside / name for name in _LORA_FILES if (beside / name).is_file()), None)
     # The card lies beside the file, or in the root of its repository.
@@ -94,6 +100,15 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
     reasons.append(f"licence: {licence or 'not known'}{' (non-commercial)' if is_non_commercial(licence) else ''}")
     lora = lora if preset.has_lora else None
     return Detected(family, preset, network, checkpoint, specs, lora, licence, tuple(reasons))
+
+
+def _diffusers_specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    try:
+        specs = to_diffusers_keys(checkpoint.specs)
+        find_scales(specs)
+        return without_scales(specs)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def network_of(specs: Mapping[str, TensorSpec]) -> str | None:

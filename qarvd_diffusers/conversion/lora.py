@@ -3,149 +3,261 @@
 from __future__ import annotations
 
 import collections
+import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .names import diffusers_module
+from .names import common_prefix, diffusers_module, is_linear, weight_name
+
+logger = logging.getLogger(__name__)
+
+DIFFERENCES = "lora_differences"
+"""What stands before the name of a parameter in `to_peft`, where the tensor is what the adapter adds to it."""
 
 # down/up (kohya), A/B (PEFT); PEFT puts the adapter's name behind, older diffusers "_layer".
 _FACTOR = re.compile(r"(.+?)[._]lora[._](A|B|down|up)(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?")
+_DIFFERENCE = re.compile(rf"(?:.+\.)?{DIFFERENCES}\.(.+?)(?:\.lora_difference)?")
 _DOWN = ("A", "down")
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "lokr_": "LoKr",
     "hada_": "LoHa",
+    "lora_mid": "LoCon with a middle factor",
     "reshape_weight": "a reshaped weight",
+    "set_weight": "a replaced weight",
 }
+_ENDINGS = {".alpha": "alpha", ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m"}
+_TEXT_ENCODER = re.compile(r"lora_te\d*_.*|(.*[._])?(text_encoders?|text_model|cond_stage_model|te\d?)[._].*")
+_LARGEST_LEFT_OUT = 0.01  # of the size of what is applied; more is not the adapter that was asked for
+_IMAGE = re.compile(r"[kv]_img|img_emb|image_embedder|add_[kv]_proj")
 
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """What one Linear of K input and N output channels gets added: `alpha / rank * up @ down`.
+    """What one module gets added: `alpha / rank * up @ down`, or any difference, to its weight, and a difference to its bias.
 
     Attributes:
-        down: `[rank, K]`.
-        up: `[N, rank]`.
+        down: `[rank, K]` of K inputs (of a convolution: of all inputs of a place), None without factors.
+        up: `[N, rank]`, None without factors.
         alpha: None means the rank: no scaling.
         bias: `[N]` or None, added without scaling.
+        diff: of the weight's shape or None, added without scaling.
     """
 
-    down: torch.Tensor
-    up: torch.Tensor
+    down: Tensor | None = None
+    up: Tensor | None = None
     alpha: float | None = None
-    bias: torch.Tensor | None = None
+    bias: Tensor | None = None
+    diff: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return 0 if self.down is None else self.down.shape[0]
 
     @property
     def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
 
-    def delta(self) -> torch.Tensor:
-        """The whole addition to the weight, float32 `[N, K]`."""
-        return (self.up.float() @ self.down.float()) * self.scale
+    def delta(self) -> Tensor | None:
+        """The whole addition to the weight, float32: `[N, K]`, or in the shape of `diff`; None if the weight stays."""
+        if self.down is None:
+            return None if self.diff is None else self.diff.float()
+        product = (self.up.float() @ self.down.float()) * self.scale
+        return product if self.diff is None else self.diff.float() + product.reshape(self.diff.shape)
+
+    def size(self) -> float:
+        """Frobenius norm of all that is added (that of a sum is taken as the sum): the factors are not multiplied out."""
+        found = [tensor.float().norm().item() for tensor in (self.diff, self.bias) if tensor is not None]
+        if self.down is not None:
+            up, down = self.up.float(), self.down.float()
+            found.append(abs(self.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt().item())
+        return sum(found)
 
 
-def read_lora(state_dict: Mapping[str, torch.Tensor], source: str = "the LoRA") -> dict[str, LoraLayer]:
-    """Sort a LoRA state dict by module, under diffusers names.
+def read_lora(state_dict: Mapping[str, Tensor], source: str = "the LoRA") -> dict[str, LoraLayer]:
+    """Sort a LoRA state dict by module or bare parameter, under diffusers names.
+
+    Tensors of a text encoder, and others that Wan has no place for, are left out with one warning that says how many and how
+    large they are.
 
     Args:
-        state_dict: original Wan, diffusers, PEFT, kohya or ComfyUI names.
+        state_dict: original Wan, diffusers, PEFT, kohya or ComfyUI names: pairs of factors, `.alpha`, and differences of
+            weights, biases and modulation (`.diff`, `.diff_b`, `.diff_m`).
         source: what to call the file in errors.
 
     Raises:
-        ValueError: for another kind of adapter, modules that Wan does not have, half a pair, or factors whose ranks differ.
+        ValueError: for another kind of adapter, half a pair, factors whose ranks differ, values that are not finite, and a
+            file of which nothing, or not nearly all, belongs to Wan's modules.
     """
-    parts: dict[str, dict[str, torch.Tensor]] = collections.defaultdict(dict)
-    strange = []
+    find = _module_finder(state_dict)
+    parts: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
+    strange: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     for key, tensor in state_dict.items():
-        _refuse_other_kinds(key, source)
+        if _TEXT_ENCODER.fullmatch(key):
+            strange[key][""] = tensor
+            continue
+        _refuse(key, tensor, source)
         name, part = _split(key)
-        module = None if name is None else diffusers_module(name)
+        module = None if name is None else find(name)
         if module is None:
-            # Some exporters add differences of norms and biases that are all zero.
-            if not (key.endswith((".diff", ".diff_b")) and not tensor.any()):
-                strange.append(key)
+            strange[name or key][part] = tensor
         elif part in parts[module]:
             raise ValueError(f"{source}: two tensors are the {part!r} of {module}, the second is {key!r}")
         else:
             parts[module][part] = tensor
-    if strange:
-        raise ValueError(
-            f"{source}: {len(strange)} tensors do not belong to a LoRA of this model family (first: {strange[:3]}): it was "
-            "made for another architecture (another model, image-to-video, VACE), or is no LoRA"
-        )
     layers = {module: _layer(module, found, source) for module, found in parts.items()}
-    if not layers:
+    if not layers and not strange:
         raise ValueError(f"{source}: holds no LoRA tensors")
+    if strange:
+        _leave_out(strange, layers, source)
     return layers
 
 
-def _refuse_other_kinds(key: str, source: str) -> None:
+def _module_finder(keys: Mapping[str, Any]) -> Callable[[str], str | None]:
+    """`diffusers_module`, or where no name is known to it, the same without what all names have before a known one."""
+    names = {_split(key)[0] for key in keys if not _TEXT_ENCODER.fullmatch(key)} - {None}
+    if any(diffusers_module(name) for name in names):
+        return diffusers_module
+    prefix = common_prefix(names, diffusers_module)
+    return lambda name: diffusers_module(name.removeprefix(prefix))
+
+
+def _refuse(key: str, tensor: Tensor, source: str) -> None:
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if mark in key), None)
     if kind is not None:
         raise ValueError(
             f"{source}: {key!r} belongs to {kind}, which is more than a product of two factors and is not supported; export "
             "it as a plain LoRA"
         )
+    if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+        raise ValueError(f"{source}: {key!r} holds NaN or infinity: the file is damaged, or its training diverged")
 
 
 def _split(key: str) -> tuple[str | None, str]:
     """Module as the file calls it, and which part of its LoRA the tensor is."""
+    if match := _DIFFERENCE.fullmatch(key):
+        module, dot, leaf = match[1].rpartition(".")
+        return (module, "diff_b" if leaf == "bias" else "diff") if leaf in ("weight", "bias") else (match[1], "diff")
     if match := _FACTOR.fullmatch(key):
         part = "down" if match[2] in _DOWN else "up"
         return match[1], part if match[3] != "bias" else f"{part}_bias"
-    for ending, part in ((".alpha", "alpha"), (".diff_b", "diff_b")):
-        if key.endswith(ending):
-            return key.removesuffix(ending), part
-    return None, ""
+    name, dot, ending = key.rpartition(".")
+    part = _ENDINGS.get(dot + ending)
+    if part == "diff_m":  # of the modulation, which is no module but a parameter
+        return f"{name}.modulation", "diff"
+    return (None, "") if part is None else (name, part)
 
 
-def _layer(module: str, parts: Mapping[str, torch.Tensor], source: str) -> LoraLayer:
-    missing = [name for name in ("down", "up") if name not in parts]
-    if missing or "down_bias" in parts:
+def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
+    factors = [name for name in ("down", "up") if name in parts]
+    if len(factors) == 1 or "down_bias" in parts or (not factors and not {"diff", "diff_b"} & parts.keys()):
         raise ValueError(
-            f"{source}: {module} has {sorted(parts)}, expected the pair of down (A) and up (B): the file is cut or edited"
+            f"{source}: {module} has {sorted(parts)}, expected the pair of down (A) and up (B), or a difference: the file is "
+            "cut or edited"
         )
-    down, up = parts["down"], parts["up"]
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
-        raise ValueError(
-            f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, in] and "
-            "[out, rank] of one rank: the file mixes LoRAs of different ranks"
-        )
-    layer = LoraLayer(down, up, float(parts["alpha"]) if "alpha" in parts else None, parts.get("diff_b"))
+    # Exporters add differences of zero by the hundred: they are dropped, so that they cost and change nothing.
+    found = {name: parts[name] for name in ("diff", "diff_b") if name in parts and bool(parts[name].float().any())}
+    layer = LoraLayer(bias=found.get("diff_b"), diff=found.get("diff"))
+    if layer.diff is not None and is_linear(module) and layer.diff.ndim < 2:
+        raise ValueError(f"{source}: the difference of {module} is {tuple(layer.diff.shape)}, expected [out, in]")
+    if factors:
+        down, up = parts["down"], parts["up"]
+        if down.ndim < 2 or up.ndim < 2 or down.shape[0] != math.prod(up.shape[1:]):
+            raise ValueError(
+                f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, in] and "
+                "[out, rank] of one rank: the two are of different ranks, and no pair"
+            )
+        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        layer = replace(layer, down=down.flatten(1), up=up.flatten(1), alpha=alpha)
     if "up_bias" in parts:  # that of `up` itself: scaled with it
         layer = replace(layer, bias=parts["up_bias"] * layer.scale)
     return layer
 
 
-def check_fit(lora: Mapping[str, LoraLayer], sizes: Mapping[str, tuple[int, int]], source: str = "the LoRA") -> None:
+def _leave_out(strange: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, LoraLayer], source: str) -> None:
+    """Say what has no place in a Wan model and how large it is; refuse where that is not small."""
+    count = sum(len(parts) for parts in strange.values())
+    text = sum(len(parts) for name, parts in strange.items() if _TEXT_ENCODER.fullmatch(name))
+    other = {name: parts for name, parts in strange.items() if not _TEXT_ENCODER.fullmatch(name)}
+    image = any(_IMAGE.search(name) for name in other)
+    first = [f"{name} ({', '.join(sorted(parts))})" if parts.keys() - {""} else name for name, parts in other.items()][
+        :3
+    ]
+    if not layers:
+        raise ValueError(
+            f"{source}: none of its {count} tensors belongs to a LoRA of this model family (first: {first or list(strange)[:3]}): "
+            "it was made for another architecture, or is no LoRA"
+        )
+    size, applied = math.hypot(*map(_size, other.values())), math.hypot(*(layer.size() for layer in layers.values()))
+    if size > _LARGEST_LEFT_OUT * applied:
+        raise ValueError(
+            f"{source}: {count - text} tensors of size {size:.3g} belong to modules that this model family does not have (first: "
+            f"{first}), beside {len(layers)} of size {applied:.3g} that it has: the LoRA was made for "
+            f"{'an image-to-video' if image else 'another kind of'} model, and would not do its work here"
+        )
+    parts = [f"{text} of a text encoder, which is not adapted here"] if text else []
+    parts += (
+        [f"{count - text} of modules that the model does not have (first: {first}), of size {size:.3g}"]
+        if other
+        else []
+    )
+    logger.warning(
+        "%s: %d tensors are left out: %s. What is applied has size %.3g (Frobenius norm).",
+        source,
+        count,
+        " and ".join(parts),
+        applied,
+    )
+
+
+def _size(parts: Mapping[str, Tensor]) -> float:
+    """As `LoraLayer.size`, of anything: two factors that fit are taken as a pair, other tensors as they are."""
+    down, up = parts.get("down"), parts.get("up")
+    if (
+        down is not None
+        and up is not None
+        and min(down.ndim, up.ndim) > 1
+        and down.shape[0] == math.prod(up.shape[1:])
+    ):
+        return _layer("", {name: tensor for name, tensor in parts.items() if name != "down_bias"}, "").size()
+    return math.hypot(*(tensor.float().norm().item() for name, tensor in parts.items() if name != "alpha"))
+
+
+def check_fit(lora: Mapping[str, LoraLayer], sizes: Mapping[str, tuple[int, ...]], source: str = "the LoRA") -> None:
     """Refuse a LoRA that was made for other layers or another size.
 
     Args:
         lora: from `read_lora`.
-        sizes: `(out, in)` channels of every Linear of the model.
+        sizes: shape of every weight by the name of its module (`(out, in)` of a Linear), of other parameters by their own.
         source: what to call the file in errors.
 
     Raises:
         ValueError: names the layers and both sizes.
     """
-    absent = [module for module in lora if module not in sizes]
+    wanted = {module: layer for module, layer in lora.items() if layer.down is not None or layer.diff is not None}
+    biases = {f"{module}.bias": layer.bias for module, layer in lora.items() if layer.bias is not None}
+    absent = [name for name in (*wanted, *biases) if name not in sizes]
     if absent:
         blocks = {int(name.split(".")[1]) for name in sizes if name.startswith("blocks.")}
         raise ValueError(
             f"{source}: adapts {len(absent)} layers that the model does not have (first: {absent[:3]}); the model has "
             f"{len(blocks)} blocks: the LoRA was made for a model of another size"
         )
-    wrong = {name: (layer.up.shape[0], layer.down.shape[1]) for name, layer in lora.items()}
-    wrong = {name: size for name, size in wrong.items() if size != tuple(sizes[name])}
+    wrong = {}
+    for name, layer in wanted.items():
+        shape = tuple(sizes[name])
+        if layer.down is not None and (size := (layer.up.shape[0], layer.down.shape[1])) != _matrix(shape):
+            wrong[name] = size
+        if layer.diff is not None and _matrix(layer.diff.shape) != _matrix(shape):
+            wrong[name] = tuple(layer.diff.shape)
+    wrong |= {name: tuple(bias.shape) for name, bias in biases.items() if tuple(bias.shape) != tuple(sizes[name])}
     if wrong:
         name, size = next(iter(wrong.items()))
         raise ValueError(
@@ -154,11 +266,20 @@ def check_fit(lora: Mapping[str, LoraLayer], sizes: Mapping[str, tuple[int, int]
         )
 
 
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without leading ones, and with all but its first dimension in one: files differ in how they write these."""
+    shape = tuple(shape)
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return shape if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
 def merge_lora(
-    weight: torch.Tensor, bias: torch.Tensor | None, layer: LoraLayer, scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight `[N, K]` and bias with an adapter added: computed in float32, returned in the given dtypes."""
-    merged = (weight.float() + layer.delta() * scale).to(weight.dtype)
+    weight: Tensor, bias: Tensor | None, layer: LoraLayer, scale: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """Weight (`[N, K]`, or of any shape) and bias with an adapter added: computed in float32, returned in the given dtypes."""
+    delta = layer.delta()
+    merged = weight if delta is None else (weight.float() + delta.reshape(weight.shape) * scale).to(weight.dtype)
     if layer.bias is None:
         return merged, bias
     if bias is None:
@@ -166,34 +287,52 @@ def merge_lora(
     return merged, (bias.float() + layer.bias.float() * scale).to(bias.dtype)
 
 
-def to_peft(
-    lora: Mapping[str, LoraLayer], prefix: str = "transformer."
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def to_peft(lora: Mapping[str, LoraLayer], prefix: str = "transformer.") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and `LoraConfig` arguments, both with keys behind `prefix`, as diffusers' `load_lora_adapter` takes them.
 
-    Ranks and alphas are told layer by layer, so that nothing is left to be guessed.
+    Ranks and alphas are told layer by layer, so that nothing is left to be guessed. What PEFT has no layer for stands
+    behind `DIFFERENCES`, under the name of the parameter that it is added to.
     """
+    pairs = {name: _one_pair(layer) for name, layer in lora.items() if is_linear(name)}
+    pairs = {name: layer for name, layer in pairs.items() if layer.down is not None}
     if any(
-        layer.bias is not None for layer in lora.values()
-    ):  # PEFT knows biases for all layers of an adapter, or none
-        lora = {
+        layer.bias is not None for layer in pairs.values()
+    ):  # PEFT knows biases of all layers of an adapter, or none
+        pairs = {
             name: layer if layer.bias is not None else replace(layer, bias=layer.up.new_zeros(layer.up.shape[0]))
-            for name, layer in lora.items()
+            for name, layer in pairs.items()
         }
     tensors = {}
-    for name, layer in lora.items():
+    for name, layer in pairs.items():
         tensors[f"{prefix}{name}.lora_A.weight"] = layer.down
         tensors[f"{prefix}{name}.lora_B.weight"] = layer.up
         if layer.bias is not None:
             tensors[f"{prefix}{name}.lora_B.bias"] = layer.bias / layer.scale if layer.scale else layer.bias
-    alphas = {name: layer.rank if layer.alpha is None else layer.alpha for name, layer in lora.items()}
-    first = next(iter(lora))
+    for name, layer in lora.items():
+        if name not in pairs:
+            found = {weight_name(name): layer.delta(), f"{name}.bias": layer.bias}
+            tensors |= {f"{prefix}{DIFFERENCES}.{key}": tensor for key, tensor in found.items() if tensor is not None}
+    alphas = {name: layer.rank if layer.alpha is None else layer.alpha for name, layer in pairs.items()}
+    rank, alpha = next(((layer.rank, alphas[name]) for name, layer in pairs.items()), (1, 1))
     config = {
-        "r": lora[first].rank,
-        "lora_alpha": alphas[first],
-        "rank_pattern": {f"^{name}": layer.rank for name, layer in lora.items() if layer.rank != lora[first].rank},
-        "alpha_pattern": {f"^{name}": alpha for name, alpha in alphas.items() if alpha != alphas[first]},
-        "target_modules": list(lora),
-        "lora_bias": any(layer.bias is not None for layer in lora.values()),
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{name}": layer.rank for name, layer in pairs.items() if layer.rank != rank},
+        "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
+        "target_modules": list(pairs),
+        "lora_bias": any(layer.bias is not None for layer in pairs.values()),
     }
     return tensors, {f"{prefix}{key}": value for key, value in config.items()}
+
+
+def _one_pair(layer: LoraLayer) -> LoraLayer:
+    """The same with its difference written as two more factors, one of which is the identity: exact at full rank."""
+    if layer.diff is None:
+        return layer
+    diff = layer.diff.flatten(1)
+    diff = diff.float() if layer.down is not None or diff.dtype.itemsize == 1 else diff
+    one = torch.eye(min(diff.shape), dtype=diff.dtype, device=diff.device)
+    down, up = (diff, one) if diff.shape[0] < diff.shape[1] else (one, diff)
+    if layer.down is not None:
+        down, up = torch.cat([layer.down.float(), down]), torch.cat([layer.up.float() * layer.scale, up], dim=1)
+    return replace(layer, down=down, up=up, alpha=None, diff=None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -39,12 +40,22 @@ LEAVES = (
     "channel_order",
     "input_scale",
     "input_zero_point",
+    # 8-bit floats of ComfyUI, in its older and its newer spelling
+    "scale_weight",
+    "scale_input",
+    "comfy_quant",
 )
+_DIFFUSERS_ONLY = re.compile(r"condition_embedder\.|attn[12]\.to_|proj_out\.|ffn\.net\.")
+_ADAPTER = re.compile(r"[._]lora[._]|\.lokr_|\.hada_|\.diff(_[bm])?$")
+_OTHER_WAN = {
+    "an image-to-video network": re.compile(r"[kv]_img\.|img_emb\."),
+    "a VACE network": re.compile(r"vace_"),
+}
 
 
-def plain_key(key: str) -> str:
-    """An original key without the traces of training wrappers and without the prefix under which a file keeps the model."""
-    return _WRAPPERS.sub("", key).removeprefix("model.").removeprefix("diffusion_model.")
+def without_wrappers(key: str) -> str:
+    """A key without the traces of training wrappers (FSDP, activation checkpointing, torch.compile)."""
+    return _WRAPPERS.sub("", key)
 
 
 def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
@@ -57,39 +68,68 @@ def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str |
     return f"{prefix}{table[rest]}" if rest in table else None
 
 
-def _rename_all(state_dict: Mapping[str, T], top: dict, block: dict, layout: str) -> dict[str, T]:
-    renamed = {_rename(key, top, block): (key, tensor) for key, tensor in state_dict.items()}
-    unknown = [key for key in state_dict if _rename(key, top, block) is None]
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} keys are no keys of a {layout} Wan transformer: {unknown[:5]}; "
-            "merge adapters and drop other networks (VAE, text encoder, critic) before converting"
-        )
-    return {new: tensor for new, (_, tensor) in renamed.items()}
+def _known(name: str) -> str | None:
+    return _rename(name, _TOP, _BLOCK)
+
+
+def original_names(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Prefix and original name of those keys that end in the name of a Wan parameter, whatever stands before it.
+
+    Traces of training wrappers count neither to the prefix nor to the name.
+    """
+    plain = {key: without_wrappers(key) for key in keys}
+    found = {key: (split_known(name, _known), name) for key, name in plain.items()}
+    return {key: (prefix, name[len(prefix) :]) for key, (prefix, name) in found.items() if prefix is not None}
 
 
 def to_diffusers_keys(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Rename an original state dict (wrapper substrings and a `model.` prefix allowed) to `WanTransformer3DModel` keys.
+    """Rename an original state dict (with wrapper substrings, and behind any prefix) to `WanTransformer3DModel` keys.
 
     Tensors (packed ones of quantized layers included, or what stands for them) are passed through untouched.
 
     Raises:
         ValueError: for keys that no Wan transformer has, or two keys that name the same parameter.
     """
-    plain: dict[str, T] = {}
+    names = original_names(state_dict)
+    if unknown := [key for key in state_dict if key not in names]:
+        raise ValueError(_refusal(state_dict, unknown))
+    renamed: dict[str, T] = {}
     for key, tensor in state_dict.items():
-        name = plain_key(key)
-        if name in plain:
-            raise ValueError(f"key {key!r} and another key both name the parameter {name!r}")
-        plain[name] = tensor
-    return _rename_all(plain, _TOP, _BLOCK, "original")
+        name = _known(names[key][1])
+        if name in renamed:
+            raise ValueError(f"key {key!r} and another key both name the parameter {names[key][1]!r}")
+        renamed[name] = tensor
+    return renamed
+
+
+def _refusal(keys: Iterable[str], unknown: list[str]) -> str:
+    """What a state dict with unknown keys is, and what to do about it."""
+    if sum(bool(_DIFFUSERS_ONLY.search(key)) for key in keys) > len(unknown) / 2:
+        return (
+            f"these are diffusers names already (first: {unknown[:3]}), and only original names are converted: save the file as "
+            "FOLDER/transformer/diffusion_pytorch_model.safetensors with its config.json beside it, and load FOLDER"
+        )
+    if sum(bool(_ADAPTER.search(key)) for key in unknown) > len(unknown) / 2:
+        return f"{len(unknown)} keys are no keys of an original Wan transformer: {unknown[:3]}; this is an adapter: pass it with lora="
+    kind = next((kind for kind, mark in _OTHER_WAN.items() if any(map(mark.search, unknown))), None)
+    return f"{len(unknown)} keys are no keys of an original Wan transformer: {unknown[:5]}; " + (
+        f"this is {kind}, which is not supported"
+        if kind is not None
+        else "merge adapters and drop other networks (VAE, text encoder, critic) before converting"
+    )
 
 
 def to_original_keys(state_dict: Mapping[str, T], prefix: str = "model.") -> dict[str, T]:
     """Inverse of `to_diffusers_keys`: `WanTransformer3DModel` keys to original ones behind `prefix`."""
     top = {new: old for old, new in _TOP.items()}
     block = {new: old for old, new in _BLOCK.items()}
-    return {prefix + key: tensor for key, tensor in _rename_all(state_dict, top, block, "diffusers").items()}
+    names = {key: _rename(key, top, block) for key in state_dict}
+    if unknown := [key for key, name in names.items() if name is None]:
+        raise ValueError(
+            f"{len(unknown)} keys are no keys of a diffusers Wan transformer: {unknown[:5]}; unload or merge adapters, and leave "
+            "out other networks, before writing original names"
+        )
+    return {prefix + name: state_dict[key] for key, name in names.items()}
 
 
 def _spellings(table: Mapping[str, str]) -> dict[str, str]:
@@ -100,20 +140,48 @@ def _spellings(table: Mapping[str, str]) -> dict[str, str]:
 
 _TOP_SPELLINGS, _BLOCK_SPELLINGS = _spellings(_TOP), _spellings(_BLOCK)
 _ADAPTER_PREFIX = re.compile(
-    r"(base_model\.model\.|generator\.|transformer\.|diffusion_model\.|model\.|lora_unet_|lora_transformer_)+"
+    r"((base_model\.model|generator|transformer|diffusion_model|model|module|pipe|dit)\.|lora_(unet|transformer)_+|lycoris_)+"
 )
+_NO_LINEAR = ("patch_embedding", "norm2", "norm_q", "norm_k", "scale_shift_table")
 
 
 def diffusers_module(name: str) -> str | None:
-    """diffusers' name of a module that an adapter file calls `name`, or None if Wan has no such module.
+    """diffusers' name of a module or bare parameter that an adapter file calls `name`, or None if Wan has no such.
 
-    Known spellings: original names and diffusers names, behind the prefixes of PEFT, ComfyUI and diffusers, and kohya's,
-    which have underscores for dots.
+    Known spellings: original names and diffusers names, behind the prefixes of PEFT, ComfyUI, DiffSynth and diffusers, and
+    kohya's, which have underscores for dots.
     """
-    name = _WRAPPERS.sub("", name)
+    name = without_wrappers(name)
     name = name[prefix.end() :] if (prefix := _ADAPTER_PREFIX.match(name)) else name
     match = re.fullmatch(r"blocks[._](\d+)[._](.+)", name)
     if match is None:
         return _TOP_SPELLINGS.get(name)
     module = _BLOCK_SPELLINGS.get(match[2])
     return None if module is None else f"blocks.{match[1]}.{module}"
+
+
+def common_prefix(names: Iterable[str], known: Callable[[str], object | None]) -> str:
+    """What stands before a known name, up to a dot, in at least half of `names`; empty if there is no such prefix."""
+    found = collections.Counter(split_known(name, known) for name in names)
+    prefix, count = max(
+        ((prefix, count) for prefix, count in found.items() if prefix is not None),
+        key=lambda each: each[1],
+        default=("", 0),
+    )
+    return prefix if 2 * count >= found.total() else ""
+
+
+def split_known(name: str, known: Callable[[str], object | None]) -> str | None:
+    """The shortest prefix, up to a dot, behind which `name` is known; None if there is none."""
+    starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+    return next((name[:start] for start in starts if known(name[start:]) is not None), None)
+
+
+def is_linear(module: str) -> bool:
+    """Whether what diffusers calls `module` is a Linear, and not a norm, a convolution or a bare parameter."""
+    return module.rpartition(".")[2] not in _NO_LINEAR
+
+
+def weight_name(module: str) -> str:
+    """The parameter that is adapted: a module's weight, or a bare parameter itself."""
+    return module if module.endswith("scale_shift_table") else f"{module}.weight"

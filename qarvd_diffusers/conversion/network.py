@@ -12,13 +12,14 @@ from accelerate import init_empty_weights
 
 from ..models import CausalWanTransformer3DModel
 from ..tensor_files import TensorSpec
+from ..text_files import read_text
 
 _HEAD_DIM = 128  # of every released Wan model; the one value that tensor shapes do not tell
 
 
 def load_transformer_config(path: str | Path) -> dict[str, Any]:
     """Config of a transformer as `WanTransformer3DModel` arguments, from a diffusers or an original `config.json`."""
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    values = json.loads(read_text(path))
     if "attention_head_dim" in values:
         return {key: value for key, value in values.items() if not key.startswith("_")}
     names = {

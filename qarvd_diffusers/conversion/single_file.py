@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..config import QARVDConfig
+from ..linear import unwrapped
 from ..models.causal_fields import CausalFields
 from ..models.single_file import SingleFileHeader, comfyui_metadata, read_single_file
 from ..packing import unpack
@@ -43,6 +44,7 @@ def save_single_file(transformer: nn.Module, pipeline: Mapping[str, Any], path: 
     Raises:
         ValueError: another suffix, or an adapter is attached.
     """
+    transformer = unwrapped(transformer)
     state_dict = transformer.state_dict()
     if any(".base_layer." in key for key in state_dict):
         raise ValueError(
@@ -132,6 +134,7 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
     Raises:
         ValueError: the model is float, or another suffix.
     """
+    transformer = unwrapped(transformer)
     layers = quantized_linears(transformer)
     if not layers:
         raise ValueError("the transformer is float: quantize it, or give ComfyUI the float file")

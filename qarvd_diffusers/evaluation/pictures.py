@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,17 +15,94 @@ from ..serialization import atomic_file
 _TILE = 128  # pixels; small videos are enlarged without smoothing so that every error stays visible
 _MARGIN, _GAP = 8, 4
 
+_CONTAINERS = (".mp4", ".mov", ".mkv", ".avi", ".wmv")  # that hold H.264
+_MOVING_PICTURES = (".gif", ".webp")
 
-def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: int) -> None:
-    """Write uint8 `[frames, height, width, 3]` as H.264 mp4."""
+
+def check_video_name(path: str | os.PathLike[str]) -> None:
+    """Refuse a file name that `video_writer` could not write to.
+
+    Raises:
+        ValueError: for the suffix of another format; those that can be written are named.
+        IsADirectoryError: it is a folder.
+    """
+    suffixes = (*_CONTAINERS, *_MOVING_PICTURES)
+    if Path(path).suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: expected a file name that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected a file name")
+
+
+@contextmanager
+def video_writer(path: str | os.PathLike[str], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """Hands out a function that appends one frame, uint8 `[height, width, 3]`; the file appears whole, or not at all.
+
+    What was written is read back, since ffmpeg may fail without a word.
+
+    Raises:
+        ValueError: see `check_video_name`.
+        OSError: the file could not be written, or does not hold all frames; named.
+    """
     import imageio.v2 as imageio
 
-    with (
-        atomic_file(path) as temporary,
-        imageio.get_writer(temporary, fps=fps, codec="libx264", quality=9, macro_block_size=2) as writer,
-    ):
+    check_video_name(path)
+    frames = 0
+    if Path(path).suffix.lower() in _MOVING_PICTURES:
+        options = {"duration": 1000 / fps}
+    else:
+        options = {"fps": fps, "codec": "libx264", "quality": 9, "macro_block_size": 2}
+    with atomic_file(path) as temporary:
+        writer = imageio.get_writer(temporary, **options)
+
+        def append(frame: np.ndarray) -> None:
+            nonlocal frames
+            with _naming(path):
+                writer.append_data(frame)
+            frames += 1
+
+        try:
+            yield append
+        except BaseException:
+            with suppress(OSError):  # which would hide what went wrong first
+                writer.close()
+            raise
+        with _naming(path):
+            writer.close()
+            _check_video(temporary, frames)
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say which file could not be written, and in one line why."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(":")
+        raise OSError(f"{path} could not be written: {reason}") from error
+
+
+def _check_video(written: Path, frames: int) -> None:
+    """Refuse a file that does not hold so many frames; moving pictures show equal ones in a row as one."""
+    if written.suffix.lower() in _MOVING_PICTURES:
+        with Image.open(written) as image:
+            found = image.n_frames
+            image.seek(found - 1)
+            image.load()
+        complete = 0 < found <= frames
+    else:
+        from imageio_ffmpeg import count_frames_and_secs
+
+        found, _ = count_frames_and_secs(written)
+        complete = found == frames
+    if not complete:
+        raise OSError(f"it holds {found} of {frames} frames; is the disk full?")
+
+
+def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: int) -> None:
+    """Write uint8 `[frames, height, width, 3]` as one video file, see `video_writer`."""
+    with video_writer(path, fps) as append:
         for frame in frames:
-            writer.append_data(frame)
+            append(frame)
 
 
 def contact_sheet(

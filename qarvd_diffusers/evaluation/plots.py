@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def has_matplotlib() -> bool:
+    """Whether plots can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def require_matplotlib() -> None:
     """Raises ImportError, with the remedy, where matplotlib is missing."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'qarvd-diffusers[bench]'") from None
+    if not has_matplotlib():
+        raise ImportError("plots need matplotlib: pip install matplotlib")
 
 
 def plot_chunks(values: Sequence[float | None], path: str | os.PathLike[str], title: str, log: bool = False) -> None:

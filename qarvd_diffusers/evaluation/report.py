@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from ..serialization import atomic_file
 from .fidelity import Rollout
 from .pictures import write_video
-from .plots import plot_chunks
+from .plots import has_matplotlib, plot_chunks
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
+NO_PLOTS = "No plots: they need matplotlib (pip install 'qarvd-diffusers[bench]')."
 
 
 class Metric(NamedTuple):
@@ -78,6 +79,8 @@ def write_report(
 ) -> dict[str, str]:
     """Write `report.json`, `METRIC.png` for every metric that was measured, and `report.html`.
 
+    Without matplotlib there are no plots, and the page says so.
+
     Args:
         folder: where to; made if it is not there, files of these names are replaced.
         report: what `fidelity.join` returned.
@@ -93,7 +96,7 @@ def write_report(
     """
     files = {"report": folder / REPORT_FILE}
     for name, metric in METRICS.items():
-        if report.get(name) is not None:
+        if report.get(name) is not None and has_matplotlib():
             files[name] = folder / f"{name}.png"
             plot_chunks(report[name], files[name], f"{metric.title} per chunk", metric.log)
     files["page"] = folder / PAGE_FILE
@@ -127,7 +130,7 @@ def _mp4(rollout: Rollout, prompt: int, fps: int) -> bytes:
 
 def _page(
     report: Mapping[str, Any],
-    plots: Mapping[str, Path],
+    plots: Mapping[str, Path],  # none where matplotlib is missing
     videos: Sequence[tuple[str, bytes, bytes]],
     names: Sequence[str],
 ) -> str:
@@ -150,7 +153,7 @@ and re-noise.</p>
 <h2>Per chunk</h2>
 {_chunks_table(report)}
 <p>{html.escape(report.get("lpips_note", ""))}</p>
-<div class="row plots">{figures}</div>
+{f"<div class='row plots'>{figures}</div>" if plots else f"<p>{NO_PLOTS}</p>"}
 <h2>Videos</h2>
 {rows}
 <script>{_SCRIPT}</script>

@@ -147,7 +147,7 @@ def _linears(transformer: WanTransformer3DModel) -> list[nn.Module]:
 
 def _placement(transformer: WanTransformer3DModel) -> list[tuple]:
     """Where everything lies that a fused pass was built from."""
-    if transformer.training:
+    if transformer.training or hasattr(transformer, "lora_differences"):
         return []
     # An adapter wraps its layer, and has no packed weight of its own.
     linears: list[tuple] = [
@@ -175,6 +175,8 @@ def refusal(transformer: WanTransformer3DModel) -> str | None:
             return "the model attends to images"
     if transformer.training:
         return "the model is in training mode"
+    if hasattr(transformer, "lora_differences"):
+        return "an adapter adds to parameters of which a fused pass holds copies"
     for layer in _linears(transformer):
         if type(layer) is not QARVDLinear:
             return f"a block holds a {type(layer).__name__} (an adapter, or a layer kept in float)"

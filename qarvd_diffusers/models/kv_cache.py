@@ -34,7 +34,8 @@ class KVLayerCache:
         key: keys after RoPE (before it in window mode), preallocated `[B, capacity or a little more, heads, head_dim]` in
             storage order (sink first), in the storage dtype; None before the first pass.
         value: see `key`; how it lies in memory is up to `kv_storage.allocate`.
-        key_scale: `[heads]` float32 if the storage has 8 bits, value = code * scale; else None.
+        key_scale: `[B, heads]` float32 (`[heads]` where it was given, or saved by an earlier version) if the storage has 8 bits,
+            value = code * scale; else None.
         value_scale: see `key_scale`.
         text_key: cross-attention keys of the prompt `[B, text_tokens, heads, head_dim]`, or None.
         text_value: see `text_key`.
@@ -166,7 +167,7 @@ class KVCache:
         sink_frames: first latent frames that are never evicted.
         num_frames: latent frames of the whole rollout, if known: a full cache is then allocated once instead of doubling.
         storage: dtype of the stored K/V: `"auto"` (that of the passes), `"bf16"`, or in 8 bits `"int8"` or `"fp8"`
-            (float8 e4m3), with static scales per head that the first chunk sets, or `set_scales`.
+            (float8 e4m3), with static scales per sample and head that the first chunk sets, or `set_scales`.
         rope_mode: `"absolute"` or `"window"`.
         sink_ema: share of the old sink when evicted frames are averaged into it; None keeps the sink as it is.
     """
@@ -342,7 +343,11 @@ class KVCache:
         return self.layers[layer].read(0, tokens, torch.float32 if is_quantized(dtype) else dtype)
 
     def set_scales(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Give the scales of 8-bit storage, `[num_layers, heads]` float32 each, instead of taking them from the first chunk.
+        """Give the scales of 8-bit storage, instead of taking them from the first chunk.
+
+        Args:
+            key: `[num_layers, heads]`, or `[num_layers, B, heads]` (one per sample), float32.
+            value: see `key`.
 
         Raises:
             ValueError: if the storage has no scales, something is stored already, or there are other than `num_layers`.

@@ -1,4 +1,4 @@
-"""How cached keys and values are stored: in a float dtype as they are, or in 8 bits under one static scale per head."""
+"""How cached keys and values are stored: in a float dtype as they are, or in 8 bits under one static scale per sample and head."""
 
 from __future__ import annotations
 
@@ -51,23 +51,30 @@ def is_quantized(dtype: torch.dtype) -> bool:
 
 
 def fit_scale(tensor: torch.Tensor, dtype: torch.dtype, margin: float) -> torch.Tensor:
-    """Scale `[heads]` float32 under which `margin` times the largest value of `[B, tokens, heads, head_dim]` is a code."""
-    largest = tensor.detach().abs().amax(dim=(0, 1, 3)).float()
+    """Scale `[B, heads]` float32 under which `margin` times the largest value of `[B, tokens, heads, head_dim]` is a code.
+
+    Each sample has its own, so that what it is stored as does not depend on its mates in the batch.
+    """
+    largest = tensor.detach().abs().amax(dim=(1, 3)).float()
     return (largest * (margin / _LIMITS[dtype])).clamp_min(_SMALLEST_SCALE)
 
 
 def encode(tensor: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Values `[B, tokens, heads, head_dim]` -> what is stored; `scale` `[heads]`, None for a float dtype.
+    """Values `[B, tokens, heads, head_dim]` -> what is stored; `scale` `[B, heads]` or `[heads]`, None for a float dtype.
 
     int8 is symmetric and rounds half to even, float8 rounds as the hardware's cast does; both saturate.
     """
     if scale is None:
         return tensor.to(dtype)
     limit = _LIMITS[dtype]
-    codes = tensor.float() / scale[:, None]
+    codes = tensor.float() / _per_channel(scale)
     return (codes.round() if dtype == torch.int8 else codes).clamp(-limit, limit).to(dtype)
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """What is stored -> values in `dtype`."""
-    return codes.to(dtype) if scale is None else (codes.float() * scale[:, None]).to(dtype)
+    return codes.to(dtype) if scale is None else (codes.float() * _per_channel(scale)).to(dtype)
+
+
+def _per_channel(scale: torch.Tensor) -> torch.Tensor:
+    return scale[..., None, :, None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,6 +47,12 @@ class Stretches:
             self.blocks[before].finish(self.state, attended, self.texts[before], self.modulation[before])
         return self.blocks[index].project(self.state, self.modulation[index]) if index < len(self.blocks) else None
 
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """`[B, tokens, 3 C]` of q, k and v."""
+        rows, channels = self.state.hidden.shape
+        return self.state.batch, rows // self.state.batch, 3 * channels
+
     def kind(self) -> tuple:
         """What graphs of this pass depend on, besides the model itself."""
         hidden, (key, value) = self.state.hidden, self.texts[0]
@@ -59,7 +65,12 @@ class CaptureError(RuntimeError):
 
 
 class CapturedStretches:
-    """Stretches as CUDA graphs, on buffers of their own. Captured one by one when first called."""
+    """Stretches as CUDA graphs, captured one by one when first called.
+
+    Whatever crosses the border of a graph (inputs, the residual stream, q/k/v) lies in buffers that were allocated outside of
+    every capture. What is allocated while capturing is freed before the capture ends: memory of a graph must not be freed or
+    read outside of it, which torch's own allocator forgives and `cudaMallocAsync` does not.
+    """
 
     def __init__(self, like: Stretches) -> None:
         with torch.inference_mode(False):  # buffers are written in every mode
@@ -67,9 +78,10 @@ class CapturedStretches:
             texts = [tuple(torch.empty_like(part) for part in pair) for pair in like.texts]
             self._inputs = Stretches(like.blocks, state, torch.empty_like(like.modulation), texts)
         self._hidden = state.hidden
+        self._output: Tensor | None = None  # of every stretch but the last; they have one shape
         self._held_texts: list[tuple[Tensor, Tensor]] | None = None
         self._attended: Tensor | None = None
-        self._graphs: list[tuple[torch.cuda.CUDAGraph, Tensor | None]] = []
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(state.hidden.device)
 
@@ -88,22 +100,28 @@ class CapturedStretches:
     @property
     def state(self) -> PassState:
         """Of the pass, after its last stretch."""
-        return replace(self._inputs.state)
+        return PassState(self._hidden, self._inputs.state.batch)
 
     def __call__(self, index: int, attended: Tensor | None) -> Tensor | None:
         """As `Stretches`."""
         if attended is not None:
-            if self._attended is None:
-                with torch.inference_mode(False):
-                    self._attended = torch.empty_like(attended)
-            self._attended.copy_(attended)
+            self._attended = self._filled(self._attended, attended)
         if index == len(self._graphs):
             self._graphs.append(self._capture(index))
-        graph, output = self._graphs[index]
-        graph.replay()
-        return output
+        self._graphs[index].replay()
+        return self._output if index < len(self._inputs.blocks) else None
 
-    def _capture(self, index: int) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+    @staticmethod
+    def _filled(buffer: Tensor | None, tensor: Tensor) -> Tensor:
+        if buffer is None:
+            with torch.inference_mode(False):
+                buffer = torch.empty_like(tensor)
+        return buffer.copy_(tensor)
+
+    def _capture(self, index: int) -> torch.cuda.CUDAGraph:
+        if self._output is None and index < len(self._inputs.blocks):
+            with torch.inference_mode(False):
+                self._output = self._hidden.new_empty(self._inputs.output_shape)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -111,25 +129,22 @@ class CapturedStretches:
                 # Other threads (a decoder, a user interface) may go on allocating.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    output = self._inputs(index, self._attended)
+                    self._run(index)
                 finally:
                     graph.capture_end()
             except RuntimeError as error:
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
-        return graph, None if output is None else _borrowed(output)
+        return graph
 
-
-class _Memory:
-    """An address and a size, for `torch.as_tensor`."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        data, size = (tensor.data_ptr(), False), tensor.numel() * tensor.element_size()
-        self.__cuda_array_interface__ = {"data": data, "shape": (size,), "typestr": "|u1", "version": 3}
-
-
-def _borrowed(tensor: Tensor) -> Tensor:
-    """The same contiguous memory without a claim on it: later graphs of the pool may use it once this value was read."""
-    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
+    def _run(self, index: int) -> None:
+        """Run a stretch from the buffers into the buffers."""
+        output = self._inputs(index, self._attended)
+        if output is not None:
+            self._output.copy_(output)
+        state = self._inputs.state
+        if state.summed() is not self._hidden:
+            self._hidden.copy_(state.hidden)
+            state.hidden = self._hidden
 
 
 class GraphStore:

@@ -22,6 +22,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import qarvd_kernels as ops
 
+from ..linear import unwrapped
 from .causal_parts import CausalTimesteps, CausalWanAttnProcessor, CausalWanRotaryPosEmbed
 from .context_parallel import ContextParallel, TokenSplit
 from .fused_pass import FusedPass, refusal
@@ -78,6 +79,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             TypeError: if `transformer` is no `WanTransformer3DModel`.
             ValueError: if it is split over several devices already.
         """
+        transformer = unwrapped(transformer)
         if isinstance(transformer, cls):
             return transformer
         if not isinstance(transformer, WanTransformer3DModel):
@@ -89,7 +91,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             )
         model = cls.__new__(cls)
         # accelerate's hook wraps `forward` of the instance it sits on; it is moved over below.
-        hooked = {"forward", "_old_forward", "_hf_hook"}
+        # A compiled call is bound to the instance too, and cannot be.
+        hooked = {"forward", "_old_forward", "_hf_hook", "_compiled_call_impl"}
+        if transformer._compiled_call_impl is not None:
+            logger.warning(
+                "The compiled forward of the stock transformer is dropped: call compile() on the pipeline's."
+            )
         model.__dict__.update({name: value for name, value in transformer.__dict__.items() if name not in hooked})
         for name in ("_modules", "_parameters", "_buffers"):
             model.__dict__[name] = dict(transformer.__dict__[name])
@@ -313,6 +320,22 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         return self if device is None else super().to(device=device, non_blocking=non_blocking)
 
+    def enable_cache(self, config: Any) -> None:
+        """Refused: diffusers' caches skip blocks, whose keys and values would be missing from the K/V cache of later chunks.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"enable_cache({type(config).__name__}) skips blocks of a pass, but every block has to write its keys and values "
+            "into the K/V cache that later chunks attend to: a causal transformer runs without it"
+        )
+
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; refused on a quantized model, whose packed weights are smaller than any cast."""
+        self._refuse_if_quantized("enable_layerwise_casting", "leave it out, or use it on the float model")
+        super().enable_layerwise_casting(*args, **kwargs)
+
     def fuse_qkv_projections(self) -> None:
         """Fuse q, k and v; refused on a quantized model, where it would silently bring float weights back."""
         self._refuse_if_quantized("fuse_qkv_projections", "fuse before quantizing")
@@ -324,6 +347,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             "fuse_lora", "keep the adapter unfused, or fuse into the float model and quantize that"
         )
         super().fuse_lora(*args, **kwargs)
+
+    def unload_lora(self) -> None:
+        """Remove all adapters, and what they added to parameters that are no Linear's."""
+        if hasattr(self, "lora_differences"):
+            from .lora_differences import remove_differences  # imports PEFT
+
+            remove_differences(self)
+        super().unload_lora()
 
     @classmethod
     def from_single_file(

@@ -15,15 +15,17 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..conversion import PIPELINE_STUB
+from ..linear import unwrapped
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
 from ..models.kv_storage import check_storage
 from ..models.pass_info import PassInfo
-from ..serialization import align_float_tensors
+from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
+from ..serialization import align_float_tensors, quantized_linears
+from .arguments import check_cache_maker, check_scheduler, start_arguments
 from .chunk_loop import ChunkLoop
 from .decoding import Decoder, check_decoder
-from .inputs import StreamInputs
+from .inputs import StreamInputs, check_tensors
 from .quantizable import QuantizableMixin
 from .stream import Stream
 from .stream_run import run_stream
@@ -42,12 +44,13 @@ _PORTABLE_NAMES = {
     "FewStepRenoiseScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "ChunkUniPCScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
+_OWN_SCHEDULERS = (FewStepRenoiseScheduler, ChunkUniPCScheduler)
 
 
 class ARVDMixin(QuantizableMixin, ABC):
     """Streaming and quantization for a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
 
-    The host pipeline has a `transformer`, a `scheduler` (of `schedulers/`), a `video_processor`, the fields of
+    The host pipeline has a `transformer`, a `scheduler` (of `schedulers/`, or with the same `set_timesteps` and `step`), a `video_processor`, the fields of
     `CausalFields` in its config, and implements the contract: `encode_prompt`, `check_stream_inputs`, `run_pass`,
     `make_cache` and `make_decoder`.
 
@@ -63,6 +66,9 @@ class ARVDMixin(QuantizableMixin, ABC):
     kv_cache: str = "auto"
     text_encoder_offload: str = "keep"
     window: int | None = None
+    _num_timesteps: int | None = None
+    _current_timestep: float | None = None
+    _interrupt: bool = False
 
     @abstractmethod
     def encode_prompt(
@@ -171,6 +177,7 @@ class ARVDMixin(QuantizableMixin, ABC):
             An iterator over `Chunk`s in order.
 
         Raises:
+            TypeError: for an argument that the pipeline does not have.
             ValueError: for arguments that do not fit each other or the model.
             FloatingPointError: if NaN or infinity appears; names chunk and step.
         """
@@ -187,8 +194,13 @@ class ARVDMixin(QuantizableMixin, ABC):
             raise ValueError(
                 "overlap_decoding cannot be combined with a model whose next chunk needs the decoded frames of the last"
             )
+        steps = len(self.causal_fields.denoising_timesteps)
+        start = start_arguments(type(self).__name__, start, self.check_stream_inputs, self.stream, steps)
+        check_scheduler(self.scheduler)
         storage = check_storage(kv_cache or self.kv_cache)
+        check_cache_maker(self.make_cache, storage)
         prompt_embeds = load_prompt_embeds(prompt_embeds)
+        check_tensors(latents=latents, renoise_latents=renoise_latents, initial_latents=initial_latents)
         make_decoder = self._decoder_maker(decoder)
         inputs = self.check_stream_inputs(
             prompt=prompt,
@@ -304,6 +316,10 @@ class ARVDMixin(QuantizableMixin, ABC):
             raise ValueError(f"give either prompt or prompt_embeds, got {given}")
         if prompt is not None and not isinstance(prompt, str | list):
             raise ValueError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
+        if isinstance(prompt, list) and not (prompt and all(isinstance(text, str) for text in prompt)):
+            odd = next(((i, text) for i, text in enumerate(prompt) if not isinstance(text, str)), None)
+            got = "an empty list" if odd is None else f"a list with {odd[1]!r} at {odd[0]}"
+            raise ValueError(f"prompt is {got}, expected a string, or a list of one string per sample")
         got = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
         if batch not in (None, got):
             raise ValueError(f"{got} prompts for a stream of batch size {batch}: give {batch}")
@@ -316,11 +332,35 @@ class ARVDMixin(QuantizableMixin, ABC):
 
     @property
     def current_timestep(self) -> float | None:
+        """Timestep of the transformer's pass in progress, or made last; None while no stream runs."""
         return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
         return self._interrupt
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a component or another attribute; constructors and loaders come through here too.
+
+        What `torch.compile` wrapped is taken out of its wrapper and compiled in place, as by its own `compile`: a layer
+        goes by one name, whether the model is compiled or not.
+        """
+        plain = unwrapped(value) if isinstance(value, torch.nn.Module) else value
+        fitted = self.fit_component(name, plain)
+        if plain is not value:
+            fitted._compiled_call_impl = value.dynamo_ctx(fitted._call_impl)
+        super().__setattr__(name, fitted)
+
+    def fit_component(self, name: str, value: Any) -> Any:
+        """What becomes of a value that is assigned to `name`; a pipeline may replace or refuse components here."""
+        return value
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers."""
+        # Weights wait in the state dict, which has their rows in natural order, and come back from there.
+        for layer in quantized_linears(self.transformer).values():
+            layer.store_rows_in(None)
+        super().enable_sequential_cpu_offload(*args, **kwargs)
 
     def align_modules(self) -> None:
         """Make results on the CPU independent of where in a file float weights were mapped from."""
@@ -346,7 +386,8 @@ class ARVDMixin(QuantizableMixin, ABC):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def write_portable_parts(self, folder: Path) -> None:
-        """Add what the portable layout has beyond `DiffusionPipeline.save_pretrained`."""
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.causal_fields.timestep_shift)
-        scheduler.save_pretrained(folder / "scheduler")
-        (folder / "pipeline.py").write_text(PIPELINE_STUB, encoding="utf-8")
+        """See `QuantizableMixin.write_portable_parts`; a scheduler of ours is described to stock classes by one of theirs."""
+        super().write_portable_parts(folder)
+        if isinstance(getattr(self, "scheduler", None), _OWN_SCHEDULERS):
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=self.causal_fields.timestep_shift)
+            scheduler.save_pretrained(folder / "scheduler")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -45,6 +47,17 @@ class StreamInputs:
                 )
         self.fields.context_pieces(self.context_frames)  # raises where it does not split
         self._check_renoise()
+        self._check_generator(batch)
+
+    def _check_generator(self, batch: int) -> None:
+        given = self.generator if isinstance(self.generator, list) else [self.generator or torch.Generator()]
+        wrong = next((one for one in given if not isinstance(one, torch.Generator)), None)
+        if wrong is not None:
+            got = "" if wrong is self.generator else "a list with "
+            raise ValueError(
+                f"generator is {got}{wrong!r}, expected a torch.Generator, such as torch.Generator().manual_seed(0), a list of "
+                "one per sample, or None"
+            )
         if isinstance(self.generator, list) and len(self.generator) != batch:
             raise ValueError(f"{len(self.generator)} generators for a batch of {batch}: give one, or one per sample")
 
@@ -128,6 +141,32 @@ class StreamInputs:
         return randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32).to(dtype)
 
 
+def check_tensors(**given: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
+    """Raise ValueError if an argument, called by its name, is given and is no float tensor; `renoise_latents` may be several."""
+    for name, value in given.items():
+        several = name == "renoise_latents" and isinstance(value, list | tuple)
+        for tensor in value if several else [value]:
+            if tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                remedy = ": pass torch.from_numpy of it" if type(tensor).__name__ == "ndarray" else ""
+                raise ValueError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor{remedy}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float one")
+
+
+def whole_number(name: str, value: Any, expected: str) -> int:
+    """A number that was given as an integer.
+
+    Raises:
+        ValueError: it is of another type; names it.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, expected {expected}") from None
+
+
 def resolve_num_chunks(
     fields: CausalFields,
     context_frames: int,
@@ -149,10 +188,12 @@ def resolve_num_chunks(
     """
     said: dict[str, int] = {}
     if num_chunks is not None:
-        if num_chunks < 1:
-            raise ValueError(f"num_chunks is {num_chunks}, expected at least 1, or None for an endless stream")
+        expected = "an integer of at least 1, or None for an endless stream"
+        if whole_number("num_chunks", num_chunks, expected) < 1:
+            raise ValueError(f"num_chunks is {num_chunks}, expected {expected}")
         said["num_chunks"] = num_chunks
     if num_frames is not None:
+        whole_number("num_frames", num_frames, f"an integer, a multiple of {temporal_scale} plus 1, such as 81")
         latent_frames, rest = divmod(num_frames - 1, temporal_scale)
         if num_frames < 1 or rest:
             raise ValueError(f"num_frames is {num_frames}, expected a multiple of {temporal_scale} plus 1, such as 81")

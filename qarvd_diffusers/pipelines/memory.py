@@ -83,25 +83,29 @@ class MemoryPlan:
         return "\n".join(f"  {name:<34} {size / 1e9:8.2f} GB" for name, size in rows)
 
 
-def parse_budget(memory: str) -> int | None:
-    """`"8GB"`, or any other number -> bytes; `"max"` -> None.
+def parse_budget(memory: str | float) -> int | None:
+    """`"8GB"`, `"8"` or `8` (10^9 bytes each), `"8GiB"`, `"8192MiB"` -> bytes; `"max"` -> None.
 
     Raises:
         ValueError: for anything else.
     """
     if memory == "max":
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|gb)\s*", str(memory))
-    if match is None:
-        raise ValueError(f"memory is {memory!r}, expected a size such as '8GB', '12GB' or '16GB', or 'max'")
-    return int(float(match[1]) * 1e9)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM]i?B|G|M|)\s*", str(memory), re.IGNORECASE)
+    if match is None or (not match[2] and float(match[1]) >= 10_000):  # a number of bytes, it seems
+        raise ValueError(
+            f"memory is {memory!r}, expected a size such as '8GB', '8' (the same), '8GiB' or '500MB', or 'max'"
+        )
+    unit = match[2].lower() or "g"
+    base = 1024 if "i" in unit else 1000
+    return int(float(match[1]) * base ** (3 if unit[0] == "g" else 2))
 
 
 def estimate(
     shapes: ModelShapes,
     choice: MemoryChoice,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | Mapping[str, torch.dtype] = torch.bfloat16,
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,
@@ -112,7 +116,7 @@ def estimate(
     Args:
         shapes: of the model.
         choice: run-time choices.
-        dtype: of the float parts.
+        dtype: of the float parts; or one per component, `default` for the others, as loaders take it.
         height: pixels; None takes the model's.
         width: see `height`.
         batch: samples of the stream.
@@ -121,29 +125,33 @@ def estimate(
     fields = shapes.fields
     if choice.window is not None:
         fields = dataclasses.replace(fields, local_attention_frames=choice.window)
+    model_dtype, vae_dtype, encoder_dtype = (_dtype_of(dtype, name) for name in ("transformer", "vae", "text_encoder"))
     size = (height or shapes.index.get("height", 480), width or shapes.index.get("width", 832))
     text_tokens = shapes.index.get("max_sequence_length", 512)
     spec = json.dumps([shapes.index, shapes.transformer, shapes.vae, shapes.text_encoder], sort_keys=True)
-    weights, largest = _transformer_bytes(spec, choice.scheme, dtype)
+    weights, largest = _transformer_bytes(spec, choice.scheme, model_dtype)
     values = shapes.transformer
     layers, channels = values["num_layers"], values["num_attention_heads"] * values["attention_head_dim"]
     frame = _tokens_per_frame(shapes, size) * channels
     window = fields.local_attention_frames if fields.local_attention_frames != -1 else WINDOW
-    stored = (STORAGES[choice.kv_cache] or dtype).itemsize
+    stored = (STORAGES[choice.kv_cache] or model_dtype).itemsize
     text = 2 * layers * text_tokens * channels
-    working = _pass_bytes(spec, choice.kv_cache, dtype, size, window, batch, fields.num_frames_per_chunk, text_tokens)
-    vae = _vae_bytes(spec, dtype, size, batch, fields.num_frames_per_chunk)
-    encoder = _encoder_bytes(spec, dtype)
+    chunk = fields.num_frames_per_chunk
+    working = _pass_bytes(spec, choice.kv_cache, model_dtype, size, window, batch, chunk, text_tokens)
+    vae = _vae_bytes(spec, vae_dtype, size, batch, fields.num_frames_per_chunk)
+    encoder = _encoder_bytes(spec, encoder_dtype)
     graphs = 0
     if _runs_fused(
         shapes, choice.scheme
     ):  # what its CUDA graphs hold: a stretch's activations, inputs, the prompt's K/V
         tokens = fields.num_frames_per_chunk * frame // channels * batch
-        graphs = tokens * (7 * channels * dtype.itemsize + values["ffn_dim"]) + text * dtype.itemsize * batch
+        graphs = (
+            tokens * (7 * channels * model_dtype.itemsize + values["ffn_dim"]) + text * model_dtype.itemsize * batch
+        )
     components = {
         "transformer weights": weights,
         "K/V cache": 2 * layers * window * frame * stored * batch,
-        "K/V of the prompt": text * dtype.itemsize * batch,
+        "K/V of the prompt": text * model_dtype.itemsize * batch,
         "one pass": working + largest,
         "CUDA graphs of the passes": graphs,
         "VAE decoder and encoder weights": vae.weights,
@@ -163,6 +171,12 @@ def estimate(
         "decoding": resident + kept + components["VAE decoding"],
     }
     return MemoryPlan(choice, components, phases, budget)
+
+
+def _dtype_of(dtype: torch.dtype | Mapping[str, torch.dtype], component: str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return dtype.get(component, dtype.get("default", torch.float32))
 
 
 def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **options: object) -> MemoryPlan:
@@ -189,7 +203,7 @@ def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **opt
         if plan.fits:
             return plan
     raise ValueError(
-        f"{shapes.name} does not fit into {memory}: with 8-bit K/V, a window of {plan.choice.window} latent frames and a "
+        f"{shapes.name} does not fit into {budget / 1e9:g}GB: with 8-bit K/V, a window of {plan.choice.window} latent frames and a "
         f"streamed text encoder it needs {plan.total / 1e9:.1f} GB\n{plan.describe()}\nAsk for a smaller picture, or a "
         "model of fewer parameters or bits."
     )

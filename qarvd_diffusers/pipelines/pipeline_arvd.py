@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,13 +16,14 @@ from diffusers.utils import is_ftfy_available, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..config import QARVDConfig
+from ..config import INVISIBLE, QARVDConfig
 from ..models.causal_fields import CausalFields
 from ..models.kv_cache import KVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
+from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
-from .inputs import StreamInputs, resolve_num_chunks
+from .inputs import StreamInputs, resolve_num_chunks, whole_number
 from .lora import LoraMixin
 from .memory import apply_choice, choose
 from .model_shapes import ModelShapes
@@ -51,16 +53,21 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CHUNKS = 7  # 81 frames, the length the family is trained at
 
 
 def clean_prompt(text: str) -> str:
-    """Repair mojibake (where ftfy is installed), resolve HTML entities, collapse white space, as Wan's pipeline does."""
+    """Repair mojibake (where ftfy is installed), resolve HTML entities, collapse white space, as Wan's pipeline does.
+
+    Beyond that, a byte order mark and zero-width spaces are left out: nobody means them.
+    """
     if is_ftfy_available():
         import ftfy
 
         text = ftfy.fix_text(text)
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text)).translate(INVISIBLE)).strip()
 
 
 class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
@@ -150,6 +157,9 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             clamped_start=clamped_start,
             sampler=sampler,
         )
+        self.register_to_config(
+            **fields.to_dict(), height=height, width=width, max_sequence_length=max_sequence_length, fps=fps
+        )
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -157,13 +167,6 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             transformer=transformer,
             scheduler=_sampler(scheduler, fields),
         )
-        self.register_to_config(
-            **fields.to_dict(), height=height, width=width, max_sequence_length=max_sequence_length, fps=fps
-        )
-        vae_config = getattr(vae, "config", None)
-        self.vae_scale_factor_temporal = getattr(vae_config, "scale_factor_temporal", 4)
-        self.vae_scale_factor_spatial = getattr(vae_config, "scale_factor_spatial", 8)
-        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
 
     @classmethod
     def from_pretrained(
@@ -179,8 +182,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             **kwargs: those of `QuantizableMixin.from_pretrained`; `height` and `width` plan for another picture size.
 
         Raises:
-            ValueError: before anything is loaded, if nothing fits.
+            ValueError: before anything is loaded, if nothing fits, or if the model is no Wan model.
         """
+        kwargs = loading_arguments(cls, kwargs)
+        if kwargs.get("transformer") is None:
+            require_wan(cls, pretrained_model_name_or_path, kwargs)
         if memory is None:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         given, _ = split_config(kwargs.get("quantization_config"))
@@ -197,11 +203,30 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         apply_choice(pipe, plan.choice)
         return pipe
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Covers the constructor, every loader, and `pipe.transformer = model`.
-        if name == "transformer" and isinstance(value, WanTransformer3DModel):
-            value = CausalWanTransformer3DModel.from_transformer(value)
-        super().__setattr__(name, value)
+    def fit_component(self, name: str, value: Any) -> Any:
+        """A component as the pipeline needs it, be it given to the constructor, loaded, or assigned later.
+
+        Raises:
+            TypeError: the transformer is no Wan transformer.
+            ValueError: the scheduler is of our kind, but disagrees with the pipeline's fields.
+        """
+        if name == "transformer" and value is not None:
+            return CausalWanTransformer3DModel.from_transformer(value)
+        if name == "scheduler":
+            if "scheduler" in self.__dict__ and not isinstance(value, (type(None), *_SAMPLERS.values())):
+                logger.warning(
+                    "The scheduler %s is replaced by %s, built from the pipeline's config: flow_shift or shift is its "
+                    "timestep_shift, the steps are its denoising_timesteps; pass them to from_pretrained.",
+                    type(value).__name__,
+                    _SAMPLERS[self.causal_fields.sampler].__name__,
+                )
+            return _sampler(value, self.causal_fields)
+        if name == "vae" and (value is not None or not hasattr(self, "video_processor")):
+            config = getattr(value, "config", None)
+            self.vae_scale_factor_temporal = getattr(config, "scale_factor_temporal", 4)
+            self.vae_scale_factor_spatial = getattr(config, "scale_factor_spatial", 8)
+            self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        return value
 
     @torch.no_grad()
     def encode_prompt(
@@ -259,9 +284,14 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         height: int | None,
         width: int | None,
         output_type: str,
+        num_chunks: int | None = None,
+        num_frames: int | None = None,
+        latents: torch.Tensor | None = None,
+        renoise_latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        initial_latents: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         image: Picture | None = None,
         video: Any = None,
-        **rollout: Any,
     ) -> StreamInputs:
         """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
         batch = self.check_prompt(prompt, prompt_embeds)
@@ -275,26 +305,26 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
                 "keep_first_frame=True"
             )
         if image is not None or video is not None:
-            if rollout["initial_latents"] is not None:
+            if initial_latents is not None:
                 raise ValueError("give either initial_latents or an image or video as a start, got both")
-            rollout["initial_latents"] = self.encode_start(image, video, height, width, batch)
-        start = rollout["latents"] if rollout["latents"] is not None else rollout["initial_latents"]
+            initial_latents = self.encode_start(image, video, height, width, batch)
+        start = latents if latents is not None else initial_latents
         shape = (batch, self.transformer.config.in_channels, *self._latent_size(height, width, start))
-        initial = rollout["initial_latents"]
+        fields, given = self.causal_fields, initial_latents
         num_chunks = resolve_num_chunks(
-            self.causal_fields,
-            0 if initial is None or initial.ndim != 5 else self.causal_fields.context_frames(initial.shape[2]),
-            num_chunks=rollout.pop("num_chunks"),
-            num_frames=rollout.pop("num_frames"),
-            latents=rollout["latents"],
-            renoise_latents=rollout["renoise_latents"],
+            fields,
+            0 if given is None or given.ndim != 5 else fields.context_frames(given.shape[2]),
+            num_chunks=num_chunks,
+            num_frames=num_frames,
+            latents=latents,
+            renoise_latents=renoise_latents,
             temporal_scale=self.vae_scale_factor_temporal,
         )
-        return StreamInputs(self.causal_fields, shape, num_chunks, **rollout)
+        return StreamInputs(fields, shape, num_chunks, latents, renoise_latents, initial_latents, generator)
 
     def encode_start(
         self,
-        image: Picture | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         video: Any = None,
         height: int | None = None,
         width: int | None = None,
@@ -303,9 +333,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         """Initial latents `[B, C, F, h, w]` of a picture or a clip.
 
         Args:
-            image: a picture. Where the model has no single first frame, it stands still for one chunk.
-            video: a clip; as much of its end is taken as makes whole chunks.
-            height: pixels; pictures are resized to it. None takes the pipeline config's.
+            image: a picture, or one per sample; see `Picture` for the forms. Where the model has no single first frame, it
+                stands still for one chunk.
+            video: a clip, or one per sample; as much of its end is taken as makes whole chunks.
+            height: pixels; the middle of each picture that has this aspect ratio is resized to it. None takes the pipeline
+                config's.
             width: see `height`.
             batch: samples; one start serves all.
 
@@ -318,7 +350,9 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         size = [scale * pixels for pixels in self._latent_size(height, width, None)]
         pixels = start_pixels(image, video, self.video_processor, tuple(size))
         if len(pixels) not in (1, batch):
-            raise ValueError(f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample")
+            raise ValueError(
+                f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample; a clip is video="
+            )
         pixels = fit_length(pixels, self.causal_fields, self.vae_scale_factor_temporal)
         self.align_modules()
         return self.encode_frames(pixels).expand(batch, -1, -1, -1, -1)
@@ -336,11 +370,14 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
                 if pixels not in (None, size * scale):
                     raise ValueError(f"{name} is {pixels}, but the given latents are {size * scale} pixels in {name}")
             return sizes
-        pixels = (height or self.config.height, width or self.config.width)
+        pixels = tuple(
+            self.config[name] if value is None else whole_number(name, value, "a positive number of pixels, or None")
+            for name, value in (("height", height), ("width", width))
+        )
         for name, value, patch in zip(
             ("height", "width"), pixels, self.transformer.config.patch_size[1:], strict=True
         ):
-            if value % (scale * patch):
+            if value % (scale * patch) or value < 1:
                 raise ValueError(f"{name} is {value}, expected a multiple of {scale * patch}")
         return pixels[0] // scale, pixels[1] // scale
 

@@ -20,6 +20,7 @@ from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
 from ..model_card import CARD_FILE, is_non_commercial, model_card, stated_licence
 from ..serialization import atomic_directory, atomic_file, stored_bytes
+from .arguments import loading_arguments
 from .mixed_bits import choose_bits
 from .quantization import (
     calibrate_pipeline,
@@ -64,6 +65,7 @@ class QuantizableMixin:
                 pipeline does not have.
             OSError: a file is missing, truncated or damaged; named.
         """
+        kwargs = loading_arguments(cls, kwargs)
         config, rest = split_config(kwargs.pop("quantization_config", None))
         if rest is not None:
             kwargs["quantization_config"] = rest
@@ -78,14 +80,31 @@ class QuantizableMixin:
         unknown = sorted(set(getattr(rest, "quant_mapping", None) or {}) - set(pipe.components))
         if unknown:
             raise ValueError(f"quantization_config names {unknown}, the pipeline has {sorted(pipe.components)}")
-        stored = pipe.quantization
+        pipe.quantize_on_loading(config)
+        return pipe
+
+    def quantize_on_loading(self, config: QARVDConfig | None) -> None:
+        """What is left to do once the parts are loaded: quantize what is float, if it is asked for.
+
+        Args:
+            config: what the caller asked for.
+
+        Raises:
+            ValueError: the transformer is quantized with another config.
+        """
+        stored = self.quantization
         if stored is not None and config is not None:
             check_stored_config(stored, config)
         elif config is not None:
-            pipe.quantize(config)
-        elif stored is not None and stored.text_encoder == "int8":
-            quantize_text_encoder(pipe.text_encoder)
-        return pipe
+            self.quantize(config)
+        elif stored is not None and stored.text_encoder == "int8" and self.text_encoder is not None:
+            quantize_text_encoder(self.text_encoder)
+
+    @classmethod
+    def import_path(cls) -> str:
+        """Where users import this class from, dotted."""
+        module = cls.__module__
+        return f"{module.partition('.')[0] if module.startswith('qarvd_diffusers.') else module}.{cls.__name__}"
 
     @property
     def quantization(self) -> QARVDConfig | None:
@@ -109,8 +128,8 @@ class QuantizableMixin:
             use_cache: reuse and keep the result under a hash of the weights, the config and the prompts.
             resume: folder for finished parts: an interrupted calibration with the same folder goes on where it stopped,
                 to the same result. None keeps them in the cache, or nowhere without `use_cache`.
-            progress: called with a text, the steps done and how many there are, at least once per transformer pass; what it
-                raises ends the calibration and comes out here.
+            progress: called with a text, the steps done and how many there are in all, at least once per transformer pass;
+                what it raises ends the calibration and comes out here.
         """
         return calibrate_pipeline(self, config, use_cache, resume, progress)
 
@@ -161,7 +180,10 @@ class QuantizableMixin:
             save_directory: folder to write; files of the same names in it are replaced, others stay.
             push_to_hub: upload afterwards; `kwargs` are then those of `push_to_hub` too.
             report: what `evaluate` returned, for the model card.
-            **kwargs: `safe_serialization`, `variant`, `max_shard_size` as in `DiffusionPipeline.save_pretrained`.
+            **kwargs: `variant`, `max_shard_size` as in `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: for `safe_serialization=False`.
         """
         publish = {
             name: kwargs.pop(name)
@@ -205,6 +227,8 @@ class QuantizableMixin:
             return self._upload(Path(temporary), repo_id, private, token, commit_message, create_pr)
 
     def _write(self, folder: Path, report: Mapping[str, Any] | None, repo_id: str | None, **kwargs: Any) -> None:
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("safe_serialization=False writes pickles, which from_pretrained refuses: leave it out")
         super().save_pretrained(folder, **kwargs)
         self.write_portable_parts(folder)
         _forget_local_paths(folder)
@@ -215,6 +239,11 @@ class QuantizableMixin:
         if config.text_encoder == "int8" and self.text_encoder is not None:
             _copy_float_files(self.text_encoder.name_or_path, folder / "text_encoder")
         self.write_card(folder, report or self._stored_report(), repo_id)
+
+    def write_portable_parts(self, folder: Path) -> None:
+        """Add what the portable layout has beyond `DiffusionPipeline.save_pretrained`."""
+        module, _, name = self.import_path().rpartition(".")
+        (folder / "pipeline.py").write_text(f"from {module} import {name}\n", encoding="utf-8")
 
     def write_card(
         self, folder: str | os.PathLike[str], report: Mapping[str, Any] | None = None, repo_id: str | None = None
@@ -230,7 +259,8 @@ class QuantizableMixin:
         if config is None:
             raise ValueError("write_card describes a quantized pipeline, this one is float")
         licence = _licence(self.source, config.base_model if repo_id else None)
-        card = model_card(config, stored_bytes(self.transformer), report, config.base_model, licence, repo_id)
+        sizes = stored_bytes(self.transformer)
+        card = model_card(config, sizes, report, config.base_model, licence, repo_id, self.import_path())
         texts = {CARD_FILE: str(card)}
         if report is not None:
             texts[REPORT_FILE] = json.dumps(report, indent=2)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +19,7 @@ from diffusers import PipelineQuantizationConfig
 from tqdm.auto import tqdm
 
 from ..bundled import bundled_prompts
-from ..calibration.calibrate import Progress, apply, calibrate, quantize_weights
+from ..calibration.calibrate import Progress, Work, apply, calibrate, plan_work, quantize_weights
 from ..calibration.processes import Processes
 from ..calibration.result import REVISION, CalibrationResult
 from ..calibration.resume import ResumeFolder
@@ -27,7 +27,9 @@ from ..config import PACKED_FORMAT, QARVDConfig, parse_prompts
 from ..models.pass_info import PassInfo
 from ..quantizer import attach
 from ..serialization import quantized_linears
+from ..text_files import read_text
 from .lora import adapter_scales
+from .work_bar import WorkBar, work_totals
 
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
@@ -81,7 +83,7 @@ def calibration_prompts(pipe: ARVDMixin, config: QARVDConfig) -> tuple[str, ...]
         return config.calibration_prompts
     own = Path(pipe.source or "") / PROMPTS_FILE
     if own.is_file():
-        return parse_prompts(own.read_text(encoding="utf-8").splitlines(), str(own))
+        return parse_prompts(read_text(own).splitlines(), str(own))
     return bundled_prompts()
 
 
@@ -89,6 +91,53 @@ def cache_folder() -> Path:
     """Where calibration results are kept: `$QARVD_CACHE`, else `qarvd` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qarvd"
     return Path(os.environ.get("QARVD_CACHE") or default)
+
+
+def can_keep_results() -> bool:
+    """Whether `cache_folder()` can be written to; says so where it cannot: nothing but time is lost then."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_folder()):
+            return True
+    except OSError as error:
+        logger.warning(
+            "Results will not be kept for another time: %s cannot be written to (%s). Set QARVD_CACHE to a folder that can.",
+            cache_folder(),
+            error,
+        )
+        return False
+
+
+def _kept(path: Path) -> CalibrationResult | None:
+    """An earlier result, if there is one that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        result = CalibrationResult.load(path)
+    except (OSError, ValueError) as error:
+        logger.warning("A kept calibration is not used: %s", error)
+        return None
+    logger.info("Calibration found in %s", path)
+    return result
+
+
+def _keep(result: CalibrationResult, path: Path) -> None:
+    try:
+        result.save(path)
+    except OSError as error:
+        logger.warning("The calibration is not kept for another time: %s", error)
+
+
+def require_float(pipe: ARVDMixin) -> None:
+    """Refuse a quantized pipeline before anything is done with it.
+
+    Raises:
+        ValueError: names its scheme.
+    """
+    if quantized_linears(pipe.transformer):
+        config = pipe.transformer.config.get("quantization_config")
+        scheme = "" if config is None else f" ({config['scheme'] if isinstance(config, dict) else config.scheme})"
+        raise ValueError(f"The transformer is quantized already{scheme}: take the float model.")
 
 
 def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor]) -> str:
@@ -135,10 +184,12 @@ def calibrate_pipeline(
     Args:
         pipe: a float pipeline.
         config: what to calibrate for.
-        use_cache: take and keep the result in `cache_folder()` under its content hash.
+        use_cache: take and keep the result in `cache_folder()` under its content hash; where that cannot be written, go on
+            without.
         resume: folder for finished parts, so that an interrupted calibration goes on where it stopped; None takes one in
             `cache_folder()` that is removed at the end, or none without `use_cache`.
-        progress: called, besides the bars, for every pass and every step of rounding; what it raises ends the calibration.
+        progress: told, as the bar is, for every layer, pass and step of rounding what is being done, how many steps are done,
+            and how many there are in all; what it raises ends the calibration.
 
     Returns:
         The integer weights and quantizer parameters of every quantizable Linear.
@@ -148,41 +199,40 @@ def calibrate_pipeline(
             or prompts; or the processes of a launch differ in them.
         RuntimeError: another process of a launch ended.
     """
-    if quantized_linears(pipe.transformer):
-        raise ValueError("The transformer is quantized already; calibrate the float model.")
+    require_float(pipe)
     if getattr(pipe.transformer, "_parallel_config", None) is not None:
         raise ValueError(
             "The transformer was split by enable_parallelism(): calibrate before it. The processes of a launch share the "
             "prompts and layers of a calibration by themselves."
         )
-    if not config.needs_calibration:
-        return quantize_weights(pipe.transformer, config, progress)
     processes = Processes.launched()
+    if not config.needs_calibration:
+        work = plan_work(pipe.transformer, config)
+        with WorkBar(work_totals(work, 0, 0), progress, desc="quantizing", disable=_hidden(pipe)) as bar:
+            return quantize_weights(pipe.transformer, config, _by_kind(bar, work))
     with torch.no_grad():
         embeds = [pipe.encode_prompt(prompt) for prompt in calibration_prompts(pipe, config)]
     fingerprint = content_hash(pipe, config, embeds)
     processes.require_same(fingerprint, "model, config, prompts or settings")
     path = cache_folder() / "calibration" / f"{fingerprint}.safetensors"
-    cached = processes.is_main and use_cache and path.is_file()
-    found = processes.from_main(CalibrationResult.load(path) if cached else None)
+    found = processes.from_main(_kept(path) if processes.is_main and use_cache else None)
     if found is not None:
-        logger.info("Calibration found in %s", path)
         return found
+    use_cache = processes.from_main(processes.is_main and use_cache and can_keep_results())
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
     parts = unfinished or resume
     folder = None if parts is None else ResumeFolder(parts, fingerprint)
     rollouts = list(enumerate(embeds))
-    with at_work(pipe, "calibrating", "pass") as step:
+    share = processes.share(rollouts)
+    passes = sum(sum(pipe.causal_fields.passes(chunk).values()) for chunk in range(config.calibration_chunks))
+    work = plan_work(pipe.transformer, config, folder, processes)
+    totals = work_totals(work, passes * len(rollouts), passes * len(share))
+    hidden = _hidden(pipe)
+    with undisturbed(pipe), WorkBar(totals, progress, desc="calibrating", disable=hidden) as bar:
 
         def run(on_pass: Callable[[PassInfo], None], chosen: Sequence[tuple[int, torch.Tensor]] = rollouts) -> None:
-            fields, passes = pipe.causal_fields, itertools.count(1)
-            chunks = range(config.calibration_chunks)
-            total = len(chosen) * sum(sum(fields.passes(chunk).values()) for chunk in chunks)
-
             def observed(info: PassInfo) -> None:
-                step()
-                if progress is not None:
-                    progress("running the model", next(passes), total)
+                bar.advance("pass", "running the model")
                 on_pass(info)
 
             for index, prompt_embeds in chosen:
@@ -196,32 +246,29 @@ def calibrate_pipeline(
                 ):
                     pass
 
-        with _rounding_bar(pipe, progress) as report:
-            run_share = partial(run, chosen=processes.share(rollouts))
-            result = calibrate(pipe.transformer, run, config, report, folder, processes, run_share)
+        run_share = partial(run, chosen=share)
+        result = calibrate(pipe.transformer, run, config, _by_kind(bar, work), folder, processes, run_share)
     if processes.is_main and use_cache:
-        result.save(path)
+        _keep(result, path)
     if processes.is_main and unfinished is not None:
         shutil.rmtree(unfinished)
     return result
 
 
-@contextmanager
-def _rounding_bar(pipe: ARVDMixin, also: Progress | None) -> Iterator[Progress]:
-    """A bar that counts the groups of layers that are rounded and shows what is being done; `also` is told the same."""
-    with tqdm(desc="layers", unit="group", disable=_hidden(pipe)) as bar:
+def _by_kind(bar: WorkBar, work: Work) -> Progress:
+    """What `calibrate` reports, as steps of the bar: first all layers, then the rounding."""
+    layers = iter(range(work.layers))
 
-        def progress(text: str, step: int, steps: int) -> None:
-            bar.set_postfix_str(f"{text} ({step}/{steps})", refresh=False)
-            bar.update(step == steps)
-            if also is not None:
-                also(text, step, steps)
+    def report(text: str, step: int, steps: int) -> None:
+        kind = "rounding" if next(layers, None) is None else "layer"
+        bar.advance(kind, text)
 
-        yield progress
+    return report
 
 
 def quantize_pipeline(pipe: ARVDMixin, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
     """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
+    require_float(pipe)
     apply(pipe.transformer, result or calibrate_pipeline(pipe, config))
     hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
     adapters = adapter_scales(pipe.transformer) if config.needs_calibration else {}
@@ -244,18 +291,24 @@ def _hidden(pipe: ARVDMixin) -> bool:
 
 
 @contextmanager
-def at_work(pipe: ARVDMixin, what: str, unit: str, total: int | None = None) -> Iterator[Callable[[], Any]]:
-    """One bar over all rollouts instead of one for each; on the GPU if there is one, and back afterwards."""
+def undisturbed(pipe: ARVDMixin) -> Iterator[None]:
+    """No bar for each rollout; on the GPU if there is one, and back afterwards."""
     home = pipe.device
     bar_config = getattr(pipe, "_progress_bar_config", {})
-    hidden = _hidden(pipe)
     pipe.set_progress_bar_config(disable=True)
     if home.type == "cpu" and torch.cuda.is_available():
         pipe.to("cuda")
     try:
-        with tqdm(desc=what, unit=unit, total=total, disable=hidden) as bar:
-            yield bar.update
+        yield
     finally:
         pipe.set_progress_bar_config(**bar_config)
         if pipe.device != home:
             pipe.to(home)
+
+
+@contextmanager
+def at_work(pipe: ARVDMixin, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
+    """One bar over all rollouts, whose step is handed out; see `undisturbed`."""
+    hidden = _hidden(pipe)
+    with undisturbed(pipe), tqdm(desc=what, unit=unit, total=total, disable=hidden) as bar:
+        yield bar.update

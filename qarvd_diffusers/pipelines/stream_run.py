@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..models.pass_info import PassInfo
 from .chunk_loop import ChunkLoop
 from .decoding import DecodeQueue, Decoder
 from .output import Chunk
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
 
 
+@torch.inference_mode(False)  # a stream may be stepped inside and outside of it by turns: what it keeps must fit both
 @torch.no_grad()
 def run_stream(pipe: ARVDMixin, session: StreamSession) -> Generator[Chunk]:
     """Make the chunks of a stream; whatever ends it, its memory is returned and the pipeline left as it was."""
@@ -30,7 +32,7 @@ def run_stream(pipe: ARVDMixin, session: StreamSession) -> Generator[Chunk]:
         session.decoder = _make_decoder(pipe, session)
         if session.saved is not None:
             session.saved.restore(loop, session.decoder)
-        loop.on_pass = session.on_pass
+        loop.on_pass = _pass_hook(pipe, session.on_pass)
         loop.interrupted = lambda: pipe._interrupt or session.closing
         loop.before_chunk = lambda: _switch_prompt(pipe, session)
         loop.reencode = getattr(session.decoder, "reencode", None)
@@ -90,13 +92,23 @@ def _progress_bar(pipe: ARVDMixin, num_steps: int | None) -> Any:
     return pipe.progress_bar(itertools.count()) if num_steps is None else pipe.progress_bar(total=num_steps)
 
 
+def _pass_hook(pipe: ARVDMixin, also: Callable[[PassInfo], None] | None) -> Callable[[PassInfo], None]:
+    """What happens before a pass: `current_timestep` tells it, then the user's `on_pass` is called."""
+
+    def on_pass(info: PassInfo) -> None:
+        pipe._current_timestep = info.timestep
+        if also is not None:
+            also(info)
+
+    return on_pass
+
+
 def _step_hook(
     pipe: ARVDMixin, loop: ChunkLoop, bar: Any, callback: Callable | None, names: tuple[str, ...]
 ) -> Callable[[int, float, torch.Tensor], torch.Tensor]:
     """What happens after a denoising step: progress, then the user's callback, whose tensors replace the loop's."""
 
     def on_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
-        pipe._current_timestep = timestep
         bar.update()
         if callback is None:
             return latents

@@ -19,6 +19,7 @@ from ..serialization import atomic_file, quantized_linears
 from .chunk_loop import ChunkLoop
 from .decoding import Decoder
 from .inputs import StreamInputs
+from .lora import layer_scales
 from .quantization import hash_tensors
 from .stream_session import PromptChange, StreamSession
 
@@ -59,6 +60,23 @@ def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
     return found if parallel is None else found | {"process": f"{parallel.rank} of {parallel.size}"}
 
 
+def _adapters(pipe: ARVDMixin) -> dict[str, dict[str, float]]:
+    """Active adapters and their scales: one number under `""`, or where layers differ one for each layer."""
+    found = layer_scales(pipe.transformer)
+    return {
+        name: scales if len(set(scales.values())) > 1 else {"": next(iter(scales.values()))}
+        for name, scales in found.items()
+    }
+
+
+def _spoken(scales: Mapping[str, float] | None) -> str:
+    if scales is None:
+        return "not active"
+    return (
+        f"at scale {scales['']}" if "" in scales else f"at scales {sorted(set(scales.values()))} in different layers"
+    )
+
+
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """What a state dict holds, without asking for one: that would undo the layout for kernels of the running stream."""
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -96,6 +114,7 @@ def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[
     facts = {
         "version": _VERSION,
         "model": fingerprint(pipe),
+        "adapters": _adapters(pipe),
         "fields": session.inputs.fields.to_dict(),
         "output_type": session.output_type,
         "kv_cache": session.kv_cache,
@@ -165,12 +184,22 @@ class SavedStream:
     def check(self, pipe: ARVDMixin) -> None:
         """Refuse to go on with another model than the one the stream was saved with."""
         mine, theirs = fingerprint(pipe), self.facts["model"]
+        self._check_adapters(pipe)
         differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
         if differing:
             raise ValueError(
                 f"{self.path} was saved with another model: {' and '.join(differing)} differ from this pipeline's. Load the "
                 "model, scheme and dtype that the stream was made with"
             )
+
+    def _check_adapters(self, pipe: ARVDMixin) -> None:
+        saved, mine = self.facts.get("adapters"), _adapters(pipe)  # older files do not say
+        for name in sorted(saved.keys() | mine.keys()) if saved is not None else ():
+            if saved.get(name) != mine.get(name):
+                raise ValueError(
+                    f"{self.path} was saved with adapter {name!r} {_spoken(saved.get(name))}, this pipeline has it "
+                    f"{_spoken(mine.get(name))}: load it and set its scale with set_adapters(), or disable or unload it"
+                )
 
     def session(
         self,

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
+from ..linear import unwrapped
 from .fast_vae import install_fast_modules, is_fast
 
 
@@ -29,6 +30,7 @@ class StreamingVAEDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan, frames_at_once: int | None = None) -> None:
+        vae = unwrapped(vae)
         if not isinstance(vae, AutoencoderKLWan):
             raise ValueError(f"streaming decode needs an AutoencoderKLWan, got {type(vae).__name__}")
         if vae.use_tiling:
@@ -114,6 +116,7 @@ def optimize_vae(vae: AutoencoderKLWan, compile_decoder: bool = False) -> None:
     Args:
         compile_decoder: compile it too, with `torch.compile`.
     """
+    vae = unwrapped(vae)
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in vae.parameters():
         if parameter.ndim in formats:

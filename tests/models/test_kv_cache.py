@@ -116,18 +116,19 @@ def test_eight_bits_hold_the_past_and_leave_the_current_chunk_alone(storage, dty
     assert torch.equal(key, first[0]) and torch.equal(value, first[1])
     layer = cache.layers[0]
     assert layer.key.dtype == layer.value.dtype == dtype and layer.key.is_contiguous()
-    assert layer.key.shape == (2, 12, 2, 8) and layer.key_scale.shape == layer.value_scale.shape == (2,)
+    assert layer.key.shape == (2, 12, 2, 8) and layer.key_scale.shape == layer.value_scale.shape == (2, 2)
     scales = layer.key_scale.clone(), layer.value_scale.clone()
     limit, margin = (127, 1.25) if storage == "int8" else (448, 4)
     for scale, tensor in zip(scales, first, strict=True):
-        torch.testing.assert_close(scale * limit, margin * tensor.abs().amax((0, 1, 3)))
+        torch.testing.assert_close(scale * limit, margin * tensor.abs().amax((1, 3)))
     key, value = append(cache, 3, *second)[0]
     for got, past, current, scale in zip((key, value), first, second, scales, strict=True):
         assert torch.equal(got[:, 6:], current)
-        codes = past / scale[:, None]
+        scale = scale[:, None, :, None]
+        codes = past / scale
         codes = codes.round() if storage == "int8" else codes.to(dtype).float()
-        torch.testing.assert_close(got[:, :6], codes * scale[:, None], rtol=1e-6, atol=0)
-        error = (got[:, :6] - past).abs().amax((0, 1, 3))
+        torch.testing.assert_close(got[:, :6], codes * scale, rtol=1e-6, atol=0)
+        error = (got[:, :6] - past).abs()
         assert (error <= (0.5 if storage == "int8" else 16) * scale * 1.001).all()
     append(cache, 3, 9 * second[0], 9 * second[1])  # later chunks saturate: the scales stand
     assert torch.equal(layer.key_scale, scales[0]) and torch.equal(layer.value_scale, scales[1])
@@ -144,7 +145,7 @@ def test_passes_of_the_first_chunk_widen_the_scales():
     append(cache, 0, *clean)
     assert (cache.layers[0].key_scale > small).all()
     read = cache.layers[0].read(0, 6, torch.float32)[0]
-    assert ((read - clean[0]).abs() <= 0.501 * cache.layers[0].key_scale[:, None]).all()
+    assert ((read - clean[0]).abs() <= 0.501 * cache.layers[0].key_scale[:, None, :, None]).all()
 
 
 def test_given_scales_stand():
@@ -157,6 +158,20 @@ def test_given_scales_stand():
         cache.set_scales(key, value)
     with pytest.raises(ValueError, match="scales of 2 and 2 layers for a KVCache of 3"):
         KVCache(3, storage="fp8").set_scales(key, value)
+
+
+@pytest.mark.parametrize("storage", ("int8", "fp8"))
+def test_scales_saved_per_head_go_on(storage):
+    """Caches saved before scales were kept per sample have `[heads]`, with which they go on."""
+    cache = KVCache(1, storage=storage, num_frames=6)
+    append(cache, 0, *random_kv(6, 0))
+    tensors, facts = cache.state()
+    shared = {name: t.amax(0) if name.endswith("scale") else t for name, t in tensors.items()}
+    again = KVCache(1, storage=storage, num_frames=6)
+    again.load_state(shared, facts, torch.device("cpu"))
+    key = append(again, 3, *random_kv(6, 1))[0][0]
+    want = shared["0.key"].float() * shared["0.key_scale"][:, None]
+    assert torch.equal(key[:, :6], want) and again.layers[0].key_scale.shape == (2,)
 
 
 def test_bytes_of_a_storage_and_windows_in_eight_bits():

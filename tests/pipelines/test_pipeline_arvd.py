@@ -94,6 +94,21 @@ def test_batch_equals_single_prompts(tiny_pipeline):
         torch.testing.assert_close(both[sample : sample + 1], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("storage", ("int8", "fp8"))
+def test_batch_equals_single_prompts_over_eight_bits(tiny_pipeline, storage):
+    """A sample does not depend on its mates, however large their keys and values are."""
+    start = torch.randn(2, 4, 3, 4, 6, generator=seeded(9))
+    start[1] *= 20
+    prompts, seeds = [PROMPT, "a blue square"], (1, 2)
+    options = {"num_chunks": 2, "kv_cache": storage, "output_type": "latent"}
+    generators = [seeded(seed) for seed in seeds]
+    both = tiny_pipeline(prompts, initial_latents=start, generator=generators, **options).frames
+    for sample, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        own = start[sample : sample + 1]
+        alone = tiny_pipeline(prompt, initial_latents=own, generator=seeded(seed), **options).frames
+        torch.testing.assert_close(both[sample : sample + 1], alone, atol=1e-4, rtol=0)
+
+
 def test_initial_latents_come_first_and_condition(tiny_pipeline):
     start = torch.randn(1, 4, 3, 4, 6, generator=seeded(9))
     chunks = list(

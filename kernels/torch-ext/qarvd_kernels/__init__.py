@@ -1,7 +1,7 @@
-"""Operators of Q-ARVD: packed integer weights, dual-scale linear layers, and what runs between them on int8 activations.
+"""Provide the operators of Q-ARVD: packed integer weights, dual-scale linear layers, and int8 activations between them.
 
-Needs torch and the standard library only. Every operator has a reference in plain torch; compiled implementations stand
-beside it and are chosen per call, see `dispatch` and `report`.
+Needs torch and the standard library only. Every operator has a reference implementation in plain torch. `dispatch` replaces
+it by a compiled one where that can run; `report` lists the choices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from . import dispatch
 from .attention_backends import attention, tokens_innermost
-from .operator import OPERATORS as _OPERATORS
+from .declare import OPERATORS as _OPERATORS
 from .ops.attention import attention_fp8, attention_int8, qk_norm_rope_append
 from .ops.channel_norm import add_bias, rms_norm_silu
 from .ops.gemm import dual_scale_gemm, dual_scale_gemm_gelu, dual_scale_gemm_residual, expand_int4
@@ -31,24 +31,24 @@ OPERATORS = tuple(_OPERATORS)
 
 
 def report(device: torch.device | str | None = None) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Which implementation runs on a device, and why no other one does.
+    """List which implementation of every operator runs on a device, and why no other one does.
 
     Args:
         device: None takes the current CUDA device, or the CPU where there is none.
 
     Returns:
-        `(operator, implementation, [(other implementation, reason), ...])` for every operator. A call whose shapes an
-        implementation refuses goes to the next one all the same.
+        `(operator, implementation, [(other implementation, reason), ...])` for every operator. A call with shapes
+        that an implementation does not support still goes to the next one.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     choices = [(op.name, dispatch.choose(op.name, op.theme, torch.device(device))) for op in _OPERATORS.values()]
-    return [(name, choice.backend, list(choice.refused)) for name, choice in choices]
+    return [(name, choice.backend, list(choice.others)) for name, choice in choices]
 
 
 @cache
 def accelerated(device: torch.device | str) -> bool:
-    """Whether compiled kernels of the integer matrix product run on this device; the answer is remembered."""
+    """Return whether compiled kernels of the integer matrix product run on this device; cached."""
     return dispatch.choose("dual_scale_gemm", "gemm", torch.device(device)).backend != "reference"
 
 

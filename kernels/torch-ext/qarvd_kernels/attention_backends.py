@@ -1,4 +1,4 @@
-"""Attention without a mask on the fastest backend that is there: FlashAttention-3 (package `fa3-fwd`), cuDNN, torch."""
+"""Run attention without a mask on the fastest installed backend: FlashAttention-3 (package `fa3-fwd`), cuDNN, torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PRIORITY = [
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of `[B, T, H, D]` queries to `[B, S, H, D]` keys and values, all of one 16- or 32-bit dtype.
+    """Compute softmax attention of `[B, T, H, D]` queries to `[B, S, H, D]` keys and values, all of one 16- or 32-bit dtype.
 
     Returns:
         `[B, T, H, D]`, the dtype of `query`.
     """
     # FA3 against cuDNN on an H200, 4680 queries, 12 heads of 128, us: 214 | 261 at 4680 keys, 818 | 988 at 18720,
-    # 1424 | 1718 at 32760. Few keys (a prompt) are no matter either way.
-    if query.is_cuda and query.dtype == torch.bfloat16 and fa3.refusal(query.device) is None:
+    # 1424 | 1718 at 32760. With few keys (a prompt) the choice does not matter.
+    if query.is_cuda and query.dtype == torch.bfloat16 and fa3.unavailable_reason(query.device) is None:
         return fa3.forward(query, key, value)
     with sdpa_kernel(_PRIORITY, set_priority=True):
         parts = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -34,8 +34,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def tokens_innermost(device: torch.device, head_dim: int) -> bool:
-    """Whether the implementation of `attention_fp8` that runs here reads values whose neighbouring tokens are neighbours
-    in memory: `[B, S, H, D]` by shape, `[B, H, D, S]` by strides, S a multiple of 16 in keys and values. Others take
-    either, and are faster with channels innermost."""
+    """Return whether `attention_fp8` needs values with tokens innermost on this device.
+
+    That is `[B, S, H, D]` by shape and `[B, H, D, S]` in memory, S a multiple of 16 in keys and values. Other
+    implementations accept both layouts and are faster with channels innermost.
+    """
     choice = dispatch.choose("attention_fp8", "attention", device)
     return choice.backend == "cuda" and head_dim == 128

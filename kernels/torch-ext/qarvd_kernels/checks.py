@@ -1,4 +1,4 @@
-"""Argument checks shared by the eager and the traced operators: shapes, dtypes and ranges, never tensor values."""
+"""Check arguments of eager and traced operators: shapes, dtypes and ranges, never tensor values."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def require(condition: bool, name: str, got: object, expected: str) -> None:
 
 
 def tensor(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Exact shape and dtype."""
+    """Check exact shape and dtype."""
     require(tuple(value.shape) == shape, f"shape of {name}", tuple(value.shape), str(shape))
     require(value.dtype == dtype, f"dtype of {name}", value.dtype, str(dtype))
 
 
 def activation(x: Tensor, channel_order: Tensor, num_outliers: int) -> None:
-    """A float activation `[..., K]` and the permutation of its channels."""
+    """Check a float activation `[..., K]` and the permutation of its channels."""
     require(x.is_floating_point(), "dtype of the activation", x.dtype, "a floating-point dtype")
     require(x.ndim >= 1, "the activation", "a scalar", "at least one dimension")
     tensor("channel_order", channel_order, (x.shape[-1],), torch.int32)
@@ -32,12 +32,12 @@ def activation(x: Tensor, channel_order: Tensor, num_outliers: int) -> None:
 
 
 def outlier_count(num_outliers: int, in_features: int) -> None:
-    """A count of outlier channels, from none to all."""
+    """Check a number of outlier channels, from none to all."""
     require(0 <= num_outliers <= in_features, "num_outliers", num_outliers, f"0 to {in_features} (the input channels)")
 
 
 def packed_weight(weight_packed: Tensor, bits: int) -> int:
-    """A packed weight; returns its number of input channels K."""
+    """Check a packed weight; return its number of input channels K."""
     require(bits in BITS, "bits", bits, "4 or 8")
     require(weight_packed.dtype == torch.uint8, "dtype of weight_packed", weight_packed.dtype, "torch.uint8")
     require(
@@ -54,7 +54,7 @@ def weight(
     bits: int,
     num_outliers: int,
 ) -> int:
-    """A packed weight with its scales, zero-points and bias; returns K."""
+    """Check a packed weight with its scales, zero-points and bias; return K."""
     in_features, out_features = packed_weight(weight_packed, bits), weight_packed.shape[0]
     tensor("weight_scale", weight_scale, (out_features, 2), torch.float32)
     tensor("weight_zero_point", weight_zero_point, (out_features, 2), torch.int16)
@@ -66,13 +66,13 @@ def weight(
 
 
 def input_quantizer(input_scale: Tensor, input_zero_point: Tensor) -> None:
-    """Static activation scale and zero-point, one per group."""
+    """Check a static activation scale and zero-point, one per group."""
     tensor("input_scale", input_scale, (2,), torch.float32)
     tensor("input_zero_point", input_zero_point, (2,), torch.int32)
 
 
 def integer_activation(a: Tensor, in_features: int, out_dtype: torch.dtype) -> None:
-    """A quantized activation `[..., K]`."""
+    """Check a quantized activation `[..., K]` and the dtype of the result."""
     require(a.dtype == torch.int8, "dtype of the quantized activation", a.dtype, "torch.int8")
     require(
         a.ndim >= 1 and a.shape[-1] == in_features,
@@ -84,7 +84,7 @@ def integer_activation(a: Tensor, in_features: int, out_dtype: torch.dtype) -> N
 
 
 def accumulator(in_features: int, input_zero_point: Tensor | None, weight_zero_point: Tensor, bits: int) -> None:
-    """Refuse zero-points so far outside the code range that a sum of K products could leave int32.
+    """Check that zero-points cannot make a sum of K products overflow int32.
 
     Reads tensor values, so it belongs where a layer is built, not into an operator.
     """
@@ -103,7 +103,7 @@ def accumulator(in_features: int, input_zero_point: Tensor | None, weight_zero_p
 
 
 def matrix(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int, int] | None = None) -> None:
-    """Two dimensions; of `dtype`, or of any floating dtype if that is None."""
+    """Check for two dimensions, and for `dtype` or, if that is None, any floating dtype."""
     require(value.ndim == 2, f"shape of {name}", tuple(value.shape), "two dimensions")
     if shape is not None:
         require(tuple(value.shape) == shape, f"shape of {name}", tuple(value.shape), str(shape))
@@ -113,15 +113,15 @@ def matrix(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int
         require(value.dtype == dtype, f"dtype of {name}", value.dtype, str(dtype))
 
 
-def together(**values: Tensor | None) -> bool:
-    """All given or all None; returns which."""
+def all_or_none(**values: Tensor | None) -> bool:
+    """Check that either all values are given or none; return whether they are."""
     given = [name for name, value in values.items() if value is not None]
     require(len(given) in (0, len(values)), " and ".join(values), f"{given} only", "given together, or both None")
     return bool(given)
 
 
 def per_group(name: str, value: Tensor | None, x: Tensor) -> None:
-    """A float32 table `[G, C]` for the rows of x `[M, C]`, G dividing M; or None."""
+    """Check a float32 table `[G, C]` for the rows of x `[M, C]`, G dividing M; None passes."""
     if value is None:
         return
     rows, columns = x.shape
@@ -133,19 +133,19 @@ def per_group(name: str, value: Tensor | None, x: Tensor) -> None:
 def normalization(
     x: Tensor, weight: Tensor | None, norm_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> None:
-    """The rows of a LayerNorm with its optional affine parameters and modulation."""
+    """Check the input of a LayerNorm, its optional affine parameters and modulation."""
     matrix("x", x, None)
-    if together(weight=weight, norm_bias=norm_bias):
+    if all_or_none(weight=weight, norm_bias=norm_bias):
         tensor("weight", weight, (x.shape[1],), torch.float32)
         tensor("norm_bias", norm_bias, (x.shape[1],), torch.float32)
-    if together(scale=scale, shift=shift):
+    if all_or_none(scale=scale, shift=shift):
         per_group("scale", scale, x)
         per_group("shift", shift, x)
         require(scale.shape == shift.shape, "shape of shift", tuple(shift.shape), str(tuple(scale.shape)))
 
 
 def residual(x: Tensor, y: Tensor, gate: Tensor | None) -> None:
-    """A residual stream, what is added to it, and its gate."""
+    """Check a residual stream, what is added to it, and its gate."""
     matrix("x", x, None)
     matrix("y", y, None, tuple(x.shape))
     per_group("gate", gate, x)
@@ -161,7 +161,7 @@ def dual_scale_gemm(
     row_sums: Tensor | None,
     row_sum_scale: Tensor | None,
 ) -> None:
-    """The operands and folded constants of a prepared layer."""
+    """Check the fields of `ops.arguments.Product`."""
     matrix("a", a, torch.int8)
     matrix("weight", weight, torch.int8)
     (m, k), n = a.shape, weight.shape[0]
@@ -169,13 +169,13 @@ def dual_scale_gemm(
     outlier_count(num_outliers, k)
     for name, value in (("ratio", ratio), ("scale", scale), ("bias", bias)):
         tensor(name, value, (n,), torch.float32)
-    if together(row_sums=row_sums, row_sum_scale=row_sum_scale):
+    if all_or_none(row_sums=row_sums, row_sum_scale=row_sum_scale):
         tensor("row_sums", row_sums, (m, 2), torch.int32)
         tensor("row_sum_scale", row_sum_scale, (2, n), torch.float32)
 
 
 def cache(name: str, value: Tensor, scale: Tensor | None, shape: tuple[int, int, int]) -> None:
-    """One side of a K/V cache `[B, S, H, D]`: 8-bit with a scale per head, or plain without."""
+    """Check keys or values of a cache `[B, S, H, D]`: 8-bit with scales `[H]` or `[B, H]`, or plain without."""
     batch, heads, head_dim = shape
     require(
         value.ndim == 4 and (value.shape[0], *value.shape[2:]) == shape,
@@ -197,4 +197,9 @@ def cache(name: str, value: Tensor, scale: Tensor | None, shape: tuple[int, int,
         f"{'a tensor' if quantized else 'None'} for a {value.dtype} cache",
     )
     if scale is not None:
-        tensor(f"{name}_scale", scale, (heads,), torch.float32)
+        tensor(f"{name}_scale", scale, (heads,) if scale.ndim == 1 else (batch, heads), torch.float32)
+
+
+def per_sample(scale: Tensor | None, batch: int) -> Tensor | None:
+    """Expand scales `[H]` or `[B, H]` of a cache to contiguous `[B, H]`, as kernels read them."""
+    return None if scale is None else scale.expand(batch, -1).contiguous()

@@ -1,16 +1,16 @@
-"""Which implementation of an operator runs, and why each other one does not.
+"""Choose the implementation of an operator, and say why each other one does not run.
 
 Implementations stand in the order of `BACKENDS`. Each is a module `<backend>/<theme>.py` with a function of the operator's
 name and
 
-    refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None
+    unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None
 
-which returns the reason why this implementation cannot (or should not) run there, or None. `arguments` holds the call's
-arguments by name, or is None when only the device is asked about. The first implementation that does not refuse is taken;
-a `refuses` that raises counts as a refusal. The reference never refuses. Compiled implementations are handed contiguous
-tensors, unless they are marked with `takes_strides`; what they write to, they must refuse if they cannot.
+which returns why this implementation cannot (or should not) run there, or None if it can. `arguments` holds the call's
+arguments by name, or is None to ask about the device only. The first implementation without a reason is taken; an exception
+counts as a reason. The reference supports everything. Compiled implementations receive contiguous tensors, unless they are
+marked with `takes_strides`. Copies would lose what an operator writes to its arguments, so those must be checked here.
 
-The environment variable `QARVD_KERNELS` (one of `BACKENDS`) rules all other compiled implementations out.
+The environment variable `QARVD_KERNELS` (one of `BACKENDS`) disables all other compiled implementations.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from torch import Tensor
 
 BACKENDS = ("cuda", "fa3", "triton", "reference")
 ENVIRONMENT_VARIABLE = "QARVD_KERNELS"
-_MOST_KINDS = 4096  # of calls per operator that are remembered; shapes repeat, so this is room, not a limit in use
+_MAX_CACHED_SIGNATURES = 4096  # per operator; shapes repeat, so that real use stays far below
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that runs, and the reasons of those before it.
+    """Implementation that runs, and why each other one does not.
 
     Attributes:
         backend: one of `BACKENDS`.
         function: what is called.
-        refused: `(backend, reason)` of every other implementation.
+        others: `(backend, reason)` of every other implementation.
     """
 
     backend: str
     function: Callable[..., Any]
-    refused: tuple[tuple[str, str], ...]
+    others: tuple[tuple[str, str], ...]
 
 
 def forced() -> str | None:
-    """The backend that `QARVD_KERNELS` asks for, or None.
+    """Return the backend that `QARVD_KERNELS` asks for, or None.
 
     Raises:
         ValueError: it names no backend.
@@ -64,7 +64,7 @@ def forced() -> str | None:
 
 @cache
 def _load(backend: str, theme: str) -> ModuleType | str:
-    """The module that implements a theme, or why there is none."""
+    """Import the module that implements a theme, or say why there is none."""
     name = f"{__package__}.{backend}.{theme}"
     try:
         return importlib.import_module(name)
@@ -76,7 +76,7 @@ def _load(backend: str, theme: str) -> ModuleType | str:
         return f"{name} does not import: {type(error).__name__}: {error}"
 
 
-def _refusal(
+def _unsupported_reason(
     backend: str, operator: str, theme: str, device: torch.device, arguments: Mapping[str, Any] | None
 ) -> str | None:
     if backend == "reference":
@@ -89,13 +89,13 @@ def _refusal(
     if not hasattr(module, operator):
         return f"no {backend} implementation in this version"
     try:
-        return module.refuses(operator, device, arguments)
+        return module.unsupported_reason(operator, device, arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
 def choose(operator: str, theme: str, device: torch.device, arguments: Mapping[str, Any] | None = None) -> Choice:
-    """The implementation of `operator` on `device`.
+    """Choose the implementation of `operator` on `device`.
 
     Args:
         operator: its name.
@@ -103,24 +103,24 @@ def choose(operator: str, theme: str, device: torch.device, arguments: Mapping[s
         device: where the call runs.
         arguments: the call's arguments by name; None asks about the device only.
     """
-    refused = []
+    others = []
     for backend in BACKENDS:
-        reason = _refusal(backend, operator, theme, device, arguments)
+        reason = _unsupported_reason(backend, operator, theme, device, arguments)
         if reason is None:
             break
-        refused.append((backend, reason))
+        others.append((backend, reason))
     rest = [(other, f"{backend} comes first") for other in BACKENDS[BACKENDS.index(backend) + 1 :]]
-    return Choice(backend, getattr(_load(backend, theme), operator), tuple(refused + rest))
+    return Choice(backend, getattr(_load(backend, theme), operator), tuple(others + rest))
 
 
 def takes_strides(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a compiled implementation that reads and writes tensors as they lie."""
+    """Mark a compiled implementation that accepts tensors with any strides."""
     function.takes_strides = True
     return function
 
 
 def _on_contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, called with contiguous copies where a tensor is none."""
+    """Wrap `function` so that it receives contiguous copies of tensors that are not."""
 
     def call(*args: Any) -> Any:
         return function(*[a.contiguous() if isinstance(a, Tensor) else a for a in args])
@@ -129,10 +129,10 @@ def _on_contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Dispatched:
-    """One operator: remembers, per kind of call, which implementation to call.
+    """One operator: caches, per call signature, which implementation to call.
 
-    A kind of call is everything about its arguments but tensor values: dtypes, shapes, strides, numbers. The shape
-    function checks a kind when it is first met; from then on a call costs one dictionary look-up.
+    The signature is everything about the arguments but tensor values: dtypes, shapes, strides, devices, numbers. The shape
+    function checks each signature once; later calls with it cost one dictionary look-up.
 
     Args:
         name: of the operator.
@@ -147,13 +147,15 @@ class Dispatched:
 
     def run(self, *args: Any) -> Any:
         """Call the implementation for these arguments."""
-        kind = tuple([(a.dtype, a.shape, a.stride(), a.get_device()) if isinstance(a, Tensor) else a for a in args])
-        function = self._functions.get(kind)
+        signature = tuple(
+            [(a.dtype, a.shape, a.stride(), a.get_device()) if isinstance(a, Tensor) else a for a in args]
+        )
+        function = self._functions.get(signature)
         if function is None:
-            function = self._remember(kind, args)
+            function = self._remember(signature, args)
         return function(*args)
 
-    def _remember(self, kind: tuple, args: tuple) -> Callable[..., Any]:
+    def _remember(self, signature: tuple, args: tuple) -> Callable[..., Any]:
         self.shape_function(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
         devices = {str(t.device) for t in tensors}
@@ -162,21 +164,21 @@ class Dispatched:
                 f"qarvd_kernels: the tensors of {self.name} are on {sorted(devices)}, expected one device"
             )
         choice = self.choose(args)
-        logger.debug("%s runs as %s; refused: %s", self.name, choice.backend, choice.refused)
+        logger.debug("%s runs as %s; others: %s", self.name, choice.backend, choice.others)
         function = choice.function
         strided = choice.backend == "reference" or hasattr(function, "takes_strides")
         if not strided and not all(t.is_contiguous() for t in tensors):
             function = _on_contiguous(function)
-        if len(self._functions) >= _MOST_KINDS:
+        if len(self._functions) >= _MAX_CACHED_SIGNATURES:
             self._functions.clear()
-        return self._functions.setdefault(kind, function)
+        return self._functions.setdefault(signature, function)
 
     def choose(self, args: tuple) -> Choice:
-        """The implementation for a call with these arguments."""
+        """Choose the implementation for a call with these arguments."""
         names = inspect.signature(self.shape_function).parameters
         device = next(a.device for a in args if isinstance(a, Tensor))
         return choose(self.name, self.theme, device, dict(zip(names, args, strict=True)))
 
     def forget(self) -> None:
-        """Choose anew from now on, after a change of `QARVD_KERNELS`."""
+        """Clear the cache, after a change of `QARVD_KERNELS`."""
         self._functions.clear()

@@ -1,4 +1,4 @@
-"""`prepare_linear`: fold a stored layer into what the dual-scale integer matrix product reads."""
+"""Fold a stored layer into the constants that the dual-scale integer matrix product reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reference.linear import integer_weight
 
 
 class LayerRefused(ValueError):
-    """This layer cannot run on the prepared path; `dual_scale_linear_static` takes it."""
+    """Raised for a layer that the prepared path cannot run; `dual_scale_linear_static` can."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,1 @@
-"""Kernels in CUDA C++ for Hopper GPUs, built on the user's machine when first needed."""
+"""Implement operators in CUDA C++ for Hopper GPUs, built on the user's machine at first use."""

@@ -1,4 +1,4 @@
-"""Attention on float8 queries, keys and values on Hopper GPUs; what it computes is written in `ops.attention`."""
+"""Run `attention_fp8` of `ops.attention` on Hopper GPUs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import per_sample
 from ..dispatch import takes_strides
-from .build import library, message, refusal
-from .device import device_refusal
+from .build import library, message, unavailable_reason
+from .device import unsupported_device
 
 HEAD_DIM = 128  # compiled in src/attention.cuh
 ROOM_MULTIPLE = 16  # tokens of a cache
-MOST_ROOM = 2**24  # tokens; the shares of the blocks are counted in 32 bits
+MAX_ROOM = 2**24  # tokens; the kernel counts the work of its blocks in 32 bits
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device)
     if reason is None and arguments is not None:
-        reason = _layout_refusal(arguments["query"], arguments["key"], arguments["value"])
-    return reason or refusal()
+        reason = _unsupported_layout(arguments["query"], arguments["key"], arguments["value"])
+    return reason or unavailable_reason()
 
 
-def _layout_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def _unsupported_layout(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     heads, head_dim = query.shape[2:]
     if head_dim != HEAD_DIM:
         return f"heads of {head_dim} channels, expected {HEAD_DIM}"
@@ -37,8 +38,8 @@ def _layout_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     room = value.stride(3)
     if value.stride() != (heads * head_dim * room, 1, head_dim * room, room):
         return "the values do not lie with tokens innermost (a K/V cache in float8 allocates them so)"
-    if room > MOST_ROOM:
-        return f"room for {room} tokens, at most {MOST_ROOM} can be counted"
+    if room > MAX_ROOM:
+        return f"room for {room} tokens, at most {MAX_ROOM} can be counted"
     if room % ROOM_MULTIPLE or key.stride() != (room * heads * head_dim, heads * head_dim, head_dim, 1):
         return f"keys and values need the same room, a multiple of {ROOM_MULTIPLE} tokens"
     return None
@@ -54,9 +55,10 @@ def attention_fp8(
     value_scale: Tensor,
     length: int,
 ) -> Tensor:
-    """bfloat16 `[B, T, H, D]`."""
+    """Return bfloat16 `[B, T, H, D]`."""
     query = query.contiguous()
     (batch, tokens, heads, head_dim), device = query.shape, query.get_device()
+    key_scale, value_scale = per_sample(key_scale, batch), per_sample(value_scale, batch)
     out = torch.empty_like(query, dtype=torch.bfloat16)
     function, workspace_bytes = _function(device)
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=query.device)

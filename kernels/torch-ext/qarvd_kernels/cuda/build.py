@@ -1,7 +1,7 @@
-"""Builds the CUDA sources with the machine's nvcc, once, into the user's cache folder.
+"""Build the CUDA sources with the installed nvcc, once, into the user's cache folder.
 
-The library has a plain C interface and links its own CUDA runtime, so it depends on no version of torch. It is named by a
-hash of sources, flags and compiler; its last bytes are a checksum, so that a damaged file is noticed before it is loaded.
+The library has a plain C interface and links its own CUDA runtime, so it works with any version of torch. Its name is a
+hash of sources, flags and compiler; its last bytes are a checksum, which detects a damaged file before it is loaded.
 Processes that build at the same time wait for each other.
 """
 
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "--shared")
@@ -27,17 +31,17 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be built or loaded; the message says why and what would help."""
+    """Raised when the kernels cannot be built or loaded; the message names cause and remedy."""
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept: `kernels` in `$QARVD_CACHE`, else in `qarvd` in the user's cache folder."""
+    """Return the folder of built libraries: `kernels` in `$QARVD_CACHE`, else in `qarvd` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qarvd"
     return Path(os.environ.get("QARVD_CACHE") or default) / "kernels"
 
 
 def find_nvcc() -> Path:
-    """The compiler: of `$CUDA_HOME` where that is set, else on the PATH, else in /usr/local/cuda.
+    """Find the compiler: in `$CUDA_HOME` if that is set, else on the PATH, else in /usr/local/cuda.
 
     Raises:
         BuildError: there is none.
@@ -51,7 +55,7 @@ def find_nvcc() -> Path:
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """What `nvcc --version` prints.
+    """Return the output of `nvcc --version`.
 
     Raises:
         BuildError: it does not run, or is older than `MINIMUM_NVCC`.
@@ -69,7 +73,7 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def build() -> Path:
-    """The built library, from the cache if it is there and whole.
+    """Return the path of the built library, from the cache if it is there and intact.
 
     Raises:
         BuildError: no compiler, no place to write, or a compilation error.
@@ -105,7 +109,7 @@ def _load() -> ctypes.CDLL | BuildError:
 
 
 def library() -> ctypes.CDLL:
-    """The library, built and loaded once per process.
+    """Return the library, built and loaded once per process.
 
     Raises:
         BuildError: the same one on every call.
@@ -116,14 +120,14 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def refusal() -> str | None:
-    """Why there is no library, or None. Builds it if need be; never raises."""
+def unavailable_reason() -> str | None:
+    """Return why the library is not available, or None. Builds it if necessary; never raises."""
     loaded = _load()
     return str(loaded) if isinstance(loaded, BuildError) else None
 
 
 def message(code: int) -> str:
-    """What CUDA says about a code that a launch returned."""
+    """Return CUDA's message for the error code of a launch."""
     function = library().qarvd_error
     function.restype = ctypes.c_char_p
     return function(code).decode()
@@ -146,14 +150,21 @@ def _locked(path: Path) -> Iterator[None]:
     import fcntl
 
     with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # freed with the file, or with the process
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("Another process is compiling the CUDA kernels: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # freed with the file, or with the process
 
 
 def _compile(nvcc: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = Path(folder) / target.name
         command = [nvcc, *FLAGS, *sorted(SOURCES.glob("*.cu")), "-o", output]
+        # A warning, since nothing less is shown where nobody has set up logging.
+        logger.warning("Compiling the CUDA kernels with %s, once; this takes about a minute", nvcc)
+        start = time.monotonic()
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             lines = (result.stderr or result.stdout).strip().splitlines()
@@ -162,3 +173,4 @@ def _compile(nvcc: Path, target: Path) -> None:
         # What follows an ELF image is not read by loaders.
         output.write_bytes(output.read_bytes() + hashlib.sha256(output.read_bytes()).digest())
         os.replace(output, target)
+        logger.warning("Compiled in %.0f s; they are kept in %s", time.monotonic() - start, target)

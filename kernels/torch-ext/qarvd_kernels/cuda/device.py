@@ -1,12 +1,12 @@
-"""Which devices the CUDA sources are written for."""
+"""Check which devices the CUDA sources support."""
 
 from __future__ import annotations
 
 import torch
 
 
-def device_refusal(device: torch.device) -> str | None:
-    """Why nothing of this package runs on a device, or None."""
+def unsupported_device(device: torch.device) -> str | None:
+    """Return why the kernels of this folder cannot run on a device, or None."""
     if device.type != "cuda" or torch.version.hip:
         return f"needs an NVIDIA GPU, the tensors are on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,10 +1,10 @@
-"""The dual-scale int8 matrix product and the int4 expander on Hopper GPUs; what they compute is written in `ops.gemm`."""
+"""Run the operators of `ops.gemm` on Hopper GPUs: dual-scale int8 matrix product and int4 expansion."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import library, message, refusal
-from .device import device_refusal
+from .build import library, message, unavailable_reason
+from .device import unsupported_device
 
 # As `Format` in src/gemm.cuh.
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int8: 4}
-_ALIGNMENT = 16  # bytes; what the copy engine asks of addresses and rows
+_ALIGNMENT = 16  # bytes; TMA requires it of addresses and rows
 _COLUMNS = 32  # weight rows that one thread's accumulators are spread over
 # Rows and columns of a tile and bytes of a K block, as compiled in src/gemm.cu.
 _TILES = (
@@ -28,72 +28,38 @@ _TILES = (
     (128, 256, 128),
     (192, 192, 128),
 )
-# What filling, draining and writing a tile costs, as columns of products.
-_COLUMNS_FOR_THE_REST = 16
-_TUNED_ROWS = 4096  # the tuned tiles hold for full-size activations (measured with 4680 rows)
+# Cost of filling and draining the pipeline and of writing a tile, in columns of products.
+_TILE_OVERHEAD_COLUMNS = 16
+_TUNED_ROWS = 4096  # the tuned tiles are for full-size activations (measured with 4680 rows)
 _TUNED = Path(__file__).with_name("gemm_configs.json")
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device)
     if reason is None and arguments is not None:
-        reason = _expand_refusal(arguments) if operator == "expand_int4" else _gemm_refusal(arguments)
-    return reason or refusal()
+        reason = _unsupported_expand(arguments) if operator == "expand_int4" else _unsupported_gemm(arguments)
+    return reason or unavailable_reason()
 
 
-def dual_scale_gemm(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=out_dtype, device=a.device)
-    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out)
+def dual_scale_gemm(*arguments: Any) -> Tensor:
+    """Return `[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
+    *product, out_dtype = arguments
+    return _launch(product, out_dtype)
 
 
-def dual_scale_gemm_gelu(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_outliers: int,
-) -> Tensor:
-    """int8 `[M, N]`, GELU and static quantization of the product."""
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=torch.int8, device=a.device)
-    quantizer = (out_scale.data_ptr(), out_zero_point.data_ptr(), out_outliers)
-    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out, quantizer=quantizer)
+def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
+    """Return int8 `[M, N]`: GELU and static quantization of the product."""
+    *product, out_scale, out_zero_point, out_outliers = arguments
+    return _launch(product, torch.int8, quantizer=(out_scale.data_ptr(), out_zero_point.data_ptr(), out_outliers))
 
 
-def dual_scale_gemm_residual(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
-    """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
+    """Return `[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+    *product, residual, gate = arguments
     residual = _aligned(residual.contiguous())
-    out = torch.empty_like(residual)
-    sums = (residual.data_ptr(), _pointer(gate), a.shape[0] // gate.shape[0] if gate is not None else 1)
-    return _launch(a, weight, num_outliers, (ratio, scale, bias, row_sums, row_sum_scale), out, sums=sums)
+    sums = (residual.data_ptr(), _pointer(gate), residual.shape[0] // gate.shape[0] if gate is not None else 1)
+    return _launch(product, residual.dtype, sums=sums)
 
 
 def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:
@@ -113,16 +79,15 @@ def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: 
 
 
 def _launch(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    columns: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    out: Tensor,
+    product: Sequence[Any],
+    dtype: torch.dtype,
     quantizer: tuple[int | None, int | None, int] = (None, None, 0),
     sums: tuple[int | None, int | None, int] = (None, None, 1),
 ) -> Tensor:
-    ratio, scale, bias, row_sums, row_sum_scale = columns
-    m, n, k, device = *out.shape, a.shape[1], a.get_device()
+    """Compute a product (the fields of `Product`) in `dtype`; `quantizer` and `sums` as in src/gemm.cu."""
+    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
+    (m, k), n, device = a.shape, weight.shape[0], a.get_device()
+    out = torch.empty((m, n), dtype=dtype, device=a.device)
     if a.stride(1) != 1 or a.stride(0) % _ALIGNMENT or a.data_ptr() % _ALIGNMENT:
         a = a.clone(memory_format=torch.contiguous_format)
     code = _functions()[0](
@@ -156,7 +121,7 @@ def _launch(
 
 @cache
 def tile(m: int, n: int, k: int, device: int) -> tuple[int, int, int]:
-    """One of `_TILES`: the tuned one for `N x K`, else one that keeps the multiprocessors busiest."""
+    """Choose one of `_TILES`: the tuned one for `N x K`, else the one that balances the multiprocessors best."""
     tuned = _tuned().get(f"{n}x{k}")
     if tuned is not None and m >= _TUNED_ROWS:
         return tuple(tuned)
@@ -164,12 +129,12 @@ def tile(m: int, n: int, k: int, device: int) -> tuple[int, int, int]:
 
 
 def _balanced(m: int, n: int, processors: int) -> tuple[int, int, int]:
-    """The tile with which the busiest multiprocessor has least to do; of equals the first."""
+    """Choose the tile with which the busiest multiprocessor has the least work; the first of equals."""
 
     def cost(candidate: tuple[int, int, int]) -> int:
         rows, columns, _ = candidate
         tiles = -(-m // rows) * -(-n // columns)
-        return -(-tiles // processors) * rows * (columns + _COLUMNS_FOR_THE_REST)
+        return -(-tiles // processors) * rows * (columns + _TILE_OVERHEAD_COLUMNS)
 
     return min(_TILES, key=cost)
 
@@ -197,7 +162,7 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
-def _gemm_refusal(arguments: Mapping[str, Any]) -> str | None:
+def _unsupported_gemm(arguments: Mapping[str, Any]) -> str | None:
     a, weight = arguments["a"], arguments["weight"]
     if a.numel() == 0 or weight.numel() == 0:
         return "an empty tensor"
@@ -211,19 +176,19 @@ def _gemm_refusal(arguments: Mapping[str, Any]) -> str | None:
         if size % multiple:
             return f"{name} is {size}, expected a multiple of {multiple}"
     names = ("weight", "ratio", "scale", "bias", "row_sums", "row_sum_scale", "out_scale", "out_zero_point", "gate")
-    return _layout_refusal(arguments, names)
+    return _unsupported_layout(arguments, names)
 
 
-def _expand_refusal(arguments: Mapping[str, Any]) -> str | None:
+def _unsupported_expand(arguments: Mapping[str, Any]) -> str | None:
     for name, size in (("K", arguments["out"].shape[1]), ("num_outliers", arguments["num_outliers"])):
         if size % _ALIGNMENT:
             return f"{name} is {size}, expected a multiple of {_ALIGNMENT}"
     if arguments["out"].numel() == 0:
         return "an empty tensor"
-    return _layout_refusal(arguments, ("weight_packed", "weight_zero_point", "out"))
+    return _unsupported_layout(arguments, ("weight_packed", "weight_zero_point", "out"))
 
 
-def _layout_refusal(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+def _unsupported_layout(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     for name in names:
         tensor = arguments.get(name)
         if tensor is not None and not tensor.is_contiguous():

@@ -1,15 +1,14 @@
-"""Static quantization with a permutation, on Hopper GPUs; what it computes: `ops.quantize`."""
+"""Run `quantize_static` of `ops.quantize` on Hopper GPUs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from .rows import launch, refuses  # noqa: F401  (`refuses` is looked up here)
+from .rows import NO_NORM, launch, unsupported_reason  # noqa: F401  (`unsupported_reason` is looked up here)
 
 
-def quantize_static(
-    x: Tensor, channel_order: Tensor, num_outliers: int, input_scale: Tensor, input_zero_point: Tensor
-) -> Tensor:
-    """16-bit `[..., K]` -> int8 `[..., K]`, permuted."""
-    quantizer = (channel_order, num_outliers, input_scale, input_zero_point)
-    return launch(x, None, None, (None, None, None, None), None, quantizer)[1]
+def quantize_static(x: Tensor, *quantizer: Any) -> Tensor:
+    """Quantize 16-bit `[..., K]` to int8 `[..., K]`, permuted."""
+    return launch(x, None, None, *NO_NORM, *quantizer)[1]

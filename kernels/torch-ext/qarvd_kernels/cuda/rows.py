@@ -1,4 +1,4 @@
-"""Launching `src/rows.cu`, which `norm` and `quantize` share: rows of activations to codes in stored order."""
+"""Launch `src/rows.cu`, which `norm` and `quantize` share: rows of activations to int8 codes in stored order."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import library, message, refusal
-from .device import device_refusal
+from ..ops.arguments import Norm
+from .build import library, message, unavailable_reason
+from .device import unsupported_device
 
-_CHANNELS = 256  # of a warp; rows are a multiple
-_MOST_CHANNELS = 5120
+_CHANNELS = 256  # per warp; rows have a multiple of it
+_MAX_CHANNELS = 5120
 _ALIGNMENT = 16
 _HALF = {torch.bfloat16: 0, torch.float16: 1}
-_NOTHING_NORMED = -1.0
-Quantizer = tuple[Tensor, int, Tensor, Tensor]  # channel_order, num_outliers, input_scale, input_zero_point
-Tables = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # weight, norm_bias, scale, shift
+_NO_EPS = -1.0  # tells the kernel not to normalize
+NO_NORM = (None,) * len(Norm._fields)
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device)
     if reason is None and arguments is not None:
-        reason = _arguments_refusal(arguments)
-    return reason or refusal()
+        reason = _unsupported_arguments(arguments)
+    return reason or unavailable_reason()
 
 
-def _arguments_refusal(arguments: Mapping[str, Any]) -> str | None:
+def _unsupported_arguments(arguments: Mapping[str, Any]) -> str | None:
     x = arguments["x"]
     if x.numel() == 0:
         return "an empty tensor"
-    if x.shape[-1] % _CHANNELS or x.shape[-1] > _MOST_CHANNELS:
-        return f"rows of {x.shape[-1]} channels, expected a multiple of {_CHANNELS} up to {_MOST_CHANNELS}"
+    if x.shape[-1] % _CHANNELS or x.shape[-1] > _MAX_CHANNELS:
+        return f"rows of {x.shape[-1]} channels, expected a multiple of {_CHANNELS} up to {_MAX_CHANNELS}"
     y = arguments.get("y")
     dtypes = [tensor.dtype for tensor in (x, y) if tensor is not None]
     if dtypes[0] not in _HALF or len(set(dtypes)) > 1:
@@ -43,11 +43,13 @@ def _arguments_refusal(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def launch(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, tables: Tables, eps: float | None, quantizer: Quantizer
-) -> tuple[Tensor | None, Tensor]:
-    """The sum in the dtype of x if there is a y, and codes int8 in the shape of x. Without `eps` nothing is normed."""
-    order, outliers, scale, zero_point = quantizer
+def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any) -> tuple[Tensor | None, Tensor]:
+    """Return the sum in the dtype of x if there is a y, and int8 codes in the shape of x.
+
+    Args:
+        arguments: the fields of `Norm` (or `NO_NORM`), then those of `InputQuantizer`.
+    """
+    *tables, eps, order, outliers, scale, zero_point = arguments
     total = None if y is None else torch.empty_like(x)
     codes = torch.empty_like(x, dtype=torch.int8)
     channels, device = x.shape[-1], x.get_device()
@@ -64,7 +66,7 @@ def launch(
         outliers,
         1 if gate is None else rows // gate.shape[0],
         1 if tables[2] is None else rows // tables[2].shape[0],
-        _NOTHING_NORMED if eps is None else eps,
+        _NO_EPS if eps is None else eps,
         _HALF[x.dtype],
         device,
         torch._C._cuda_getCurrentRawStream(device),

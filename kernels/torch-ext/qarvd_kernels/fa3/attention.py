@@ -1,4 +1,4 @@
-"""FlashAttention-3: 16-bit attention, and 8-bit attention for caches whose channels are innermost."""
+"""Run FlashAttention-3: 16-bit attention, and 8-bit attention for caches with channels innermost."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..dispatch import takes_strides
 
 
 @functools.cache
-def refusal(device: torch.device) -> str | None:
-    """Why FlashAttention-3 cannot run on this device; None if it can."""
+def unavailable_reason(device: torch.device) -> str | None:
+    """Return why FlashAttention-3 cannot run on this device, or None."""
     if device.type != "cuda" or torch.version.hip:
         return f"needs an NVIDIA GPU, the tensors are on {device.type}"
     if torch.cuda.get_device_capability(device)[0] != 9:
@@ -27,16 +27,16 @@ def refusal(device: torch.device) -> str | None:
     return None
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    return refusal(device)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    return unavailable_reason(device)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, scales: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """Attention of `[B, T, H, D]` to `[B, S, H, D]`; `scales` are the per-head factors `[H]` of 8-bit q, k and v."""
+    """Compute attention of `[B, T, H, D]` to `[B, S, H, D]`; `scales` are the factors `[H]` or `[B, H]` of 8-bit q, k and v."""
     names = ("q_descale", "k_descale", "v_descale")
-    descale = dict(zip(names, (scale[None].expand(query.shape[0], -1) for scale in scales or ()), strict=False))
-    splits = 0 if scales else 1  # 0: its own choice, which gains 2 to 4 % in 8 bits
+    descale = dict(zip(names, (scale.expand(query.shape[0], -1) for scale in scales or ()), strict=False))
+    splits = 0 if scales else 1  # 0 lets it choose, which gains 2 to 4 % in 8 bits
     scale = query.shape[-1] ** -0.5
     return torch.ops.fa3_fwd.fwd(query, key, value, softmax_scale=scale, num_splits=splits, **descale)[0]
 
@@ -51,5 +51,5 @@ def attention_fp8(
     value_scale: Tensor,
     length: int,
 ) -> Tensor:
-    """bfloat16 `[B, T, H, D]`."""
+    """Return bfloat16 `[B, T, H, D]`."""
     return forward(query, key[:, :length], value[:, :length], (query_scale, key_scale, value_scale))

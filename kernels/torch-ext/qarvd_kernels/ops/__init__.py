@@ -1,1 +1,1 @@
-"""Schemas, argument checks and shape functions of every operator; importing a module here registers its operators."""
+"""Declare every operator: schema, argument checks, shape function. Importing a module here registers its operators."""

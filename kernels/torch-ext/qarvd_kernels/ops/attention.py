@@ -1,4 +1,4 @@
-"""What surrounds attention over a K/V cache: norms, rotation and the cache append; and 8-bit attention itself."""
+"""Attention over a K/V cache: QK norm, RoPE and cache append in one operator; 8-bit attention."""
 
 from __future__ import annotations
 
@@ -6,44 +6,33 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..operator import operator
+from ..declare import operator
+from .arguments import CacheScales, QKNorm
 
 
-@operator(
-    "Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
-    "Tensor(b!) value_cache, Tensor? query_scale, Tensor? key_scale, Tensor? value_scale, SymInt start",
-    "Tensor",
-)
+@operator(mutates=["key_cache", "value_cache"])
 def qk_norm_rope_append(
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
+    norm: QKNorm,
     cos: Tensor,
     sin: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    query_scale: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
+    scales: CacheScales,
     start: int,
 ) -> Tensor:
-    """RMSNorm of q and k over all heads, RoPE on interleaved pairs, and k and v written into the cache at `start`.
+    """Apply RMSNorm to q and k (over all heads) and RoPE on interleaved pairs; write k and v into the cache at `start`.
 
     Args:
         qkv: float `[B, T, 3 * H * D]`, a row holding q, k and v.
-        q_weight: float32 `[H * D]` of the RMSNorm of q.
-        k_weight: float32 `[H * D]` of the RMSNorm of k.
-        eps: added to the mean square.
+        norm: the fields of `QKNorm`.
         cos: float32 `[T, D / 2]`; the pair (a, b) = channels (2i, 2i + 1) of a head becomes
             `(a cos - b sin, a sin + b cos)`.
         sin: float32 `[T, D / 2]`.
         key_cache: `[B, S, H, D]`, written at tokens `start ... start + T - 1`. Plain in bfloat16, float16 or float32; int8
             holds `clamp(round(k / key_scale), -127, 127)`, float8_e4m3fn holds `k / key_scale`, clamped to its range.
         value_cache: `[B, S, H, D]` likewise; may have another dtype, and tokens innermost (see `tokens_innermost`).
-        query_scale: float32 `[H]`: return q quantized like the keys; or None.
-        key_scale: float32 `[H]` for an 8-bit `key_cache`, else None.
-        value_scale: float32 `[H]` for an 8-bit `value_cache`, else None.
+        scales: the fields of `CacheScales`.
         start: first cache token that is written.
 
     Returns:
@@ -60,37 +49,37 @@ def qk_norm_rope_append(
         tuple(qkv.shape),
         f"[B, T, {3 * heads * head_dim}] (q, k and v of the cache's {heads} heads of {head_dim})",
     )
-    for name, value in (("q_weight", q_weight), ("k_weight", k_weight)):
+    for name, value in (("q_weight", norm.q_weight), ("k_weight", norm.k_weight)):
         checks.tensor(name, value, (heads * head_dim,), torch.float32)
     for name, value in (("cos", cos), ("sin", sin)):
         checks.tensor(name, value, (tokens, head_dim // 2), torch.float32)
-    checks.cache("key", key_cache, key_scale, (batch, heads, head_dim))
-    checks.cache("value", value_cache, value_scale, (batch, heads, head_dim))
+    checks.cache("key", key_cache, scales.key_scale, (batch, heads, head_dim))
+    checks.cache("value", value_cache, scales.value_scale, (batch, heads, head_dim))
     room = min(key_cache.shape[1], value_cache.shape[1])
     checks.require(0 <= start <= room - tokens, "start", start, f"0 to {room - tokens} ({tokens} of {room} tokens)")
-    if query_scale is None:
+    if scales.query_scale is None:
         return torch.empty((batch, tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    checks.tensor("query_scale", query_scale, (heads,), torch.float32)
-    checks.require(key_scale is not None, "query_scale", "given", "None unless the key cache is 8-bit")
+    checks.tensor("query_scale", scales.query_scale, (heads,), torch.float32)
+    checks.require(scales.key_scale is not None, "query_scale", "given", "None unless the key cache is 8-bit")
     return torch.empty((batch, tokens, heads, head_dim), dtype=key_cache.dtype, device=qkv.device)
 
 
-@operator("Tensor query, Tensor key, Tensor value, Tensor key_scale, Tensor value_scale, SymInt length", "Tensor")
+@operator()
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Softmax attention over an int8 cache, without a mask; the product of queries and keys runs on integers.
+    """Compute softmax attention over an int8 cache, without a mask; queries times keys is an integer product.
 
     Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127), as in SageAttention (Zhang
-    et al. 2024, arXiv 2410.02367); keys and values have one calibrated scale per head. The weights are not quantized:
-    kernels multiply them in float16, which holds int8 values exactly.
+    et al. 2024, arXiv 2410.02367); keys and values have one scale per head, or per sample and head. The softmax weights
+    are not quantized: kernels multiply them in float16, which holds int8 values exactly.
 
     Args:
         query: bfloat16 or float16 `[B, T, H, D]`.
         key: int8 `[B, S, H, D]`.
         value: int8 `[B, S, H, D]`.
-        key_scale: float32 `[H]`.
-        value_scale: float32 `[H]`.
+        key_scale: float32 `[H]`, or `[B, H]` (one per sample).
+        value_scale: float32 `[H]` or `[B, H]`.
         length: the first `length` tokens of key and value are visible, 1 to S.
 
     Returns:
@@ -113,28 +102,21 @@ def attention_int8(
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
-@operator(
-    "Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor key_scale, Tensor value_scale, SymInt length",
-    "Tensor",
-)
+@operator()
 def attention_fp8(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_scale: Tensor,
-    key_scale: Tensor,
-    value_scale: Tensor,
-    length: int,
+    query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Softmax attention on float8 queries, keys and values, without a mask; both products run on 8 bits where hardware can.
+    """Compute softmax attention on float8 queries, keys and values, without a mask.
+
+    Both products use 8-bit tensor cores where the device has them.
 
     Args:
         query: float8_e4m3fn `[B, T, H, D]`.
         key: float8_e4m3fn `[B, S, H, D]`.
-        value: float8_e4m3fn `[B, S, H, D]`; see `tokens_innermost` for how it should lie.
+        value: float8_e4m3fn `[B, S, H, D]`; `tokens_innermost` says which memory layout is needed.
         query_scale: float32 `[H]`.
-        key_scale: float32 `[H]`.
-        value_scale: float32 `[H]`.
+        key_scale: float32 `[H]`, or `[B, H]` (one per sample).
+        value_scale: float32 `[H]` or `[B, H]`.
         length: the first `length` tokens of key and value are visible, 1 to S.
 
     Returns:

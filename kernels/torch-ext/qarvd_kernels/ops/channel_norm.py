@@ -1,4 +1,4 @@
-"""Normalization over the channels of a channels-last video, as the convolutions of Wan's VAE want it."""
+"""Normalize over the channels of channels-last video, for the convolutions of Wan's VAE."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..operator import operator
+from ..declare import operator
 
 
-@operator("Tensor x, Tensor? bias, Tensor weight, Tensor? past, SymInt lead", "Tensor")
+@operator()
 def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor | None, lead: int) -> Tensor:
-    """RMS norm over C of `x + bias` in float32, times `weight`, then SiLU; in front of it, frames that are there already.
+    """Apply RMS norm over C to `x + bias` in float32, times `weight`, then SiLU; prepend cached frames.
 
-    The input of a causal convolution is made in one go: what it remembers of earlier frames, and the activation.
+    The result is the whole input of a causal convolution: the frames that it keeps of earlier calls, then the activation.
 
     Args:
         x: float `[B, T, S, C]`, S positions of T frames.
-        bias: `[C]`, any float dtype, or None for 0: that of the convolution before.
+        bias: `[C]`, any float dtype, or None for 0: the bias of the preceding convolution.
         weight: `[C]`, any float dtype.
-        past: `[B, P, S, C]` in the dtype of x, copied right before the first frame; None for P = 0.
-        lead: frames in front, at least P; those before `past` are zero.
+        past: `[B, P, S, C]` in the dtype of x, copied directly before the first frame; None for P = 0.
+        lead: number of frames before the activation, at least P; those before `past` are zero.
 
     Returns:
         `[B, lead + T, S, C]` in the dtype of x. A row of zeros stays zero.
@@ -40,14 +40,14 @@ def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor |
     return torch.empty((x.shape[0], lead + x.shape[1], *x.shape[2:]), dtype=x.dtype, device=x.device)
 
 
-@operator("Tensor(a!) total, Tensor x, Tensor bias", "()")
+@operator(mutates=["total"])
 def add_bias(total: Tensor, x: Tensor, bias: Tensor) -> None:
-    """`total += x + bias`, added in float32: a residual sum in place.
+    """Add `x + bias` to `total` in place, computed in float32: a residual sum.
 
     Args:
         total: float `[M, C]`, contiguous for compiled implementations.
         x: like `total`.
-        bias: `[C]`, any float dtype: that of the convolution that made x.
+        bias: `[C]`, any float dtype: the bias of the convolution that produced x.
 
     Raises:
         ValueError: a shape or dtype does not fit.

@@ -1,4 +1,4 @@
-"""Linear layers straight from a stored layer: no preparation, exact for every zero-point. The truth of the prepared path."""
+"""Run linear layers on stored tensors without preparation, exact for every zero-point: reference of the prepared path."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..operator import operator
+from ..declare import Constant, operator
+from .arguments import StoredWeight
 
 
-@operator(
-    "Tensor weight_packed, int bits",
-    "Tensor",
-)
-def unpack_weight(weight_packed: Tensor, bits: int) -> Tensor:
+@operator()
+def unpack_weight(weight_packed: Tensor, bits: Constant) -> Tensor:
     """Unpack uint8 `[N, K * bits / 8]` to uint8 codes `[N, K]` (4 bits: low nibble first).
 
     Raises:
@@ -23,30 +21,22 @@ def unpack_weight(weight_packed: Tensor, bits: int) -> Tensor:
     return torch.empty((weight_packed.shape[0], k), dtype=torch.uint8, device=weight_packed.device)
 
 
-@operator(
-    "Tensor a, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor input_scale, "
-    "Tensor input_zero_point, Tensor? bias, int bits, SymInt num_outliers, ScalarType out_dtype",
-    "Tensor",
-)
+@operator()
 def dual_scale_linear_static(
     a: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
+    weight: StoredWeight,
     input_scale: Tensor,
     input_zero_point: Tensor,
     bias: Tensor | None,
-    bits: int,
+    bits: Constant,
     num_outliers: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Linear layer on an activation of `quantize_static`: exact int32 sums per group, scaled and added in float32.
+    """Apply a linear layer to an activation of `quantize_static`: exact int32 sums per group, scaled and added in float32.
 
     Args:
         a: int8 `[..., K]`.
-        weight_packed: uint8 `[N, K * bits / 8]`, permuted channels.
-        weight_scale: float32 `[N, 2]`.
-        weight_zero_point: int16 `[N, 2]`.
+        weight: the fields of `StoredWeight`.
         input_scale: float32 `[2]`.
         input_zero_point: int32 `[2]`.
         bias: float `[N]` or None.
@@ -60,79 +50,52 @@ def dual_scale_linear_static(
     Raises:
         ValueError: a shape, dtype or count does not fit.
     """
-    k = checks.weight(weight_packed, weight_scale, weight_zero_point, bias, bits, num_outliers)
+    k = checks.weight(*weight, bias, bits, num_outliers)
     checks.integer_activation(a, k, out_dtype)
     checks.input_quantizer(input_scale, input_zero_point)
-    return torch.empty((*a.shape[:-1], weight_packed.shape[0]), dtype=out_dtype, device=a.device)
+    return torch.empty((*a.shape[:-1], weight.weight_packed.shape[0]), dtype=out_dtype, device=a.device)
 
 
-@operator(
-    "Tensor a, Tensor a_scale, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias, "
-    "int bits, SymInt num_outliers, ScalarType out_dtype",
-    "Tensor",
-)
+@operator()
 def dual_scale_linear_dynamic(
     a: Tensor,
     a_scale: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
+    weight: StoredWeight,
     bias: Tensor | None,
-    bits: int,
+    bits: Constant,
     num_outliers: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Linear layer on the pair of `quantize_dynamic`; arguments as in `dual_scale_linear_static`.
+    """Apply a linear layer to the results of `quantize_dynamic`; arguments as in `dual_scale_linear_static`.
 
     Raises:
         ValueError: a shape, dtype or count does not fit.
     """
-    k = checks.weight(weight_packed, weight_scale, weight_zero_point, bias, bits, num_outliers)
+    k = checks.weight(*weight, bias, bits, num_outliers)
     checks.integer_activation(a, k, out_dtype)
     checks.tensor("a_scale", a_scale, (*a.shape[:-1], 2), torch.float32)
-    return torch.empty((*a.shape[:-1], weight_packed.shape[0]), dtype=out_dtype, device=a.device)
+    return torch.empty((*a.shape[:-1], weight.weight_packed.shape[0]), dtype=out_dtype, device=a.device)
 
 
-@operator(
-    "Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor channel_order, int bits, "
-    "SymInt num_outliers, ScalarType out_dtype",
-    "Tensor",
-)
+@operator()
 def dequantize_weight(
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    channel_order: Tensor,
-    bits: int,
-    num_outliers: int,
-    out_dtype: torch.dtype,
+    weight: StoredWeight, channel_order: Tensor, bits: Constant, num_outliers: int, out_dtype: torch.dtype
 ) -> Tensor:
-    """The float weight `[N, K]` in its original channel order; arguments as in `dual_scale_linear_static`.
+    """Return the float weight `[N, K]` in its original channel order; arguments as in `dual_scale_linear_static`.
 
     Raises:
         ValueError: a shape, dtype or count does not fit.
     """
-    k = checks.weight(weight_packed, weight_scale, weight_zero_point, None, bits, num_outliers)
+    k = checks.weight(*weight, None, bits, num_outliers)
     checks.tensor("channel_order", channel_order, (k,), torch.int32)
-    return torch.empty((weight_packed.shape[0], k), dtype=out_dtype, device=weight_packed.device)
+    return torch.empty((weight.weight_packed.shape[0], k), dtype=out_dtype, device=weight.weight_packed.device)
 
 
-@operator(
-    "Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor channel_order, "
-    "Tensor? bias, int bits, SymInt num_outliers",
-    "Tensor",
-)
+@operator()
 def weight_only_linear(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    channel_order: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    num_outliers: int,
+    x: Tensor, weight: StoredWeight, channel_order: Tensor, bias: Tensor | None, bits: Constant, num_outliers: int
 ) -> Tensor:
-    """Linear layer on a float activation `[..., K]` (original channel order) with the de-quantized weight.
+    """Apply a linear layer with the de-quantized weight to a float activation `[..., K]` (original channel order).
 
     Returns:
         `[..., N]` in the dtype of x.
@@ -140,7 +103,7 @@ def weight_only_linear(
     Raises:
         ValueError: a shape, dtype or count does not fit.
     """
-    k = checks.weight(weight_packed, weight_scale, weight_zero_point, bias, bits, num_outliers)
+    k = checks.weight(*weight, bias, bits, num_outliers)
     checks.activation(x, channel_order, num_outliers)
     checks.require(x.shape[-1] == k, "shape of the activation", tuple(x.shape), f"[..., {k}]")
-    return torch.empty((*x.shape[:-1], weight_packed.shape[0]), dtype=x.dtype, device=x.device)
+    return torch.empty((*x.shape[:-1], weight.weight_packed.shape[0]), dtype=x.dtype, device=x.device)

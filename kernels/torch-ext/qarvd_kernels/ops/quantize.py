@@ -1,4 +1,4 @@
-"""Activation quantizers, and the helpers of asymmetric weights."""
+"""Quantize activations; compute the row sums that asymmetric weights need."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..operator import operator
+from ..declare import operator
+from .arguments import InputQuantizer
 
 
-@operator("Tensor x, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point", "Tensor")
-def quantize_static(
-    x: Tensor, channel_order: Tensor, num_outliers: int, input_scale: Tensor, input_zero_point: Tensor
-) -> Tensor:
+@operator()
+def quantize_static(x: Tensor, quantizer: InputQuantizer) -> Tensor:
     """Quantize an activation with calibrated scales.
 
     Args:
         x: float `[..., K]`.
-        channel_order: int32 `[K]`; permuted channel j is channel `channel_order[j]` of x.
-        num_outliers: size of group 0.
-        input_scale: float32 `[2]`, positive.
-        input_zero_point: int32 `[2]`, in codes 0..255.
+        quantizer: the fields of `InputQuantizer`.
 
     Returns:
         int8 `[..., K]`, permuted: `clamp(round(x / scale) + zero_point, 0, 255) - 128`, ties to even. A compiled
@@ -29,18 +25,17 @@ def quantize_static(
     Raises:
         ValueError: a shape, dtype or count does not fit.
     """
-    checks.activation(x, channel_order, num_outliers)
-    checks.input_quantizer(input_scale, input_zero_point)
+    quantizer.check(x)
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
-@operator("Tensor x, Tensor channel_order, SymInt num_outliers", "(Tensor, Tensor)")
+@operator()
 def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tuple[Tensor, Tensor]:
-    """Quantize an activation symmetrically, with one scale per token and group found on the spot.
+    """Quantize an activation symmetrically, with one scale per token and group computed from its values.
 
     Args:
         x: float `[..., K]`.
-        channel_order: int32 `[K]`, as in `quantize_static`.
+        channel_order: int32 `[K]`, as in `InputQuantizer`.
         num_outliers: size of group 0.
 
     Returns:
@@ -56,9 +51,9 @@ def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tup
     )
 
 
-@operator("Tensor a, SymInt num_outliers", "Tensor")
+@operator()
 def row_sums(a: Tensor, num_outliers: int) -> Tensor:
-    """Sums of the two channel groups of every row; only asymmetric 8-bit weights need them.
+    """Sum the two channel groups of every row; only asymmetric 8-bit weights need this.
 
     Args:
         a: int8 `[M, K]`, permuted.

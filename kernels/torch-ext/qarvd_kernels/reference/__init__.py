@@ -1,4 +1,4 @@
-"""The truth of every operator, in plain torch: real integer arithmetic, exact on any device torch runs on.
+"""Reference implementations of every operator in plain torch: integer arithmetic, exact on every device.
 
 Conventions, for a linear layer with K input and N output channels:
 

@@ -1,6 +1,8 @@
-"""What surrounds attention over a K/V cache, and 8-bit attention."""
+"""Reference implementations of `ops.attention`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,43 +14,37 @@ FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """float32 RMSNorm over the last dimension."""
+    """Apply RMSNorm over the last dimension in float32."""
     x = x.to(torch.float32)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on interleaved pairs of `[B, T, H, D]`; cos and sin `[T, D / 2]`."""
+    """Apply RoPE to interleaved pairs of `[B, T, H, D]`; cos and sin `[T, D / 2]`."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
+def per_channel(scale: Tensor) -> Tensor:
+    """Reshape scales `[H]` or `[B, H]` to broadcast over `[B, T, H, D]`."""
+    return scale[..., None, :, None]
+
+
 def to_cache(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """float32 `[B, T, H, D]` in the number format of a cache with one scale per head."""
+    """Convert float32 `[B, T, H, D]` to the dtype of a cache with scales `[H]` or `[B, H]`."""
     if scale is None:
         return x.to(dtype)
-    x = x / scale[:, None]
+    x = x / per_channel(scale)
     if dtype == torch.int8:
         return x.round().clamp(-QUERY_LEVELS, QUERY_LEVELS).to(dtype)
     return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(dtype)
 
 
-def qk_norm_rope_append(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_scale: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    start: int,
-) -> Tensor:
-    """q `[B, T, H, D]`, normed and rotated; k likewise and v are written into the caches."""
+def qk_norm_rope_append(qkv: Tensor, *arguments: Any) -> Tensor:
+    """Return q `[B, T, H, D]`, normalized and rotated; write k, treated likewise, and v into the caches."""
+    q_weight, k_weight, eps, cos, sin, key_cache, value_cache, query_scale, *scales, start = arguments
+    key_scale, value_scale = scales
     heads = (-1, key_cache.shape[3])
     query, key, value = qkv.chunk(3, dim=-1)
     query = rotate(rms_norm(query, q_weight, eps).unflatten(-1, heads), cos, sin)
@@ -62,15 +58,15 @@ def qk_norm_rope_append(
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """`[B, T, H, D]`: softmax attention of int8 queries (one scale per row) on int8 keys; float32 from the scores on."""
-    value = value[:, :length].to(torch.float32) * value_scale[:, None]
+    """Return `[B, T, H, D]`: attention of int8 queries (one scale per row) to int8 keys; float32 from the scores on."""
+    value = value[:, :length].to(torch.float32) * per_channel(value_scale)
     rows = query.to(torch.float32)
     scale = rows.abs().amax(-1, keepdim=True) / QUERY_LEVELS
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     codes = (rows / scale).round().clamp(-QUERY_LEVELS, QUERY_LEVELS)
     # Sums of at most head_dim * 127 * 127 are exact in float32, so the product needs no integer type here.
     scores = torch.einsum("bthd,bshd->bhts", codes, key[:, :length].to(torch.float32))
-    scores = scores * (scale.movedim(1, 2) * (key_scale * query.shape[3] ** -0.5)[:, None, None])
+    scores = scores * (scale.movedim(1, 2) * (key_scale * query.shape[3] ** -0.5)[..., None, None])
     out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), value)
     return out.to(query.dtype).contiguous()
 
@@ -84,6 +80,6 @@ def attention_fp8(
     value_scale: Tensor,
     length: int,
 ) -> Tensor:
-    """bfloat16 `[B, T, H, D]`: attention of 16 bits on what the codes stand for."""
+    """Return bfloat16 `[B, T, H, D]`: 16-bit attention on the de-quantized tensors."""
     pairs = ((query, query_scale), (key[:, :length], key_scale), (value[:, :length], value_scale))
-    return attention(*((x.float() * scale[:, None]).to(torch.bfloat16) for x, scale in pairs)).contiguous()
+    return attention(*((x.float() * per_channel(scale)).to(torch.bfloat16) for x, scale in pairs)).contiguous()

@@ -1,4 +1,4 @@
-"""Normalization over the channels of a channels-last video."""
+"""Reference implementations of `ops.channel_norm`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor | None, lead: int) -> Tensor:
-    """`[B, T, S, C]` -> `[B, lead + T, S, C]`."""
+    """Normalize `[B, T, S, C]` to `[B, lead + T, S, C]`."""
     out = x.new_zeros(x.shape[0], lead + x.shape[1], *x.shape[2:])
     if past is not None:
         out[:, lead - past.shape[1] : lead] = past
@@ -19,5 +19,5 @@ def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor |
 
 
 def add_bias(total: Tensor, x: Tensor, bias: Tensor) -> None:
-    """`[M, C]` onto `[M, C]`."""
+    """Add `[M, C]` and `[C]` to `[M, C]`."""
     total.copy_(total.to(torch.float32) + x.to(torch.float32) + bias.to(torch.float32))

@@ -1,91 +1,55 @@
-"""The dual-scale integer matrix product on prepared layers."""
+"""Reference implementations of `ops.gemm`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.arguments import Product
 from .groups import CODE_OFFSET, group_slices, spread
 from .linear import int_matmul, integer_weight
 from .norm import expand_groups
 
 
 def accumulate(a: Tensor, weight: Tensor, num_outliers: int, ratio: Tensor) -> Tensor:
-    """int32 `[M, N]`: the outlier sum, re-scaled and rounded, plus the normal sum."""
+    """Return int32 `[M, N]`: the outlier sum, rescaled and rounded, plus the normal sum."""
     outlier, normal = (int_matmul(a[:, part], weight[:, part]) for part in group_slices(a.shape[1], num_outliers))
     return (outlier.to(torch.float32) * ratio).round_().to(torch.int32) + normal
 
 
-def _scaled(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-) -> Tensor:
-    """float32 `[M, N]`: the sums scaled, with bias and what is left of the weight zero-points."""
-    y = accumulate(a, weight, num_outliers, ratio).to(torch.float32) * scale + bias
-    if row_sums is not None:
+def _scaled(product: Product) -> Tensor:
+    """Return float32 `[M, N]`: the scaled sums, bias, and the remainder of the weight zero-points."""
+    y = accumulate(*product[:4]).to(torch.float32) * product.scale + product.bias
+    if product.row_sums is not None:
         for g in (0, 1):
-            y -= row_sums[:, g, None].to(torch.float32) * row_sum_scale[g]
+            y -= product.row_sums[:, g, None].to(torch.float32) * product.row_sum_scale[g]
     return y
 
 
-def dual_scale_gemm(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
+def dual_scale_gemm(*arguments: Any) -> Tensor:
+    """Return `[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
+    *product, out_dtype = arguments
     if out_dtype == torch.int32:
-        return accumulate(a, weight, num_outliers, ratio)
-    return _scaled(a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale).to(out_dtype)
+        return accumulate(*product[:4])
+    return _scaled(Product(*product)).to(out_dtype)
 
 
-def dual_scale_gemm_gelu(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_outliers: int,
-) -> Tensor:
-    """int8 `[M, N]`, GELU and static quantization of the product."""
-    y = F.gelu(_scaled(a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale), approximate="tanh")
+def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
+    """Return int8 `[M, N]`: GELU and static quantization of the product."""
+    *product, out_scale, out_zero_point, out_outliers = arguments
+    y = F.gelu(_scaled(Product(*product)), approximate="tanh")
     codes = y.div_(spread(out_scale, y.shape[1], out_outliers)).round_()
     codes = codes.add_(spread(out_zero_point, y.shape[1], out_outliers)).clamp_(0, 255)
     return codes.sub_(CODE_OFFSET).to(torch.int8)
 
 
-def dual_scale_gemm_residual(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
-    """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
-    y = _scaled(a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale)
+def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
+    """Return `[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+    *product, residual, gate = arguments
+    y = _scaled(Product(*product))
     if gate is not None:
         y *= expand_groups(gate, y.shape[0])
     return (residual.to(torch.float32) + y).to(residual.dtype)

@@ -1,6 +1,8 @@
-"""Linear layers straight from a stored layer, with real integer arithmetic."""
+"""Reference implementations of `ops.linear`, in integer arithmetic."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,19 +12,22 @@ from .groups import CODE_OFFSET, group_slices, spread
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T` of int8 `[M, K]` and `[N, K]`, exact in int32 `[M, N]`."""
+    """Compute `a @ b.T` of int8 `[M, K]` and `[N, K]`, exact in int32 `[M, N]`."""
     (m, k), n = a.shape, b.shape[0]
     if 0 in (m, n, k):
         return torch.zeros(m, n, dtype=torch.int32, device=a.device)
-    if a.is_cuda:  # cuBLAS wants more than 16 rows and multiples of 8; zeros change no sum
+    # Zeros change no sum. cuBLAS requires more than 16 rows and multiples of 8. On the CPU a `[1, N]` operand with strides
+    # (1, 1) is taken for its transpose, so that K = 1 gives garbage.
+    if a.is_cuda:
         pad_m, pad_n, pad_k = max(17 - m, 0), -n % 8, -k % 8
-        a, b = F.pad(a, (0, pad_k, 0, pad_m)), F.pad(b, (0, pad_k, 0, pad_n))
-        return torch._int_mm(a.contiguous(), b.contiguous().t())[:m, :n]
-    return torch._int_mm(a.contiguous(), b.contiguous().t())
+    else:
+        pad_m, pad_n, pad_k = 0, 0, int(k == 1)
+    a, b = F.pad(a, (0, pad_k, 0, pad_m)), F.pad(b, (0, pad_k, 0, pad_n))
+    return torch._int_mm(a.contiguous(), b.contiguous().t())[:m, :n]
 
 
 def unpack_weight(weight_packed: Tensor, bits: int) -> Tensor:
-    """uint8 `[N, K * bits / 8]` -> uint8 codes `[N, K]`.
+    """Unpack uint8 `[N, K * bits / 8]` to uint8 codes `[N, K]`.
 
     An 8-bit code is stored with its top bit flipped; of two 4-bit codes in a byte the low nibble comes first.
     """
@@ -34,10 +39,10 @@ def unpack_weight(weight_packed: Tensor, bits: int) -> Tensor:
 def integer_weight(
     weight_packed: Tensor, weight_zero_point: Tensor, bits: int, num_outliers: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights as signed bytes, and what is left of the zero-point.
+    """Split a weight into signed bytes and the remainder of its zero-point.
 
-    A 4-bit code minus its zero-point fits a signed byte, so nothing is left as long as the zero-point is a code; an 8-bit
-    code is stored moved by 128, which leaves `zero_point - 128` (zero for symmetric weights).
+    A 4-bit code minus its zero-point fits a signed byte, so the remainder is 0 as long as the zero-point is a code. An
+    8-bit code is stored with an offset of 128, so the remainder is `zero_point - 128` (0 for symmetric weights).
 
     Returns:
         int8 `[N, K]` operand and int32 `[N, 2]` remainder, with `code - zero_point == operand - remainder`.
@@ -53,7 +58,7 @@ def integer_weight(
 def _dual_scale_linear(
     a: Tensor, a_zero_point: Tensor | None, a_scale: Tensor, weight: tuple[Tensor, Tensor, Tensor], num_outliers: int
 ) -> Tensor:
-    """`sum_g a_scale[g] * weight_scale[:, g] * sum_k (a - a_zero_point[g]) (w - remainder[:, g])` in float32 `[M, N]`.
+    """Compute `sum_g a_scale[g] * weight_scale[:, g] * sum_k (a - a_zero_point[g]) (w - remainder[:, g])` in float32 `[M, N]`.
 
     The sums over k are exact integers. int32 arithmetic wraps, so only their final value has to fit, not each term.
     """
@@ -78,41 +83,20 @@ def _finish(total: Tensor, a: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
     return total.to(out_dtype).reshape(*a.shape[:-1], total.shape[1])
 
 
-def dual_scale_linear_static(
-    a: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    num_outliers: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """int8 `[..., K]` of `quantize_static` times the packed weight, plus bias -> `[..., N]` in `out_dtype`."""
-    operand, remainder = integer_weight(weight_packed, weight_zero_point, bits, num_outliers)
+def dual_scale_linear_static(a: Tensor, *arguments: Any) -> Tensor:
+    """Multiply int8 `[..., K]` by the packed weight and add the bias; return `[..., N]` in `out_dtype`."""
+    packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, bits, outliers, out_dtype = arguments
+    weight = (*integer_weight(packed, weight_zero_point, bits, outliers), weight_scale)
     rows = a.reshape(-1, a.shape[-1])
-    zero_point = input_zero_point - CODE_OFFSET
-    total = _dual_scale_linear(rows, zero_point, input_scale[None], (operand, remainder, weight_scale), num_outliers)
+    total = _dual_scale_linear(rows, input_zero_point - CODE_OFFSET, input_scale[None], weight, outliers)
     return _finish(total, a, bias, out_dtype)
 
 
-def dual_scale_linear_dynamic(
-    a: Tensor,
-    a_scale: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    num_outliers: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """int8 `[..., K]` and scale `[..., 2]` of `quantize_dynamic` times the packed weight -> `[..., N]` in `out_dtype`."""
-    operand, remainder = integer_weight(weight_packed, weight_zero_point, bits, num_outliers)
-    rows, scale = a.reshape(-1, a.shape[-1]), a_scale.reshape(-1, 2)
-    total = _dual_scale_linear(rows, None, scale, (operand, remainder, weight_scale), num_outliers)
+def dual_scale_linear_dynamic(a: Tensor, a_scale: Tensor, *arguments: Any) -> Tensor:
+    """Multiply int8 `[..., K]` with scales `[..., 2]` by the packed weight; return `[..., N]` in `out_dtype`."""
+    packed, weight_scale, weight_zero_point, bias, bits, outliers, out_dtype = arguments
+    weight = (*integer_weight(packed, weight_zero_point, bits, outliers), weight_scale)
+    total = _dual_scale_linear(a.reshape(-1, a.shape[-1]), None, a_scale.reshape(-1, 2), weight, outliers)
     return _finish(total, a, bias, out_dtype)
 
 
@@ -125,7 +109,7 @@ def dequantize_weight(
     num_outliers: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The weight `[N, K]` in its original channel order, computed in float32."""
+    """Return the weight `[N, K]` in its original channel order, computed in float32."""
     codes = unpack_weight(weight_packed, bits).to(torch.float32)
     k = codes.shape[1]
     codes -= spread(weight_zero_point, k, num_outliers)
@@ -144,7 +128,7 @@ def weight_only_linear(
     bits: int,
     num_outliers: int,
 ) -> Tensor:
-    """Float `[..., K]` times the de-quantized weight, plus bias -> `[..., N]` in the dtype of x."""
+    """Multiply float `[..., K]` by the de-quantized weight and add the bias; return `[..., N]` in the dtype of x."""
     weight = dequantize_weight(
         weight_packed, weight_scale, weight_zero_point, channel_order, bits, num_outliers, x.dtype
     )

@@ -1,64 +1,48 @@
-"""Normalization, modulation and gated residuals, in float32."""
+"""Reference implementations of `ops.norm`, in float32."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.arguments import Norm
 from .quantize import quantize_static
 
 
 def expand_groups(table: Tensor, rows: int) -> Tensor:
-    """`[G, C]` -> `[rows, C]`; row m takes entry `m // (rows / G)`."""
+    """Expand `[G, C]` to `[rows, C]`; row m takes entry `m // (rows / G)`."""
     return table.repeat_interleave(rows // table.shape[0], dim=0)
 
 
 def _sum(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """float32 `x + gate * y`."""
+    """Compute `x + gate * y` in float32."""
     y = y.to(torch.float32)
     return x.to(torch.float32) + (y if gate is None else expand_groups(gate, x.shape[0]) * y)
 
 
-def norm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    channel_order: Tensor,
-    num_outliers: int,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> Tensor:
-    """Float `[M, C]` -> int8 `[M, C]`, permuted: LayerNorm, modulation, static quantization."""
-    normed = F.layer_norm(x.to(torch.float32), x.shape[1:], weight, norm_bias, eps)
-    if scale is not None:
-        normed = normed * (1 + expand_groups(scale, x.shape[0])) + expand_groups(shift, x.shape[0])
-    return quantize_static(normed, channel_order, num_outliers, input_scale, input_zero_point)
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    """Apply LayerNorm and modulation; return float32 `[M, C]`."""
+    normed = F.layer_norm(x.to(torch.float32), x.shape[1:], norm.weight, norm.norm_bias, norm.eps)
+    if norm.scale is not None:
+        normed = normed * (1 + expand_groups(norm.scale, x.shape[0])) + expand_groups(norm.shift, x.shape[0])
+    return normed
 
 
-def add_norm_quantize(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    channel_order: Tensor,
-    num_outliers: int,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gated sum in the dtype of x, and int8 `[M, C]` of its norm."""
+def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
+    """Normalize, modulate and quantize float `[M, C]` to int8 `[M, C]`, permuted."""
+    norm, quantizer = arguments[: len(Norm._fields)], arguments[len(Norm._fields) :]
+    return quantize_static(_normed(x, Norm(*norm)), *quantizer)
+
+
+def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the gated sum in the dtype of x, and int8 codes `[M, C]` of its norm."""
     total = _sum(x, y, gate)
-    quantizer = (channel_order, num_outliers, input_scale, input_zero_point)
-    return total.to(x.dtype), norm_quantize(total, weight, norm_bias, scale, shift, eps, *quantizer)
+    return total.to(x.dtype), norm_quantize(total, *arguments)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """`x + gate * y` in the dtype of x."""
+    """Compute `x + gate * y` in the dtype of x."""
     return _sum(x, y, gate).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Activation quantizers."""
+"""Reference implementations of `ops.quantize`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .groups import CODE_OFFSET, DYNAMIC_LEVELS, group_slices, spread
 def quantize_static(
     x: Tensor, channel_order: Tensor, num_outliers: int, input_scale: Tensor, input_zero_point: Tensor
 ) -> Tensor:
-    """Float `[..., K]` -> int8 `[..., K]`, permuted, `clamp(round(x / scale) + zero_point, 0, 255) - 128`."""
+    """Quantize float `[..., K]` to int8 `[..., K]`, permuted: `clamp(round(x / scale) + zero_point, 0, 255) - 128`."""
     k = x.shape[-1]
     permuted = x.index_select(-1, channel_order).to(torch.float32)
     scale = spread(input_scale, k, num_outliers)
@@ -21,7 +21,7 @@ def quantize_static(
 
 
 def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tuple[Tensor, Tensor]:
-    """Float `[..., K]` -> int8 `[..., K]`, permuted, and float32 scale `[..., 2]` = largest magnitude of the group / 127.
+    """Quantize float `[..., K]` to int8 `[..., K]`, permuted, with scales `[..., 2]`: largest magnitude / 127.
 
     A group that is empty or all zero has scale 1.
     """
@@ -36,6 +36,6 @@ def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tup
 
 
 def row_sums(a: Tensor, num_outliers: int) -> Tensor:
-    """int8 `[M, K]` -> int32 `[M, 2]`, the sums of the two groups."""
+    """Sum both groups of int8 `[M, K]` to int32 `[M, 2]`."""
     parts = [a[:, part].sum(dim=1, dtype=torch.int32) for part in group_slices(a.shape[1], num_outliers)]
     return torch.stack(parts, dim=1)

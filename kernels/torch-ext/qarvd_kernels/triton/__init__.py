@@ -1,1 +1,1 @@
-"""Implementations in Triton, for NVIDIA GPUs with int8 tensor cores. Nothing here is imported where Triton is missing."""
+"""Implement operators in Triton, for NVIDIA GPUs with int8 tensor cores. Imported only where Triton is installed."""

@@ -1,4 +1,4 @@
-"""QK norm, RoPE and cache append in one pass over qkv; and attention whose scores are integer products.
+"""Run QK norm, RoPE and cache append in one pass over qkv; run attention with integer scores.
 
 Attention on an H200, 4680 queries, 12 heads of 128, microseconds (2026-11-23, torch 2.11.0+cu130, triton 3.6.0):
 
@@ -7,8 +7,8 @@ Attention on an H200, 4680 queries, 12 heads of 128, microseconds (2026-11-23, t
     torch flash, bfloat16         454    1736    3022
     this                          373    1417    2481
 
-So on Hopper it beats FlashAttention-2 and loses to cuDNN: there an int8 cache saves memory, not time. It is meant for GPUs
-that have neither cuDNN's nor FlashAttention-3's Hopper kernels, where it has not been timed.
+On Hopper it is faster than FlashAttention-2 and slower than cuDNN, so an int8 cache saves memory there, not time. It is
+meant for GPUs without the Hopper kernels of cuDNN and FlashAttention-3, where it has not been measured.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import per_sample
 from ..dispatch import takes_strides
 from .configs import attention_config
-from .launch import Launcher, device_refusal, empty_refusal, round_to_int
+from .launch import Launcher, round_to_int, unsupported_device, unsupported_empty
 
 _LARGEST_ROW = 16384
 _FLOAT8_CAPABILITY = (8, 9)
@@ -35,9 +36,9 @@ _MAGIC = tl.constexpr(0x4B400000)  # bits of 1.5 * 2^23: added to an integer bel
 _MAGIC_FLOAT = tl.constexpr(12582912.0)
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device) or empty_refusal(arguments)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
@@ -60,13 +61,13 @@ def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | 
 
 
 def _tokens_last(value_cache: Tensor) -> bool:
-    """Whether `[B, S, H, D]` lies in memory as `[B, H, D, S]`."""
+    """Return whether `[B, S, H, D]` has the memory layout `[B, H, D, S]`."""
     return value_cache.permute(0, 2, 3, 1).is_contiguous()
 
 
 @triton.jit
 def _coded(value, dtype: tl.constexpr):
-    """In a number format of a cache, clamped to its range."""
+    """Convert to the dtype of a cache, clamped to its range."""
     if dtype == tl.int8:
         value = round_to_int(tl.minimum(tl.maximum(value, -127.0), 127.0))
     elif dtype == tl.float8e4nv:
@@ -76,19 +77,19 @@ def _coded(value, dtype: tl.constexpr):
 
 @triton.jit
 def _store(row, value, channel, mask):
-    """Write one token `[H, D]` in the number format of what `row` points to."""
+    """Write one token `[H, D]` in the dtype that `row` points to."""
     tl.store(row + channel, _coded(value, row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _inverse(scale, head, HEADS: tl.constexpr):
-    """1 / scale per head, as a column."""
+    """Load 1 / scale per head, as a column."""
     return (1.0 / tl.load(scale + head, mask=head < HEADS, other=1.0))[:, None]
 
 
 @triton.jit
 def _norm_rotate(value, weight, c, s, eps, HEADS: tl.constexpr, DIM: tl.constexpr, ROOM: tl.constexpr):
-    """RMSNorm over all heads, then RoPE on the pairs of each."""
+    """Apply RMSNorm over all heads, then RoPE on the pairs of each."""
     square = tl.sum(tl.sum(value * value, axis=1), axis=0)
     value = value * tl.rsqrt(square / (HEADS * DIM) + eps) * weight
     even, odd = tl.split(tl.reshape(value, [ROOM, DIM // 2, 2]))
@@ -127,7 +128,7 @@ def qk_norm_rope_append_kernel(
     value = tl.load(qkv + row * (3 * WIDTH) + part * WIDTH + channel, mask=mask, other=0.0).to(tl.float32)
     if part == 2:
         if value_scale is not None:
-            value *= _inverse(value_scale, head, HEADS)
+            value *= _inverse(value_scale + batch * HEADS, head, HEADS)
         _store(value_cache + (batch * room_value + start + token) * WIDTH, value, channel, mask)
     else:
         # Loads come before the reduction of the norm, whose barrier they could not pass later.
@@ -144,7 +145,7 @@ def qk_norm_rope_append_kernel(
         else:
             weight = tl.load(k_weight + channel, mask=mask, other=0.0)
             if key_scale is not None:
-                inverse = _inverse(key_scale, head, HEADS)
+                inverse = _inverse(key_scale + batch * HEADS, head, HEADS)
             value = _norm_rotate(value, weight, c, s, eps, HEADS, DIM, ROOM)
             if key_scale is not None:
                 value *= inverse
@@ -163,7 +164,7 @@ def append_values_kernel(
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """The values of some tokens and one head into a cache with tokens innermost."""
+    """Write the values of some tokens and one head into a cache with tokens innermost."""
     WIDTH: tl.constexpr = HEADS * DIM
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
@@ -173,7 +174,7 @@ def append_values_kernel(
     row = (batch * tokens + token) * (3 * WIDTH) + 2 * WIDTH + head * DIM
     value = tl.load(qkv + row[:, None] + channel[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
     if value_scale is not None:
-        value *= 1.0 / tl.load(value_scale + head)
+        value *= 1.0 / tl.load(value_scale + batch * HEADS + head)
     at = ((batch * HEADS + head) * DIM + channel)[:, None] * room + start + token[None, :]
     tl.store(value_cache + at, _coded(tl.trans(value), value_cache.dtype.element_ty), mask=mask[None, :])
 
@@ -196,7 +197,7 @@ def _attend(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over keys `first ... last`; integers become floats by their bits, which saves a conversion each."""
+    """Run online softmax over keys `first ... last`; integer scores become floats by a bit cast instead of a conversion."""
     channel = tl.arange(0, DIM)
     for position in range(first, last, KEYS):
         token = position + tl.arange(0, KEYS)
@@ -250,7 +251,7 @@ def attention_int8_kernel(
     scale = tl.max(tl.abs(q), axis=1) / 127.0
     scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
     codes = round_to_int(q / scale[:, None]).to(tl.int8)
-    factor = scale * (tl.load(key_scale + head) * score_scale)
+    factor = scale * (tl.load(key_scale + batch * HEADS + head) * score_scale)
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -265,7 +266,7 @@ def attention_int8_kernel(
         peak, total, out = _attend(
             codes, factor, keys, values, length, whole, length, peak, total, out, STRIDE, DIM, ROWS, KEYS, True
         )
-    out *= tl.load(value_scale + head) / total[:, None]
+    out *= tl.load(value_scale + batch * HEADS + head) / total[:, None]
     tl.store(result + at, out.to(result.dtype.element_ty), mask=row[:, None] < tokens)
 
 
@@ -275,31 +276,19 @@ _attention = Launcher(attention_int8_kernel)
 
 
 @takes_strides
-def qk_norm_rope_append(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_scale: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    start: int,
-) -> Tensor:
-    """q `[B, T, H, D]`, normed and rotated; k likewise and v are written into the caches."""
+def qk_norm_rope_append(qkv: Tensor, *arguments: Any) -> Tensor:
+    """Return q `[B, T, H, D]`, normalized and rotated; write k, treated likewise, and v into the caches."""
+    q_weight, k_weight, eps, cos, sin, key_cache, value_cache, query_scale, *scales, start = arguments
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     (batch, tokens), (heads, head_dim) = qkv.shape[:2], key_cache.shape[2:]
     in_one = value_cache.is_contiguous()
     dtype = qkv.dtype if query_scale is None else key_cache.dtype
     query = torch.empty((batch, tokens, heads, head_dim), dtype=dtype, device=qkv.device)
     room = _room(heads)
-    scales = (query_scale, key_scale, value_scale)
+    key_scale, value_scale = (per_sample(scale, batch) for scale in scales)
     _append(
         (batch * tokens, 3 if in_one else 2, 1),
-        (qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, *scales, query),
+        (qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, query_scale, key_scale, value_scale, query),
         (eps, tokens, key_cache.shape[1], value_cache.shape[1], start),
         (heads, head_dim, room),
         (min(max(room * head_dim // 512, 1), 16), 1),
@@ -320,9 +309,10 @@ def qk_norm_rope_append(
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """`[B, T, H, D]`; values are widened to float16, which holds each of them exactly."""
+    """Return `[B, T, H, D]`; values are converted to float16, which holds each of them exactly."""
     result = torch.empty_like(query)
     batch, tokens, heads, head_dim = query.shape
+    key_scale, value_scale = per_sample(key_scale, batch), per_sample(value_scale, batch)
     rows, keys, warps, stages = attention_config(query.get_device(), head_dim)
     score_scale = head_dim**-0.5 * 1.4426950408889634  # softmax in base 2
     _attention(

@@ -1,4 +1,4 @@
-"""RMS norm and SiLU of a few positions per program, behind the frames that a causal convolution remembers."""
+"""Apply RMS norm and SiLU to a few positions per program, after the cached frames of a causal convolution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, device_refusal, empty_refusal
+from .launch import Launcher, unsupported_device, unsupported_empty
 
 _LARGEST_ROW = 4096
 _ELEMENTS = 4096  # per program
@@ -19,9 +19,9 @@ _WARPS = 4
 _block = cache(triton.next_power_of_2)
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device) or empty_refusal(arguments)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
     if operator == "add_bias" and not arguments["total"].is_contiguous():
@@ -77,7 +77,7 @@ _add_bias = Launcher(add_bias_kernel)
 
 
 def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor | None, lead: int) -> Tensor:
-    """`[B, T, S, C]` -> `[B, lead + T, S, C]`."""
+    """Normalize `[B, T, S, C]` to `[B, lead + T, S, C]`."""
     batch, frames, positions, channels = x.shape
     old = 0 if past is None else past.shape[1]
     out = torch.empty((batch, lead + frames, positions, channels), dtype=x.dtype, device=x.device)
@@ -95,7 +95,7 @@ def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor |
 
 
 def add_bias(total: Tensor, x: Tensor, bias: Tensor) -> None:
-    """`[M, C]` onto `[M, C]`."""
+    """Add `[M, C]` and `[C]` to `[M, C]`."""
     rows, channels = total.shape
     block = _block(channels)
     at_once = max(_ELEMENTS // block, 1)

@@ -1,8 +1,8 @@
-"""Dual-scale int8 matrix product with its epilogues, for every GPU with int8 tensor cores; and the int4 expander."""
+"""Run the operators of `ops.gemm` on every GPU with int8 tensor cores: matrix product, epilogues, int4 expansion."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,22 +14,22 @@ from .configs import gemm_config
 from .launch import (
     Launcher,
     block_of,
-    device_refusal,
-    empty_refusal,
     group_quantizer,
     group_values,
     quantize,
     round_to_int,
+    unsupported_device,
+    unsupported_empty,
 )
 
-_MULTIPLE = 16  # of K and of the number of outliers: 16-byte copies never straddle the border of the groups
+_MULTIPLE = 16  # of K and of the number of outliers: 16-byte copies never cross the border between the groups
 _PLAIN, _GELU, _RESIDUAL = 0, 1, 2
 _PLAIN_, _GELU_ = tl.constexpr(_PLAIN), tl.constexpr(_GELU)
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device) or empty_refusal(arguments)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
     if operator == "expand_int4":
@@ -59,7 +59,7 @@ def _accumulate(acc, a_row, w_row, K: tl.constexpr, FIRST: tl.constexpr, LAST: t
 
 @triton.jit
 def _gelu(x):
-    """tanh form, as x * sigmoid(2 u)."""
+    """Apply GELU in tanh form, as x * sigmoid(2 u)."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp2(-2.885390081777927 * u))
 
@@ -149,10 +149,17 @@ _expand_int4 = Launcher(expand_int4_kernel)
 
 
 def _launch(
-    prepared: tuple, out: Tensor, epilogue: int, residual=None, gate=None, quantizer=(None, None, 0)
+    product: Sequence[Any],
+    dtype: torch.dtype,
+    epilogue: int,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    quantizer: tuple[Tensor | None, Tensor | None, int] = (None, None, 0),
 ) -> Tensor:
-    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = prepared
+    """Compute a product (the fields of `Product`) in `dtype`."""
+    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
     (m, k), n = a.shape, weight.shape[0]
+    out = torch.empty((m, n), dtype=dtype, device=a.device)
     out_scale, out_zero_point, out_outliers = quantizer
     block_m, block_n, block_k, stripe, warps, stages = gemm_config(a.get_device(), m, n, k, epilogue == _RESIDUAL)
     _gemm(
@@ -166,57 +173,22 @@ def _launch(
     return out
 
 
-def dual_scale_gemm(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """`[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=out_dtype, device=a.device)
-    return _launch((a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale), out, _PLAIN)
+def dual_scale_gemm(*arguments: Any) -> Tensor:
+    """Return `[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
+    *product, out_dtype = arguments
+    return _launch(product, out_dtype, _PLAIN)
 
 
-def dual_scale_gemm_gelu(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_outliers: int,
-) -> Tensor:
-    """int8 `[M, N]`, GELU and static quantization of the product."""
-    out = torch.empty((a.shape[0], weight.shape[0]), dtype=torch.int8, device=a.device)
-    prepared = (a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale)
-    return _launch(prepared, out, _GELU, quantizer=(out_scale, out_zero_point, out_outliers))
+def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
+    """Return int8 `[M, N]`: GELU and static quantization of the product."""
+    *product, out_scale, out_zero_point, out_outliers = arguments
+    return _launch(product, torch.int8, _GELU, quantizer=(out_scale, out_zero_point, out_outliers))
 
 
-def dual_scale_gemm_residual(
-    a: Tensor,
-    weight: Tensor,
-    num_outliers: int,
-    ratio: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_sums: Tensor | None,
-    row_sum_scale: Tensor | None,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
-    """`[M, N]` in the dtype of `residual`: the residual plus the gated product."""
-    out = torch.empty_like(residual)
-    prepared = (a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale)
-    return _launch(prepared, out, _RESIDUAL, residual=residual, gate=gate)
+def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
+    """Return `[M, N]` in the dtype of `residual`: the residual plus the gated product."""
+    *product, residual, gate = arguments
+    return _launch(product, residual.dtype, _RESIDUAL, residual, gate)
 
 
 def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:

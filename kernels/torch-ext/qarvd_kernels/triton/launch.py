@@ -1,4 +1,4 @@
-"""Launching Triton kernels at the cost of a dictionary look-up, and what all of them share."""
+"""Launch Triton kernels at the cost of a dictionary look-up; helpers that all kernels share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _ALIGNMENT = 16  # bytes; what Triton's vectorized loads ask of a pointer
-_LEAST_CAPABILITY = (8, 0)
+_MIN_CAPABILITY = (8, 0)
 
 
-def device_refusal(device: torch.device) -> str | None:
-    """Why no kernel of this package runs on a device, or None."""
+def unsupported_device(device: torch.device) -> str | None:
+    """Return why the kernels of this folder cannot run on a device, or None."""
     if INTERPRETED.value:
         return None
     if device.type != "cuda":
@@ -26,23 +26,23 @@ def device_refusal(device: torch.device) -> str | None:
     if torch.version.hip:
         return "tuned and tested on NVIDIA GPUs only"
     capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        least, got = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, capability))
+    if capability < _MIN_CAPABILITY:
+        least, got = (".".join(map(str, version)) for version in (_MIN_CAPABILITY, capability))
         return f"needs compute capability {least} (int8 tensor cores), this device has {got}"
     return None
 
 
-def empty_refusal(arguments: dict[str, Any] | None) -> str | None:
-    """A grid needs at least one program."""
+def unsupported_empty(arguments: dict[str, Any] | None) -> str | None:
+    """Return a reason for empty tensors, which would give an empty grid; or None."""
     tensors = [value for value in (arguments or {}).values() if isinstance(value, Tensor)]
     return "an empty tensor" if any(t.numel() == 0 for t in tensors) else None
 
 
 class Launcher:
-    """A Triton kernel whose compiled variants are kept at hand.
+    """A Triton kernel with a cache of compiled variants.
 
     Triton's own look-up binds and specializes every argument on every call, which takes longer than a small kernel runs.
-    Here the caller names what decides the variant, and addresses are handed over as numbers. The kernel's parameters must
+    Here the caller names what decides the variant, and addresses are passed as numbers. The kernel's parameters must
     be: tensors (or None), then numbers (exempt from specialization), then constants, whose names are in capitals.
 
     Args:
@@ -89,7 +89,7 @@ class Launcher:
         run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
 
     def _compile(self, key: tuple, grid: tuple, tensors: tuple, numbers: tuple) -> None:
-        """The long way round: by Triton itself, on the right device."""
+        """Compile and run by Triton's own launcher, on the right device."""
         device, _, constants, (warps, stages), _ = key
         named = dict(zip(self._constant_names, constants, strict=True))
         with torch.cuda.device(device) if device >= 0 else nullcontext():
@@ -101,7 +101,7 @@ class Launcher:
 
 @triton.jit
 def round_to_int(x):
-    """float32 -> int32, ties to even, in one instruction; x must fit."""
+    """Round float32 to int32, ties to even, in one instruction; x must fit."""
     if INTERPRETED:  # from 2^23 on a float32 has no fraction; below, adding 2^23 rounds it away
         size = tl.abs(x)
         size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
@@ -112,13 +112,13 @@ def round_to_int(x):
 
 @triton.jit
 def group_values(table, first, index):
-    """Per element: entry 0 of a table of two where `index < first`, else entry 1."""
+    """Load, per element, entry 0 of a table of two where `index < first`, else entry 1."""
     return tl.where(index < first, tl.load(table), tl.load(table + 1))
 
 
 @triton.jit
 def group_quantizer(scale, zero_point, first, index):
-    """Per element: inverse scale, lowest level (as float32) and offset of its group; see `quantize`."""
+    """Load, per element, inverse scale, lowest level (as float32) and offset of its group; see `quantize`."""
     outlier, normal = tl.load(zero_point), tl.load(zero_point + 1)
     inverse = tl.where(index < first, 1.0 / tl.load(scale), 1.0 / tl.load(scale + 1))
     low = tl.where(index < first, -outlier.to(tl.float32), -normal.to(tl.float32))
@@ -127,11 +127,11 @@ def group_quantizer(scale, zero_point, first, index):
 
 @triton.jit
 def quantize(x, inverse, low, offset):
-    """float32 -> int8 code - 128 of a static quantizer; clamping to integer ends before rounding changes nothing."""
+    """Quantize float32 to an int8 code minus 128; clamping to integer bounds before rounding changes nothing."""
     return (round_to_int(tl.minimum(tl.maximum(x * inverse, low), low + 255.0)) + offset).to(tl.int8)
 
 
 @cache
 def block_of(size: int, largest: int) -> int:
-    """The power of two that covers `size`, or `largest`."""
+    """Return the power of two that covers `size`, at most `largest`."""
     return min(triton.next_power_of_2(size), largest)

@@ -1,4 +1,4 @@
-"""De-quantized weights, for layers whose activations stay floating-point."""
+"""De-quantize weights, for layers with floating-point activations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import Launcher, block_of, device_refusal, empty_refusal, group_values
+from .launch import Launcher, block_of, group_values, unsupported_device, unsupported_empty
 
 _BLOCK = 2048
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device) or empty_refusal(arguments)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
     dtype = arguments["x"].dtype if operator == "weight_only_linear" else arguments["out_dtype"]
@@ -63,7 +63,7 @@ def dequantize_weight(
     num_outliers: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The weight `[N, K]` in its original channel order."""
+    """Return the weight `[N, K]` in its original channel order."""
     n, k = weight_packed.shape[0], weight_packed.shape[1] * 8 // bits
     weight, block = torch.empty((n, k), dtype=out_dtype, device=weight_packed.device), block_of(k, _BLOCK)
     tensors = (weight_packed, weight_scale, weight_zero_point, channel_order, weight)
@@ -82,7 +82,7 @@ def weight_only_linear(
     bits: int,
     num_outliers: int,
 ) -> Tensor:
-    """Float `[..., K]` times the de-quantized weight: one layer's float weight lives from this kernel to cuBLAS."""
+    """Multiply float `[..., K]` by the de-quantized weight, which exists only until cuBLAS has read it."""
     stored = (weight_packed, weight_scale, weight_zero_point, channel_order)
     weight = dequantize_weight(*stored, bits, num_outliers, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

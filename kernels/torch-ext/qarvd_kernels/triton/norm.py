@@ -1,4 +1,4 @@
-"""LayerNorm, modulation, gated residual and static quantization of one row per program; the row never leaves the chip."""
+"""Run LayerNorm, modulation, gated residual and static quantization of one row per program, all in registers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, device_refusal, empty_refusal, group_quantizer, quantize
+from .launch import Launcher, group_quantizer, quantize, unsupported_device, unsupported_empty
 
 _LARGEST_ROW = 16384
 _ADD_BLOCK = 1024
 _block = cache(triton.next_power_of_2)
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    reason = device_refusal(device) or empty_refusal(arguments)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
     columns = arguments["x"].shape[1]
@@ -31,7 +31,7 @@ def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | 
 
 @triton.jit
 def _gated_sum(x, y, gate, channel, mask):
-    """float32 `x + gate * y` of one row; y and gate may be None."""
+    """Compute `x + gate * y` of one row in float32; y and gate may be None."""
     value = tl.load(x + channel, mask=mask, other=0.0).to(tl.float32)
     if y is not None:
         added = tl.load(y + channel, mask=mask, other=0.0).to(tl.float32)
@@ -108,12 +108,15 @@ def _rows_per(table: Tensor | None, rows: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """Measured on an H200 at C = 1536 (2, 4, 8, 16 warps: 27, 27, 20, 24 us) and C = 5120 (4, 8, 16: 92, 99, 102 us)."""
+    """Choose the number of warps; measured on an H200 at C = 1536 (2, 4, 8, 16 warps: 27, 27, 20, 24 us) and C = 5120 (4, 8, 16: 92, 99, 102 us)."""
     return min(max(block // 256, 1), 8) if block <= 2048 else 4 if block <= 8192 else 16
 
 
-def _launch(x, y, gate, tables, eps, quantizer, total, codes) -> None:
-    channel_order, num_outliers, input_scale, input_zero_point = quantizer
+def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any) -> tuple[Tensor | None, Tensor]:
+    """Return the sum in the dtype of x if there is a y, and int8 codes; arguments: fields of `Norm`, `InputQuantizer`."""
+    *tables, eps, channel_order, num_outliers, input_scale, input_zero_point = arguments
+    total = None if y is None else torch.empty_like(x)
+    codes = torch.empty_like(x, dtype=torch.int8)
     (rows, columns), block = x.shape, _block(x.shape[1])
     _norm_quantize(
         (rows, 1, 1),
@@ -123,51 +126,21 @@ def _launch(x, y, gate, tables, eps, quantizer, total, codes) -> None:
         (_warps(block), 1),
         (x.dtype, None if y is None else y.dtype, gate is None, tables[0] is None, tables[2] is None),
     )
-
-
-def norm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    channel_order: Tensor,
-    num_outliers: int,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> Tensor:
-    """Float `[M, C]` -> int8 `[M, C]`, permuted."""
-    codes = torch.empty_like(x, dtype=torch.int8)
-    quantizer = (channel_order, num_outliers, input_scale, input_zero_point)
-    _launch(x, None, None, (weight, norm_bias, scale, shift), eps, quantizer, None, codes)
-    return codes
-
-
-def add_norm_quantize(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    channel_order: Tensor,
-    num_outliers: int,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gated sum in the dtype of x, and int8 `[M, C]` of its norm."""
-    total = torch.empty_like(x)
-    codes = torch.empty_like(x, dtype=torch.int8)
-    quantizer = (channel_order, num_outliers, input_scale, input_zero_point)
-    _launch(x, y, gate, (weight, norm_bias, scale, shift), eps, quantizer, total, codes)
     return total, codes
 
 
+def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
+    """Normalize and quantize float `[M, C]` to int8 `[M, C]`, permuted."""
+    return _launch(x, None, None, *arguments)[1]
+
+
+def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the gated sum in the dtype of x, and int8 codes `[M, C]` of its norm."""
+    return _launch(x, y, gate, *arguments)
+
+
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """`x + gate * y` in the dtype of x."""
+    """Compute `x + gate * y` in the dtype of x."""
     (rows, columns), total = x.shape, torch.empty_like(x)
     block = min(_block(columns), _ADD_BLOCK)
     grid = (rows, triton.cdiv(columns, block), 1)

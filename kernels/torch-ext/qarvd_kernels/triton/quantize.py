@@ -1,4 +1,4 @@
-"""Static quantization with a permuted gather, and the row sums of asymmetric weights."""
+"""Run static quantization with a permuted gather, and the row sums for asymmetric weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, block_of, device_refusal, empty_refusal, group_quantizer, quantize
+from .launch import Launcher, block_of, group_quantizer, quantize, unsupported_device, unsupported_empty
 
 _BLOCK = 512
 
 
-def refuses(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
-    """See `dispatch`."""
-    return device_refusal(device) or empty_refusal(arguments)
+def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
+    """Return why the operator cannot run here, or None; see `dispatch`."""
+    return unsupported_device(device) or unsupported_empty(arguments)
 
 
 @triton.jit(do_not_specialize=["rows", "zero"])
@@ -68,7 +68,7 @@ _row_sums = Launcher(row_sums_kernel)
 def quantize_static(
     x: Tensor, channel_order: Tensor, num_outliers: int, input_scale: Tensor, input_zero_point: Tensor
 ) -> Tensor:
-    """Float `[..., K]` -> int8 `[..., K]`, permuted."""
+    """Quantize float `[..., K]` to int8 `[..., K]`, permuted."""
     codes, k = torch.empty_like(x, dtype=torch.int8), x.shape[-1]
     rows, block = x.numel() // k, block_of(k, _BLOCK)
     grid = (triton.cdiv(rows, 2), triton.cdiv(k, block), 1)
@@ -78,7 +78,7 @@ def quantize_static(
 
 
 def row_sums(a: Tensor, num_outliers: int) -> Tensor:
-    """int8 `[M, K]` -> int32 `[M, 2]`."""
+    """Sum both groups of int8 `[M, K]` to int32 `[M, 2]`."""
     (rows, k), sums = a.shape, torch.empty((a.shape[0], 2), dtype=torch.int32, device=a.device)
     _row_sums((rows, 1, 1), (a, sums), (), (k, num_outliers, block_of(k, 2048)), (4, 1), ())
     return sums

@@ -26,7 +26,7 @@ bool encode_key(CUtensorMap* map, const void* key, long long rows, int columns) 
     return encode(map, key, 5, extent, stride, box);
 }
 
-// [batch * heads * D, room], of which `keys` are seen: what is behind them reads as zero, whatever lies there.
+// [batch * heads * D, room], of which the first `keys` are visible; what follows them reads as zero.
 // Channel 32 g + 8 q + 2 j + e goes to row 32 g + 8 j + 2 q + e: eight neighbours are results of one thread.
 bool encode_value(CUtensorMap* map, const void* value, long long channels, int keys, long long room) {
     const cuuint64_t pitch = room;
@@ -75,8 +75,8 @@ extern "C" long long qarvd_attention_fp8_workspace(int multiprocessors) {
 }
 
 // Returns 0 or a CUDA error. Device pointers: query e4m3 [batch, queries, heads, 128], key e4m3 [batch, room, heads,
-// 128], value e4m3 [batch, heads, 128, room], scales float32 [heads], out bfloat16 [batch, queries, heads, 128]. The
-// first `keys` tokens are seen. `room` is a multiple of 16.
+// 128], value e4m3 [batch, heads, 128, room], query_scale float32 [heads], key_scale and value_scale float32
+// [batch, heads], out bfloat16 [batch, queries, heads, 128]. The first `keys` tokens are visible. `room` is a multiple of 16.
 extern "C" int qarvd_attention_fp8(const void* query, const void* key, const void* value, int batch, int queries,
                                    int keys, int room, int heads, const float* query_scale, const float* key_scale,
                                    const float* value_scale, float softmax_scale, void* out, void* workspace,

@@ -1,24 +1,24 @@
 // Softmax attention on float8 (e4m3) queries, keys and values for Hopper, heads of 128 channels, no mask.
 //
-// One block holds 192 query rows of a head: a producer warp keeps rings of key and value tiles filled by bulk tensor
-// copies, three consumer warpgroups of 64 rows each run both products. A warpgroup takes 64 keys of a tile at a time,
+// One block holds 192 query rows of a head: a producer warp keeps rings of key and value tiles filled by TMA
+// loads, three consumer warpgroups of 64 rows each run both products. A warpgroup takes 64 keys of a tile at a time,
 // and issues the weighted sum of a tile together with the scores of the next one's first half. The three are not
 // synchronized: while one waits for the tensor cores, the others compute exponentials.
 //
 // Values are stored with tokens innermost, [D, tokens], because 8-bit operands must have the summed dimension
 // innermost. The accumulator fragment of the scores becomes the register operand of the weighted sum without a
 // shuffle: of every 16 keys, those that one thread holds are made neighbours by the order in which the tensor map
-// fetches key rows. The rows of the values are ordered in the same way, so that a thread holds eight neighbouring
+// loads key rows. The rows of the values are ordered in the same way, so that a thread holds eight neighbouring
 // channels of the result.
 //
 // Exponentials have a reference per row, a power of two, that follows the true maximum lazily: weights are computed
-// with the old reference, and only if one of them leaves the range of e4m3 the reference moves and what was summed is
-// rescaled (FlashAttention-4's idea). The sum of the weights is one more column of the product (rows of ones behind
+// with the old reference. Only if one of them leaves the range of e4m3, the reference moves and the sums are rescaled
+// (the idea of FlashAttention-4). The sum of the weights is one more column of the product (rows of ones after
 // the values): it sums exactly what is multiplied.
 //
-// Accumulators of 8-bit products keep 13 bits below their largest term and cut the rest off, which over 32760 keys
-// takes a fifth off the result where values have a mean. So they start anew with every tile, and the total is kept in
-// float32 in shared memory. They are added to it beside the exponentials of a tile's second half, when no product that
+// Accumulators of 8-bit products keep 13 bits below their largest term and truncate the rest, which over 32760 keys
+// makes the result a fifth too small if the values have a mean. So they restart with every tile, and the total is kept in
+// float32 in shared memory. They are added to it along with the exponentials of a tile's second half, when no product that
 // writes accumulators is in flight.
 //
 // Blocks are persistent. Tiles of queries that fill whole waves of blocks are computed whole; the keys of the
@@ -48,7 +48,7 @@ struct AttentionParameters {
     int row_tiles, key_tiles;                            // of one sequence
     int whole_waves, split_tiles;                        // tiles of queries: waves of one per block; what is left
     int key_groups_of_batch;                             // groups of 16 key rows between sequences
-    const float *query_scale, *key_scale, *value_scale;  // [heads]
+    const float *query_scale, *key_scale, *value_scale;  // [heads], [batch][heads], [batch][heads]
     float softmax_scale;                                 // log2(e) / sqrt(D)
     __nv_bfloat16* out;                                  // [batch, queries, heads, D]
     float* pieces;                                       // [blocks][2][consumers][piece_floats]
@@ -62,7 +62,7 @@ struct AttentionMaps {
 struct AttentionShared {
     static constexpr int stages = 3;
     static constexpr int query_bytes = query_tile * head_dim, key_bytes = key_tile * head_dim;
-    static constexpr int value_bytes = key_bytes + 8 * key_tile;  // eight rows of ones behind the channels
+    static constexpr int value_bytes = key_bytes + 8 * key_tile;  // eight rows of ones after the channels
     static constexpr int sums_bytes = channel_sums * attention_consumers * 128 * 4;
     static constexpr int segment_bytes = 16;
     static constexpr int bytes = query_bytes + stages * (key_bytes + value_bytes) + sums_bytes +
@@ -250,8 +250,9 @@ class AttentionConsumer {
         barrier_wait(shared.query_full(), query.phase);
         Segment segment = Segment::read(shared.segment(query.phase));
         if (segment.tile < 0) return false;
-        const int head = QueryTile(p, segment.tile).head;
-        scale = __ldg(p.query_scale + head) * __ldg(p.key_scale + head) * p.softmax_scale;
+        const QueryTile tile(p, segment.tile);
+        scale = __ldg(p.query_scale + tile.head) * __ldg(p.key_scale + tile.sequence * p.heads + tile.head) *
+                p.softmax_scale;
         load_queries();
         const int valid = p.keys - (segment.last - 1) * key_tile;
         {
@@ -308,7 +309,7 @@ class AttentionConsumer {
                              : "r"(from + half * 8 * head_dim + ((chunk ^ row % 8) * 16)));
         barrier_arrive(shared.query_empty());
     }
-    // Keys behind the `valid` first ones of a tile.
+    // Masks the keys of a tile after the first `valid` ones.
     template <int half>
     __device__ __forceinline__ void hide(float (&scores)[32], int valid) const {
 #pragma unroll
@@ -353,7 +354,7 @@ class AttentionConsumer {
             offset[half] = fminf(offset[half], weight_bits - ceilf(largest[half] * scale));
     }
 
-    // Moves the reference and weighs anew. What was weighed before is to be multiplied by `keep`; the total will be.
+    // Moves the reference and recomputes the weights. Earlier weights must be multiplied by `keep`; the total will be.
     __device__ __forceinline__ void weigh_anew(const float (&scores)[32], uint32_t (&weights)[8], float (&keep)[2]) {
         const float old[2] = {offset[0], offset[1]};
         refer_to_maxima(scores, later_weight_bits);
@@ -382,7 +383,7 @@ class AttentionConsumer {
             for (int i = 0; i < sum_accumulators; ++i) out[i] *= keep[i / 2 % 2];
         }
     }
-    // Scores and weights of the second half of a tile, of which `valid` keys are seen; the sums of the tile before go
+    // Scores and weights of the second half of a tile, of which `valid` keys are visible; the sums of the tile before go
     // to the total.
     __device__ __forceinline__ void second_half(uint32_t (&weights)[2][8], int valid) {
         float scores[32];
@@ -511,7 +512,7 @@ class AttentionConsumer {
     // Thread `lane` holds channels 8 (lane % 4) to + 7 of every 32, of two rows.
     __device__ __forceinline__ void store(int index) const {
         const QueryTile tile(p, index);
-        const float value_scale = __ldg(p.value_scale + tile.head);
+        const float value_scale = __ldg(p.value_scale + tile.sequence * p.heads + tile.head);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = tile.row + consumer * 64 + warp * 16 + half * 8 + lane / 4;
@@ -550,7 +551,7 @@ static __global__ void __launch_bounds__(attention_threads, 1)
         barrier_init(shared.query_empty(), attention_consumers * 128);  // every thread reads queries and segments
         barrier_init_fence();
     }
-    constexpr int words = 8 * key_tile / 4;  // of ones, behind every tile of values
+    constexpr int words = 8 * key_tile / 4;  // of ones, after every tile of values
     for (int i = threadIdx.x; i < AttentionShared::stages * words; i += attention_threads) {
         const uint32_t to = shared.value(i / words) + AttentionShared::key_bytes + i % words * 4;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(0x38383838u) : "memory");

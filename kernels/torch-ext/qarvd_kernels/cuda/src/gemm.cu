@@ -36,7 +36,7 @@ struct Operands {
 
 template <typename L, Output output>
 int launch(const Operands& operands, GemmParameters p, int device, cudaStream_t stream) {
-    static std::atomic<int> processors[devices_limit];  // 0: not asked yet
+    static std::atomic<int> processors[devices_limit];  // 0: not queried yet
     auto kernel = gemm_kernel<L, output>;
     if (processors[device].load() == 0) {
         int count = 0;

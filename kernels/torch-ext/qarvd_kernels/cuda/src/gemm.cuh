@@ -1,18 +1,18 @@
 // Dual-scale int8 GEMM for Hopper: out[m, n] = epilogue(sum over two groups of input channels).
 //
 // The first `k1` input channels (the outliers) have scales of their own. Their int32 sum is brought to the scale of the
-// rest by one rounding multiplication in registers, at the border between the groups, and the product goes on in the
-// same accumulators. Every group has tensor maps of its own, whose extent makes the copy engine fill what lies beyond
-// with zeros, so neither group has to be a multiple of the K block.
+// rest by one rounding multiplication in registers, between the two groups, and the product continues in the same
+// accumulators. Each group has its own tensor maps. TMA fills what lies outside their extent with zeros, so neither group
+// has to be a multiple of the K block.
 //
-// One block computes tiles of 128 or 192 rows, persistently: a producer warp keeps a ring of K blocks filled by bulk
-// tensor copies, consumer warpgroups of 64 rows each run the products and their own epilogue, with no barrier between
-// them. Two blocks make a cluster and take neighbouring tiles of the list (rows change fastest); where these share their
-// columns, each block fetches half of the weight tile and multicasts it to both.
+// One block computes tiles of 128 or 192 rows, persistently: a producer warp keeps a ring of K blocks filled by TMA
+// loads, consumer warpgroups of 64 rows each run the products and their own epilogue, with no barrier between them. Two
+// blocks form a cluster and take neighbouring tiles of the list (rows change fastest); where these share their columns,
+// each block loads half of the weight tile and multicasts it to both.
 //
-// A thread's accumulators belong to pairs of columns, 8 apart. The weight rows are therefore fetched in another order,
-// by a tensor map of rank 5: of every 32 columns, those that one thread holds are neighbours, and it writes 8 of them at
-// once, straight from registers.
+// A thread's accumulators belong to pairs of columns, 8 apart. The weight rows are therefore loaded in another order, by
+// a tensor map of rank 5: of every 32 columns, those that one thread holds are neighbours, and it writes 8 of them at
+// once, directly from registers.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,9 +23,9 @@
 
 namespace qarvd {
 
-// How the result is written; int32 is the accumulator itself, int8 is GELU and static quantization.
+// Output format; int32 is the accumulator itself, int8 is GELU and static quantization.
 enum Format : int { bfloat16 = 0, float16 = 1, float32 = 2, int32 = 3, int8 = 4 };
-// Formats that share one kernel.
+// Output formats that share one kernel.
 enum class Output { half_precision, full_precision, gelu_int8 };
 
 struct GemmParameters {
@@ -54,7 +54,7 @@ template <int tile_rows, int tile_columns, int block>
 struct Layout {
     static constexpr int rows = tile_rows, columns = tile_columns, block_k = block;
     static constexpr int consumers = rows / consumer_rows, threads = (consumers + 1) * warpgroup;
-    // Of a thread, out of the 64 Ki of a multiprocessor.
+    // Per thread, out of the 64 Ki registers of a multiprocessor.
     static constexpr int producer_registers = consumers == 2 ? 40 : 32, consumer_registers = consumers == 2 ? 232 : 160;
     static_assert((producer_registers + consumers * consumer_registers) * warpgroup <= 65536);
 
@@ -63,7 +63,7 @@ struct Layout {
     static constexpr int barriers_bytes = 256, fixed = lines_buffers * lines_bytes + barriers_bytes;
     static constexpr int stages = (shared_limit - fixed) / stage;
     static constexpr int bytes = stages * stage + fixed;
-    // The halves of a weight tile that the two blocks of a cluster fetch.
+    // The halves of a weight tile that the two blocks of a cluster load.
     static constexpr int left = (columns / 2 + group_columns - 1) / group_columns * group_columns;
     static constexpr int right = columns - left;
     static_assert(stages >= 3 && (2 * stages + 2 * lines_buffers) * 8 <= barriers_bytes);
@@ -262,7 +262,7 @@ __device__ __forceinline__ float2 unpack_half(uint32_t packed) {
     return __half22float2(reinterpret_cast<const __half2&>(packed));
 }
 
-// What few calls ask for: the terms that a zero-point left in asymmetric weights adds (row sum times column scale, for
+// Terms that few calls need: the remainder of the zero-points of asymmetric weights (row sum times column scale, for
 // each group), a gate per column and a residual.
 template <Format format>
 __device__ __forceinline__ void finish_extras(const GemmParameters& p, Values<own_columns>& y, int row, int column) {
@@ -369,7 +369,7 @@ __device__ __forceinline__ void store(
     }
 }
 
-// Every format has code of its own behind one branch: a test for each element would cost as much as the arithmetic.
+// One branch selects code for each format: a test for each element would cost as much as the arithmetic.
 template <int tile_columns, Output output, bool extras, typename... Arguments>
 __device__ __forceinline__ void store_format(const GemmParameters& p, Arguments... arguments) {
     if constexpr (output == Output::gelu_int8) {
@@ -399,7 +399,7 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<L> share
     int accumulators[tile_columns / 2];
     for (Tiles<L> tile(p); tile.take();) {
         const uint32_t own_lines = shared.lines(lines.index) + lane % 4 * own_columns * 4;
-        int held = -1;  // the ring's buffer that the product in flight reads
+        int held = -1;  // buffer of the ring that the product in flight reads
         auto release = [&] {
             if (held >= 0 && lane < cluster_blocks) barrier_arrive_remote(shared.empty(held), lane);
         };
@@ -451,7 +451,7 @@ __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(L::thre
     const Shared<L> shared{shared_address(memory)};
     const int role = __shfl_sync(0xFFFFFFFF, threadIdx.x / warpgroup, 0);
     if (threadIdx.x == 0) {
-        if (shared.base % 1024) __trap();  // the swizzles count on it
+        if (shared.base % 1024) __trap();  // required by the swizzles
         for (int group = 0; group < 2; ++group) {
             prefetch_map(&maps.a[group]);
             prefetch_map(&maps.weight[group][0]);

@@ -1,4 +1,4 @@
-// What launches share. Host only.
+// Helpers of all launches. Host only.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -6,9 +6,9 @@
 
 namespace qarvd {
 
-constexpr int devices_limit = 64;  // of what is remembered by device
+constexpr int devices_limit = 64;  // of what is cached per device
 
-// Makes a device the current one; at the end of its life the one before is current again, whatever happened.
+// Makes a device the current one; the destructor restores the previous one.
 class OnDevice {
   public:
     explicit OnDevice(int device) : before_(device), device_(device), error(cudaGetDevice(&before_)) {

@@ -1,5 +1,5 @@
-// Thin names for the Hopper instructions the kernels use: mbarriers, bulk tensor copies (TMA), clusters, register
-// reallocation. Shared memory addresses are 32-bit throughout; nothing here hides a wait or a fence.
+// Thin wrappers of the Hopper instructions that the kernels use: mbarriers, TMA, clusters, register
+// reallocation. Shared memory addresses are 32-bit throughout; no wrapper contains a wait or a fence of its own.
 #pragma once
 #include <cuda.h>
 #include <cstdint>
@@ -50,7 +50,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// ---- bulk copies
+// ---- TMA
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

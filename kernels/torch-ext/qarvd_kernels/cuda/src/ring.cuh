@@ -1,4 +1,4 @@
-// Positions in rings of buffers that are guarded by mbarriers.
+// Positions in rings of buffers that mbarriers guard.
 #pragma once
 #include <cstdint>
 

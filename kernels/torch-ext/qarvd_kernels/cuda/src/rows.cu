@@ -1,9 +1,9 @@
 // Rows of activations to int8 codes in stored channel order: gated residual sum, LayerNorm, modulation, quantization.
 //
-// A block takes neighbouring rows that share their tables, and its threads eight channels each: what belongs to a channel
-// (gate, scale, shift, place in the stored order) is read once and stays in registers. Statistics are merged pairwise
+// A block takes neighbouring rows that share their tables, and its threads eight channels each: the data of a channel
+// (gate, scale, shift, place in the stored order) are read once and stay in registers. Statistics are merged pairwise
 // (Chan, Golub, LeVeque 1979), so that one pass over a row gives the variance about its mean. The permutation goes through
-// shared memory byte by byte, after quantization; stored order is nearly ascending, so bytes of a warp fall side by side.
+// shared memory byte by byte, after quantization; stored order is nearly ascending, so the bytes of a warp are neighbours.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -117,7 +117,7 @@ __device__ __forceinline__ float2 merge(const float2* parts, int warps, float ep
 }
 
 // code = clamp(value * factor + offset) for normed values, which never lie exactly between two codes; plain values are
-// rounded before the zero-point is added, as the reference does.
+// rounded before the zero-point is added, as in the reference.
 template <Kind kind>
 struct Codes {
     float factor[own], offset[own];

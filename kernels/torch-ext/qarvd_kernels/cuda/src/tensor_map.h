@@ -9,7 +9,7 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// The driver's encoder; null where the driver has none.
+// The driver's encoder, or null if the driver has none.
 inline EncodeTiled encoder() {
     static const EncodeTiled function = [] {
         void* found = nullptr;
@@ -20,7 +20,7 @@ inline EncodeTiled encoder() {
     return function;
 }
 
-// A map whose boxes have rows of 64 or 128 bytes, swizzled in that width; what lies outside reads as zero.
+// A map whose boxes have rows of 64 or 128 bytes, swizzled in that width; what lies outside the matrix reads as zero.
 inline bool encode(CUtensorMap* map, const void* pointer, int rank, const cuuint64_t* extent, const cuuint64_t* stride,
                    const cuuint32_t* box) {
     const cuuint32_t step[5] = {1, 1, 1, 1, 1};

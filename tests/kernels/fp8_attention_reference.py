@@ -1,4 +1,4 @@
-"""Attention of 8-bit tensor cores in float64: its roundings are theirs, its sums are exact."""
+"""Emulate 8-bit attention in float64: the rounding points of tensor cores, with exact accumulation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-_STEP, _BITS = 32, 13  # products that an instruction sums; bits below the largest exponent that it keeps
-_ROWS = 16  # at a time: every product of them is kept
+_STEP, _BITS = 32, 13  # products that an instruction sums; bits that it keeps below the largest exponent
+_ROWS = 16  # query rows per block: all products of a block are in memory
 
 
 def _exponent(x: Tensor, smallest: int) -> Tensor:
@@ -16,19 +16,19 @@ def _exponent(x: Tensor, smallest: int) -> Tensor:
 
 
 def _cut(x: Tensor, exponent: Tensor) -> Tensor:
-    """What is left of x in units of 2^(exponent - 13)."""
+    """Truncate x to a multiple of 2^(exponent - 13)."""
     bits = _BITS - exponent
     return torch.ldexp(torch.ldexp(x, bits).trunc(), -bits)
 
 
 def _four_digits(x: Tensor) -> Tensor:
-    """Rounded to the digits of an e4m3 number, whatever the exponent."""
+    """Round to the four binary digits of an e4m3 number, without its limits of the exponent."""
     digits = 4 - torch.frexp(x)[1]
     return torch.ldexp(torch.ldexp(x, digits).round(), -digits)
 
 
 def tensor_core_scores(query: Tensor, key: Tensor) -> Tensor:
-    """float64 `[M, N]` from float8 `[M, K]` and `[N, K]` as Hopper's wgmma sums them.
+    """Multiply float8 `[M, K]` and `[N, K]` to float64 `[M, N]` as Hopper's wgmma does.
 
     Of 32 exact products and the sum before, each is cut off 13 bits below the largest exponent among them; so is their sum
     (Xie et al. 2025, "MMA-Sim", arXiv 2511.10909). Exponents of products are sums of exponents: 1.5 * 1.5 has 0.
@@ -44,8 +44,8 @@ def tensor_core_scores(query: Tensor, key: Tensor) -> Tensor:
     return total
 
 
-def attention_truth(arguments: list) -> Tensor:
-    """float64 `[B, T, H, D]` of the arguments of `attention_fp8`.
+def attention_reference(arguments: list) -> Tensor:
+    """Return float64 `[B, T, H, D]` for the arguments of `attention_fp8`.
 
     Scores are as above, weights have the four binary digits of e4m3, the rest is exact.
     """
@@ -54,7 +54,7 @@ def attention_truth(arguments: list) -> Tensor:
     for sequence in range(query.shape[0]):
         for head in range(query.shape[2]):
             q, k, v = (x[sequence, :, head] for x in (query, key[:, :length], value[:, :length]))
-            q_scale, k_scale, v_scale = (scale[head].double() for scale in scales)
+            q_scale, k_scale, v_scale = (scale.expand(len(query), -1)[sequence, head].double() for scale in scales)
             scores = torch.cat([tensor_core_scores(rows, k) for rows in q.split(_ROWS)])
             scores *= q_scale * k_scale * math.log2(math.e) / math.sqrt(q.shape[1])
             weights = _four_digits(torch.exp2(scores - scores.amax(1, keepdim=True).ceil()))

@@ -1,0 +1,166 @@
+"""Following one run of Stream Generate: progress, previews, the stop and finish buttons, and what came out."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.utils
+import torch
+
+from .compat import NodeError, stop_if_interrupted
+from .handles import PipelineHandle, StreamState
+from .preview import ChunkFeed, LatentPreview, picture
+from .runs import Run
+from .tensors import joined
+
+
+@dataclass
+class Take:
+    """What a run made.
+
+    Attributes:
+        images: `[frames, height, width, 3]` in [0, 1], on the CPU.
+        state: where the stream stands.
+        latent_frames: how many of the state's frames are the images.
+        chunks: frames and seconds of every chunk; the frames the video starts with are in none.
+        first_after: seconds until the first chunk was there.
+    """
+
+    images: torch.Tensor
+    state: StreamState
+    latent_frames: int
+    chunks: list[tuple[int, float]]
+    first_after: float
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """Normalized latents `[1, C, F, h, w]` of the images."""
+        return self.state.latents[:, :, -self.latent_frames :]
+
+    def stats(self, total: int, fps: float) -> str:
+        """What the run took, in words; `total` is how many chunks were asked for."""
+        frames, seconds = (sum(column) for column in zip(*self.chunks, strict=True))
+        each = ", ".join(f"{seconds:.2f}" for _, seconds in self.chunks)
+        early = f" of {total}, finished early" if len(self.chunks) < total else ""
+        return (
+            f"{len(self.chunks)} chunks{early}, {frames} frames in {seconds:.2f} s: {frames / seconds:.1f} frames per second "
+            f"({frames / seconds / fps:.2f} of real time)\n"
+            f"first chunk after {self.first_after:.2f} s; seconds per chunk: {each}"
+        )
+
+
+class Watch:
+    """Follows one run: progress and stop button before every pass, previews after steps and chunks, times.
+
+    Args:
+        run: what the page knows of it.
+        pipe: the pipeline that streams.
+        fps: frames per second of previews.
+        preview: `video`, `frames` or `off`.
+    """
+
+    def __init__(self, run: Run, pipe: Any, fps: float, preview: str) -> None:
+        self._run, self._preview = run, preview
+        fields = pipe.causal_fields
+        passes = sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in range(run.total))
+        self._bar = comfy.utils.ProgressBar(passes, node_id=run.node_id)
+        self._feed = ChunkFeed(run, fps) if preview == "video" else None
+        self._latent_preview = LatentPreview()
+
+    def on_pass(self, info: Any) -> None:
+        """Advance progress; the stream's `on_pass`."""
+        stop_if_interrupted()
+        if info.role != "context":
+            self._bar.update(1)
+
+    def on_step(self, pipe: Any, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> dict:
+        """Show the chunk in progress; the stream's `callback_on_step_end`."""
+        if self._feed is not None:
+            image = self._latent_preview.image(tensors["latents"])
+            if image is not None:
+                self._feed.step(image)
+        return {}
+
+    def collect(self, stream: Iterator, before: StreamState | None, generator: torch.Generator, name: str) -> Take:
+        """Run the stream to its end, or until the user wants no further chunk.
+
+        Args:
+            stream: chunks; a chunk -1, what the video starts with, is among the images unless `before` is given.
+            before: the state that is gone on from.
+            generator: source of the stream's noise.
+            name: of the pipeline, for the state.
+
+        Raises:
+            NodeError: NaN or infinity appeared.
+        """
+        images, latents, chunks = [], [], []
+        start, first_after = time.perf_counter(), 0.0
+        try:
+            for chunk in stream:
+                pixels = chunk.frames[0].permute(0, 2, 3, 1).float().cpu().contiguous()
+                if chunk.index == -1 and before is not None:
+                    continue
+                images.append(pixels)
+                latents.append(chunk.latents.float().cpu())
+                if self._feed is not None:
+                    self._latent_preview.fit(chunk.latents, pixels)
+                if chunk.index < 0:
+                    continue
+                chunks.append((len(pixels), chunk.seconds))
+                first_after = first_after or time.perf_counter() - start
+                self._show(pixels, chunk.seconds)
+                if self._run.finishing:
+                    break
+        except FloatingPointError as error:
+            problem, _, remedy = str(error).partition(": ")
+            raise NodeError(problem, remedy[:1].upper() + remedy[1:]) from error
+        finally:
+            stream.close()  # an interrupted, finished or failed stream gives its cache back now
+        latent_frames = sum(piece.shape[2] for piece in latents)
+        everything = torch.cat([*([] if before is None else [before.latents]), *latents], dim=2)
+        state = StreamState(name, everything, generator.get_state())
+        return Take(joined(images), state, latent_frames, chunks, first_after)
+
+    def replay(self, take: Take) -> None:
+        """Show a run that was made before."""
+        begin = len(take.images) - sum(frames for frames, _ in take.chunks)
+        for frames, seconds in take.chunks:
+            self._show(take.images[begin : begin + frames], seconds)
+            begin += frames
+
+    def _show(self, pixels: torch.Tensor, seconds: float) -> None:
+        self._run.made += 1
+        if self._feed is not None:
+            self._feed.show(pixels, seconds)
+            return
+        if self._preview == "frames":
+            self._bar.update_absolute(self._bar.current, preview=("JPEG", picture(pixels[-1]), None))
+        self._run.announce()
+
+
+class Takes:
+    """The latest take of every node, for as long as ComfyUI itself keeps that result.
+
+    ComfyUI's cache counts every input of a node. What only says how a result is shown must not make it anew: so the node
+    looks here, by the inputs that count. Tensors are held weakly; this keeps nothing alive.
+    """
+
+    def __init__(self) -> None:
+        self._of_node: dict[str, tuple] = {}
+
+    def keep(self, node_id: str, pipeline: PipelineHandle, inputs: str, take: Take) -> None:
+        """Remember a take by the pipeline and a digest of the other inputs."""
+        held = [weakref.ref(value) for value in (pipeline, take.images, take.state)]
+        self._of_node[node_id] = (inputs, held, (take.latent_frames, take.chunks, take.first_after))
+
+    def find(self, node_id: str, pipeline: PipelineHandle, inputs: str) -> Take | None:
+        """The node's take, if it was made from the same and is still there."""
+        known, held, numbers = self._of_node.get(node_id, (None, (), ()))
+        values = [reference() for reference in held]
+        if known != inputs or values[0] is not pipeline or any(value is None for value in values):
+            return None
+        return Take(*values[1:], *numbers)
