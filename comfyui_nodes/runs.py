@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import os
@@ -115,7 +116,7 @@ def register() -> None:
 async def _streams(request: web.Request) -> web.Response:
     """Runs, oldest first, with their chunks; `?workflow=` leaves out those of other graphs."""
     workflow = request.query.get("workflow")
-    wanted = [run for run in _runs.values() if workflow in (None, run.workflow)]
+    wanted = [run for run in list(_runs.values()) if workflow in (None, run.workflow)]
     return web.json_response([{**run.status(), "chunks": run.chunks} for run in wanted])
 
 
@@ -139,7 +140,7 @@ async def _cached(request: web.Request) -> web.Response:
 async def _finish(request: web.Request) -> web.Response:
     """Let a run, or every running one, end behind the chunk in progress, with the outputs of what exists."""
     wanted = (await request.json()).get("run") if request.can_read_body else None
-    found = [run for run in _runs.values() if run.state == "running" and wanted in (None, run.id)]
+    found = [run for run in list(_runs.values()) if run.state == "running" and wanted in (None, run.id)]
     if wanted is not None and not found:
         return web.json_response({"error": f"no stream {wanted!r} is running"}, status=404)
     for run in found:
@@ -156,7 +157,7 @@ async def _video(request: web.Request) -> web.Response:
     if not paths or not all(os.path.isfile(path) for path in paths):
         return web.json_response({"error": "the chunks of this run are not there any more; run it again"}, status=404)
     name = {"Content-Disposition": f'attachment; filename="qarvd_{run.id}.mp4"'}
-    return web.Response(body=_one_video(paths), content_type="video/mp4", headers=name)
+    return web.Response(body=await asyncio.to_thread(_one_video, paths), content_type="video/mp4", headers=name)
 
 
 def _one_video(paths: list[str]) -> bytes:
