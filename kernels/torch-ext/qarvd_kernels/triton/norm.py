@@ -41,6 +41,18 @@ def _gated_sum(x, y, gate, channel, mask):
     return value
 
 
+@triton.jit
+def _layer_norm(value, weight, norm_bias, eps, channel, mask, C: tl.constexpr):
+    """Normalize one row; weight and norm_bias may be None."""
+    mean = tl.sum(value, axis=0) / C
+    value = tl.where(mask, value - mean, 0.0)
+    value *= tl.rsqrt(tl.sum(value * value, axis=0) / C + eps)
+    if weight is not None:
+        value = value * tl.load(weight + channel, mask=mask, other=0.0)
+        value += tl.load(norm_bias + channel, mask=mask, other=0.0)
+    return value
+
+
 @triton.jit(do_not_specialize=["eps", "rows_per_gate", "rows_per_scale"])
 def norm_quantize_kernel(
     x,
@@ -73,12 +85,7 @@ def norm_quantize_kernel(
         gate_row = None if gate is None else gate + row // rows_per_gate * C
         value = _gated_sum(x + start, y + start, gate_row, channel, mask)
         tl.store(total + start + channel, value.to(total.dtype.element_ty), mask=mask)
-    mean = tl.sum(value, axis=0) / C
-    value = tl.where(mask, value - mean, 0.0)
-    value *= tl.rsqrt(tl.sum(value * value, axis=0) / C + eps)
-    if weight is not None:
-        value = value * tl.load(weight + channel, mask=mask, other=0.0)
-        value += tl.load(norm_bias + channel, mask=mask, other=0.0)
+    value = _layer_norm(value, weight, norm_bias, eps, channel, mask, C)
     if scale is not None:
         table = row // rows_per_scale * C + channel
         value *= 1.0 + tl.load(scale + table, mask=mask, other=0.0)
