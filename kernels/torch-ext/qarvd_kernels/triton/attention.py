@@ -7,8 +7,8 @@ Attention on an H200, 4680 queries, 12 heads of 128, microseconds (2026-11-23, t
     torch flash, bfloat16         454    1736    3022
     this                          373    1417    2481
 
-On Hopper it is faster than FlashAttention-2 and slower than cuDNN, so an int8 cache saves memory there, not time. It is
-meant for GPUs without the Hopper kernels of cuDNN and FlashAttention-3, where it has not been measured.
+On Hopper it is faster than FlashAttention-2 and slower than cuDNN, so an int8 cache saves memory there, not time. It
+is meant for GPUs without the Hopper kernels of cuDNN and FlashAttention-3, where it has not been measured.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _attend(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Run online softmax over keys `first ... last`; integer scores become floats by a bit cast instead of a conversion."""
+    """Run online softmax over keys `first ... last`; a bit cast, not a conversion, makes integer scores floats."""
     channel = tl.arange(0, DIM)
     for position in range(first, last, KEYS):
         token = position + tl.arange(0, KEYS)

@@ -140,7 +140,7 @@ def dual_scale_gemm_kernel(
     STRIPE: tl.constexpr,
 ):
     first, m, n = _tile(rows, N, BLOCK_M, BLOCK_N, STRIPE)
-    # Rows past the end repeat the last one and are not stored; large products are in scalars, so that offsets fit 32 bits.
+    # Rows past the end repeat the last one and are not stored. Scalars hold the large products: offsets fit 32 bits.
     row, column = tl.minimum(m, rows - first - 1), n % N
     a_row = a + first.to(tl.int64) * K + row[:, None] * K
     w_row = weight + column[None, :] * K
