@@ -26,8 +26,8 @@ def poisoned() -> Iterator[None]:
 def on_device() -> Callable[..., Any]:
     """`on_device(function, arguments)` calls a Triton implementation with its tensors moved to where it runs.
 
-    That is a GPU, or the CPU with TRITON_INTERPRET=1 (slow: element by element). Results come back to the CPU; arguments
-    that the function wrote to are copied back.
+    That is a GPU, or the CPU with TRITON_INTERPRET=1 (slow: element by element). Results come back to the CPU;
+    arguments that the function wrote to are copied back.
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

@@ -30,8 +30,8 @@ def _four_digits(x: Tensor) -> Tensor:
 def tensor_core_scores(query: Tensor, key: Tensor) -> Tensor:
     """Multiply float8 `[M, K]` and `[N, K]` to float64 `[M, N]` as Hopper's wgmma does.
 
-    Of 32 exact products and the sum before, each is cut off 13 bits below the largest exponent among them; so is their sum
-    (Xie et al. 2025, "MMA-Sim", arXiv 2511.10909). Exponents of products are sums of exponents: 1.5 * 1.5 has 0.
+    Of 32 exact products and the sum before, each is cut off 13 bits below the largest exponent among them; so is their
+    sum (Xie et al. 2025, "MMA-Sim", arXiv 2511.10909). Exponents of products are sums of exponents: 1.5 * 1.5 has 0.
     """
     query, key = query.double()[:, None], key.double()[None]
     total = query.new_zeros(query.shape[0], key.shape[1])

@@ -368,7 +368,7 @@ class TestMoreOnGPU:
         assert torch.equal(out, accumulate(a, weight, 128, ratio))
 
     def test_one_scratch_for_layers_in_turn(self):
-        """Kernels start before the one ahead has ended: no expansion may overtake the product that reads its scratch."""
+        """Kernels overlap the end of the one before: no expansion may overtake the product that reads its scratch."""
         a, _, ratio, scale, bias = make(1000, 1536, 1536)
         packed = [torch.randint(0, 256, (1536, 768), dtype=torch.uint8, device="cuda") for _ in range(3)]
         zero_points = torch.randint(0, 16, (1536, 2), dtype=torch.int16, device="cuda")

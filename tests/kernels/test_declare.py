@@ -10,31 +10,55 @@ from kernel_inputs import quantizer
 import qarvd_kernels as ops
 
 # What compiled and exported programs refer to; `(!)` marks an argument that is written to.
-SCHEMAS = """
-qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, Tensor sin, Tensor(!) key_cache, Tensor(!) value_cache, Tensor? query_scale, Tensor? key_scale, Tensor? value_scale, SymInt start) -> Tensor
-attention_int8(Tensor query, Tensor key, Tensor value, Tensor key_scale, Tensor value_scale, SymInt length) -> Tensor
-attention_fp8(Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor key_scale, Tensor value_scale, SymInt length) -> Tensor
+SCHEMAS = (
+    re.sub(
+        r"\n +",
+        " ",
+        """
+qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, Tensor sin, Tensor(!)
+    key_cache, Tensor(!) value_cache, Tensor? query_scale, Tensor? key_scale, Tensor? value_scale, SymInt start) ->
+    Tensor
+attention_int8(Tensor query, Tensor key, Tensor value, Tensor key_scale, Tensor value_scale, SymInt length) ->
+    Tensor
+attention_fp8(Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor key_scale, Tensor value_scale,
+    SymInt length) -> Tensor
 rms_norm_silu(Tensor x, Tensor? bias, Tensor weight, Tensor? past, SymInt lead) -> Tensor
 add_bias(Tensor(!) total, Tensor x, Tensor bias) -> ()
-dual_scale_gemm(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor? row_sums, Tensor? row_sum_scale, ScalarType out_dtype) -> Tensor
-dual_scale_gemm_gelu(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor? row_sums, Tensor? row_sum_scale, Tensor out_scale, Tensor out_zero_point, SymInt out_outliers) -> Tensor
-dual_scale_gemm_residual(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor? row_sums, Tensor? row_sum_scale, Tensor residual, Tensor? gate) -> Tensor
+dual_scale_gemm(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
+    row_sums, Tensor? row_sum_scale, ScalarType out_dtype) -> Tensor
+dual_scale_gemm_gelu(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
+    row_sums, Tensor? row_sum_scale, Tensor out_scale, Tensor out_zero_point, SymInt out_outliers) -> Tensor
+dual_scale_gemm_residual(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias,
+    Tensor? row_sums, Tensor? row_sum_scale, Tensor residual, Tensor? gate) -> Tensor
 expand_int4(Tensor weight_packed, Tensor weight_zero_point, SymInt num_outliers, Tensor(!) out) -> ()
 unpack_weight(Tensor weight_packed, int bits) -> Tensor
-dual_scale_linear_static(Tensor a, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor input_scale, Tensor input_zero_point, Tensor? bias, int bits, SymInt num_outliers, ScalarType out_dtype) -> Tensor
-dual_scale_linear_dynamic(Tensor a, Tensor a_scale, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias, int bits, SymInt num_outliers, ScalarType out_dtype) -> Tensor
-dequantize_weight(Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor channel_order, int bits, SymInt num_outliers, ScalarType out_dtype) -> Tensor
-weight_only_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor channel_order, Tensor? bias, int bits, SymInt num_outliers) -> Tensor
-norm_quantize(Tensor x, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor? shift, float eps, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) -> Tensor
-add_norm_quantize(Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor? shift, float eps, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) -> (Tensor, Tensor)
+dual_scale_linear_static(Tensor a, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor
+    input_scale, Tensor input_zero_point, Tensor? bias, int bits, SymInt num_outliers, ScalarType out_dtype) ->
+    Tensor
+dual_scale_linear_dynamic(Tensor a, Tensor a_scale, Tensor weight_packed, Tensor weight_scale, Tensor
+    weight_zero_point, Tensor? bias, int bits, SymInt num_outliers, ScalarType out_dtype) -> Tensor
+dequantize_weight(Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor channel_order, int
+    bits, SymInt num_outliers, ScalarType out_dtype) -> Tensor
+weight_only_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor
+    channel_order, Tensor? bias, int bits, SymInt num_outliers) -> Tensor
+norm_quantize(Tensor x, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor? shift, float eps, Tensor
+    channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) -> Tensor
+add_norm_quantize(Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor?
+    shift, float eps, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) ->
+    (Tensor, Tensor)
 add_gated(Tensor x, Tensor y, Tensor? gate) -> Tensor
-quantize_static(Tensor x, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) -> Tensor
+quantize_static(Tensor x, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point)
+    -> Tensor
 quantize_dynamic(Tensor x, Tensor channel_order, SymInt num_outliers) -> (Tensor, Tensor)
 row_sums(Tensor a, SymInt num_outliers) -> Tensor
-"""
+""",
+    )
+    .strip()
+    .splitlines()
+)
 
 
-@pytest.mark.parametrize("schema", SCHEMAS.strip().splitlines(), ids=lambda schema: schema.partition("(")[0])
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.partition("(")[0])
 def test_schemas_stay_what_programs_refer_to(schema):
     name = schema.partition("(")[0]
     inferred = str(getattr(ops, name).overload._schema)
@@ -44,7 +68,7 @@ def test_schemas_stay_what_programs_refer_to(schema):
 
 
 def test_every_operator_has_a_schema_here():
-    assert tuple(schema.partition("(")[0] for schema in SCHEMAS.strip().splitlines()) == ops.OPERATORS
+    assert tuple(schema.partition("(")[0] for schema in SCHEMAS) == ops.OPERATORS
 
 
 def test_groups_are_passed_field_by_field():

@@ -82,6 +82,9 @@ def test_strides_reach_implementations_that_take_them(monkeypatch):
 
 
 def test_import_touches_neither_cuda_nor_triton():
-    code = "import sys, torch, qarvd_kernels; print(torch.cuda.is_initialized(), 'qarvd_kernels.triton.gemm' in sys.modules)"
+    code = (
+        "import sys, torch, qarvd_kernels; "
+        "print(torch.cuda.is_initialized(), 'qarvd_kernels.triton.gemm' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]

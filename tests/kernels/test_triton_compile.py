@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for GPUs that need not be there: the wanted matrix instruction, and no spilled register."""
+"""Every Triton kernel, compiled without a GPU: the expected matrix instruction, and no spilled register."""
 
 import importlib.util
 import os

@@ -1,7 +1,7 @@
-"""Provide the operators of Q-ARVD: packed integer weights, dual-scale linear layers, and int8 activations between them.
+"""Provide the operators of Q-ARVD: packed integer weights, dual-scale linear layers, int8 activations between them.
 
-Needs torch and the standard library only. Every operator has a reference implementation in plain torch. `dispatch` replaces
-it by a compiled one where that can run; `report` lists the choices.
+Needs torch and the standard library only. Every operator has a reference implementation in plain torch. `dispatch`
+replaces it by a compiled one where that can run; `report` lists the choices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run attention without a mask on the fastest installed backend: FlashAttention-3 (package `fa3-fwd`), cuDNN, torch."""
+"""Run attention without a mask on the fastest backend available: FlashAttention-3 (`fa3-fwd`), cuDNN or torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PRIORITY = [
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Compute softmax attention of `[B, T, H, D]` queries to `[B, S, H, D]` keys and values, all of one 16- or 32-bit dtype.
+    """Compute softmax attention of `[B, T, H, D]` to `[B, S, H, D]`, all tensors in one 16- or 32-bit dtype.
 
     Returns:
         `[B, T, H, D]`, the dtype of `query`.

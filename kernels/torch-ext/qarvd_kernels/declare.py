@@ -25,14 +25,14 @@ Constant = Annotated[int, "never symbolic"]
 def operator(mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare the operator `qarvd::<name of the decorated function>`.
 
-    The body of the decorated function is the operator's shape function: it checks the arguments (shapes, dtypes and ranges,
-    never tensor values) and returns empty results. It runs while tracing, and once per signature in eager mode, where its
-    ValueErrors reach the caller. The name of its module is also the name of the modules that implement it:
-    `cuda/<name>.py`, `triton/<name>.py` and `reference/<name>.py`.
+    The body of the decorated function is the operator's shape function: it checks the arguments (shapes, dtypes and
+    ranges, never tensor values) and returns empty results. It runs while tracing, and once per signature in eager
+    mode, where its ValueErrors reach the caller. The name of its module is also the name of the modules that implement
+    it: `cuda/<name>.py`, `triton/<name>.py` and `reference/<name>.py`.
 
-    Its annotations are the schema. A parameter whose type is a `NamedTuple` is a group of arguments that several operators
-    share: callers and implementations pass and receive its fields one by one, in its place. No argument has a default: a
-    boxed kernel would not be handed it.
+    Its annotations are the schema. A parameter whose type is a `NamedTuple` is a group of arguments that several
+    operators share: callers and implementations pass and receive its fields one by one, in its place. No argument has
+    a default: a boxed kernel would not be handed it.
 
     Args:
         mutates: names of the arguments that the operator writes to.
@@ -50,7 +50,7 @@ def operator(mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Call
 
         @wraps(shape_function)
         def call(*args, **kwargs):
-            # Torch's dispatcher is for what traces or differentiates; without either it only costs as much as a launch.
+            # Only tracing and autograd need torch's dispatcher; otherwise it costs as much as a kernel launch.
             if kwargs or type(args[0]) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return overload(*args, **kwargs)
             if args[0].is_meta:  # shapes are all there is
@@ -64,7 +64,7 @@ def operator(mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Call
 
 
 def _ungrouped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `function` take the fields of its groups one by one; `__signature__` lists them with resolved annotations."""
+    """Let `function` take the fields of its groups one by one, as `__signature__` of the result lists them."""
     hints = get_type_hints(function, include_extras=True)
     returns = hints.pop("return")
     flat: dict[str, Any] = {}

@@ -1,14 +1,15 @@
 """Choose the implementation of an operator, and say why each other one does not run.
 
-Implementations stand in the order of `BACKENDS`. Each is a module `<backend>/<theme>.py` with a function of the operator's
-name and
+Implementations stand in the order of `BACKENDS`. Each is a module `<backend>/<theme>.py` with a function of the
+operator's name and
 
     unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None
 
 which returns why this implementation cannot (or should not) run there, or None if it can. `arguments` holds the call's
-arguments by name, or is None to ask about the device only. The first implementation without a reason is taken; an exception
-counts as a reason. The reference supports everything. Compiled implementations receive contiguous tensors, unless they are
-marked with `takes_strides`. Copies would lose what an operator writes to its arguments, so those must be checked here.
+arguments by name, or is None to ask about the device only. The first implementation without a reason is taken; an
+exception counts as a reason. The reference supports everything. Compiled implementations receive contiguous tensors,
+unless they are marked with `takes_strides`. Copies would lose what an operator writes to its arguments, so those must
+be checked here.
 
 The environment variable `QARVD_KERNELS` (one of `BACKENDS`) disables all other compiled implementations.
 """
@@ -131,8 +132,8 @@ def _on_contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
 class Dispatched:
     """One operator: caches, per call signature, which implementation to call.
 
-    The signature is everything about the arguments but tensor values: dtypes, shapes, strides, devices, numbers. The shape
-    function checks each signature once; later calls with it cost one dictionary look-up.
+    The signature is everything about the arguments but tensor values: dtypes, shapes, strides, devices, numbers. The
+    shape function checks each signature once; later calls with it cost one dictionary look-up.
 
     Args:
         name: of the operator.

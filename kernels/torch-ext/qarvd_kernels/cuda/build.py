@@ -1,7 +1,7 @@
 """Build the CUDA sources with the installed nvcc, once, into the user's cache folder.
 
-The library has a plain C interface and links its own CUDA runtime, so it works with any version of torch. Its name is a
-hash of sources, flags and compiler; its last bytes are a checksum, which detects a damaged file before it is loaded.
+The library has a plain C interface and links its own CUDA runtime, so it works with any version of torch. Its name is
+a hash of sources, flags and compiler; its last bytes are a checksum, which detects a damaged file before it is loaded.
 Processes that build at the same time wait for each other.
 """
 
@@ -35,7 +35,7 @@ class BuildError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Return the folder of built libraries: `kernels` in `$QARVD_CACHE`, else in `qarvd` in the user's cache folder."""
+    """Return the folder of built libraries: `$QARVD_CACHE/kernels`, else `qarvd/kernels` in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qarvd"
     return Path(os.environ.get("QARVD_CACHE") or default) / "kernels"
 

@@ -33,7 +33,7 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, scales: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """Compute attention of `[B, T, H, D]` to `[B, S, H, D]`; `scales` are the factors `[H]` or `[B, H]` of 8-bit q, k and v."""
+    """Compute attention of `[B, T, H, D]` to `[B, S, H, D]`; `scales` are `[H]` or `[B, H]` of 8-bit q, k, v."""
     names = ("q_descale", "k_descale", "v_descale")
     descale = dict(zip(names, (scale.expand(query.shape[0], -1) for scale in scales or ()), strict=False))
     splits = 0 if scales else 1  # 0 lets it choose, which gains 2 to 4 % in 8 bits

@@ -21,7 +21,7 @@ def qk_norm_rope_append(
     scales: CacheScales,
     start: int,
 ) -> Tensor:
-    """Apply RMSNorm to q and k (over all heads) and RoPE on interleaved pairs; write k and v into the cache at `start`.
+    """Apply RMSNorm (over all heads) and RoPE (on interleaved pairs) to q and k; write k and v into the cache.
 
     Args:
         qkv: float `[B, T, 3 * H * D]`, a row holding q, k and v.
@@ -29,8 +29,9 @@ def qk_norm_rope_append(
         cos: float32 `[T, D / 2]`; the pair (a, b) = channels (2i, 2i + 1) of a head becomes
             `(a cos - b sin, a sin + b cos)`.
         sin: float32 `[T, D / 2]`.
-        key_cache: `[B, S, H, D]`, written at tokens `start ... start + T - 1`. Plain in bfloat16, float16 or float32; int8
-            holds `clamp(round(k / key_scale), -127, 127)`, float8_e4m3fn holds `k / key_scale`, clamped to its range.
+        key_cache: `[B, S, H, D]`, written at tokens `start ... start + T - 1`. Plain in bfloat16, float16 or float32;
+            int8 holds `clamp(round(k / key_scale), -127, 127)`, float8_e4m3fn holds `k / key_scale`, clamped to its
+            range.
         value_cache: `[B, S, H, D]` likewise; may have another dtype, and tokens innermost (see `tokens_innermost`).
         scales: the fields of `CacheScales`.
         start: first cache token that is written.
@@ -70,9 +71,9 @@ def attention_int8(
 ) -> Tensor:
     """Compute softmax attention over an int8 cache, without a mask; queries times keys is an integer product.
 
-    Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127), as in SageAttention (Zhang
-    et al. 2024, arXiv 2410.02367); keys and values have one scale per head, or per sample and head. The softmax weights
-    are not quantized: kernels multiply them in float16, which holds int8 values exactly.
+    Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127), as in SageAttention
+    (Zhang et al. 2024, arXiv 2410.02367); keys and values have one scale per head, or per sample and head. The softmax
+    weights are not quantized: kernels multiply them in float16, which holds int8 values exactly.
 
     Args:
         query: bfloat16 or float16 `[B, T, H, D]`.

@@ -13,7 +13,8 @@ from ..declare import operator
 def rms_norm_silu(x: Tensor, bias: Tensor | None, weight: Tensor, past: Tensor | None, lead: int) -> Tensor:
     """Apply RMS norm over C to `x + bias` in float32, times `weight`, then SiLU; prepend cached frames.
 
-    The result is the whole input of a causal convolution: the frames that it keeps of earlier calls, then the activation.
+    The result is the whole input of a causal convolution: the frames that it keeps of earlier calls, then the
+    activation.
 
     Args:
         x: float `[B, T, S, C]`, S positions of T frames.

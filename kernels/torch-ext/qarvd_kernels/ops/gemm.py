@@ -1,4 +1,4 @@
-"""Multiply int8 activations by dual-scale weights of prepared layers (see `prepare`); expand 4-bit weights for that."""
+"""Multiply int8 activations by dual-scale weights of prepared layers (see `prepare`); expand 4-bit weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run linear layers on stored tensors without preparation, exact for every zero-point: reference of the prepared path."""
+"""Run linear layers on stored tensors, exact for every zero-point: the reference of the prepared path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dual_scale_linear_static(
     num_outliers: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Apply a linear layer to an activation of `quantize_static`: exact int32 sums per group, scaled and added in float32.
+    """Apply a linear layer to the result of `quantize_static`: exact int32 sums per group, added in float32.
 
     Args:
         a: int8 `[..., K]`.

@@ -58,7 +58,7 @@ def qk_norm_rope_append(qkv: Tensor, *arguments: Any) -> Tensor:
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Return `[B, T, H, D]`: attention of int8 queries (one scale per row) to int8 keys; float32 from the scores on."""
+    """Return `[B, T, H, D]`: attention of int8 queries (one scale per row) to int8 keys; scores are float32."""
     value = value[:, :length].to(torch.float32) * per_channel(value_scale)
     rows = query.to(torch.float32)
     scale = rows.abs().amax(-1, keepdim=True) / QUERY_LEVELS

@@ -16,8 +16,8 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     (m, k), n = a.shape, b.shape[0]
     if 0 in (m, n, k):
         return torch.zeros(m, n, dtype=torch.int32, device=a.device)
-    # Zeros change no sum. cuBLAS requires more than 16 rows and multiples of 8. On the CPU a `[1, N]` operand with strides
-    # (1, 1) is taken for its transpose, so that K = 1 gives garbage.
+    # Zeros change no sum. cuBLAS requires more than 16 rows and multiples of 8. On the CPU a `[1, N]` operand with
+    # strides (1, 1) is taken for its transpose, so that K = 1 gives wrong results.
     if a.is_cuda:
         pad_m, pad_n, pad_k = max(17 - m, 0), -n % 8, -k % 8
     else:
@@ -58,7 +58,9 @@ def integer_weight(
 def _dual_scale_linear(
     a: Tensor, a_zero_point: Tensor | None, a_scale: Tensor, weight: tuple[Tensor, Tensor, Tensor], num_outliers: int
 ) -> Tensor:
-    """Compute `sum_g a_scale[g] * weight_scale[:, g] * sum_k (a - a_zero_point[g]) (w - remainder[:, g])` in float32 `[M, N]`.
+    """Compute float32 `[M, N]` from exact integer sums.
+
+        sum_g a_scale[g] * weight_scale[:, g] * sum_k (a - a_zero_point[g]) (w - remainder[:, g])
 
     The sums over k are exact integers. int32 arithmetic wraps, so only their final value has to fit, not each term.
     """

@@ -7,8 +7,8 @@ Attention on an H200, 4680 queries, 12 heads of 128, microseconds (2026-11-23, t
     torch flash, bfloat16         454    1736    3022
     this                          373    1417    2481
 
-On Hopper it is faster than FlashAttention-2 and slower than cuDNN, so an int8 cache saves memory there, not time. It is
-meant for GPUs without the Hopper kernels of cuDNN and FlashAttention-3, where it has not been measured.
+On Hopper it is faster than FlashAttention-2 and slower than cuDNN, so an int8 cache saves memory there, not time. It
+is meant for GPUs without the Hopper kernels of cuDNN and FlashAttention-3, where it has not been measured.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ def _store(row, value, channel, mask):
 
 
 @triton.jit
+def _channels(HEADS: tl.constexpr, DIM: tl.constexpr, ROOM: tl.constexpr):
+    """Return heads `[ROOM]`, channels `[ROOM, DIM]` and the mask `[ROOM, 1]` of the heads that exist."""
+    head = tl.arange(0, ROOM)
+    return head, head[:, None] * DIM + tl.arange(0, DIM)[None, :], (head < HEADS)[:, None]
+
+
+@triton.jit
 def _inverse(scale, head, HEADS: tl.constexpr):
     """Load 1 / scale per head, as a column."""
     return (1.0 / tl.load(scale + head, mask=head < HEADS, other=1.0))[:, None]
@@ -94,6 +101,20 @@ def _norm_rotate(value, weight, c, s, eps, HEADS: tl.constexpr, DIM: tl.constexp
     value = value * tl.rsqrt(square / (HEADS * DIM) + eps) * weight
     even, odd = tl.split(tl.reshape(value, [ROOM, DIM // 2, 2]))
     return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROOM, DIM])
+
+
+@triton.jit
+def _rotated(value, weight, scale, c, s, eps, HEADS: tl.constexpr, DIM: tl.constexpr, ROOM: tl.constexpr):
+    """Normalize and rotate one token `[H, D]` and divide it by its scale, which may be None."""
+    head, channel, mask = _channels(HEADS, DIM, ROOM)
+    # Loads come before the reduction of the norm: they could not be moved across its barrier.
+    weight = tl.load(weight + channel, mask=mask, other=0.0)
+    if scale is not None:
+        inverse = _inverse(scale, head, HEADS)
+    value = _norm_rotate(value, weight, c, s, eps, HEADS, DIM, ROOM)
+    if scale is not None:
+        value *= inverse
+    return value
 
 
 @triton.jit(do_not_specialize=["eps", "tokens", "room_key", "room_value", "start"])
@@ -119,36 +140,23 @@ def qk_norm_rope_append_kernel(
     ROOM: tl.constexpr,
 ):
     WIDTH: tl.constexpr = HEADS * DIM
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)  # 0 query, 1 key, 2 value
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)  # part: 0 query, 1 key, 2 value
     batch, token = row // tokens, row % tokens
-    head = tl.arange(0, ROOM)
-    channel = head[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    mask = (head < HEADS)[:, None]
+    head, channel, mask = _channels(HEADS, DIM, ROOM)
     value = tl.load(qkv + row * (3 * WIDTH) + part * WIDTH + channel, mask=mask, other=0.0).to(tl.float32)
     if part == 2:
         if value_scale is not None:
             value *= _inverse(value_scale + batch * HEADS, head, HEADS)
         _store(value_cache + (batch * room_value + start + token) * WIDTH, value, channel, mask)
     else:
-        # Loads come before the reduction of the norm, whose barrier they could not pass later.
         pair = (token * (DIM // 2) + tl.arange(0, DIM // 2))[None, :]
         c, s = tl.load(cos + pair), tl.load(sin + pair)
         if part == 0:
-            weight = tl.load(q_weight + channel, mask=mask, other=0.0)
-            if query_scale is not None:
-                inverse = _inverse(query_scale, head, HEADS)
-            value = _norm_rotate(value, weight, c, s, eps, HEADS, DIM, ROOM)
-            if query_scale is not None:
-                value *= inverse
+            value = _rotated(value, q_weight, query_scale, c, s, eps, HEADS, DIM, ROOM)
             _store(query + row * WIDTH, value, channel, mask)
         else:
-            weight = tl.load(k_weight + channel, mask=mask, other=0.0)
-            if key_scale is not None:
-                inverse = _inverse(key_scale + batch * HEADS, head, HEADS)
-            value = _norm_rotate(value, weight, c, s, eps, HEADS, DIM, ROOM)
-            if key_scale is not None:
-                value *= inverse
+            scale = None if key_scale is None else key_scale + batch * HEADS
+            value = _rotated(value, k_weight, scale, c, s, eps, HEADS, DIM, ROOM)
             _store(key_cache + (batch * room_key + start + token) * WIDTH, value, channel, mask)
 
 
@@ -197,7 +205,7 @@ def _attend(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Run online softmax over keys `first ... last`; integer scores become floats by a bit cast instead of a conversion."""
+    """Run online softmax over keys `first ... last`; a bit cast, not a conversion, makes integer scores floats."""
     channel = tl.arange(0, DIM)
     for position in range(first, last, KEYS):
         token = position + tl.arange(0, KEYS)
@@ -223,6 +231,14 @@ def _attend(
     return peak, total, out
 
 
+@triton.jit
+def _quantize_rows(q):
+    """Quantize float32 rows to int8, each with its own scale; return codes and scales."""
+    scale = tl.max(tl.abs(q), axis=1) / 127.0
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    return round_to_int(q / scale[:, None]).to(tl.int8), scale
+
+
 @triton.jit(do_not_specialize=["tokens", "room_key", "room_value", "length", "score_scale"])
 def attention_int8_kernel(
     query,
@@ -242,15 +258,12 @@ def attention_int8_kernel(
     KEYS: tl.constexpr,
 ):
     STRIDE: tl.constexpr = HEADS * DIM
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, DIM)
     at = (batch * tokens + row[:, None]) * STRIDE + head * DIM + channel[None, :]
     q = tl.load(query + at, mask=row[:, None] < tokens, other=0.0).to(tl.float32)
-    scale = tl.max(tl.abs(q), axis=1) / 127.0
-    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
-    codes = round_to_int(q / scale[:, None]).to(tl.int8)
+    codes, scale = _quantize_rows(q)
     factor = scale * (tl.load(key_scale + batch * HEADS + head) * score_scale)
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)

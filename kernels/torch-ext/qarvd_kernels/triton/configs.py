@@ -1,8 +1,8 @@
 """Read tile sizes from `configs.json`: measured where it names date and device, else estimated; no run-time tuning.
 
-Per class of GPUs: `gemm` holds `[BLOCK_M, BLOCK_N, BLOCK_K, STRIPE, warps, stages]` per shape `NxK` with a default, two
-for fewer rows (a text prompt) and one for the residual epilogue, which needs registers; `attention` holds `[query rows, keys
-per step, warps, stages]` per head dimension.
+Per class of GPUs: `gemm` holds `[BLOCK_M, BLOCK_N, BLOCK_K, STRIPE, warps, stages]` per shape `NxK` with a default,
+two for fewer rows (a text prompt) and one for the residual epilogue, which needs registers; `attention` holds `[query
+rows, keys per step, warps, stages]` per head dimension.
 """
 
 from __future__ import annotations

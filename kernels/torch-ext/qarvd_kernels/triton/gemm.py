@@ -24,7 +24,7 @@ from .launch import (
 
 _MULTIPLE = 16  # of K and of the number of outliers: 16-byte copies never cross the border between the groups
 _PLAIN, _GELU, _RESIDUAL = 0, 1, 2
-_PLAIN_, _GELU_ = tl.constexpr(_PLAIN), tl.constexpr(_GELU)
+_GELU_, _RESIDUAL_ = tl.constexpr(_GELU), tl.constexpr(_RESIDUAL)
 
 
 def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
@@ -64,6 +64,55 @@ def _gelu(x):
     return x / (1.0 + tl.exp2(-2.885390081777927 * u))
 
 
+@triton.jit
+def _tile(rows, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIPE: tl.constexpr):
+    """Return first row, rows (counted from the first) and columns of this program's tile."""
+    # Programs walk down STRIPE row blocks before the next column block, so that both operands stay in the L2 cache.
+    blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    stripe = program // (STRIPE * blocks_n)
+    height = tl.minimum(blocks_m - stripe * STRIPE, STRIPE)
+    first = (stripe * STRIPE + program % (STRIPE * blocks_n) % height) * BLOCK_M
+    n = (program % (STRIPE * blocks_n) // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return first, tl.arange(0, BLOCK_M), n
+
+
+@triton.jit
+def _rescaled_sum(a_row, w_row, ratio, column, K: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Add the products of both channel groups; the sum of the outliers is rescaled between them."""
+    acc = tl.zeros([a_row.shape[0], w_row.shape[1]], tl.int32)
+    if OUTLIERS > 0:
+        acc = _accumulate(acc, a_row, w_row, K, 0, OUTLIERS, BLOCK_K)
+        acc = round_to_int(acc.to(tl.float32) * tl.load(ratio + column)[None, :])
+    return _accumulate(acc, a_row, w_row, K, OUTLIERS, K, BLOCK_K)
+
+
+@triton.jit
+def _scaled(acc, scale, bias, row_sums, row_sum_scale, row, column, N: tl.constexpr):
+    """Scale the sums, and add bias and the remainder of the weight zero-points (None if there is none)."""
+    y = acc.to(tl.float32) * tl.load(scale + column)[None, :] + tl.load(bias + column)[None, :]
+    if row_sums is not None:
+        for group in tl.static_range(2):
+            sums = tl.load(row_sums + row * 2 + group).to(tl.float32)
+            y -= sums[:, None] * tl.load(row_sum_scale + group * N + column)[None, :]
+    return y
+
+
+@triton.jit
+def _gelu_codes(y, out_scale, out_zero_point, OUT_OUTLIERS: tl.constexpr, n):
+    """Apply GELU and the static quantizer of the next layer."""
+    inverse, low, offset = group_quantizer(out_scale, out_zero_point, OUT_OUTLIERS, n)
+    return quantize(_gelu(y), inverse[None, :], low[None, :], offset[None, :])
+
+
+@triton.jit
+def _add_residual(y, residual, start, at, gate, mask):
+    """Add the residual, at offset `start + at`, to the gated product; gate may be None."""
+    if gate is not None:
+        y *= tl.load(gate)
+    return y + tl.load(residual + start + at, mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows", "rows_per_gate"])
 def dual_scale_gemm_kernel(
     a,
@@ -90,46 +139,22 @@ def dual_scale_gemm_kernel(
     BLOCK_K: tl.constexpr,
     STRIPE: tl.constexpr,
 ):
-    # Programs walk down STRIPE row blocks before the next column block, so that both operands stay in the L2 cache.
-    blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    stripe = program // (STRIPE * blocks_n)
-    height = tl.minimum(blocks_m - stripe * STRIPE, STRIPE)
-    first = (stripe * STRIPE + program % (STRIPE * blocks_n) % height) * BLOCK_M
-    n = (program % (STRIPE * blocks_n) // height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the end repeat the last one and are not stored; large products are in scalars, so that offsets fit 32 bits.
-    m = tl.arange(0, BLOCK_M)
+    first, m, n = _tile(rows, N, BLOCK_M, BLOCK_N, STRIPE)
+    # Rows past the end repeat the last one and are not stored. Scalars hold the large products: offsets fit 32 bits.
     row, column = tl.minimum(m, rows - first - 1), n % N
-
     a_row = a + first.to(tl.int64) * K + row[:, None] * K
     w_row = weight + column[None, :] * K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    if OUTLIERS > 0:
-        acc = _accumulate(acc, a_row, w_row, K, 0, OUTLIERS, BLOCK_K)
-        acc = round_to_int(acc.to(tl.float32) * tl.load(ratio + column)[None, :])
-    acc = _accumulate(acc, a_row, w_row, K, OUTLIERS, K, BLOCK_K)
-
+    y = _rescaled_sum(a_row, w_row, ratio, column, K, OUTLIERS, BLOCK_K)
     mask = (m[:, None] < rows - first) & (n[None, :] < N)
     start, at = first.to(tl.int64) * N, row[:, None] * N + n[None, :]
-    if out.dtype.element_ty == tl.int32:
-        tl.store(out + start + at, acc, mask=mask)
-    else:
-        y = acc.to(tl.float32) * tl.load(scale + column)[None, :] + tl.load(bias + column)[None, :]
-        if row_sums is not None:
-            for group in tl.static_range(2):
-                sums = tl.load(row_sums + (first + row) * 2 + group).to(tl.float32)
-                y -= sums[:, None] * tl.load(row_sum_scale + group * N + column)[None, :]
-        if EPILOGUE == _PLAIN_:
-            tl.store(out + start + at, y.to(out.dtype.element_ty), mask=mask)
-        elif EPILOGUE == _GELU_:
-            inverse, low, offset = group_quantizer(out_scale, out_zero_point, OUT_OUTLIERS, n)
-            code = quantize(_gelu(y), inverse[None, :], low[None, :], offset[None, :])
-            tl.store(out + start + at, code, mask=mask)
-        else:
-            if gate is not None:
-                y *= tl.load(gate + ((first + row) // rows_per_gate)[:, None] * N + column[None, :])
-            y += tl.load(residual + start + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out + start + at, y.to(out.dtype.element_ty), mask=mask)
+    if out.dtype.element_ty != tl.int32:
+        y = _scaled(y, scale, bias, row_sums, row_sum_scale, first + row, column, N)
+        if EPILOGUE == _GELU_:
+            y = _gelu_codes(y, out_scale, out_zero_point, OUT_OUTLIERS, n)
+        elif EPILOGUE == _RESIDUAL_:
+            gate_row = None if gate is None else gate + ((first + row) // rows_per_gate)[:, None] * N + column[None, :]
+            y = _add_residual(y, residual, start, at, gate_row, mask)
+    tl.store(out + start + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

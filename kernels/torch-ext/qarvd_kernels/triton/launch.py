@@ -41,9 +41,9 @@ def unsupported_empty(arguments: dict[str, Any] | None) -> str | None:
 class Launcher:
     """A Triton kernel with a cache of compiled variants.
 
-    Triton's own look-up binds and specializes every argument on every call, which takes longer than a small kernel runs.
-    Here the caller names what decides the variant, and addresses are passed as numbers. The kernel's parameters must
-    be: tensors (or None), then numbers (exempt from specialization), then constants, whose names are in capitals.
+    Triton's own look-up binds and specializes every argument on every call, which takes longer than a small kernel
+    runs. Here the caller names what decides the variant, and addresses are passed as numbers. The kernel's parameters
+    must be: tensors (or None), then numbers (exempt from specialization), then constants, whose names are in capitals.
 
     Args:
         function: decorated with `triton.jit`.
@@ -63,7 +63,7 @@ class Launcher:
         options: tuple[int, int],
         kind: tuple,
     ) -> None:
-        """Run on the current stream of the device that holds the tensors; they are contiguous, the first one is not None.
+        """Run on the current stream of the tensors' device; tensors are contiguous, the first one is not None.
 
         Args:
             grid: number of programs.

@@ -41,6 +41,18 @@ def _gated_sum(x, y, gate, channel, mask):
     return value
 
 
+@triton.jit
+def _layer_norm(value, weight, norm_bias, eps, channel, mask, C: tl.constexpr):
+    """Normalize one row; weight and norm_bias may be None."""
+    mean = tl.sum(value, axis=0) / C
+    value = tl.where(mask, value - mean, 0.0)
+    value *= tl.rsqrt(tl.sum(value * value, axis=0) / C + eps)
+    if weight is not None:
+        value = value * tl.load(weight + channel, mask=mask, other=0.0)
+        value += tl.load(norm_bias + channel, mask=mask, other=0.0)
+    return value
+
+
 @triton.jit(do_not_specialize=["eps", "rows_per_gate", "rows_per_scale"])
 def norm_quantize_kernel(
     x,
@@ -73,17 +85,12 @@ def norm_quantize_kernel(
         gate_row = None if gate is None else gate + row // rows_per_gate * C
         value = _gated_sum(x + start, y + start, gate_row, channel, mask)
         tl.store(total + start + channel, value.to(total.dtype.element_ty), mask=mask)
-    mean = tl.sum(value, axis=0) / C
-    value = tl.where(mask, value - mean, 0.0)
-    value *= tl.rsqrt(tl.sum(value * value, axis=0) / C + eps)
-    if weight is not None:
-        value = value * tl.load(weight + channel, mask=mask, other=0.0)
-        value += tl.load(norm_bias + channel, mask=mask, other=0.0)
+    value = _layer_norm(value, weight, norm_bias, eps, channel, mask, C)
     if scale is not None:
         table = row // rows_per_scale * C + channel
         value *= 1.0 + tl.load(scale + table, mask=mask, other=0.0)
         value += tl.load(shift + table, mask=mask, other=0.0)
-    # Loads are in the order of the row, and wide; the permutation goes through shared memory, so that the store is too.
+    # Loads are wide, in the order of the row; the permutation goes through shared memory, so that stores are wide too.
     inverse, low, offset = group_quantizer(input_scale, input_zero_point, OUTLIERS, channel)
     code = quantize(tl.gather(value, order, axis=0), inverse, low, offset)
     tl.store(codes + start + channel, code, mask=mask)
@@ -108,12 +115,19 @@ def _rows_per(table: Tensor | None, rows: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """Choose the number of warps; measured on an H200 at C = 1536 (2, 4, 8, 16 warps: 27, 27, 20, 24 us) and C = 5120 (4, 8, 16: 92, 99, 102 us)."""
+    """Choose the number of warps.
+
+    Measured on an H200 at C = 1536 (2, 4, 8, 16 warps: 27, 27, 20, 24 us) and C = 5120 (4, 8, 16: 92, 99, 102 us).
+    """
     return min(max(block // 256, 1), 8) if block <= 2048 else 4 if block <= 8192 else 16
 
 
 def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any) -> tuple[Tensor | None, Tensor]:
-    """Return the sum in the dtype of x if there is a y, and int8 codes; arguments: fields of `Norm`, `InputQuantizer`."""
+    """Return the sum in the dtype of x if there is a y, and int8 codes.
+
+    Args:
+        arguments: the fields of `Norm`, then those of `InputQuantizer`.
+    """
     *tables, eps, channel_order, num_outliers, input_scale, input_zero_point = arguments
     total = None if y is None else torch.empty_like(x)
     codes = torch.empty_like(x, dtype=torch.int8)

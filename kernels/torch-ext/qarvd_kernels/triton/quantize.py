@@ -33,7 +33,7 @@ def quantize_static_kernel(
     OUTLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A zero that the compiler cannot see gives channels to lanes one by one: the gather below is then nearly contiguous.
+    # A zero unknown to the compiler assigns channels to lanes one by one: the gather below is then nearly contiguous.
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK) + zero
     order = tl.load(channel_order + channel, mask=channel < K, other=0)
     inverse, low, offset = group_quantizer(input_scale, input_zero_point, OUTLIERS, channel)
