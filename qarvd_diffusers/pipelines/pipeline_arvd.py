@@ -296,7 +296,6 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
         batch = self.check_prompt(prompt, prompt_embeds)
         check_generator(generator, batch)
-        check_tensors(latents=latents, initial_latents=initial_latents)
         if output_type != "latent" and self.vae is None:
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
