@@ -38,10 +38,10 @@ from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.bundled import bundled_prompts
 from qarvd_diffusers.calibration import blocks
 from qarvd_diffusers.calibration.calibrate import calibrate, quantize_weights
+from qarvd_diffusers.calibration.pipeline import content_hash
 from qarvd_diffusers.calibration.processes import Processes
 from qarvd_diffusers.evaluation.fidelity import resident_peak
 from qarvd_diffusers.models import CausalWanTransformer3DModel
-from qarvd_diffusers.pipelines.quantization import content_hash
 
 FULL = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096}
 TOY = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 96, "num_layers": 4, "text_dim": 24}

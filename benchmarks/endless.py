@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from qarvd_diffusers import ARVDPipeline, bundled_model_path
 from qarvd_diffusers.evaluation.fidelity import to_uint8
 from qarvd_diffusers.evaluation.moving_shapes import adherence, held_out_prompts
-from qarvd_diffusers.models.kv_storage import STORAGES
+from qarvd_diffusers.kv_cache.storage import STORAGES
 
 SETTLED = 20  # chunks until the window is full and allocators have what they need
 

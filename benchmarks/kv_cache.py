@@ -19,7 +19,7 @@ from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path
 from qarvd_diffusers.config import SCHEMES
 from qarvd_diffusers.evaluation.fidelity import compare, roll_out
 from qarvd_diffusers.evaluation.moving_shapes import adherence, held_out_prompts
-from qarvd_diffusers.models.kv_storage import STORAGES
+from qarvd_diffusers.kv_cache.storage import STORAGES
 
 
 def load() -> ARVDPipeline:

@@ -28,9 +28,9 @@ from qarvd_diffusers.bench.timing import median_ms
 from qarvd_diffusers.bench.transformer import PassRunner, quantized
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.conversion import convert_checkpoint, quantize_folder, to_original_keys
+from qarvd_diffusers.files.safetensors import TensorSpec, write_tensors
 from qarvd_diffusers.models import CausalWanTransformer3DModel
 from qarvd_diffusers.quantizer import attach
-from qarvd_diffusers.tensor_files import TensorSpec, write_tensors
 
 STEPS = ("convert", "quantize", "load")
 

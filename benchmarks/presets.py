@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from qarvd_diffusers.calibration.calibrate import apply, calibrate
+from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.conversion import load_transformer_config, to_diffusers_keys
+from qarvd_diffusers.conversion.families import PRESETS, available
 from qarvd_diffusers.models import CausalWanTransformer3DModel
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
-from qarvd_diffusers.presets import PRESETS, available
+from qarvd_diffusers.quantization.install import apply
 from qarvd_diffusers.quantizer import attach
 
 MEMBERS = {

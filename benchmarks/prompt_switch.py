@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from qarvd_diffusers import ARVDPipeline, bundled_model_path
 from qarvd_diffusers.evaluation.fidelity import to_uint8
 from qarvd_diffusers.evaluation.moving_shapes import adherence, held_out_prompts
-from qarvd_diffusers.models.causal_fields import PROMPT_SWITCHES
+from qarvd_diffusers.rollout.config import PROMPT_SWITCHES
 
 HOWS = [how for how in PROMPT_SWITCHES if how != "cut"]  # the bundled model knows no shots
 BEFORE, BEHIND, JUDGED = 5, 6, 3  # chunks

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path
-from qarvd_diffusers.calibration.calibrate import apply
 from qarvd_diffusers.calibration.inputs import InputQuantizer
 from qarvd_diffusers.calibration.targets import quantizable_linears
 from qarvd_diffusers.evaluation.fidelity import to_uint8
 from qarvd_diffusers.evaluation.moving_shapes import adherence, held_out_prompts, sample_scene
-from qarvd_diffusers.linear import QARVDLinear
-from qarvd_diffusers.pipelines.output import Chunk
+from qarvd_diffusers.quantization.install import apply
+from qarvd_diffusers.quantization.linear import QARVDLinear
+from qarvd_diffusers.rollout.output import Chunk
 from qarvd_kernels import quantize_dynamic
 
 BATCH = 8  # prompts generated together

@@ -53,7 +53,7 @@ def to_model(handle: PipelineHandle) -> Any:
     patcher = comfy.sd.load_diffusion_model_state_dict(
         {key: tensor if tensor.is_meta else tensor.to(offload, copy=True) for key, tensor in original.items()},
         model_options={"custom_operations": _operations(modules), "dtype": transformer.dtype},
-        metadata=library("models.single_file").comfyui_metadata(transformer.config),
+        metadata=library("models.single_file_header").comfyui_metadata(transformer.config),
     )
     patcher.add_callback(CallbacksMP.ON_LOAD, _lay_over)
     patcher.add_callback(CallbacksMP.ON_DETACH, _take_off)

@@ -17,30 +17,31 @@ _PUBLIC = {
     "ARVDMixin": "pipelines.arvd_mixin",
     "ARVDPipeline": "pipelines.pipeline_arvd",
     "CausalWanTransformer3DModel": "models.transformer_causal_wan",
-    "KVCache": "models.kv_cache",
+    "KVCache": "kv_cache.cache",
     "ChunkUniPCScheduler": "schedulers.scheduling_chunk_unipc",
     "FewStepRenoiseScheduler": "schedulers.scheduling_few_step_renoise",
     "QARVDConfig": "config",
-    "QARVDLinear": "linear",
+    "QARVDLinear": "quantization.linear",
     "bundled_model_path": "bundled",
     "calibrate": "calibration.calibrate",
     "convert_checkpoint": "conversion",
     "evaluate": "evaluation.fidelity",
     "export_int8_tensorwise": "conversion",
-    "measure_sensitivity": "pipelines.sensitivity",
+    "measure_sensitivity": "calibration.measure_sensitivity",
     "quantize_folder": "conversion",
     "save_single_file": "conversion",
-    "quantized_linears": "serialization",
-    "stored_bytes": "serialization",
+    "quantized_linears": "quantization.model",
+    "stored_bytes": "quantization.model",
     "to_original_keys": "conversion",
-    "save_prompt_embeds": "pipelines.text_encoder",
+    "save_prompt_embeds": "rollout.text_encoder",
     "SensitivityResult": "calibration.sensitivity",
-    "Stream": "pipelines.stream",
+    "Stream": "rollout.stream",
 }
 
 if TYPE_CHECKING:
     from .bundled import bundled_model_path
     from .calibration.calibrate import calibrate
+    from .calibration.measure_sensitivity import measure_sensitivity
     from .calibration.sensitivity import SensitivityResult
     from .config import QARVDConfig
     from .conversion import (
@@ -51,17 +52,16 @@ if TYPE_CHECKING:
         to_original_keys,
     )
     from .evaluation.fidelity import evaluate
-    from .linear import QARVDLinear
-    from .models.kv_cache import KVCache
+    from .kv_cache.cache import KVCache
     from .models.transformer_causal_wan import CausalWanTransformer3DModel
     from .pipelines.arvd_mixin import ARVDMixin
     from .pipelines.pipeline_arvd import ARVDPipeline
-    from .pipelines.sensitivity import measure_sensitivity
-    from .pipelines.stream import Stream
-    from .pipelines.text_encoder import save_prompt_embeds
+    from .quantization.linear import QARVDLinear
+    from .quantization.model import quantized_linears, stored_bytes
+    from .rollout.stream import Stream
+    from .rollout.text_encoder import save_prompt_embeds
     from .schedulers.scheduling_chunk_unipc import ChunkUniPCScheduler
     from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
-    from .serialization import quantized_linears, stored_bytes
 
 __all__ = [
     "ARVDMixin",

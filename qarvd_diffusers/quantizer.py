@@ -75,7 +75,7 @@ class QARVDQuantizer(DiffusersQuantizer):
         keep_in_fp32_modules: list[str] = (),
         **kwargs: Any,
     ) -> None:
-        from .serialization import check_keys, install_empty_modules
+        from .quantization.model import check_keys, install_empty_modules
 
         if self.pre_quantized:
             install_empty_modules(model, self.quantization_config.modules)
@@ -108,7 +108,7 @@ class QARVDQuantizer(DiffusersQuantizer):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        from .serialization import assign_stored_tensor
+        from .quantization.model import assign_stored_tensor
 
         # param_value was already cast to the model's dtype; the state dict still holds the stored bits.
         try:
@@ -117,8 +117,9 @@ class QARVDQuantizer(DiffusersQuantizer):
             raise ValueError(f"{self._source}: {error}") from None
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
-        from .calibration.calibrate import apply, quantize_weights
-        from .serialization import align_float_tensors, check_loaded
+        from .calibration.calibrate import quantize_weights
+        from .quantization.install import apply
+        from .quantization.model import align_float_tensors, check_loaded
 
         if self.pre_quantized:
             check_loaded(model, self._source)
@@ -156,7 +157,7 @@ class QARVDQuantizer(DiffusersQuantizer):
         return state_dict, {}
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
-        from .calibration.calibrate import dequantize
+        from .quantization.install import dequantize
 
         dequantize(model)
         # The base class leaves this entry, and a model saved with it would claim to be quantized.
@@ -178,8 +179,7 @@ class QARVDQuantizer(DiffusersQuantizer):
 
 def attach(model: ModelMixin, config: QARVDConfig) -> None:
     """Mark a model whose Linears were just quantized in memory, so that `save_pretrained` writes what it is."""
-    from .linear import unwrapped
-    from .serialization import align_float_tensors, describe_modules
+    from .quantization.model import align_float_tensors, describe_modules, unwrapped
 
     model = unwrapped(model)
     align_float_tensors(model)

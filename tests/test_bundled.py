@@ -13,8 +13,8 @@ from transformers import UMT5EncoderModel
 
 from qarvd_diffusers import ARVDPipeline
 from qarvd_diffusers.bundled import bundled_model_path, bundled_prompts
+from qarvd_diffusers.calibration.pipeline import PROMPTS_FILE
 from qarvd_diffusers.evaluation.moving_shapes import Scene, adherence, held_out_prompts
-from qarvd_diffusers.pipelines.quantization import PROMPTS_FILE
 
 FOLDER = Path(bundled_model_path())
 

@@ -17,11 +17,12 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from safetensors.torch import load_file, save_file
 
 import qarvd_diffusers  # noqa: F401  (registers the method)
-from qarvd_diffusers.calibration.calibrate import apply, quantize_weights
+from qarvd_diffusers.calibration.calibrate import quantize_weights
 from qarvd_diffusers.config import QARVDConfig, QuantizedModule
-from qarvd_diffusers.linear import QARVDLinear
+from qarvd_diffusers.quantization.install import apply
+from qarvd_diffusers.quantization.linear import QARVDLinear
+from qarvd_diffusers.quantization.model import install_empty_modules, quantized_linears
 from qarvd_diffusers.quantizer import attach
-from qarvd_diffusers.serialization import install_empty_modules, quantized_linears
 
 FILE = "diffusion_pytorch_model.safetensors"
 

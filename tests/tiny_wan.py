@@ -3,7 +3,7 @@
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from qarvd_diffusers.models.pass_info import PassInfo
+from qarvd_diffusers.rollout.pass_info import PassInfo
 
 CHUNKS, STEPS = 3, 2
 

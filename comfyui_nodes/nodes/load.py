@@ -34,7 +34,7 @@ def _load(path: Path, name: str, dtype: str, rollout: str = AS_SAVED, base: str 
     lender = None if base == NO_BASE else folders.find_model(base)
     try:
         if rollout != AS_SAVED:
-            options |= library("presets").find_preset(rollout).fields.to_dict()
+            options |= library("conversion.families").find_preset(rollout).fields.to_dict()
         if path.is_file() and not _is_ours(path):
             path = _converted(path, rollout, lender)
         pipeline = library().ARVDPipeline
@@ -53,7 +53,7 @@ def _load(path: Path, name: str, dtype: str, rollout: str = AS_SAVED, base: str 
 
 def _is_ours(path: Path) -> bool:
     """Whether a file tells its config; an original checkpoint does not."""
-    return path.suffix == ".safetensors" and library("models.single_file").read_single_file(path) is not None
+    return path.suffix == ".safetensors" and library("models.single_file_header").read_single_file(path) is not None
 
 
 def _converted(path: Path, rollout: str, base: Path | None) -> Path:
@@ -92,7 +92,7 @@ def _remove_outdated() -> None:
 
 def _presets() -> list[str]:
     try:
-        return library("presets").available()
+        return library("conversion.families").available()
     except NodeError:  # without the library the nodes are listed all the same; they say so when they run
         return []
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import qarvd_kernels as ops
 from qarvd_kernels.fa3 import attention as fa3
 
-from ..models.kv_storage import allocate
+from ..kv_cache.storage import allocate
 from .shapes import CACHED_FRAMES, Shape
 from .timing import median_ms
 

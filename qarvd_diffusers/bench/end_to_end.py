@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from ..bundled import bundled_model_path
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..pipelines.pipeline_arvd import ARVDPipeline
-from ..pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
+from ..vae.streaming import StreamingVAEDecoder, optimize_vae
 from .shapes import WINDOW_FRAMES, Shape, random_transformer
 from .transformer import quantized
 from .vae import random_vae

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.calibrate import apply, calibrate
+from ..calibration.calibrate import calibrate
 from ..config import QARVDConfig
-from ..models.kv_cache import KVCache
-from ..models.pass_info import PassInfo
+from ..kv_cache.cache import KVCache
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..quantization.install import apply
+from ..rollout.pass_info import PassInfo
 from .breakdown import breakdown
 from .shapes import WINDOW_FRAMES, Shape, random_inputs, random_transformer
 from .timing import median_ms, time_limit

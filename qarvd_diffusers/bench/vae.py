@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from ..pipelines.streaming_vae import StreamingVAEDecoder, optimize_vae
+from ..vae.streaming import StreamingVAEDecoder, optimize_vae
 from .shapes import Shape
 from .timing import median_ms
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import primitives as P
+from ..quantization import affine as P
 from .grid import WeightGrid
 from .inputs import InputQuantizer
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig
-from ..linear import LinearQParams, QARVDLinear, base_layer_name
-from ..models.pass_info import PassInfo
+from ..quantization.linear import QARVDLinear
+from ..quantization.model import base_layer_name
+from ..quantization.qparams import LinearQParams
+from ..rollout.pass_info import PassInfo
 from .capture import InputCapture, pass_weight
 from .groups import LayerGroup, stored_grid
 from .processes import ALONE, Processes

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig, QuantizedModule
-from ..linear import LinearQParams, QARVDLinear, base_layer_name, unwrapped
-from ..models.pass_info import PassInfo
-from ..packing import pack
+from ..quantization.model import unwrapped
+from ..quantization.packing import pack
+from ..quantization.qparams import LinearQParams
+from ..quantization.result import CalibrationResult, config_hash
+from ..rollout.pass_info import PassInfo
 from .blocks import round_blocks, stages_of
 from .capture import InputCapture, pass_weight
 from .groups import LayerGroup
@@ -21,7 +23,6 @@ from .inputs import InputQuantizer
 from .observers import InputObserver, ReferenceObserver
 from .outliers import OutlierSet
 from .processes import ALONE, Processes
-from .result import CalibrationResult, config_hash
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS
 from .splits import input_extents, split_inputs, stored_split
@@ -192,56 +193,6 @@ def quantize_weights(
     outliers = split_inputs(transformer, linears, groups, config)
     packed = _quantize_weights(linears, groups, outliers, config, progress)
     return CalibrationResult(packed, config_hash(config))
-
-
-def apply(transformer: nn.Module, result: CalibrationResult) -> None:
-    """Replace the Linears named in `result` by quantized ones, in place; nothing is replaced if one does not fit.
-
-    Raises:
-        ValueError: see `quantized_layers`.
-    """
-    for name, layer in quantized_layers(transformer, result).items():
-        unwrapped(transformer).set_submodule(base_layer_name(transformer, name), layer)
-
-
-def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[str, QARVDLinear]:
-    """The quantized Linears that `apply` puts into a transformer, by name; the transformer is left as it was.
-
-    Raises:
-        ValueError: a layer is absent, quantized already, or of another size; named.
-    """
-    quantized = {}
-    for name, qparams in result.layers.items():
-        linear = _submodule(transformer, name)
-        if not isinstance(linear, nn.Linear) or isinstance(linear, QARVDLinear):
-            raise ValueError(
-                f"{name} is a {type(linear).__name__} in this {type(transformer).__name__}, expected a float Linear: the "
-                "calibration result belongs to another model, or was applied already"
-            )
-        try:
-            quantized[name] = QARVDLinear.from_float(linear, qparams)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}. The calibration result belongs to another model.") from error
-    return quantized
-
-
-def dequantize(transformer: nn.Module) -> None:
-    """Replace every QARVDLinear by the float Linear of its de-quantized weight, in place."""
-    for name, layer in list(transformer.named_modules()):
-        if isinstance(layer, QARVDLinear):
-            linear = nn.Linear(
-                layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=layer.dtype
-            )
-            linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
-            linear.bias = layer.bias
-            transformer.set_submodule(name, linear.train(layer.training))
-
-
-def _submodule(transformer: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return unwrapped(transformer).get_submodule(base_layer_name(transformer, name))
-    except AttributeError:
-        return None
 
 
 def _quantize_weights(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig
-from ..models.pass_info import PassInfo
+from ..rollout.pass_info import PassInfo
 
 
 def pass_weight(config: QARVDConfig) -> Callable[[PassInfo], float]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..linear import LinearQParams
-from ..packing import pack
+from ..quantization.packing import pack
+from ..quantization.qparams import LinearQParams
 from .grid import WeightGrid
 from .inputs import InputQuantizer
 from .outliers import OutlierSet

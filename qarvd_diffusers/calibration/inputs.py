@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import primitives as P
+from ..quantization import affine as P
 
 ACTIVATION_BITS = 8
 

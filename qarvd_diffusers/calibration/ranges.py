@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .. import primitives as P
+from ..quantization import affine as P
 from .processes import Processes
 
 REFERENCE_BINS = 32768

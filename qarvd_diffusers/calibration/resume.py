@@ -6,31 +6,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from ..linear import LinearQParams
-from .result import CalibrationResult
+from ..files.atomic import write_json
+from ..quantization.qparams import LinearQParams
+from ..quantization.result import CalibrationResult
 
 MANIFEST = "manifest.json"
-
-
-def write_json(value: Any, path: str | os.PathLike[str]) -> Path:
-    """Write one JSON file, whole or not at all; folders are made.
-
-    Raises:
-        OSError: the disk is full, or the path cannot be written; named.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error}): free some space and run again, it continues") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 class ResumeFolder:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import QARVDConfig
 from .adaround import AdaRoundSettings, adaround
-from .compensation import compensate
+from .gptq import compensate
 from .grid import WeightGrid
 from .groups import LayerGroup
 from .inputs import InputQuantizer

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..text_files import read_text
-from .resume import write_json
+from ..files.atomic import write_json
+from ..files.text import read_text
 
 FORMAT = "qarvd-sensitivity-1"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig
-from ..linear import LinearQParams
-from ..models.pass_info import PassInfo
+from ..quantization.qparams import LinearQParams
+from ..rollout.pass_info import PassInfo
 from .capture import InputCapture
 from .outliers import OutlierSet, find_outliers, quietest_split
 from .processes import Processes

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..linear import base_layer_name, unwrapped
+from ..quantization.model import base_layer_name, unwrapped
 
 
 class QuantizationSwitch:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..config import QARVDConfig, named_by
-from ..linear import QARVDLinear, unwrapped
+from ..quantization.linear import QARVDLinear
+from ..quantization.model import unwrapped
 
 # Outside the blocks, only what embeds the text is quantized: the rest is small, and the whole video depends on it.
 KEEP_FLOAT = ("time_embedder", "time_proj", "image_embedder", "patch_embedding", "norm_out", "proj_out")

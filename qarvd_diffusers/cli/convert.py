@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ..conversion import convert_checkpoint, detect_checkpoint, single_file_to_folder
-    from ..models.single_file import read_single_file
+    from ..models.single_file_header import read_single_file
 
     source, base = Path(named_model(args.source)), args.base and named_model(args.base)
     if (source / "transformer" / "config.json").is_file():
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _folder_to_file(source: Path, args: argparse.Namespace) -> dict[str, Any]:
     from ..conversion import export_checkpoint, export_int8_tensorwise, folder_to_single_file
+    from ..files.text import read_text
     from ..models import CausalWanTransformer3DModel
-    from ..text_files import read_text
 
     if args.int8_tensorwise:
         transformer = CausalWanTransformer3DModel.from_pretrained(source, subfolder="transformer", torch_dtype="auto")

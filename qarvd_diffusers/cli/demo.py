@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..config import QARVDConfig
     from ..evaluation.fidelity import compare, describe
     from ..evaluation.moving_shapes import adherence, held_out_prompts
+    from ..files.atomic import atomic_file
     from ..pipelines.pipeline_arvd import ARVDPipeline
-    from ..serialization import atomic_file
 
     out = Path(args.out)
     # The picture shows the first prompt: two objects show more than one.

@@ -16,7 +16,7 @@ from .common import add_device_arguments, load_pipeline, read_prompts, seed, who
 if TYPE_CHECKING:
     from ..calibration.processes import Processes
     from ..pipelines.pipeline_arvd import ARVDPipeline
-    from ..pipelines.stream import Stream
+    from ..rollout.stream import Stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             f"{processes.count} processes for one video: start one, give several --prompts, or --context-parallel"
         )
     if args.image:
-        from ..pipelines.video_start import read_picture
+        from ..rollout.video_start import read_picture
 
         read_picture(args.image)  # refused before the model is loaded
     size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, what could not be done or written."""
     from ..evaluation.pictures import check_video_name
-    from ..pipelines.memory import parse_budget
+    from ..memory.plan import parse_budget
 
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: say what the video shows")

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from diffusers import AutoModel
 
-    from ..serialization import stored_bytes
+    from ..quantization.model import stored_bytes
 
     model = AutoModel.from_pretrained(resolve_model(args.model), subfolder="transformer", dtype=torch.bfloat16)
     layers = list(_layers(model))
@@ -39,7 +39,7 @@ def _layers(model: Any) -> Iterator[dict[str, Any]]:
     from ..calibration.outliers import find_outliers
     from ..calibration.targets import quantizable_linears
     from ..config import QARVDConfig
-    from ..serialization import quantized_linears
+    from ..quantization.model import quantized_linears
 
     config = QARVDConfig(outlier_detector="mad_zscore")  # all that can be said without data
     for name, layer in quantized_linears(model).items():
@@ -68,7 +68,7 @@ def _layers(model: Any) -> Iterator[dict[str, Any]]:
 def plot(layers: list[dict[str, Any]], path: str) -> None:
     """Bar per layer: share of its input channels that are outliers."""
     from ..evaluation.plots import require_matplotlib
-    from ..serialization import atomic_file
+    from ..files.atomic import atomic_file
 
     require_matplotlib()
     from matplotlib.figure import Figure

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from ..pipelines.memory import choose
-    from ..pipelines.model_shapes import ModelShapes
+    from ..memory.plan import choose
+    from ..memory.shapes import ModelShapes
 
     shapes = ModelShapes.read(resolve_model(args.model))
     options = {"height": args.height, "width": args.width, "batch": args.batch, "dtype": getattr(torch, args.dtype)}

@@ -61,12 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    from ..calibration.pipeline import require_float
     from ..calibration.processes import Processes
     from ..calibration.sensitivity import SensitivityResult
     from ..config import QARVDConfig
     from ..conversion import quantize_folder
     from ..evaluation.fidelity import compare, describe
-    from ..pipelines.quantization import quantize_pipeline, require_float
+    from ..pipelines.quantization import quantize_pipeline
 
     config = QARVDConfig(
         args.scheme,
@@ -115,7 +116,7 @@ def _compared_prompts(pipe: ARVDPipeline, config: QARVDConfig, count: int) -> tu
     Raises:
         ValueError: there are not as many.
     """
-    from ..pipelines.quantization import calibration_prompts
+    from ..calibration.pipeline import calibration_prompts
 
     prompts = calibration_prompts(pipe, config)
     if count > len(prompts):
@@ -127,7 +128,7 @@ def _compared_prompts(pipe: ARVDPipeline, config: QARVDConfig, count: int) -> tu
 
 
 def _sizes(pipe: Any) -> dict[str, int]:
-    from ..serialization import stored_bytes
+    from ..quantization.model import stored_bytes
 
     return stored_bytes(pipe.transformer)
 

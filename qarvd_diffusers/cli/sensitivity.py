@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    from ..calibration.measure_sensitivity import SEED, measure_sensitivity
     from ..calibration.processes import Processes
     from ..config import QARVDConfig
     from ..evaluation.plots import plot_sensitivity, require_matplotlib
-    from ..pipelines.sensitivity import SEED, measure_sensitivity
 
     if args.plot:
         require_matplotlib()

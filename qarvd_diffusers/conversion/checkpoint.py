@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..tensor_files import TensorSpec
+from ..files.safetensors import TensorSpec
 from .layout import StateDict, choose, is_network, own_keys, state_dicts, tensors_of
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ..model_card import converted_card
+from ..files.atomic import atomic_directory, atomic_file
+from ..files.safetensors import TensorSpec, read_metadata, write_shards, write_tensors
+from ..hub.model_card import converted_card
 from ..models import CausalWanTransformer3DModel
-from ..serialization import atomic_directory, atomic_file
-from ..tensor_files import TensorSpec, read_metadata, write_shards, write_tensors
 from .checkpoint import LORA_NESTINGS, Checkpoint, open_checkpoint
 from .detect import Detected, detect_checkpoint
 from .float8 import check_formats, find_scales, is_float8, scaled, without_scales

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..model_card import is_non_commercial, stated_licence
-from ..presets import NETWORKS, PRESETS, Preset, available, find_preset
-from ..tensor_files import TensorSpec
+from ..files.safetensors import TensorSpec
+from ..hub.model_card import is_non_commercial, stated_licence
 from .checkpoint import NESTINGS, Checkpoint, open_checkpoint
+from .families import NETWORKS, PRESETS, Preset, available, find_preset
 from .float8 import find_scales, without_scales
 from .names import to_diffusers_keys
 

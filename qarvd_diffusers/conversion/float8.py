@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..tensor_files import TensorSpec
+from ..files.safetensors import TensorSpec
 
 _SCALES = ("scale_weight", "weight_scale")
 _NOTES = ("scale_input", "input_scale", "comfy_quant")  # how ComfyUI is to compute; not what the weight is

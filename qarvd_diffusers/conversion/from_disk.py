@@ -20,12 +20,12 @@ from ..calibration.splits import split_inputs
 from ..calibration.targets import input_groups, quantizable_linears
 from ..calibration.weights import quantize_weight
 from ..config import QARVDConfig, QuantizedModule
-from ..linear import LinearQParams, stored_tensors
-from ..model_card import CARD_FILE, model_card, stated_licence
+from ..files.atomic import atomic_directory
+from ..files.safetensors import TensorSpec, write_shards
+from ..hub.model_card import CARD_FILE, model_card, stated_licence
 from ..models import CausalWanTransformer3DModel
-from ..packing import pack
-from ..serialization import atomic_directory
-from ..tensor_files import TensorSpec, write_shards
+from ..quantization.packing import pack
+from ..quantization.qparams import LinearQParams, stored_tensors
 from .convert import STEM, folder_tensors
 from .float8 import is_float8
 from .network import load_transformer_config

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
+from ..files.safetensors import TensorSpec
+from ..files.text import read_text
 from ..models import CausalWanTransformer3DModel
-from ..tensor_files import TensorSpec
-from ..text_files import read_text
 
 _HEAD_DIM = 128  # of every released Wan model; the one value that tensor shapes do not tell
 

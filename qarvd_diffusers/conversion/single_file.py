@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from ..config import QARVDConfig
-from ..linear import unwrapped
-from ..models.causal_fields import CausalFields
-from ..models.single_file import SingleFileHeader, comfyui_metadata, read_single_file
-from ..packing import unpack
-from ..serialization import atomic_directory, atomic_file, quantized_linears
-from ..tensor_files import TensorSpec, write_shards, write_tensors
+from ..files.atomic import atomic_directory, atomic_file
+from ..files.safetensors import TensorSpec, write_shards, write_tensors
+from ..models.single_file_header import SingleFileHeader, comfyui_metadata, read_single_file
+from ..quantization.model import quantized_linears, unwrapped
+from ..quantization.packing import unpack
+from ..rollout.config import CausalFields
 from .convert import STEM, folder_tensors
 from .folder import copy_base_components, write_pipeline
 from .names import to_diffusers_keys, to_original_keys

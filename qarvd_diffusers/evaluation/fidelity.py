@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..serialization import stored_bytes
+from ..quantization.model import stored_bytes
 from . import metrics
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..serialization import atomic_file
+from ..files.atomic import atomic_file
 
 _TILE = 128  # pixels; small videos are enlarged without smoothing so that every error stays visible
 _MARGIN, _GAP = 8, 4

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.sensitivity import SensitivityResult
-from ..serialization import atomic_file
+from ..files.atomic import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..serialization import atomic_file
+from ..files.atomic import atomic_file
 from .fidelity import Rollout
 from .pictures import write_video
 from .plots import has_matplotlib, plot_chunks

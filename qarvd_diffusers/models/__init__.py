@@ -1,9 +1,9 @@
 """The causal transformer, its K/V cache, and the values in which family members differ."""
 
-from .causal_fields import CausalFields
+from ..kv_cache.cache import KVCache, KVLayerCache
+from ..rollout.config import CausalFields
+from ..rollout.pass_info import PassInfo
 from .causal_parts import CausalWanAttnProcessor
-from .kv_cache import KVCache, KVLayerCache
-from .pass_info import PassInfo
 from .transformer_causal_wan import CausalWanTransformer3DModel
 
 __all__ = [

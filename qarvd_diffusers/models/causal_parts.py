@@ -12,8 +12,8 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 from torch import nn
 
+from ..kv_cache.cache import KVLayerCache
 from .context_parallel import TokenSplit
-from .kv_cache import KVLayerCache
 
 
 class CausalTimesteps(Timesteps):

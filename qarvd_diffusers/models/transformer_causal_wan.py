@@ -22,12 +22,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import qarvd_kernels as ops
 
-from ..linear import unwrapped
+from ..kv_cache.cache import KVCache
+from ..quantization.model import unwrapped
 from .causal_parts import CausalTimesteps, CausalWanAttnProcessor, CausalWanRotaryPosEmbed
 from .context_parallel import ContextParallel, TokenSplit
-from .fused_pass import FusedPass, refusal
-from .kv_cache import KVCache
-from .single_file import read_single_file
+from .fused.forward import FusedPass, refusal
+from .single_file_header import read_single_file
 
 if TYPE_CHECKING:
     from diffusers.models._modeling_parallel import ParallelConfig, TensorParallelConfig

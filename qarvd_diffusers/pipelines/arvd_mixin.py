@@ -15,23 +15,22 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..linear import unwrapped
-from ..models.causal_fields import CausalFields
-from ..models.kv_cache import KVCache
-from ..models.kv_storage import check_storage
-from ..models.pass_info import PassInfo
+from ..kv_cache.cache import KVCache
+from ..kv_cache.storage import check_storage
+from ..quantization.model import align_float_tensors, quantized_linears, unwrapped
+from ..rollout.chunk_loop import ChunkLoop
+from ..rollout.config import CausalFields
+from ..rollout.decode_queue import Decoder, check_decoder
+from ..rollout.generate import run_stream
+from ..rollout.inputs import StreamInputs, check_tensors
+from ..rollout.pass_info import PassInfo
+from ..rollout.saved_state import SavedStream
+from ..rollout.session import StreamSession
+from ..rollout.stream import Stream
+from ..rollout.text_encoder import load_prompt_embeds, offload_text_encoder, text_encoder_at_work
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
-from ..serialization import align_float_tensors, quantized_linears
 from .arguments import check_cache_maker, check_scheduler, start_arguments
-from .chunk_loop import ChunkLoop
-from .decoding import Decoder, check_decoder
-from .inputs import StreamInputs, check_tensors
 from .quantizable import QuantizableMixin
-from .stream import Stream
-from .stream_run import run_stream
-from .stream_session import StreamSession
-from .stream_state import SavedStream
-from .text_encoder import load_prompt_embeds, offload_text_encoder, text_encoder_at_work
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,21 +17,21 @@ from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..config import INVISIBLE, QARVDConfig
-from ..models.causal_fields import CausalFields
-from ..models.kv_cache import KVCache
+from ..kv_cache.cache import KVCache
+from ..memory.plan import apply_choice, choose
+from ..memory.shapes import ModelShapes
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..rollout.config import CausalFields
+from ..rollout.inputs import StreamInputs, check_generator, resolve_num_chunks, whole_number
+from ..rollout.output import ARVDPipelineOutput, concatenate
+from ..rollout.video_start import Picture, encode_pixels, fit_length, start_pixels
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
+from ..vae.streaming import StreamingVAEDecoder
 from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
-from .inputs import StreamInputs, check_generator, resolve_num_chunks, whole_number
 from .lora import LoraMixin
-from .memory import apply_choice, choose
-from .model_shapes import ModelShapes
-from .output import ARVDPipelineOutput, concatenate
 from .quantization import split_config
 from .single_file import SingleFileMixin
-from .streaming_vae import StreamingVAEDecoder
-from .video_start import Picture, encode_pixels, fit_length, start_pixels
 
 if TYPE_CHECKING:
     from typing_extensions import Self

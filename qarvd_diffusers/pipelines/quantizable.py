@@ -15,21 +15,17 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
 from ..calibration.calibrate import Progress
-from ..calibration.result import CalibrationResult
+from ..calibration.measure_sensitivity import measure_sensitivity
+from ..calibration.mixed_precision import choose_bits
+from ..calibration.pipeline import calibrate_pipeline
 from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
-from ..model_card import CARD_FILE, is_non_commercial, model_card, stated_licence
-from ..serialization import atomic_directory, atomic_file, stored_bytes
+from ..files.atomic import atomic_directory, atomic_file
+from ..hub.model_card import CARD_FILE, is_non_commercial, model_card, stated_licence
+from ..quantization.model import stored_bytes
+from ..quantization.result import CalibrationResult
 from .arguments import loading_arguments
-from .mixed_bits import choose_bits
-from .quantization import (
-    calibrate_pipeline,
-    check_stored_config,
-    quantize_pipeline,
-    quantize_text_encoder,
-    split_config,
-)
-from .sensitivity import measure_sensitivity
+from .quantization import check_stored_config, quantize_pipeline, quantize_text_encoder, split_config
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion import save_single_file
-from ..models.single_file import read_single_file
+from ..models.single_file_header import read_single_file
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from .arguments import loading_arguments, parameters
 from .quantization import split_config

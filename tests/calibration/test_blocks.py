@@ -12,9 +12,10 @@ import torch
 from tiny_wan import CHUNKS, make_run, make_wan
 
 from qarvd_diffusers.calibration import blocks
-from qarvd_diffusers.calibration.calibrate import apply, calibrate
+from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.calibration.resume import ResumeFolder
 from qarvd_diffusers.config import QARVDConfig
+from qarvd_diffusers.quantization.install import apply
 
 
 def config_of(scheme="w4a8", **options):

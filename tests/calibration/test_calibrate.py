@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_wan import CHUNKS, make_run, make_wan
 from torch import nn
 
-from qarvd_diffusers.calibration.calibrate import apply, calibrate, dequantize, quantize_weights
-from qarvd_diffusers.calibration.result import CalibrationResult
+from qarvd_diffusers.calibration.calibrate import calibrate, quantize_weights
 from qarvd_diffusers.calibration.targets import input_groups, quantizable_linears, word_linears
 from qarvd_diffusers.config import SCHEMES, QARVDConfig
-from qarvd_diffusers.linear import QARVDLinear
+from qarvd_diffusers.quantization.install import apply, dequantize
+from qarvd_diffusers.quantization.linear import QARVDLinear
+from qarvd_diffusers.quantization.result import CalibrationResult
 
 
 @pytest.fixture

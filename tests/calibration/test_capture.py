@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qarvd_diffusers.calibration.capture import InputCapture
-from qarvd_diffusers.models.pass_info import PassInfo
+from qarvd_diffusers.rollout.pass_info import PassInfo
 
 
 class Net(nn.Module):

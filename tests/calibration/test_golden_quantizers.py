@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qarvd_diffusers import primitives as P
 from qarvd_diffusers.calibration.outliers import find_outliers
 from qarvd_diffusers.calibration.ranges import RangeHistogram, search_rows, search_samples
+from qarvd_diffusers.quantization import affine as P
 
 GOLDEN = Path(os.environ.get("QARVD_GOLDEN_DIR", Path(__file__).parents[1] / "data" / "golden"))
 PERCENTILES = (0.999, 0.9999, 0.99999)

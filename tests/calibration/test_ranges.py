@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qarvd_diffusers import primitives as P
 from qarvd_diffusers.calibration.ranges import RangeHistogram, search_rows, search_samples
+from qarvd_diffusers.quantization import affine as P
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 

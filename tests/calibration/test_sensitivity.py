@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny_wan import make_wan
 
-from qarvd_diffusers.calibration.calibrate import quantize_weights, quantized_layers
+from qarvd_diffusers.calibration.calibrate import quantize_weights
 from qarvd_diffusers.calibration.sensitivity import SensitivityResult
 from qarvd_diffusers.calibration.switch import QuantizationSwitch
 from qarvd_diffusers.calibration.targets import prompt_linears, quantizable_linears
 from qarvd_diffusers.config import PUBLISHED_SENSITIVITY, QARVDConfig
-from qarvd_diffusers.linear import QARVDLinear
+from qarvd_diffusers.quantization.install import quantized_layers
+from qarvd_diffusers.quantization.linear import QARVDLinear
 
 MEASURED = {"model": "abc", "config": {"scheme": "w4a8"}, "num_chunks": 3, "seed": 0}
 

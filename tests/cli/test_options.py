@@ -13,9 +13,9 @@ import pytest
 
 from qarvd_diffusers import QARVDConfig
 from qarvd_diffusers.bundled import bundled_prompts
+from qarvd_diffusers.calibration.pipeline import calibration_prompts
 from qarvd_diffusers.cli import main
-from qarvd_diffusers.pipelines.memory import parse_budget
-from qarvd_diffusers.pipelines.quantization import calibration_prompts
+from qarvd_diffusers.memory.plan import parse_budget
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from comfyui_nodes.compat import NodeError  # noqa: E402
 from comfyui_nodes.handles import PipelineHandle  # noqa: E402
 from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path  # noqa: E402
-from qarvd_diffusers.calibration.calibrate import dequantize  # noqa: E402
+from qarvd_diffusers.quantization.install import dequantize  # noqa: E402
 
 LAYER = "diffusion_model.blocks.2.ffn.0"
 META = torch.device("meta")

@@ -20,8 +20,8 @@ from qarvd_diffusers.conversion import (
     to_diffusers_keys,
     to_original_keys,
 )
+from qarvd_diffusers.conversion.families import NETWORKS, PRESETS, available, find_preset
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
-from qarvd_diffusers.presets import NETWORKS, PRESETS, available, find_preset
 
 RUNS = {
     "self-forcing", "causal-forcing", "causal-forcing-framewise", "causal-forcing-framewise-2step",

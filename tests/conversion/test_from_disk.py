@@ -14,7 +14,7 @@ from diffusers import HeliosTransformer3DModel, SkyReelsV2Transformer3DModel, Wa
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.cli import main
 from qarvd_diffusers.conversion import quantize_folder
-from qarvd_diffusers.serialization import stored_bytes
+from qarvd_diffusers.quantization.model import stored_bytes
 
 OPTIONS = {"outlier_alignment": 4, "rounding": "nearest"}
 

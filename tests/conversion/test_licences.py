@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.conversion import convert_checkpoint, detect_checkpoint, to_original_keys
-from qarvd_diffusers.model_card import is_non_commercial
+from qarvd_diffusers.hub.model_card import is_non_commercial
 from qarvd_diffusers.pipelines import quantizable
 
 

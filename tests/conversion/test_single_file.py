@@ -20,9 +20,9 @@ from qarvd_diffusers.conversion import (
     to_original_keys,
 )
 from qarvd_diffusers.models import CausalWanTransformer3DModel
-from qarvd_diffusers.models.single_file import METADATA, read_single_file
+from qarvd_diffusers.models.single_file_header import METADATA, read_single_file
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
-from qarvd_diffusers.serialization import quantized_linears
+from qarvd_diffusers.quantization.model import quantized_linears
 
 PROMPTS = ("a red circle moves left",)
 COMFYUI = {"causal_ar": True, "num_heads": 2, "text_dim": 16}

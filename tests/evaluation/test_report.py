@@ -15,7 +15,7 @@ from qarvd_diffusers import QARVDConfig
 from qarvd_diffusers.calibration.sensitivity import SensitivityResult
 from qarvd_diffusers.evaluation.fidelity import Rollout, compare, evaluate, join, roll_out
 from qarvd_diffusers.evaluation.report import METRICS, strict_json, write_report
-from qarvd_diffusers.model_card import model_card
+from qarvd_diffusers.hub.model_card import model_card
 
 PROMPTS = ("a red circle", "a <blue> square & more")
 DESCRIPTION = {"adherence": None, "bytes": 10, "seconds_per_chunk": 0.5, "seconds": 2.0, "peak_memory_bytes": 1000}

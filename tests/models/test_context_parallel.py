@@ -13,9 +13,10 @@ import torch
 from diffusers import ContextParallelConfig
 from tiny_wan import make_wan
 
-from qarvd_diffusers.calibration.calibrate import apply, calibrate
+from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
+from qarvd_diffusers.quantization.install import apply
 
 TESTS = Path(__file__).parent.parent
 

@@ -22,15 +22,16 @@ from test_third_party import Denoiser, ToyPipeline
 from tiny_wan import make_wan22_vae
 
 from qarvd_diffusers import ARVDPipeline, FewStepRenoiseScheduler, QARVDConfig
-from qarvd_diffusers.calibration.calibrate import apply, calibrate, quantized_layers
+from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.calibration.switch import QuantizationSwitch
 from qarvd_diffusers.calibration.targets import base_linears
 from qarvd_diffusers.conversion import save_single_file
 from qarvd_diffusers.models import CausalWanTransformer3DModel
 from qarvd_diffusers.pipelines.quantizable import QuantizableMixin
-from qarvd_diffusers.pipelines.streaming_vae import StreamingVAEDecoder
+from qarvd_diffusers.quantization.install import apply, quantized_layers
+from qarvd_diffusers.quantization.model import describe_modules, quantized_linears
 from qarvd_diffusers.quantizer import attach
-from qarvd_diffusers.serialization import describe_modules, quantized_linears
+from qarvd_diffusers.vae.streaming import StreamingVAEDecoder
 
 PROMPT = "a red circle moves left"
 

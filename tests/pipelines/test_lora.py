@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qarvd_diffusers import QARVDConfig
-from qarvd_diffusers.calibration.calibrate import dequantize
 from qarvd_diffusers.config import SCHEMES
 from qarvd_diffusers.conversion import merge_lora, read_lora
 from qarvd_diffusers.conversion.names import weight_name
-from qarvd_diffusers.linear import QARVDLinear
-from qarvd_diffusers.pipelines.lora import adapter_scales
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
-from qarvd_diffusers.serialization import quantized_linears
+from qarvd_diffusers.quantization.adapters import adapter_scales
+from qarvd_diffusers.quantization.install import dequantize
+from qarvd_diffusers.quantization.linear import QARVDLinear
+from qarvd_diffusers.quantization.model import quantized_linears
 
 peft = pytest.importorskip("peft")
 PROMPTS = ("a red circle moves left",)

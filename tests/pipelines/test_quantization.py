@@ -10,10 +10,11 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig, WanTransfor
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.calibration import calibrate as calibrate_module
+from qarvd_diffusers.calibration.pipeline import PROMPTS_FILE
 from qarvd_diffusers.cli import main
 from qarvd_diffusers.evaluation.fidelity import evaluate
-from qarvd_diffusers.pipelines.quantization import PROMPTS_FILE, cache_folder
-from qarvd_diffusers.serialization import quantized_linears
+from qarvd_diffusers.files.cache import cache_folder
+from qarvd_diffusers.quantization.model import quantized_linears
 
 PROMPTS = ("a red circle", "a blue square")
 

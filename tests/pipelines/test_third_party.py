@@ -8,8 +8,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from qarvd_diffusers import ARVDMixin, FewStepRenoiseScheduler, KVCache, QARVDConfig
-from qarvd_diffusers.pipelines.inputs import StreamInputs
-from qarvd_diffusers.serialization import quantized_linears
+from qarvd_diffusers.quantization.model import quantized_linears
+from qarvd_diffusers.rollout.inputs import StreamInputs
 
 
 class Denoiser(ModelMixin, ConfigMixin):

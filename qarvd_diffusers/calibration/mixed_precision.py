@@ -1,0 +1,146 @@
+"""Mixed precision: which layers of a 4-bit scheme are worth 8 bits, within a budget of bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import QARVDConfig
+from ..files.atomic import write_json
+from ..files.cache import cache_folder, can_keep_results
+from ..quantization.install import quantized_layers
+from .measure_sensitivity import SEED, describe_measurement
+from .pipeline import at_work, calibrate_pipeline, calibration_prompts
+from .processes import Processes
+from .switch import QuantizationSwitch
+from .targets import input_groups, quantizable_linears
+
+if TYPE_CHECKING:
+    from ..pipelines.arvd_mixin import ARVDMixin
+
+PROMPTS = 4  # calibration prompts that errors are measured on, unless others are given
+
+
+def choose_bits(
+    pipe: ARVDMixin,
+    config: QARVDConfig,
+    budget: float,
+    prompts: Sequence[str] | None = None,
+    num_chunks: int = 1,
+    seed: int = SEED,
+) -> QARVDConfig:
+    """Give the layers 8 bits whose 4-bit weights cost most per byte, as long as the bytes last.
+
+    Args:
+        pipe: a float pipeline; it is float again afterwards.
+        config: a scheme of 4-bit weights; calibrated for first.
+        budget: bytes of codes that may be added, as a share of those there are: the share of all weights that gets 8 bits.
+        prompts: to measure on; None takes the first of the calibration prompts.
+        num_chunks, seed: see `layer_errors`.
+
+    Returns:
+        The config with `module_bits`.
+
+    Raises:
+        ValueError: another scheme, a config that has `module_bits` already, or a budget outside (0, 1].
+    """
+    if config.resolved_scheme.weight_bits != 4 or config.module_bits:
+        raise ValueError(
+            f"choosing bits starts from 4-bit weights in all layers, got scheme {config.scheme} with module_bits "
+            f"{config.module_bits}: use w4a8 or w4a16 without module_bits"
+        )
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget}, expected a share of the weights in (0, 1]")
+    prompts = tuple(prompts or calibration_prompts(pipe, config)[:PROMPTS])
+    errors = layer_errors(pipe, config, prompts, num_chunks, seed)
+    linears = quantizable_linears(pipe.transformer, config)
+    sizes = {group: sum(linears[name].weight.numel() for name in group) for group in errors}
+    chosen = most_costly(errors, sizes, budget * sum(sizes.values()))
+    return config.replace(module_bits={name: 8 for group in chosen for name in group})
+
+
+def layer_errors(
+    pipe: ARVDMixin, config: QARVDConfig, prompts: Sequence[str], num_chunks: int = 1, seed: int = SEED
+) -> dict[tuple[str, ...], float]:
+    """Mean squared latent error, weighted by chunk, of rollouts in which one group of layers alone is quantized.
+
+    One rollout per prompt and group of layers that read one tensor, and one of the float model. Every error is kept in
+    `cache_folder()` as soon as it is known: what was interrupted goes on where it stopped, and nothing is measured twice.
+
+    Args:
+        pipe: a float pipeline; it is float again afterwards.
+        config: what the layers are calibrated for.
+        prompts: one rollout of every kind each.
+        num_chunks: chunks per rollout. The first chunk alone ranks layers much as all do (its errors go on into the others),
+            at a fraction of the time.
+        seed: prompt `i` draws all its noise from `seed + i`.
+
+    Returns:
+        By the names of the layers of a group.
+
+    Raises:
+        ValueError: the pipeline is quantized, or the file of what was measured before is damaged; it is named.
+    """
+    groups = input_groups(pipe.transformer, quantizable_linears(pipe.transformer, config), config)
+    layers = quantized_layers(pipe.transformer, calibrate_pipeline(pipe, config))
+    weights = torch.tensor(config.sensitivity(num_chunks), dtype=torch.float64)
+    processes = Processes.launched()
+    path = _errors_file(describe_measurement(pipe, config, prompts, num_chunks, seed, None))
+    keep = processes.is_main and can_keep_results()
+    measured = processes.from_main(_read_errors(path) if processes.is_main else None)
+    errors = {group: measured.setdefault(" ".join(group), []) for group in groups}  # of each prompt so far
+    remaining = [[group for group in groups if len(errors[group]) <= index] for index in range(len(prompts))]
+    with at_work(pipe, "measuring layers", "rollout", sum(len(some) + 1 for some in remaining if some)) as step:
+
+        def roll_out(prompt: str, seed: int) -> list[Tensor]:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            chunks = pipe.stream(prompt, num_chunks=num_chunks, generator=generator, output_type="latent")
+            latents = [chunk.latents.double().cpu() for chunk in chunks]
+            step()
+            return latents
+
+        for index, (prompt, some) in enumerate(zip(prompts, remaining, strict=True)):
+            expected = roll_out(prompt, seed + index) if some else []
+            for group in some:
+                with QuantizationSwitch(pipe.transformer, {name: layers[name] for name in group}) as switch:
+                    switch.set(True)
+                    got = roll_out(prompt, seed + index)
+                per_chunk = torch.stack([(a - b).square().mean() for a, b in zip(expected, got, strict=True)])
+                errors[group].append((weights * per_chunk).mean().item())
+                if keep:
+                    write_json(measured, path)
+    return {group: sum(per_prompt) / len(prompts) for group, per_prompt in errors.items()}
+
+
+def _errors_file(measured: Mapping[str, object]) -> Path:
+    digest = hashlib.blake2b(json.dumps(measured, sort_keys=True).encode(), digest_size=20)
+    return cache_folder() / "layer_errors" / f"{digest.hexdigest()}.json"
+
+
+def _read_errors(path: Path) -> dict[str, list[float]]:
+    """By the names of the layers of a group, one error per prompt; empty without a file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(names): [float(error) for error in per_prompt] for names, per_prompt in found.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no errors of layers ({error}): delete it and measure again") from error
+
+
+def most_costly(
+    errors: Mapping[tuple[str, ...], float], sizes: Mapping[tuple[str, ...], int], budget: float
+) -> list[tuple[str, ...]]:
+    """Keys by error per size, largest first, each taken if it still fits the budget."""
+    chosen = []
+    for key in sorted(errors, key=lambda key: errors[key] / sizes[key], reverse=True):
+        if sizes[key] <= budget:
+            chosen.append(key)
+            budget -= sizes[key]
+    return chosen

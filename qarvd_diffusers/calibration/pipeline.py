@@ -1,0 +1,232 @@
+"""Calibrate a loaded pipeline: choose prompts and device, use the cache, run the rollouts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..files.cache import cache_folder, can_keep_results
+from ..files.hashing import hash_tensors
+
+if TYPE_CHECKING:
+    from ..pipelines.arvd_mixin import ARVDMixin
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..bundled import bundled_prompts
+from ..config import PACKED_FORMAT, QARVDConfig, parse_prompts
+from ..files.text import read_text
+from ..quantization.adapters import adapter_scales
+from ..quantization.model import quantized_linears
+from ..quantization.result import REVISION, CalibrationResult
+from ..rollout.pass_info import PassInfo
+from .calibrate import Progress, Work, calibrate, plan_work, quantize_weights
+from .processes import Processes
+from .resume import ResumeFolder
+from .work_bar import WorkBar, work_totals
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_FILE = "calibration_prompts.txt"
+
+
+def calibration_prompts(pipe: ARVDMixin, config: QARVDConfig) -> tuple[str, ...]:
+    """The config's prompts, else those in the model's own folder, else the bundled set of general ones."""
+    if config.calibration_prompts is not None:
+        return config.calibration_prompts
+    own = Path(pipe.source or "") / PROMPTS_FILE
+    if own.is_file():
+        return parse_prompts(read_text(own).splitlines(), str(own))
+    return bundled_prompts()
+
+
+def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor]) -> str:
+    """Hash of everything a calibration depends on: float weights, config, prompt embeddings, rollout settings.
+
+    Embeddings stand for prompts, tokenizer and text encoder at once.
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    settings = config.replace(
+        calibration_prompts=None,
+        text_encoder=None,
+        base_model=None,
+        calibration_adapters=adapter_scales(pipe.transformer) or None,
+    ).to_dict()
+    rollout = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
+    model = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    described = [PACKED_FORMAT, REVISION, settings, rollout, model, torch.__version__]
+    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+    hash_tensors(digest, pipe.transformer.state_dict().items())
+    hash_tensors(digest, ((f"prompt {i}", e) for i, e in enumerate(embeds)))
+    return digest.hexdigest()
+
+
+def calibrate_pipeline(
+    pipe: ARVDMixin,
+    config: QARVDConfig,
+    use_cache: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Calibrate a float pipeline; nothing of it changes.
+
+    Under `accelerate launch` all processes call this and work together: prompts are shared in the search of ranges, layers
+    in rounding. Integer weights do not depend on the number of processes; scores of range candidates do in the last bits
+    of a float64.
+
+    Args:
+        pipe: a float pipeline.
+        config: what to calibrate for.
+        use_cache: take and keep the result in `cache_folder()` under its content hash; where that cannot be written, go on
+            without.
+        resume: folder for finished parts, so that an interrupted calibration goes on where it stopped; None takes one in
+            `cache_folder()` that is removed at the end, or none without `use_cache`.
+        progress: told, as the bar is, for every layer, pass and step of rounding what is being done, how many steps are done,
+            and how many there are in all; what it raises ends the calibration.
+
+    Returns:
+        The integer weights and quantizer parameters of every quantizable Linear.
+
+    Raises:
+        ValueError: the pipeline is quantized already, or runs on several GPUs; `resume` was made with another model, config
+            or prompts; or the processes of a launch differ in them.
+        RuntimeError: another process of a launch ended.
+    """
+    require_float(pipe)
+    if getattr(pipe.transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            "The transformer was split by enable_parallelism(): calibrate before it. The processes of a launch share the "
+            "prompts and layers of a calibration by themselves."
+        )
+    processes = Processes.launched()
+    if not config.needs_calibration:
+        work = plan_work(pipe.transformer, config)
+        with WorkBar(work_totals(work, 0, 0), progress, desc="quantizing", disable=_hidden(pipe)) as bar:
+            return quantize_weights(pipe.transformer, config, _by_kind(bar, work))
+    with torch.no_grad():
+        embeds = [pipe.encode_prompt(prompt) for prompt in calibration_prompts(pipe, config)]
+    fingerprint = content_hash(pipe, config, embeds)
+    processes.require_same(fingerprint, "model, config, prompts or settings")
+    path = cache_folder() / "calibration" / f"{fingerprint}.safetensors"
+    found = processes.from_main(_kept(path) if processes.is_main and use_cache else None)
+    if found is not None:
+        return found
+    use_cache = processes.from_main(processes.is_main and use_cache and can_keep_results())
+    unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
+    parts = unfinished or resume
+    folder = None if parts is None else ResumeFolder(parts, fingerprint)
+    rollouts = list(enumerate(embeds))
+    share = processes.share(rollouts)
+    passes = sum(sum(pipe.causal_fields.passes(chunk).values()) for chunk in range(config.calibration_chunks))
+    work = plan_work(pipe.transformer, config, folder, processes)
+    totals = work_totals(work, passes * len(rollouts), passes * len(share))
+    hidden = _hidden(pipe)
+    with undisturbed(pipe), WorkBar(totals, progress, desc="calibrating", disable=hidden) as bar:
+
+        def run(on_pass: Callable[[PassInfo], None], chosen: Sequence[tuple[int, torch.Tensor]] = rollouts) -> None:
+            def observed(info: PassInfo) -> None:
+                bar.advance("pass", "running the model")
+                on_pass(info)
+
+            for index, prompt_embeds in chosen:
+                generator = torch.Generator("cpu").manual_seed(config.calibration_seed + index)
+                for _ in pipe.stream(
+                    prompt_embeds=prompt_embeds,
+                    num_chunks=config.calibration_chunks,
+                    generator=generator,
+                    output_type="latent",
+                    on_pass=observed,
+                ):
+                    pass
+
+        run_share = partial(run, chosen=share)
+        result = calibrate(pipe.transformer, run, config, _by_kind(bar, work), folder, processes, run_share)
+    if processes.is_main and use_cache:
+        _keep(result, path)
+    if processes.is_main and unfinished is not None:
+        shutil.rmtree(unfinished)
+    return result
+
+
+def _hidden(pipe: ARVDMixin) -> bool:
+    """Whether to show no bars: the pipeline has none, or this is not the main process of a launch."""
+    bars = getattr(pipe, "_progress_bar_config", {})
+    return bool(bars.get("disable")) or not Processes.launched().is_main
+
+
+@contextmanager
+def at_work(pipe: ARVDMixin, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
+    """One bar over all rollouts, whose step is handed out; see `undisturbed`."""
+    hidden = _hidden(pipe)
+    with undisturbed(pipe), tqdm(desc=what, unit=unit, total=total, disable=hidden) as bar:
+        yield bar.update
+
+
+def _kept(path: Path) -> CalibrationResult | None:
+    """An earlier result, if there is one that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        result = CalibrationResult.load(path)
+    except (OSError, ValueError) as error:
+        logger.warning("A kept calibration is not used: %s", error)
+        return None
+    logger.info("Calibration found in %s", path)
+    return result
+
+
+def _keep(result: CalibrationResult, path: Path) -> None:
+    try:
+        result.save(path)
+    except OSError as error:
+        logger.warning("The calibration is not kept for another time: %s", error)
+
+
+def require_float(pipe: ARVDMixin) -> None:
+    """Refuse a quantized pipeline before anything is done with it.
+
+    Raises:
+        ValueError: names its scheme.
+    """
+    if quantized_linears(pipe.transformer):
+        config = pipe.transformer.config.get("quantization_config")
+        scheme = "" if config is None else f" ({config['scheme'] if isinstance(config, dict) else config.scheme})"
+        raise ValueError(f"The transformer is quantized already{scheme}: take the float model.")
+
+
+def _by_kind(bar: WorkBar, work: Work) -> Progress:
+    """What `calibrate` reports, as steps of the bar: first all layers, then the rounding."""
+    layers = iter(range(work.layers))
+
+    def report(text: str, step: int, steps: int) -> None:
+        kind = "rounding" if next(layers, None) is None else "layer"
+        bar.advance(kind, text)
+
+    return report
+
+
+@contextmanager
+def undisturbed(pipe: ARVDMixin) -> Iterator[None]:
+    """No bar for each rollout; on the GPU if there is one, and back afterwards."""
+    home = pipe.device
+    bar_config = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    if home.type == "cpu" and torch.cuda.is_available():
+        pipe.to("cuda")
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**bar_config)
+        if pipe.device != home:
+            pipe.to(home)

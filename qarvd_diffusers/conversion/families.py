@@ -1,0 +1,210 @@
+"""The released models of the family: how each rolls out, what its files look like, and what is still missing for some.
+
+The values are those of the released inference configurations. Everything that differs between members stands in this
+table; nothing else asks for a model by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..rollout.config import CausalFields
+
+
+@dataclass(frozen=True)
+class Network:
+    """The sizes by which a network is recognized.
+
+    Attributes:
+        dim: width.
+        num_layers: blocks.
+        in_channels: latent channels.
+        base: Hub id of the diffusers folder that lends VAE and text encoder.
+    """
+
+    dim: int
+    num_layers: int
+    in_channels: int
+    base: str
+
+
+NETWORKS = {
+    "1.3B": Network(1536, 30, 16, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "5B": Network(3072, 30, 48, "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    "14B": Network(5120, 40, 16, "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One released model.
+
+    Attributes:
+        fields: how it rolls out.
+        network: key of `NETWORKS`.
+        source: Hub id and file names.
+        weights: `generator` or `generator_ema`, which of them is meant to be used where a file holds both.
+        file_names: parts of file or folder names by which it is recognized, in lower case; the longest match wins.
+        has_lora: the release is a base and a LoRA that must be merged.
+        licence: of the released weights, as far as known; a model card beside the file overrides it.
+        height, width, fps: pixels and frames per second that it is trained at.
+        lacks: mechanisms that its roll-out needs and that do not exist here; such a model is refused.
+    """
+
+    fields: CausalFields
+    network: str = "1.3B"
+    source: str = ""
+    weights: str = "generator_ema"
+    file_names: tuple[str, ...] = ()
+    has_lora: bool = False
+    licence: str | None = None
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+    lacks: tuple[str, ...] = ()
+
+    def pipeline_config(self) -> dict[str, Any]:
+        """Values of the pipeline's config, as plain JSON types."""
+        return {**self.fields.to_dict(), "height": self.height, "width": self.width, "fps": self.fps}
+
+    def replace(self, **changes: Any) -> Preset:
+        return dataclasses.replace(self, **changes)
+
+
+_FOUR_STEPS = (1000, 750, 500, 250)
+_JOINT = "a sampler that denoises several chunks at different noise levels jointly"
+
+_FRAMEWISE = Preset(
+    CausalFields(num_frames_per_chunk=1),
+    source="zhuhz22/Causal-Forcing: framewise/causal_forcing.pt",
+    file_names=("framewise", "causal_forcing-framewise", "causal_forcing_framewise"),
+    licence="apache-2.0",
+)
+
+
+def _few_steps(*steps: int) -> CausalFields:
+    return dataclasses.replace(_FRAMEWISE.fields, denoising_timesteps=steps, first_chunk_timesteps=_FOUR_STEPS)
+
+
+PRESETS: dict[str, Preset] = {
+    "self-forcing": Preset(
+        CausalFields(),
+        source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt",
+        file_names=("self_forcing", "self-forcing", "selfforcing"),
+        licence="apache-2.0",
+    ),
+    "causal-forcing": Preset(
+        CausalFields(),
+        source="zhuhz22/Causal-Forcing: chunkwise/causal_forcing.pt",
+        weights="generator",
+        file_names=("causal_forcing", "causal-forcing", "chunkwise/causal_forcing"),
+        licence="apache-2.0",
+    ),
+    "causal-forcing-framewise": _FRAMEWISE.replace(file_names=(*_FRAMEWISE.file_names, "framewise/causal_forcing")),
+    "causal-forcing-framewise-2step": _FRAMEWISE.replace(
+        fields=_few_steps(1000, 500),
+        source="zhuhz22/Causal-Forcing: causal-forcing++/framewise-2step.pt",
+        file_names=("framewise-2step", "causal-forcing++/framewise-2step"),
+    ),
+    "causal-forcing-framewise-1step": _FRAMEWISE.replace(
+        fields=_few_steps(1000),
+        source="zhuhz22/Causal-Forcing: causal-forcing++/framewise-1step.pt",
+        file_names=("framewise-1step", "causal-forcing++/framewise-1step"),
+    ),
+    "longlive": Preset(
+        CausalFields(local_attention_frames=12, sink_frames=3, on_prompt_switch="recache"),
+        source="Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt and models/lora.pt",
+        weights="generator",
+        file_names=("longlive",),
+        has_lora=True,
+    ),
+    "causvid": Preset(
+        # The released list ends in 0, which its sampler drops.
+        CausalFields(denoising_timesteps=(1000, 757, 522), warp_timesteps=False, timestep_shift=8.0),
+        source="tianweiy/CausVid: autoregressive_checkpoint/model.pt",
+        weights="generator",
+        file_names=("causvid", "autoregressive_checkpoint"),
+        licence="cc-by-nc-sa-4.0",
+    ),
+    "krea": Preset(
+        # The last step is a pass at timestep 0: it must not be dropped.
+        CausalFields(denoising_timesteps=(*_FOUR_STEPS, 0), local_attention_frames=6, context_mode="rebuild"),
+        network="14B",
+        source="krea/krea-realtime-video",
+        file_names=("krea",),
+        licence="cc-by-nc-sa-4.0",
+    ),
+    "longlive-2": Preset(
+        CausalFields(
+            num_frames_per_chunk=8,
+            # 1000 * linspace(0.999, 0, 5) without its end; the shift makes 999, 937, 833 and 624 of them.
+            denoising_timesteps=(999, 749.25, 499.5, 249.75),
+            local_attention_frames=32,
+            sink_frames=8,
+            shot_rope_offset=8,
+            shot_prefix="The scene transitions. ",
+            pin_shots=True,
+            clamped_start=True,
+            sampler="unipc",
+        ),
+        network="5B",
+        source="Efficient-Large-Model/LongLive-2.0-5B: model_bf16.pt, its LoRA merged",
+        weights="generator",
+        file_names=("longlive-2", "longlive2", "longlive_2"),
+        height=704,
+        width=1280,
+        fps=24,
+    ),
+    "infinity-rope": Preset(
+        # A cut puts the chunk, in slots 3 to 5 of the window, at 45 to 47.
+        CausalFields(local_attention_frames=6, sink_frames=1, rope_mode="window", shot_rope_offset=42),
+        source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt, used as it is",
+        file_names=("infinity-rope", "infinity_rope"),
+        licence="apache-2.0",
+    ),
+    "reward-forcing": Preset(
+        CausalFields(local_attention_frames=9, sink_frames=3, rope_mode="window", sink_ema=0.999),
+        source="JaydenLu666/Reward-Forcing-T2V-1.3B",
+        file_names=("reward-forcing", "reward_forcing", "rewardforcing"),
+        licence="apache-2.0",
+    ),
+    "rolling-forcing": Preset(
+        CausalFields(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),
+        source="TencentARC/RollingForcing",
+        file_names=("rolling_forcing", "rolling-forcing", "rollingforcing"),
+        lacks=(_JOINT,),
+    ),
+    "causal-forcing-long": Preset(
+        CausalFields(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),
+        source="zhuhz22/Causal-Forcing: chunkwise/longvideo.pt",
+        weights="generator",
+        file_names=("longvideo", "chunkwise/longvideo"),
+        licence="apache-2.0",
+        lacks=(_JOINT,),
+    ),
+}
+"""By family name. Those with `lacks` are listed so that their files are recognized and refused with the reason."""
+
+
+def available() -> list[str]:
+    """Names of the presets that run."""
+    return [name for name, preset in PRESETS.items() if not preset.lacks]
+
+
+def find_preset(family: str) -> Preset:
+    """The preset of a family.
+
+    Raises:
+        ValueError: it is unknown, or needs a mechanism that does not exist here; named.
+    """
+    if family not in PRESETS:
+        raise ValueError(f"family is {family!r}, expected one of {', '.join(available())}")
+    preset = PRESETS[family]
+    if preset.lacks:
+        raise ValueError(
+            f"family {family!r} is known but cannot run: it needs {' and '.join(preset.lacks)}. Families that run: "
+            f"{', '.join(available())}"
+        )
+    return preset

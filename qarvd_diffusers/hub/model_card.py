@@ -1,0 +1,193 @@
+"""The model card of a quantized checkpoint, written from what was measured."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..config import QARVDConfig
+
+CARD_FILE = "README.md"
+_UNMEASURED = (
+    "No fidelity was measured for this checkpoint. `qarvd_diffusers.evaluate(float_pipe, pipe, prompts)` does."
+)
+# Metric of a report -> title and format of its column.
+_COLUMNS = {
+    "psnr_db": ("PSNR (dB)", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "latent_mse": ("latent MSE", ".3e"),
+    "lpips": ("LPIPS", ".4f"),
+}
+
+
+def is_non_commercial(licence: str | None) -> bool:
+    """Whether a licence identifier, such as `cc-by-nc-sa-4.0`, forbids commercial use."""
+    return "nc" in (licence or "").lower().replace("_", "-").split("-") or "non-commercial" in (licence or "").lower()
+
+
+def stated_licence(folder: str | os.PathLike[str]) -> str | None:
+    """Licence identifier stated by the model card in a folder; None where there is no card, or it states none."""
+    try:
+        return ModelCard.load(Path(folder) / CARD_FILE).data.license if (Path(folder) / CARD_FILE).is_file() else None
+    except ValueError:
+        return None  # a README that is no model card
+
+
+def _licence_text(licence: str | None) -> str:
+    if licence is None:
+        return "Not known here: it is that of the base model, which these weights inherit. State it before you publish them."
+    warning = (
+        "**Non-commercial**: these weights may not be used or sold commercially. "
+        if is_non_commercial(licence)
+        else ""
+    )
+    return f"{warning}`{licence}`, inherited from the base model."
+
+
+def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
+    """The card of a float model that was converted from an original release.
+
+    Args:
+        family: key of `PRESETS`.
+        source: Hub id and files of the release.
+        licence: licence identifier of the released weights, None if it is not known.
+    """
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=["autoregressive-video-diffusion", family, *(["non-commercial"] if is_non_commercial(licence) else [])],
+        license=licence,
+    )
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {family}
+
+Weights of the release {source}, in the layout of diffusers. Nothing but names and file format was changed.
+
+```python
+import qarvd_diffusers  # pip install -e . in a clone of the Q-ARVD repository
+pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("path/to/this/folder")
+```
+
+## Licence
+
+{_licence_text(licence)}
+"""
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    # JSON has no infinity: the PSNR of equal videos may come back as None.
+    return "identical" if value is None or math.isinf(value) else format(value, form)
+
+
+def _fidelity(report: Mapping[str, Any] | None) -> str:
+    if report is None:
+        return _UNMEASURED
+    columns = {name: form for name, form in _COLUMNS.items() if report.get(name) is not None}
+    rows = "\n".join(
+        f"| {chunk} | " + " | ".join(_number(report[name][chunk], form) for name, (_, form) in columns.items()) + " |"
+        for chunk in range(report["num_chunks"])
+    )
+    header = " | ".join(title for title, _ in columns.values())
+    text = (
+        f"Against the float model on identical initial noise and re-noise: {report['prompts']} prompts, "
+        f"{report['num_chunks']} chunks, seed {report['seed']}.\n\n"
+        f"| chunk | {header} |\n|---{'|---' * len(columns)}|\n{rows}\n"
+    )
+    if report.get("adherence") is not None:
+        text += f"\nPrompt adherence: {report['adherence']:.1%}, float model {report['reference_adherence']:.1%}.\n"
+    return text
+
+
+def _exceptions(config: QARVDConfig) -> str:
+    """Layers with other bits than the scheme's."""
+    listed = ", ".join(f"{bits} in `{name}`" for name, bits in (config.module_bits or {}).items())
+    return f" ({listed})" if listed else ""
+
+
+def _loading(pipeline: str, source: str) -> str:
+    """The lines that load a model by a pipeline class, up to the end of their block, and what it can do then."""
+    module, _, name = pipeline.rpartition(".")
+    if module == "qarvd_diffusers":
+        lines = f'pipe = {pipeline}.from_pretrained("{source}")\n```\n'
+    else:
+        lines = f'from {module} import {name}\n\npipe = {name}.from_pretrained("{source}")\n```\n'
+    if module.split(".")[0] == "diffusers":
+        return lines  # a stock pipeline generates whole videos
+    return f'{lines}\n`for chunk in pipe.stream("a prompt"): chunk.frames` yields frames while the next chunk is computed.\n'
+
+
+def model_card(
+    config: QARVDConfig,
+    sizes: Mapping[str, int],
+    report: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    repo_id: str | None = None,
+    pipeline: str = "qarvd_diffusers.ARVDPipeline",
+) -> ModelCard:
+    """A card that states bits, sizes, fidelity per chunk, base model and licence, and the lines that load the model.
+
+    Args:
+        config: the checkpoint's stored config.
+        sizes: `stored_bytes` of its transformer.
+        report: what `evaluate` returned, or None if nothing was measured.
+        base_model: Hub id of the float model.
+        licence: licence identifier of the base model, which the quantized weights inherit.
+        repo_id: where the card will live; None writes a placeholder.
+        pipeline: the class that loads the model, dotted.
+    """
+    scheme = config.resolved_scheme
+    activations = {"static": "static 8-bit", "dynamic": "dynamic 8-bit", "none": "float"}[scheme.activation]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=[
+            "qarvd",
+            "quantized",
+            "autoregressive-video-diffusion",
+            config.scheme,
+            *(["non-commercial"] if is_non_commercial(licence) else []),
+        ],
+        base_model=base_model,
+        license=licence,
+    )
+    ratio = sizes["quantized"] / sizes["bfloat16"] if sizes["bfloat16"] else 1.0
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {(repo_id or "Autoregressive video diffusion model").split("/")[-1]} ({config.scheme})
+
+{f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "An autoregressive video diffusion model"}
+quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)): {scheme.weight_bits}-bit weights{_exceptions(config)},
+{activations} activations, outlier channels on a scale of their own.
+
+```python
+import qarvd_diffusers  # registers the quantization method; pip install -e . in a clone of the Q-ARVD repository
+{_loading(pipeline, repo_id or "path/to/this/folder")}
+## Size
+
+| | bytes |
+|---|---|
+| quantized layers, scales included | {sizes["quantized"]:,} ({ratio:.3f} of bfloat16) |
+| the same layers in bfloat16 | {sizes["bfloat16"]:,} |
+| whole transformer | {sizes["total"]:,} |
+
+## Fidelity
+
+{_fidelity(report)}
+## Licence
+
+{_licence_text(licence)}
+"""
+    return ModelCard(content)

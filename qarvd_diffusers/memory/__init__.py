@@ -1,0 +1,1 @@
+"""Memory of a stream: shapes, estimates, and plans that fit a budget."""

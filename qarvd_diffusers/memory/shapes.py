@@ -1,0 +1,181 @@
+"""`ModelShapes`: what a model folder's JSON files say, and bytes counted from shapes alone, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, ModelMixin
+from huggingface_hub import hf_hub_download
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, UMT5EncoderModel
+
+from ..calibration.targets import quantizable_linears
+from ..config import QARVDConfig, QuantizedModule
+from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..rollout.config import CausalFields
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """The configs of a pipeline folder.
+
+    Attributes:
+        name: folder or Hub id.
+        index: `model_index.json`.
+        transformer: `transformer/config.json`.
+        vae: `vae/config.json`, or None.
+        text_encoder: `text_encoder/config.json`, or None.
+    """
+
+    name: str
+    index: Mapping[str, Any]
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any] | None
+    text_encoder: Mapping[str, Any] | None
+
+    @classmethod
+    def read(cls, name: str | os.PathLike[str], **hub: Any) -> ModelShapes:
+        """Read the JSON files of a folder or Hub repository, and nothing else.
+
+        Raises:
+            OSError: if a file is missing.
+            ValueError: if the folder holds another kind of model.
+        """
+
+        def read(file: str) -> dict[str, Any]:
+            local = Path(name) / file
+            path = local if Path(name).is_dir() else hf_hub_download(str(name), file, **hub)
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+
+        index = read("model_index.json")
+        if (index.get("transformer") or [None, None])[1] != "WanTransformer3DModel":
+            raise ValueError(f"{name} has no WanTransformer3DModel: its memory cannot be planned")
+        parts = {
+            part: read(f"{part}/config.json") if (index.get(part) or [None])[0] is not None else None
+            for part in ("transformer", "vae", "text_encoder")
+        }
+        return cls(str(name), index, **parts)
+
+    @property
+    def fields(self) -> CausalFields:
+        return CausalFields.from_config(self.index)
+
+    @property
+    def quantization(self) -> QARVDConfig | None:
+        """The config of a quantized checkpoint."""
+        config = self.transformer.get("quantization_config")
+        return None if config is None else QARVDConfig.from_dict(config)
+
+    def empty_transformer(self, layers: int | None = None) -> CausalWanTransformer3DModel:
+        """The float transformer on the meta device, all of it or its first `layers` blocks."""
+        config = {key: value for key, value in self.transformer.items() if key[0] != "_"}
+        config.pop("quantization_config", None)
+        config["num_layers"] = layers or config["num_layers"]
+        with torch.device("meta"):
+            return CausalWanTransformer3DModel(**config).eval()
+
+    def empty_vae(self) -> AutoencoderKLWan:
+        with torch.device("meta"):
+            return AutoencoderKLWan.from_config(dict(self.vae)).eval()
+
+    def empty_text_encoder(self) -> nn.Module:
+        values = dict(self.text_encoder)
+        with torch.device("meta"):
+            return UMT5EncoderModel(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> int:
+    """Give a model's parameters the dtypes that loading in `dtype` gives them, and return their bytes.
+
+    Some parts are kept in float32: by diffusers always, by transformers in float16 only.
+    """
+    keeps = isinstance(model, ModelMixin) or dtype == torch.float16
+    kept = (keeps and getattr(model, "_keep_in_fp32_modules", None)) or ()
+    for name, parameter in model.named_parameters():
+        if not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def quantized_bytes(model: nn.Module, config: QARVDConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the model quantized by `config`, and of the largest weight that is expanded while it works."""
+    modules = config.modules
+    if not modules:
+        schemes = {name: config.scheme_of(name) for name in quantizable_linears(model, config)}
+        modules = {name: QuantizedModule(0, each.weight_bits, each.activation) for name, each in schemes.items()}
+    total, largest = cast(model, dtype), 0
+    for name, description in modules.items():
+        layer = model.get_submodule(name)
+        size = layer.weight.numel()
+        total += size * description.weight_bits // 8 - layer.weight.nbytes
+        total += 12 * layer.out_features + 4 * layer.in_features  # scales and zero-points, channel order
+        total += 16 if description.activation == "static" else 0
+        expanded = dtype.itemsize if description.activation == "none" else int(description.weight_bits == 4)
+        largest = max(largest, size * expanded)
+    return total, largest
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors made since the start that are still in use; the peak is between operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id_of(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id_of(tensor) not in given:
+                storage = tensor.untyped_storage()
+                self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._known = {key: entry for key, entry in self._known.items() if not entry[0].expired()}
+        self.now = sum(size for _, size in self._known.values())
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def id_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _AsOnAGPU(TorchFunctionMode):
+    """Attention needs no memory beside its output, and convolutions of channels-last weights give channels-last tensors.
+
+    On the meta device torch would write out all scores, and count copies that a GPU need not make.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0] if args else kwargs["query"])
+        out = func(*args, **kwargs)
+        layout = {F.conv2d: torch.channels_last, F.conv3d: torch.channels_last_3d}.get(func)
+        if layout is None or not args[1].is_contiguous(memory_format=layout):
+            return out
+        _, channels, *sizes = out.shape
+        strides = [channels * math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+        return out.as_strided(out.shape, [channels * math.prod(sizes), 1, *strides])
+
+
+@torch.no_grad()
+def live_bytes(run: Callable[[], Any]) -> tuple[int, int]:
+    """Peak bytes while `run` works on meta tensors, and those that are left when it has ended."""
+    with _LiveBytes() as live, _AsOnAGPU(), torch.device("meta"):
+        kept = run()
+        del kept
+        torch.empty(0)  # an operator more, which looks what is left
+    return live.peak, live.now

@@ -1,0 +1,1 @@
+"""The forward pass of the causal Wan transformer on fused integer kernels."""

@@ -1,0 +1,1 @@
+"""One quantized layer: affine maths, bit layout, `QARVDLinear`, and putting it into a model."""

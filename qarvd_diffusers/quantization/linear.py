@@ -1,0 +1,344 @@
+"""`QARVDLinear`: a linear layer on packed integer weights, in place of `nn.Linear`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import qarvd_kernels as ops
+from qarvd_kernels.checks import accumulator
+
+from ..config import QuantizedModule
+from .dequantized_weight import DequantizedWeight
+from .qparams import LinearQParams, stored_tensors
+
+logger = logging.getLogger(__name__)
+
+
+class _Folded(NamedTuple):
+    """The constants of `qarvd_kernels.PreparedLinear`; all None for a layer that it refuses."""
+
+    num_outliers: int | None = None
+    ratio: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    row_sum_scale: Tensor | None = None
+
+    def lies_on(self, device: torch.device) -> bool:
+        return self.scale is None or self.scale.device == device
+
+
+class QARVDLinear(nn.Linear):
+    """A frozen linear layer with packed 4- or 8-bit weights, dual scales and (static or dynamic) int8 activations.
+
+    Parameters are those of `LinearQParams`, all without gradient, and `bias`. Conversions such as `.to(torch.bfloat16)` or
+    `.half()` change the bias, and so the dtype of the layer, but never the precision of scales, codes or zero-points.
+    A subclass of `nn.Linear`, so that adapters (PEFT) and offloading treat it as one; gradients flow through to the input
+    as if the layer were the float layer of its de-quantized weight (straight-through).
+
+    Build it with `empty` (to be filled by a loader) or `from_float`.
+
+    Attributes:
+        revision: grows whenever parameters are assigned, loaded or laid out anew; moving them to a device is not counted.
+    """
+
+    revision = 0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        description: QuantizedModule,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate a float weight
+        if description.num_outliers > in_features:
+            raise ValueError(f"{description.num_outliers} outlier channels do not fit {in_features} input channels")
+        self.in_features, self.out_features = in_features, out_features
+        self.num_outliers = description.num_outliers
+        self.weight_bits = description.weight_bits
+        self.activation = description.activation
+        self._dtype = dtype or torch.get_default_dtype()
+        # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their order.
+        self.register_buffer("_row_order", _natural_order(), persistent=False)
+        self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
+        # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
+        bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
+        self.register_parameter("bias", bias_tensor)
+        for name in ("input_scale", "input_zero_point"):
+            self.register_parameter(name, None)
+        for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
+            self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        description: QuantizedModule,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QARVDLinear:
+        """A layer whose parameters have no values yet; on the meta device it takes no memory.
+
+        Args:
+            description: outlier count, bits and kind of activation.
+            dtype: dtype of bias and de-quantized weight; None takes torch's default.
+
+        Raises:
+            ValueError: an odd number of input channels for 4 bits, or more outliers than channels.
+        """
+        return cls(in_features, out_features, bias, description, device, dtype)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, qparams: LinearQParams) -> QARVDLinear:
+        """The quantized counterpart of `linear`, on its device, with its bias and dtype.
+
+        Raises:
+            ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or zero-points so far out that
+                integer sums could overflow.
+        """
+        layer = cls.empty(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            qparams.description,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        given, device = qparams.tensors(), linear.weight.device
+        for name, (shape, kind) in stored_tensors(
+            linear.in_features, linear.out_features, qparams.description
+        ).items():
+            tensor = given.pop(name, None)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != kind:
+                got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise ValueError(f"{name} is {got}, expected {kind} {shape}")
+            setattr(layer, name, _frozen(tensor.detach().to(device, copy=True)))  # tied layers share theirs
+        if given:
+            raise ValueError(f"{sorted(given)} have no place in a layer with {qparams.description}")
+        if linear.bias is not None:
+            layer.bias = _frozen(linear.bias.detach().clone())
+        layer._check_sums()
+        return layer.train(linear.training)
+
+    def _check_sums(self) -> None:
+        for group, width in enumerate((self.num_outliers, self.in_features - self.num_outliers)):
+            zero_point = None if self.input_zero_point is None else self.input_zero_point[group]
+            accumulator(width, zero_point, self.weight_zero_point[:, group], self.weight_bits)
+
+    def store_rows_in(self, order: Tensor | None) -> None:
+        """Keep the output channels in another order in memory; result, `weight` and state dict stay what they are.
+
+        For kernels that hand their output on in the order of the next layer (`channel_order`).
+
+        Args:
+            order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural order.
+        """
+        if order is None and not self._is_reordered:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # parameters stay ordinary tensors, whoever asks
+            if self._is_reordered:
+                self._permute_rows(self._row_order.argsort())
+            self._row_order = _natural_order() if order is None else order.detach().clone()
+            if order is not None:
+                self._permute_rows(order)
+
+    @property
+    def _is_reordered(self) -> bool:
+        return self._row_order.numel() > 0
+
+    def _permute_rows(self, order: Tensor) -> None:
+        self._forget()
+        for name in PER_ROW:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor.data = _take(tensor.data, order)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # Not copies in natural order: offloading puts what it reads here back into the layer, and must leave no order behind.
+        self.store_rows_in(None)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self._row_order.is_meta:
+            self._row_order = _natural_order()  # the parameters are gone, too: nothing to put back
+        self.store_rows_in(None)
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Behind every assignment of a parameter, which may bring other values or rows in another order."""
+        self._forget()
+        super().register_parameter(name, param)
+
+    def _forget(self) -> None:
+        """Give up what was computed from parameters that now change."""
+        self._folded = None
+        self.revision += 1
+
+    @property
+    def description(self) -> QuantizedModule:
+        """What the checkpoint's config says of this layer."""
+        return QuantizedModule(self.num_outliers, self.weight_bits, self.activation)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the bias, and of `weight`."""
+        return self._dtype if self.bias is None else self.bias.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The de-quantized weight `[N, K]` in original channel order, computed on every use; refuses to be written to.
+
+        Merging an adapter writes to the weight of its base layer; into a copy it would go, and be lost.
+        """
+        return DequantizedWeight(self)
+
+    def dequantized(self) -> Tensor:
+        """The weight as an ordinary tensor `[N, K]`, in original channel order and in the layer's dtype."""
+        return self._in_natural_order(self._stored_weight(), 0)
+
+    def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
+        return _take(tensor, self._row_order.argsort(), dim) if self._is_reordered else tensor
+
+    def _stored_weight(self) -> Tensor:
+        return ops.dequantize_weight(
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.channel_order,
+            self.weight_bits,
+            self.num_outliers,
+            self.dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K]` -> `[..., N]` in the dtype of x."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _StraightThrough.apply(x, self)
+        return self._in_natural_order(self._compute(x), -1)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
+        if self.activation == "none":
+            return ops.weight_only_linear(
+                x, *weight, self.channel_order, self.bias, self.weight_bits, self.num_outliers
+            )
+        layout = (self.bias, self.weight_bits, self.num_outliers, x.dtype)
+        if self.activation == "dynamic":
+            codes, scale = ops.quantize_dynamic(x, self.channel_order, self.num_outliers)
+            return ops.dual_scale_linear_dynamic(codes, scale, *weight, *layout)
+        quantizer = (self.input_scale, self.input_zero_point)
+        codes = ops.quantize_static(x, self.channel_order, self.num_outliers, *quantizer)
+        folded = self._fold(x)
+        if folded is not None:
+            return self._compute_folded(codes.reshape(-1, self.in_features), folded, x)
+        return ops.dual_scale_linear_static(codes, *weight, *quantizer, *layout)
+
+    def _fold(self, x: Tensor) -> _Folded | None:
+        """What the compiled integer product reads beside the weight; None where it does not run.
+
+        Folding reads tensor values, which tracing cannot: a layer that is compiled before its first call does without.
+        """
+        if x.dtype == torch.float64 or not self._kernels_run(x.device):
+            return None
+        folded = self._folded if self._folded is not None and self._folded.lies_on(x.device) else None
+        if folded is None and not torch.compiler.is_compiling():
+            folded = self._folded = self._fold_constants()
+        return folded if folded is not None and folded.ratio is not None else None
+
+    @staticmethod
+    def _kernels_run(device: torch.device) -> bool:
+        return device.type == "cuda" and ops.accelerated(device)
+
+    def _fold_constants(self) -> _Folded:
+        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
+        quantizer = (self.input_scale, self.input_zero_point)
+        try:
+            prepared = ops.prepare_linear(*weight, *quantizer, self.bias, self.weight_bits, self.num_outliers)
+        except ops.LayerRefused as refusal:
+            logger.info("a layer %s stays on the unprepared operators: %s", tuple(self.weight_packed.shape), refusal)
+            return _Folded()
+        # Not the weight: offloading may move it between calls, and nothing here must keep it on the GPU.
+        return _Folded(*(getattr(prepared, name) for name in _Folded._fields))
+
+    def _compute_folded(self, codes: Tensor, folded: _Folded, x: Tensor) -> Tensor:
+        if self.weight_bits == 8:
+            operand = self.weight_packed.view(torch.int8)
+        else:
+            operand = torch.empty((self.out_features, self.in_features), dtype=torch.int8, device=x.device)
+            ops.expand_int4(self.weight_packed, self.weight_zero_point, self.num_outliers, operand)
+        sums = None if folded.row_sum_scale is None else ops.row_sums(codes, folded.num_outliers)
+        constants = (folded.num_outliers, folded.ratio, folded.scale, folded.bias, sums, folded.row_sum_scale)
+        return ops.dual_scale_gemm(codes, operand, *constants, x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QARVDLinear:
+        # Module.to(dtype), half() and layerwise casting all come through here, and would cast the scales.
+        self._folded = None
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        if self.bias is None:
+            self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return super()._apply(keep_dtype, recurse)
+
+    def requires_grad_(self, requires_grad: bool = True) -> QARVDLinear:
+        """Refuses True: packed integers cannot be trained."""
+        if requires_grad:
+            raise ValueError(
+                "QARVDLinear is frozen: its packed integer weights take no gradient. Train an adapter on it (LoRA), or the "
+                "float model."
+            )
+        return super().requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Refused: random codes make no layer."""
+        raise RuntimeError("QARVDLinear has no random initialization: load it, or build it with from_float")
+
+    def extra_repr(self) -> str:
+        activation = {"static": "int8 static", "dynamic": "int8 dynamic", "none": "float"}[self.activation]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight_bits={self.weight_bits}, activation={activation}, num_outliers={self.num_outliers}"
+        )
+
+
+# Parameters with one entry per output channel.
+PER_ROW = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+
+
+def _natural_order() -> Tensor:
+    """Stands for "not reordered"; real even where all else is built on the meta device."""
+    return torch.empty(0, dtype=torch.int32, device="cpu")
+
+
+def _take(tensor: Tensor, order: Tensor, dim: int = 0) -> Tensor:
+    """`tensor` in another order, wherever the two lie: offloading may have moved one of them."""
+    return tensor.index_select(dim, order.to(tensor.device))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward of the quantized layer, backward of the float layer of its de-quantized weight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QARVDLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._in_natural_order(layer._compute(x), -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantized().to(grad.dtype), None
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

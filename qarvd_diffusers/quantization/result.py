@@ -1,0 +1,137 @@
+"""`CalibrationResult`: all that calibration decides, as a value and as one safetensors file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import PACKED_FORMAT, QARVDConfig, QuantizedModule
+from .qparams import LinearQParams, stored_tensors
+
+FORMAT = f"qarvd-calibration-{PACKED_FORMAT}"
+METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results shall be equal files
+
+
+# Counted up when the same config comes to mean other numbers, so that a cached result of before is not taken for its own.
+# 2: layers that read what cross-attention found are not split by their inputs.
+REVISION = 2
+
+
+def config_hash(config: QARVDConfig) -> str:
+    """Hash of the fields that decide a calibration's outcome (the text encoder's do not)."""
+    values = config.replace(modules=None, text_encoder=None, calibration_adapters=None).to_dict()
+    del values["format"]  # without modules there is none
+    return hashlib.blake2b(
+        json.dumps([PACKED_FORMAT, REVISION, values], sort_keys=True).encode(), digest_size=20
+    ).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationResult:
+    """Quantizer parameters and integer weights of every quantized Linear.
+
+    Attributes:
+        layers: by module name.
+        config_hash: `config_hash` of the config it was made with.
+    """
+
+    layers: Mapping[str, LinearQParams]
+    config_hash: str
+
+    def modules(self) -> dict[str, QuantizedModule]:
+        """What a checkpoint's config says of each layer."""
+        return {name: layer.description for name, layer in self.layers.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file, whole or not at all; folders are made.
+
+        Raises:
+            OSError: the disk is full, or the path cannot be written; named.
+        """
+        path = Path(path)
+        tensors = {
+            f"{name}.{key}": tensor.contiguous().cpu()
+            for name, layer in self.layers.items()
+            for key, tensor in layer.tensors().items()
+        }
+        described = {name: dataclasses.asdict(description) for name, description in self.modules().items()}
+        described = {"format": FORMAT, "config_hash": self.config_hash, "layers": described}
+        metadata = {METADATA: json.dumps(described)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(_unshared(tensors), temporary, metadata)
+            os.replace(temporary, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error}): free some space and calibrate again") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], config: QARVDConfig | None = None) -> CalibrationResult:
+        """Read a file of `save`.
+
+        Args:
+            path: the file.
+            config: refuse a result made with another config; None skips the question.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, of another format, made with another config, or with a missing, surplus, misshapen or
+                mistyped tensor; file and tensor are named.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such calibration result")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is truncated or no safetensors file ({error}): calibrate again") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}: calibrate again")
+        if config is not None and metadata["config_hash"] != config_hash(config):
+            raise ValueError(
+                f"{path} was calibrated with another config: calibrate again, or pass the config it was made with"
+            )
+        described = {name: QuantizedModule(**value) for name, value in metadata["layers"].items()}
+        layers = {name: _layer(path, name, description, tensors) for name, description in described.items()}
+        if tensors:
+            raise ValueError(f"{path} holds unexpected tensors {sorted(tensors)[:5]}: calibrate again")
+        return cls(layers, metadata["config_hash"])
+
+
+def _layer(path: object, name: str, description: QuantizedModule, tensors: dict[str, Tensor]) -> LinearQParams:
+    """Take the tensors of one layer out of `tensors`, checked against each other."""
+    prefix = f"{name}."
+    try:
+        sizes = tensors[f"{prefix}channel_order"].numel(), tensors[f"{prefix}weight_scale"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"{path} lacks the tensor {error}: calibrate again") from None
+    found: dict[str, Tensor | None] = {"input_scale": None, "input_zero_point": None}
+    for key, (shape, dtype) in stored_tensors(*sizes, description).items():
+        tensor = tensors.pop(prefix + key, None)
+        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: {prefix}{key} is {got}, expected {dtype} {shape}: calibrate again")
+        found[key] = tensor
+    return LinearQParams(description=description, **found)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied layers share tensors, which safetensors refuses to write twice."""
+    seen: set[int] = set()
+    return {
+        key: tensor.clone() if tensor.data_ptr() in seen or seen.add(tensor.data_ptr()) else tensor
+        for key, tensor in tensors.items()
+    }

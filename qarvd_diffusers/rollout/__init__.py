@@ -1,0 +1,1 @@
+"""One stream: its configuration, inputs, loop over chunks, decoding and saved state."""

@@ -1,0 +1,297 @@
+"""`ChunkLoop`: the one loop that turns noise into a stream of latent chunks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from ..kv_cache.cache import KVCache
+from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
+from .inputs import StreamInputs
+from .pass_info import PassInfo
+
+_FACTS = ("_steps_done", "_context_done", "_next_chunk", "_frames_done")  # where a saved loop stands
+
+
+class RunPass(Protocol):
+    """One transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache.
+
+    With `cache_only` the cache is all that is asked for."""
+
+    def __call__(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        *,
+        kv_cache: KVCache,
+        frame_offset: int,
+        cache_only: bool,
+    ) -> torch.Tensor | None: ...
+
+
+class ChunkLoop:
+    """Rollout of one stream, all of whose state lives here and in `cache`.
+
+    For every chunk: draw noise; at each timestep let the scheduler step by the flow (and, if it re-noises, by fresh noise);
+    then one more pass on the clean latents at `context_noise` rewrites the chunk's K/V ("refresh"), also behind the last
+    chunk. A chunk is handed out before its refresh, which is made when the loop goes on: nobody waits for it. Where the
+    context is rebuilt there is no such pass, but before every chunk the clean latents that it is to see are encoded anew, a
+    pass per chunk of them, each seeing those before it ("rebuild").
+    Noise is drawn in that order, chunk by chunk: starting noise, then one draw per re-noising step. Streams of any length
+    therefore agree as far as they go.
+
+    `run` goes on from where the loop stands; `branch`, between two chunks, gives a second loop that stands at the same place.
+
+    Args:
+        run_pass: the transformer.
+        scheduler: used by this stream alone.
+        cache: empty K/V cache.
+        inputs: noise, start and length.
+        prompt_embeds: `[B, text_tokens, text_dim]`.
+        device: where the passes run.
+        dtype: dtype of the latents.
+    """
+
+    def __init__(
+        self,
+        run_pass: RunPass,
+        scheduler: FewStepRenoiseScheduler | ChunkUniPCScheduler,
+        cache: KVCache,
+        inputs: StreamInputs,
+        prompt_embeds: torch.Tensor,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.cache = cache
+        self.inputs = inputs
+        self.prompt_embeds = prompt_embeds
+        self.on_pass: Callable[[PassInfo], None] | None = None
+        self.on_step: Callable[[int, float, torch.Tensor], torch.Tensor] | None = None
+        self.before_chunk: Callable[[], None] | None = None
+        self.reencode: Callable[[int], torch.Tensor] | None = None  # latent frame decoded before -> `[B, C, 1, H, W]`
+        self.interrupted: Callable[[], bool] = lambda: False
+        self._run_pass = run_pass
+        self._scheduler = scheduler
+        self.device, self._dtype = device, dtype
+        self._steps_done = 0
+        self._context_done = not inputs.context_frames
+        self._next_chunk = 0
+        self._frames_done = 0
+        self._stale: PassInfo | None = None  # the refresh that is still to be made
+        self._recent: list[torch.Tensor] = []  # clean latents of the frames that a re-caching could need
+        self._first: torch.Tensor | None = None  # clean latents of the first frame, where a rebuilt context keeps it
+
+    def branch(self) -> ChunkLoop:
+        """An independent loop over the same noise, with a copy of the cache and without this one's callbacks.
+
+        Raises:
+            ValueError: if the noise is still to be drawn, so that one loop would take the other's.
+        """
+        if self.inputs.latents is None or self.inputs.renoise_latents is None:
+            raise ValueError(
+                "a loop that draws its noise cannot branch: build it from StreamInputs.with_drawn_noise()"
+            )
+        self.refresh()
+        other = copy.copy(self)
+        other.cache, other._scheduler = self.cache.clone(), copy.deepcopy(self._scheduler)
+        other.on_pass, other.on_step, other.before_chunk, other.interrupted = None, None, None, lambda: False
+        other.reencode = None
+        other._recent = list(self._recent)
+        return other
+
+    @torch.no_grad()
+    def run(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield `(chunk, clean latents [B, C, F, H, W])`, the given start first as chunk -1.
+
+        An interrupted stream yields the chunk in progress as it stands (its latest latents) and ends.
+
+        Raises:
+            FloatingPointError: if NaN or infinity appears; names chunk and step.
+        """
+        fields, context = self.inputs.fields, self.inputs.context_frames
+        if not self._context_done:
+            latents = self._fill_context()
+            self._context_done = True
+            self._remember(latents)
+            yield -1, latents
+        for chunk, offset, frames in itertools.islice(
+            fields.chunks(self.inputs.num_chunks, context), self._next_chunk, None
+        ):
+            if self.interrupted():
+                return
+            self.refresh()
+            if fields.context_mode == "rebuild":
+                self._rebuild()
+            if self.before_chunk is not None:
+                self.before_chunk()
+            latents = self._denoise(chunk, offset, frames)
+            if self.interrupted():
+                yield chunk, latents
+                return
+            if fields.context_mode == "refresh":
+                noise = float(fields.context_noise)
+                self._stale = PassInfo(chunk, "refresh", 0, noise, offset, frames, self._share(chunk))
+            self._next_chunk = chunk + 1
+            self._remember(latents)
+            yield chunk, latents
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rewrite the K/V of the chunk handed out last, if that is still to be done; before the cache is read or copied."""
+        if self._stale is not None:
+            info, self._stale = self._stale, None
+            self._pass(self._recent[-1], info)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Where the loop stands between two refreshed chunks, as tensors and JSON types, without the cache; for `load_state`."""
+        tensors = {f"recent.{index}": latents for index, latents in enumerate(self._recent)}
+        tensors |= {} if self._first is None else {"first": self._first}
+        return tensors, {name: getattr(self, name) for name in _FACTS}
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Stand where the loop stood that `state` was called on."""
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+        count = sum(name.startswith("recent.") for name in tensors)
+        self._recent = [tensors[f"recent.{index}"].to(self.device) for index in range(count)]
+        self._first = tensors["first"].to(self.device) if "first" in tensors else None
+
+    def _remember(self, latents: torch.Tensor) -> None:
+        """Keep the latents of a window; a chunk that a part of the window reaches into is kept whole."""
+        if self._first is None and self.inputs.fields.keep_first_frame:
+            self._first = latents[:, :, :1]
+        self._recent.append(latents)
+        self._frames_done += latents.shape[2]
+        window = self.inputs.fields.local_attention_frames
+        while window != -1 and sum(piece.shape[2] for piece in self._recent[1:]) >= window:
+            del self._recent[0]
+
+    def switch_prompt(self, prompt_embeds: torch.Tensor, how: str) -> None:
+        """Between two chunks, go on with another prompt; `how` as in `PROMPT_SWITCHES`.
+
+        Re-caching is one pass without a mask over the frames of the window, at their own positions. With a global sink that
+        the window has left behind, the sink stays, and the frames behind it attend to it.
+        """
+        self.refresh()
+        self.replace_prompt(prompt_embeds)
+        if how == "new_text_only":
+            self.cache.rewind(0, self._frames_done)
+        elif how == "recache" and self._frames_done:
+            self._rebuild() if self.inputs.fields.context_mode == "rebuild" else self._recache()
+        elif how == "cut" and self._frames_done:
+            self.cache.begin_shot(self.inputs.fields.shot_rope_offset, self.inputs.fields.pin_shots)
+
+    def _recache(self) -> None:
+        fields, done = self.inputs.fields, self._frames_done
+        window = done if fields.local_attention_frames == -1 else min(fields.local_attention_frames, done)
+        sink = fields.sink_frames if fields.global_sink and window < done else 0
+        frames = window - sink
+        latents = torch.cat(self._recent, dim=2)[:, :, -frames:]
+        self.cache.rewind(sink, done - frames)
+        self._pass(
+            latents, PassInfo(self._next_chunk, "recache", 0, float(fields.context_noise), done - frames, frames)
+        )
+
+    def _rebuild(self) -> None:
+        """Fill the cache from clean latents: the last ones, and before them, once there are more than fit, one frame that
+        stands for all that was before."""
+        fields, done = self.inputs.fields, self._frames_done
+        if not done:
+            return
+        latents, frames = torch.cat(self._recent, dim=2), fields.local_attention_frames - fields.num_frames_per_chunk
+        if done > frames:
+            start = self._first if fields.keep_first_frame else self._reencoded(done - frames)
+            latents = torch.cat([start, latents[:, :, latents.shape[2] - frames + 1 :]], dim=2)
+        offset = done - latents.shape[2]
+        self.cache.restart(offset)
+        for step, piece in enumerate(latents.split(fields.num_frames_per_chunk, dim=2)):
+            where = (float(fields.context_noise), offset, piece.shape[2])
+            self._pass(piece, PassInfo(self._next_chunk, "rebuild", step, *where, self._share(self._next_chunk)))
+            offset += piece.shape[2]
+
+    def _reencoded(self, frame: int) -> torch.Tensor:
+        if self.reencode is None:
+            raise ValueError(
+                "this model's context needs decoded frames, which only a pipeline's stream has: load the model with "
+                "keep_first_frame=True for this"
+            )
+        return self.reencode(frame).to(self.device, self._dtype)
+
+    def replace_prompt(self, prompt_embeds: torch.Tensor) -> None:
+        """Go on with another prompt; text K/V are computed anew, cached frames stay as they are."""
+        self.prompt_embeds = prompt_embeds
+        self.cache.reset_text()
+
+    def _fill_context(self) -> torch.Tensor:
+        fields, frames = self.inputs.fields, self.inputs.context_frames
+        latents = self.inputs.initial_latents[:, :, :frames].to(device=self.device, dtype=self._dtype)
+        if fields.context_mode == "rebuild":  # which the first chunk does
+            return latents
+        offset = 0
+        for piece in latents.split(fields.context_pieces(frames), dim=2):
+            # Clean frames by definition: t = 0, whatever noise the refresh of generated chunks carries.
+            self._pass(piece, PassInfo(-1, "context", 0, 0.0, offset, piece.shape[2]))
+            offset += piece.shape[2]
+        return latents
+
+    def _denoise(self, chunk: int, offset: int, frames: int) -> torch.Tensor:
+        self._scheduler.set_timesteps(chunk_index=chunk)
+        timesteps = self._scheduler.timesteps.tolist()
+        start = self.inputs.clamped if chunk == 0 else None
+        start = None if start is None else start.to(device=self.device, dtype=self._dtype)
+        sample = _clamp(self.inputs.noise(offset, frames, self.device, self._dtype), start)
+        finite = []
+        for step, timestep in enumerate(timesteps):
+            info = PassInfo(chunk, "denoise", step, float(timestep), offset, frames, self._share(chunk))
+            flow = self._pass(sample, info, 0 if start is None else start.shape[2])
+            noise = None
+            if step < self.inputs.fields.num_renoises(chunk):
+                noise = self.inputs.renoise(chunk, step, frames, flow.device, flow.dtype)
+            sample, original = self._scheduler.step(flow, timestep, sample, noise=noise, return_dict=False)
+            finite.append(original.isfinite().all())
+            if self.on_step is not None:
+                sample = self.on_step(self._steps_done, timestep, sample)
+            sample = _clamp(sample, start)
+            self._steps_done += 1
+            if self.interrupted():
+                break
+        # One look per chunk: a look per step would stall the device each time.
+        for step, fine in enumerate(torch.stack(finite).tolist()):
+            if not fine:
+                raise FloatingPointError(
+                    f"NaN or infinity in chunk {chunk}, step {step} (timestep {timesteps[step]:g}): run the transformer in "
+                    "bfloat16 or float32, and check prompt_embeds, latents and, if it is quantized, its calibration"
+                )
+        return sample
+
+    def _share(self, chunk: int) -> float:
+        return self.inputs.fields.pass_share(chunk, self.inputs.context_frames)
+
+    def _pass(self, latents: torch.Tensor, info: PassInfo, clamped: int = 0) -> torch.Tensor:
+        """One pass, its first `clamped` frames at timestep 0."""
+        if self.on_pass is not None:
+            self.on_pass(info)
+        timestep = torch.full((latents.shape[0],), info.timestep, device=latents.device)
+        if clamped:
+            timestep = timestep[:, None].repeat(1, latents.shape[2])
+            timestep[:, :clamped] = 0
+        return self._run_pass(
+            latents,
+            timestep,
+            self.prompt_embeds,
+            kv_cache=self.cache,
+            frame_offset=info.frame_offset,
+            cache_only=info.role != "denoise",
+        )
+
+
+def _clamp(sample: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+    """`sample [B, C, F, H, W]`, its first frames replaced by `start`."""
+    return sample if start is None else torch.cat([start, sample[:, :, start.shape[2] :]], dim=2)

@@ -1,0 +1,120 @@
+"""Where the text encoder waits, and embeddings that need none: it is the largest part and works once per prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.hooks import apply_group_offloading
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..files.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from ..pipelines.arvd_mixin import ARVDMixin
+
+OFFLOADS = ("keep", "cpu", "stream", "free")
+"""`keep`: it stays with the other components. `cpu`: it waits in host memory, comes to encode and goes back. `stream`: its
+layers come one by one while it encodes, so that the device never holds more than the largest of them; the table of tokens,
+of which a prompt needs a few rows, stays. `free`: it is given
+up after the first encoding; later prompts must be embeddings."""
+
+_KEY = "prompt_embeds"
+
+
+def offload_text_encoder(pipe: ARVDMixin, mode: str, device: torch.device | str | None = None) -> None:
+    """Choose where the pipeline's text encoder waits.
+
+    Args:
+        pipe: its other components are not touched.
+        mode: one of `OFFLOADS`.
+        device: where it works in mode `stream`; None takes the pipeline's device.
+
+    Raises:
+        ValueError: for an unknown mode, for leaving `stream` (diffusers' hooks stay), or for streaming an int8 encoder, whose
+            packed weights those hooks do not move.
+    """
+    if mode not in OFFLOADS:
+        raise ValueError(f"the text encoder's offload is {mode!r}, expected one of {', '.join(OFFLOADS)}")
+    if pipe.text_encoder_offload == "stream" != mode:
+        raise ValueError("a streamed text encoder stays streamed: load the pipeline again")
+    encoder = getattr(pipe, "text_encoder", None)
+    if encoder is not None and mode == "stream" and pipe.text_encoder_offload != "stream":
+        if any(type(module).__name__ == "QLinear" for module in encoder.modules()):
+            raise ValueError("an int8 text encoder cannot be streamed: use 'cpu', or load it in float")
+        _stream_layers(encoder, torch.device(device or pipe.device))
+    elif encoder is not None and mode in ("cpu", "free"):
+        encoder.to("cpu")
+    pipe.text_encoder_offload = mode
+
+
+def _stream_layers(encoder: nn.Module, device: torch.device) -> None:
+    home, table = torch.device("cpu"), encoder.get_input_embeddings().weight
+    encoder.to(home)
+    for part in _parts_without(encoder, table):
+        apply_group_offloading(part, device, home, offload_type="leaf_level")
+    for module in encoder.modules():
+        if _holds(module, table, recurse=False):  # several may be tied to it
+            module.register_forward_pre_hook(lambda module, tokens: tuple(ids.to(home) for ids in tokens))
+            module.register_forward_hook(lambda module, tokens, rows: rows.to(device))
+
+
+def _holds(module: nn.Module, parameter: nn.Parameter, recurse: bool = True) -> bool:
+    return any(own is parameter for own in module.parameters(recurse))
+
+
+def _parts_without(module: nn.Module, excluded: nn.Parameter) -> Iterator[nn.Module]:
+    """The largest submodules that do not hold `excluded`."""
+    for child in module.children():
+        if not _holds(child, excluded):
+            yield child
+        else:
+            yield from _parts_without(child, excluded)
+
+
+@contextmanager
+def text_encoder_at_work(pipe: ARVDMixin) -> Iterator[None]:
+    """Bring the text encoder where it is needed, and send it back where it waits."""
+    encoder, mode = getattr(pipe, "text_encoder", None), pipe.text_encoder_offload
+    if encoder is None or mode not in ("cpu", "free"):
+        yield
+        return
+    device = pipe._execution_device
+    encoder.to(device)
+    try:
+        yield
+    finally:
+        encoder.to("cpu")
+        if mode == "free":
+            pipe.text_encoder = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def save_prompt_embeds(prompt_embeds: torch.Tensor, path: str | os.PathLike[str]) -> None:
+    """Write embeddings `[B, text_tokens, text_dim]` to a safetensors file that `prompt_embeds=path` reads."""
+    with atomic_file(path) as temporary:
+        save_file({_KEY: prompt_embeds.detach().cpu().contiguous()}, temporary)
+
+
+def load_prompt_embeds(prompt_embeds: torch.Tensor | str | os.PathLike[str] | None) -> torch.Tensor | None:
+    """Embeddings as given, or read from a file of `save_prompt_embeds`.
+
+    Raises:
+        ValueError: if the file is no safetensors file, or has no `prompt_embeds`.
+    """
+    if not isinstance(prompt_embeds, str | os.PathLike):
+        return prompt_embeds
+    try:
+        with safe_open(os.fspath(prompt_embeds), framework="pt") as file:
+            names = list(file.keys())
+            if _KEY not in names:
+                raise ValueError(f"{prompt_embeds} has no tensor named {_KEY!r}, but {names[:5]}")
+            return file.get_tensor(_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{prompt_embeds} is no readable safetensors file ({error})") from error

@@ -1,0 +1,1 @@
+"""Exact streaming decoding with Wan's VAE, and its fused modules."""

@@ -1,0 +1,126 @@
+"""`StreamingVAEDecoder`: decode a video piece by piece, exactly as if it were decoded whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+from ..quantization.model import unwrapped
+from .fused import install_fast_modules, is_fast
+
+
+class StreamingVAEDecoder:
+    """Decoder of one stream over a shared `AutoencoderKLWan`.
+
+    Wan's VAE decodes frame by frame through causal convolutions that remember their last inputs, but its `decode` forgets
+    them after every call, so that a chunk decoded alone loses frames and starts with a seam. This class keeps that memory
+    per stream: pieces joined equal one `decode` of the whole, and streams over one VAE do not disturb each other.
+
+    Args:
+        vae: the VAE; none of its state is changed.
+        frames_at_once: latent frames that go through the decoder together. More take more memory, and on a GPU less time
+            unless the decoder is optimized (`optimize_vae`); the result is the same but for the order of float sums, and the
+            same bit by bit with 1. None takes 1 on the CPU or if the decoder is optimized, else all that `decode` is given.
+
+    Raises:
+        ValueError: if the VAE is of another class or has tiling switched on.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, frames_at_once: int | None = None) -> None:
+        vae = unwrapped(vae)
+        if not isinstance(vae, AutoencoderKLWan):
+            raise ValueError(f"streaming decode needs an AutoencoderKLWan, got {type(vae).__name__}")
+        if vae.use_tiling:
+            raise ValueError("streaming decode cannot be combined with VAE tiling; call vae.disable_tiling()")
+        self._vae, self._frames_at_once = vae, frames_at_once
+        self._memory: list | None = None
+        self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode the next latent frames of the stream.
+
+        Args:
+            latents: normalized latents `[B, C, F, H, W]`, as the transformer sees them.
+
+        Returns:
+            Pixels `[B, 3, frames, height, width]` in [-1, 1]: the first latent frame of a stream gives one frame, every
+            later one `scale_factor_temporal` frames.
+        """
+        vae = self._vae
+        if hasattr(vae, "_hf_hook") and hasattr(vae._hf_hook, "pre_forward"):
+            vae._hf_hook.pre_forward(vae)  # what `vae.decode` does first, so that CPU offload brings the weights in
+        device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
+        hidden = vae.post_quant_conv(self._denormalize(latents.to(device or latents.device, vae.dtype)))
+        first = self._memory is None
+        if first:
+            self._memory = [None] * vae._cached_conv_counts["decoder"]
+        pieces = []
+        for group in hidden.split(self._groups(hidden, first), dim=2):
+            pieces.append(vae.decoder(group, feat_cache=self._memory, feat_idx=[0], first_chunk=first))
+            first = False
+        pixels = torch.cat(pieces, dim=2)
+        if vae.config.patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
+        return pixels.clamp(-1.0, 1.0)
+
+    def _groups(self, hidden: torch.Tensor, first: bool) -> list[int]:
+        """Sizes of the groups of frames; the first frame of a video is decoded alone, it has a rule of its own."""
+        rest = hidden.shape[2] - int(first)
+        one_by_one = hidden.device.type == "cpu" or is_fast(self._vae.decoder)
+        size = self._frames_at_once or (1 if one_by_one else max(rest, 1))
+        full, left = divmod(rest, size)
+        return [1] * int(first) + [size] * full + [left] * bool(left)
+
+    def reset(self) -> None:
+        """Forget earlier frames: the next ones start a video."""
+        self._memory = None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the convolutions remember; an empty tensor is the mark that stands for repeated first frames."""
+        memory = self._memory or []
+        return {
+            str(index): entry if isinstance(entry, torch.Tensor) else torch.empty(0)
+            for index, entry in enumerate(memory)
+            if entry is not None
+        }
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on where the decoder stood that `state_dict` was called on."""
+        if not state:
+            return self.reset()
+        entries: list[torch.Tensor | str | None] = [None] * self._vae._cached_conv_counts["decoder"]
+        for index, entry in state.items():
+            # A copy: a decoder writes to its memory.
+            entries[int(index)] = entry.to(self._vae.device, copy=True) if entry.numel() else "Rep"
+        self._memory = entries
+
+    def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        if self._statistics is None:  # once per stream: making a tensor of numbers stalls the device
+            self._statistics = tuple(
+                torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+                for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
+            )
+        mean, std = self._statistics
+        return latents * std + mean
+
+
+def optimize_vae(vae: AutoencoderKLWan, compile_decoder: bool = False) -> None:
+    """Make the decoder of a VAE faster on a GPU, in place.
+
+    Convolutions run on channels-last weights, and what lies between them on fused kernels (see `fast_vae`).
+
+    Args:
+        compile_decoder: compile it too, with `torch.compile`.
+    """
+    vae = unwrapped(vae)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+    install_fast_modules(vae.decoder)
+    if compile_decoder:
+        vae.decoder.compile(dynamic=False)
