@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import moved
 from .quantizer import register
 
 __version__ = "0.1.0"
@@ -100,3 +101,4 @@ def __dir__() -> list[str]:
 
 
 register()
+moved.install()

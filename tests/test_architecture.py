@@ -8,45 +8,66 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+OLD_PATHS = [
+    ("linear", "QARVDLinear, LinearQParams"),
+    ("serialization", "quantized_linears, stored_bytes, atomic_directory"),
+    ("models.kv_cache", "KVCache"),
+    ("models.causal_fields", "CausalFields"),
+    ("pipelines.stream", "Stream"),
+    ("pipelines.memory", "estimate"),
+    ("presets", "PRESETS"),
+]
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qarvd_diffusers"
 
-# Top to bottom; a module imports only from layers below its own, or from its own folder.
-LAYERS = [
-    {"__main__"},
-    {"__init__", "cli"},
-    {"hub", "evaluation", "bench"},
-    {"pipelines"},
-    {"quantizer"},
-    {"serialization", "conversion", "model_card"},
-    {"calibration", "presets"},
-    {"linear", "models", "schedulers"},
-    {"config", "primitives", "packing", "bundled", "tensor_files", "text_files", "weight_view"},
-]
-RANK = {name: len(LAYERS) - depth for depth, names in enumerate(LAYERS) for name in names}
-# The root registers with diffusers; type checking and lazy names reach everything.
-ROOT_MAY_IMPORT = {"quantizer"}
-SAME_LAYER = {
-    ("bundled", "config"),
-    ("text_files", "config"),
-    ("primitives", "packing"),
-    ("hub", "evaluation"),
-    ("conversion", "serialization"),
-    ("conversion", "model_card"),
-    ("models", "linear"),
-}
+# Top to bottom; a module imports only from rooms below its own, or from its own. Type checking and imports inside
+# functions count.
+ROOMS = (
+    "__main__",
+    "cli",
+    "bench",
+    "evaluation",
+    "pipelines",
+    "quantizer",
+    "memory",
+    "conversion",
+    "hub",
+    "calibration",
+    "models",
+    "rollout",
+    "schedulers",
+    "vae",
+    "kv_cache",
+    "quantization",
+    "bundled",
+    "files",
+    "config",
+)
+ROOT_MAY_IMPORT = {"quantizer", "moved"}  # at run time; its type-checking imports give the public names
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    """Dotted name of a module below the package; empty for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def runtime_imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
-    """Imports anywhere in a module, inside functions too, except below `if TYPE_CHECKING`."""
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports(tree: ast.AST, typing: bool = True) -> list[ast.Import | ast.ImportFrom]:
+    """Imports anywhere in a module, inside functions too; those below `if TYPE_CHECKING` if `typing`."""
     found, queue = [], [tree]
     while queue:
         node = queue.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if not typing and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.Import | ast.ImportFrom):
             found.append(node)
@@ -54,38 +75,57 @@ def runtime_imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
     return found
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported_modules(name: str, typing: bool = True) -> set[str]:
+    """Modules of the package that a module imports."""
+    path = MODULES[name]
     package = ["qarvd_diffusers", *path.relative_to(PACKAGE).parent.parts]
-    rooms = set()
-    for node in runtime_imports(ast.parse(path.read_text(encoding="utf-8"))):
+    found = set()
+    for node in imports(ast.parse(path.read_text(encoding="utf-8")), typing):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
         else:
             base = package[: len(package) - node.level + 1] if node.level else []
-            module = node.module.split(".") if node.module else []
-            names = [base + module + ([] if module else [alias.name]) for alias in node.names]
-        rooms |= {parts[1] for parts in names if parts[0] == "qarvd_diffusers" and len(parts) > 1}
-    return rooms
+            names = [[*base, *(node.module or "").split("."), alias.name] for alias in node.names]
+        for parts in names:
+            parts = [part for part in parts if part]
+            if parts[0] != "qarvd_diffusers":
+                continue
+            dotted = ".".join(parts[1:])
+            found.add(dotted if dotted in MODULES else dotted.rpartition(".")[0])
+    return found - {name, ""}
+
+
+def test_every_room_exists_and_has_a_place():
+    assert {room_of(name) for name in MODULES} - {"", "moved"} == set(ROOMS)
 
 
 def test_imports_go_strictly_downward():
     faults = []
-    for path in PACKAGE.rglob("*.py"):
-        room = room_of(path)
-        for other in imported_rooms(path) - {room}:
-            if room == "__init__":
-                allowed = other in ROOT_MAY_IMPORT
-            else:
-                allowed = RANK[other] < RANK[room] or (room, other) in SAME_LAYER
-            if not allowed:
-                faults.append(f"{path.relative_to(ROOT)} imports {other}")
+    for name in MODULES:
+        allowed = (
+            ROOT_MAY_IMPORT if name == "" else set(ROOMS[ROOMS.index(room_of(name)) :]) if name != "moved" else set()
+        )
+        faults += [
+            f"{name or '__init__'} imports {other}"
+            for other in imported_modules(name, typing=name != "")
+            if room_of(other) not in allowed
+        ]
     assert not faults, faults
+
+
+def test_no_circles():
+    """Of any kind, inside a room and for type checking too."""
+    graph = {name: imported_modules(name) & MODULES.keys() for name in MODULES if name}
+    while leaves := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"in or above a circle: {sorted(graph)}"
 
 
 def test_operators_import_only_torch_and_the_standard_library():
     allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
     for path in (ROOT / "kernels" / "torch-ext").rglob("*.py"):
-        for node in runtime_imports(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in imports(ast.parse(path.read_text(encoding="utf-8")), typing=False):
             if isinstance(node, ast.ImportFrom) and node.level:
                 continue
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
@@ -123,7 +163,12 @@ print(json.dumps({
     )
     assert not report["cuda"]
     assert report["rng"] and report["logging"] and report["torch"] and report["registered"]
-    assert report["modules"] == ["qarvd_diffusers", "qarvd_diffusers.config", "qarvd_diffusers.quantizer"]
+    assert report["modules"] == [
+        "qarvd_diffusers",
+        "qarvd_diffusers.config",
+        "qarvd_diffusers.moved",
+        "qarvd_diffusers.quantizer",
+    ]
 
 
 def test_public_names_resolve():
@@ -145,3 +190,16 @@ print(is_kernels_available(), in_transformers())
     outside = run("import qarvd_diffusers, sys; print([p for p in sys.path if p])")
     assert str(ROOT) not in [str(Path(p)) for p in eval(outside)]
     assert not list((ROOT / "kernels").glob("__init__.py"))
+
+
+@pytest.mark.parametrize(("old", "names"), OLD_PATHS)
+def test_import_paths_of_0_1_still_work(old, names):
+    """With a warning that names the new place, and the same objects."""
+    code = f"""
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from qarvd_diffusers.{old} import {names}
+print([str(w.message) for w in caught if "qarvd_diffusers" in str(w.message) and w.category is DeprecationWarning])
+"""
+    assert f"qarvd_diffusers.{old} moved" in run(code)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig, QuantizedModule
+from ..quantization.install import apply, dequantize, quantized_layers  # noqa: F401  (imported from here until 0.3)
 from ..quantization.model import unwrapped
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams

@@ -26,13 +26,13 @@ from .switch import QuantizationSwitch
 from .targets import prompt_linears
 
 if TYPE_CHECKING:
-    from ..pipelines.arvd_mixin import ARVDMixin
+    from ..rollout.host import PipelineHost
 
 SEED = 20_000  # away from the seeds of calibration: the noise is not the one the ranges were chosen on
 
 
 def measure_sensitivity(
-    pipe: ARVDMixin,
+    pipe: PipelineHost,
     config: QARVDConfig,
     prompts: Sequence[str],
     *,
@@ -162,7 +162,7 @@ def _mse(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).square().mean().item()
 
 
-def _loop(pipe: ARVDMixin, prompt: str, num_chunks: int, seed: int) -> ChunkLoop:
+def _loop(pipe: PipelineHost, prompt: str, num_chunks: int, seed: int) -> ChunkLoop:
     nothing = ("prompt_embeds", "num_frames", "height", "width", "latents", "renoise_latents", "initial_latents")
     inputs = pipe.check_stream_inputs(
         prompt=prompt,
@@ -187,7 +187,7 @@ def _check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
 
 
 def describe_measurement(
-    pipe: ARVDMixin,
+    pipe: PipelineHost,
     config: QARVDConfig,
     prompts: Sequence[str],
     num_chunks: int,

@@ -22,13 +22,13 @@ from .switch import QuantizationSwitch
 from .targets import input_groups, quantizable_linears
 
 if TYPE_CHECKING:
-    from ..pipelines.arvd_mixin import ARVDMixin
+    from ..rollout.host import PipelineHost
 
 PROMPTS = 4  # calibration prompts that errors are measured on, unless others are given
 
 
 def choose_bits(
-    pipe: ARVDMixin,
+    pipe: PipelineHost,
     config: QARVDConfig,
     budget: float,
     prompts: Sequence[str] | None = None,
@@ -66,7 +66,7 @@ def choose_bits(
 
 
 def layer_errors(
-    pipe: ARVDMixin, config: QARVDConfig, prompts: Sequence[str], num_chunks: int = 1, seed: int = SEED
+    pipe: PipelineHost, config: QARVDConfig, prompts: Sequence[str], num_chunks: int = 1, seed: int = SEED
 ) -> dict[tuple[str, ...], float]:
     """Mean squared latent error, weighted by chunk, of rollouts in which one group of layers alone is quantized.
 

@@ -8,7 +8,7 @@ from ..files.cache import cache_folder, can_keep_results
 from ..files.hashing import hash_tensors
 
 if TYPE_CHECKING:
-    from ..pipelines.arvd_mixin import ARVDMixin
+    from ..rollout.host import PipelineHost
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 PROMPTS_FILE = "calibration_prompts.txt"
 
 
-def calibration_prompts(pipe: ARVDMixin, config: QARVDConfig) -> tuple[str, ...]:
+def calibration_prompts(pipe: PipelineHost, config: QARVDConfig) -> tuple[str, ...]:
     """The config's prompts, else those in the model's own folder, else the bundled set of general ones."""
     if config.calibration_prompts is not None:
         return config.calibration_prompts
@@ -51,7 +51,7 @@ def calibration_prompts(pipe: ARVDMixin, config: QARVDConfig) -> tuple[str, ...]
     return bundled_prompts()
 
 
-def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor]) -> str:
+def content_hash(pipe: PipelineHost, config: QARVDConfig, embeds: list[torch.Tensor]) -> str:
     """Hash of everything a calibration depends on: float weights, config, prompt embeddings, rollout settings.
 
     Embeddings stand for prompts, tokenizer and text encoder at once.
@@ -73,7 +73,7 @@ def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor
 
 
 def calibrate_pipeline(
-    pipe: ARVDMixin,
+    pipe: PipelineHost,
     config: QARVDConfig,
     use_cache: bool = True,
     resume: str | os.PathLike[str] | None = None,
@@ -159,14 +159,14 @@ def calibrate_pipeline(
     return result
 
 
-def _hidden(pipe: ARVDMixin) -> bool:
+def _hidden(pipe: PipelineHost) -> bool:
     """Whether to show no bars: the pipeline has none, or this is not the main process of a launch."""
     bars = getattr(pipe, "_progress_bar_config", {})
     return bool(bars.get("disable")) or not Processes.launched().is_main
 
 
 @contextmanager
-def at_work(pipe: ARVDMixin, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
+def at_work(pipe: PipelineHost, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
     """One bar over all rollouts, whose step is handed out; see `undisturbed`."""
     hidden = _hidden(pipe)
     with undisturbed(pipe), tqdm(desc=what, unit=unit, total=total, disable=hidden) as bar:
@@ -193,7 +193,7 @@ def _keep(result: CalibrationResult, path: Path) -> None:
         logger.warning("The calibration is not kept for another time: %s", error)
 
 
-def require_float(pipe: ARVDMixin) -> None:
+def require_float(pipe: PipelineHost) -> None:
     """Refuse a quantized pipeline before anything is done with it.
 
     Raises:
@@ -217,7 +217,7 @@ def _by_kind(bar: WorkBar, work: Work) -> Progress:
 
 
 @contextmanager
-def undisturbed(pipe: ARVDMixin) -> Iterator[None]:
+def undisturbed(pipe: PipelineHost) -> Iterator[None]:
     """No bar for each rollout; on the GPU if there is one, and back afterwards."""
     home = pipe.device
     bar_config = getattr(pipe, "_progress_bar_config", {})

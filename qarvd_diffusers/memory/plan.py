@@ -21,7 +21,7 @@ from ..vae.streaming import StreamingVAEDecoder, optimize_vae
 from .shapes import ModelShapes, cast, live_bytes, quantized_bytes
 
 if TYPE_CHECKING:
-    from ..pipelines.pipeline_arvd import ARVDPipeline
+    from ..rollout.host import PipelineHost
 
 RESERVE = 830_000_000  # CUDA context, kernels and libraries, which no allocator counts: 0.82 GB seen on an H200
 GRANULES = 1.03  # what the allocator holds, of what is asked of it, with segments that grow: 1.027 seen
@@ -222,7 +222,7 @@ def _candidates(shapes: ModelShapes, scheme: str | None) -> Iterator[MemoryChoic
         yield MemoryChoice(quantized, storage, encoder, None if unchanged else window)
 
 
-def apply_choice(pipe: ARVDPipeline, choice: MemoryChoice) -> None:
+def apply_choice(pipe: PipelineHost, choice: MemoryChoice) -> None:
     """Set up a loaded pipeline, and bring it onto the GPU if there is one, its VAE with the modules that need least memory.
 
     Torch's allocator is told to let segments grow, for the process: what is free must not be in pieces when it is needed.

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..kv_cache.cache import KVCache
-from ..kv_cache.storage import check_storage
-from ..quantization.model import align_float_tensors, quantized_linears, unwrapped
-from ..rollout.chunk_loop import ChunkLoop
-from ..rollout.config import CausalFields
-from ..rollout.decode_queue import Decoder, check_decoder
-from ..rollout.generate import run_stream
-from ..rollout.inputs import StreamInputs, check_tensors
-from ..rollout.pass_info import PassInfo
-from ..rollout.saved_state import SavedStream
-from ..rollout.session import StreamSession
-from ..rollout.stream import Stream
-from ..rollout.text_encoder import load_prompt_embeds, offload_text_encoder, text_encoder_at_work
+from ..quantization.model import quantized_linears, unwrapped
+from ..rollout.streamable import StreamableMixin
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
-from .arguments import check_cache_maker, check_scheduler, start_arguments
 from .quantizable import QuantizableMixin
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 # In memory -> on disk. A saved pipeline names stock classes only, so that plain diffusers can load its components.
 _PORTABLE_NAMES = {
@@ -46,297 +23,11 @@ _PORTABLE_NAMES = {
 _OWN_SCHEDULERS = (FewStepRenoiseScheduler, ChunkUniPCScheduler)
 
 
-class ARVDMixin(QuantizableMixin, ABC):
+class ARVDMixin(StreamableMixin, QuantizableMixin):
     """Streaming and quantization for a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
 
-    The host pipeline has a `transformer`, a `scheduler` (of `schedulers/`, or with the same `set_timesteps` and `step`), a `video_processor`, the fields of
-    `CausalFields` in its config, and implements the contract: `encode_prompt`, `check_stream_inputs`, `run_pass`,
-    `make_cache` and `make_decoder`.
-
-    A stream owns all of its state (K/V cache, scheduler copy, decoder memory): any number of streams can be interleaved
-    on one pipeline, and one that is closed early or fails leaves nothing behind.
-
-    Attributes:
-        kv_cache: storage of keys and values when a call does not say, see `KVCache`; a run-time choice that is not saved.
-        text_encoder_offload: where the text encoder waits, see `offload_text_encoder`.
-        window: latent frames that streams keep, instead of the config's `local_attention_frames`; not saved either.
+    What the pipeline has to bring along is the contract of `StreamableMixin`.
     """
-
-    kv_cache: str = "auto"
-    text_encoder_offload: str = "keep"
-    window: int | None = None
-    _num_timesteps: int | None = None
-    _current_timestep: float | None = None
-    _interrupt: bool = False
-
-    @abstractmethod
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        max_sequence_length: int | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        """Text embeddings `[B, text_tokens, text_dim]` for the transformer, zero beyond each prompt."""
-
-    @abstractmethod
-    def check_stream_inputs(self, **arguments: Any) -> StreamInputs:
-        """Check the arguments of `stream` and gather those about noise, size and length."""
-
-    @abstractmethod
-    def run_pass(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        *,
-        kv_cache: KVCache,
-        frame_offset: int,
-        cache_only: bool = False,
-    ) -> torch.Tensor | None:
-        """One transformer pass over a chunk: flow of `latents [B, C, F, H, W]` at `timestep [B]`.
-
-        With `cache_only` nobody reads the flow, and it need not be computed.
-        """
-
-    @abstractmethod
-    def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
-        """An empty K/V cache for a rollout of `num_frames` latent frames (None: unknown); `storage` as in `KVCache`."""
-
-    @abstractmethod
-    def make_decoder(self) -> Decoder:
-        """A decoder for one stream."""
-
-    def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `[B, 3, F, height, width]` in [-1, 1] -> normalized latents; needed where `CausalFields.reencodes`."""
-        raise NotImplementedError(f"{type(self).__name__} cannot encode frames")
-
-    @property
-    def causal_fields(self) -> CausalFields:
-        """How the model rolls out; raises ValueError for a `window` that cannot hold sink and chunk."""
-        fields = CausalFields.from_config(self.config)
-        return fields if self.window is None else dataclasses.replace(fields, local_attention_frames=self.window)
-
-    def stream(
-        self,
-        prompt: str | list[str] | None = None,
-        *,
-        prompt_embeds: torch.Tensor | str | os.PathLike[str] | None = None,
-        num_chunks: int | None = None,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        latents: torch.Tensor | None = None,
-        renoise_latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        initial_latents: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        output_type: str = "np",
-        max_sequence_length: int | None = None,
-        kv_cache: str | None = None,
-        overlap_decoding: bool = False,
-        decoder: Decoder | Callable[[], Decoder] | None = None,
-        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        on_pass: Callable[[PassInfo], None] | None = None,
-        **start: Any,
-    ) -> Stream:
-        """Generate chunk by chunk; arguments are checked at once, work starts with the first `next`.
-
-        Args:
-            prompt: one prompt, or one per sample.
-            prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
-            num_chunks: chunks to generate; None (and nothing else that tells a length) goes on without end.
-            num_frames: length of the whole video in pixel frames instead of `num_chunks`; must give whole chunks.
-            height: pixels; None takes the size of `latents` or `initial_latents`, else the pipeline config's.
-            width: see `height`.
-            latents: starting noise of all chunks, `[B, C, F, H, W]`.
-            renoise_latents: noise between the steps, `[num_chunks, num_steps - 1, B, C, frames, H, W]`, or one tensor
-                `[num_steps - 1, B, C, frames, H, W]` per chunk.
-            initial_latents: clean normalized latents `[B, C, F, H, W]` of the frames the video starts with; they come out
-                first, as chunk -1.
-            generator: source of the noise that is not given. Drawn chunk by chunk: starting noise, then one draw per
-                re-noising step, so that streams of different lengths agree.
-            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, see `Frames`.
-            max_sequence_length: text tokens; None takes the pipeline config's.
-            kv_cache: dtype in which keys and values of earlier frames are kept: `"auto"` (the model's), `"bf16"`, `"int8"`
-                or `"fp8"`; None takes the pipeline's `kv_cache`.
-            overlap_decoding: on a CUDA device, decode on a second CUDA stream while the next chunk is denoised. Chunks then
-                come out one chunk later, except the first, and a prompt takes effect one chunk later.
-            decoder: decodes instead of the pipeline's VAE, which need not be there then: an object with `decode(latents)` (see
-                `Decoder`) and the `latents_mean` and `latents_std` it was made for, or a function that makes one for this
-                stream. An object remembers earlier frames of one stream: do not interleave two over it.
-            callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every denoising step; `step` counts
-                over all chunks. May return replaced tensors, and may set `pipeline._interrupt = True` to end the stream.
-            callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to hand to the callback.
-            on_pass: called with a `PassInfo` right before every transformer pass.
-            **start: further ways to start that the pipeline has, such as `image` and `video` of `ARVDPipeline`.
-
-        Returns:
-            An iterator over `Chunk`s in order.
-
-        Raises:
-            TypeError: for an argument that the pipeline does not have.
-            ValueError: for arguments that do not fit each other or the model.
-            FloatingPointError: if NaN or infinity appears; names chunk and step.
-        """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
-            )
-        if overlap_decoding and self.causal_fields.reencodes:
-            raise ValueError(
-                "overlap_decoding cannot be combined with a model whose next chunk needs the decoded frames of the last"
-            )
-        steps = len(self.causal_fields.denoising_timesteps)
-        start = start_arguments(type(self).__name__, start, self.check_stream_inputs, self.stream, steps)
-        check_scheduler(self.scheduler)
-        storage = check_storage(kv_cache or self.kv_cache)
-        check_cache_maker(self.make_cache, storage)
-        prompt_embeds = load_prompt_embeds(prompt_embeds)
-        check_tensors(latents=latents, renoise_latents=renoise_latents, initial_latents=initial_latents)
-        make_decoder = self._decoder_maker(decoder)
-        inputs = self.check_stream_inputs(
-            prompt=prompt,
-            prompt_embeds=prompt_embeds,
-            num_chunks=num_chunks,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            latents=latents,
-            renoise_latents=renoise_latents,
-            initial_latents=initial_latents,
-            generator=generator,
-            output_type=output_type if make_decoder is None else "latent",  # the pipeline's VAE has nothing to do
-            **start,
-        )
-        text = {"prompt": prompt, "prompt_embeds": prompt_embeds, "max_sequence_length": max_sequence_length}
-        callback = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        session = StreamSession(inputs, text, output_type, storage, overlap_decoding, callback, on_pass, make_decoder)
-        return Stream(self, session, run_stream(self, session))
-
-    def restore_stream(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        output_type: str | None = None,
-        decoder: Decoder | Callable[[], Decoder] | None = None,
-        on_pass: Callable[[PassInfo], None] | None = None,
-    ) -> Stream:
-        """Go on with a stream that `Stream.save_state` wrote to a file, bit by bit as it would have gone on.
-
-        Args:
-            path: the file.
-            output_type: see `Frames`; None takes that of the saved stream.
-            decoder: the decoder that the stream was started with, if it was another than the pipeline's.
-            on_pass: see `stream`.
-
-        Raises:
-            ValueError: if the file is no saved stream, or one of another model or other causal fields.
-        """
-        saved = SavedStream.load(path)
-        saved.check(self)
-        session = saved.session(output_type, on_pass, self._decoder_maker(decoder))
-        return Stream(self, session, run_stream(self, session))
-
-    def _decoder_maker(self, decoder: Decoder | Callable[[], Decoder] | None) -> Callable[[], Decoder] | None:
-        """What makes a stream's decoder, of what the caller gave: an object is taken as it is, from its start."""
-        if decoder is None:
-            return None
-        is_maker = isinstance(decoder, type) or (callable(decoder) and not hasattr(decoder, "decode"))
-        made = decoder() if is_maker else decoder
-        config = getattr(getattr(self, "vae", None), "config", {})
-        channels = self.transformer.config.in_channels
-        check_decoder(made, channels, config.get("latents_mean"), config.get("latents_std"))
-        return lambda: made
-
-    def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:
-        """A loop at the start of a stream; `text` are the arguments of `encode_prompt` that tell the prompt."""
-        self.align_modules()
-        storage = kv_cache or self.kv_cache
-        return ChunkLoop(
-            self.run_pass,
-            copy.deepcopy(self.scheduler),
-            # A cache of its own kind need not know about storage until somebody asks for another one.
-            self.make_cache(inputs.num_latent_frames, **({} if storage == "auto" else {"storage": storage})),
-            inputs,
-            self.embed_prompt(**text),
-            device=self._execution_device,
-            dtype=self.transformer.dtype,
-        )
-
-    def embed_prompt(self, **text: Any) -> torch.Tensor:
-        """`encode_prompt` as a stream needs it: on the transformer's device, in its dtype, the text encoder offloaded."""
-        text = {**text, "device": self._execution_device, "dtype": self.transformer.dtype}
-        if text.get("prompt_embeds") is not None:
-            return self.encode_prompt(**text)
-        with text_encoder_at_work(self):
-            return self.encode_prompt(**text)
-
-    def offload_text_encoder(self, mode: str, device: torch.device | str | None = None) -> None:
-        """Choose where the text encoder waits between prompts.
-
-        Args:
-            mode: `"keep"` with the other components; `"cpu"` in host memory, as a whole; `"stream"` in host memory, its
-                layers coming one by one while it works; `"free"` nowhere: it is given up after the first prompt.
-            device: where a streamed encoder works; None takes the pipeline's device.
-        """
-        offload_text_encoder(self, mode, device)
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `DiffusionPipeline.to`; a text encoder that waits on the CPU stays there."""
-        waiting = getattr(self, "text_encoder", None) if self.text_encoder_offload != "keep" else None
-        if waiting is None:
-            return super().to(*args, **kwargs)
-        self.__dict__["text_encoder"] = None  # not by assignment, which would take it out of the config
-        try:
-            super().to(*args, **kwargs)
-        finally:
-            self.__dict__["text_encoder"] = waiting
-        if (dtype := torch._C._nn._parse_to(*args, **kwargs)[1]) is not None:
-            waiting.to(dtype=dtype)
-        return self
-
-    def check_prompt(
-        self, prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None, batch: int | None = None
-    ) -> int:
-        """Check a prompt, against a batch size if one is given; returns the prompt's.
-
-        Raises:
-            ValueError: named.
-        """
-        if (prompt is None) == (prompt_embeds is None):
-            given = "neither" if prompt is None else "both"
-            raise ValueError(f"give either prompt or prompt_embeds, got {given}")
-        if prompt is not None and not isinstance(prompt, str | list):
-            raise ValueError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
-        if isinstance(prompt, list) and not (prompt and all(isinstance(text, str) for text in prompt)):
-            odd = next(((i, text) for i, text in enumerate(prompt) if not isinstance(text, str)), None)
-            got = "an empty list" if odd is None else f"a list with {odd[1]!r} at {odd[0]}"
-            raise ValueError(f"prompt is {got}, expected a string, or a list of one string per sample")
-        got = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
-        if batch not in (None, got):
-            raise ValueError(f"{got} prompts for a stream of batch size {batch}: give {batch}")
-        return got
-
-    @property
-    def num_timesteps(self) -> int | None:
-        """Denoising steps of the latest stream, over all chunks; None if it has no end."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> float | None:
-        """Timestep of the transformer's pass in progress, or made last; None while no stream runs."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a component or another attribute; constructors and loaders come through here too.
@@ -360,13 +51,6 @@ class ARVDMixin(QuantizableMixin, ABC):
         for layer in quantized_linears(self.transformer).values():
             layer.store_rows_in(None)
         super().enable_sequential_cpu_offload(*args, **kwargs)
-
-    def align_modules(self) -> None:
-        """Make results on the CPU independent of where in a file float weights were mapped from."""
-        if self._execution_device.type == "cpu":
-            for component in self.components.values():
-                if isinstance(component, torch.nn.Module):
-                    align_float_tensors(component)
 
     # Saving: the portable layout.
 

@@ -17,7 +17,7 @@ from ..quantization.result import CalibrationResult
 from ..quantizer import attach
 
 if TYPE_CHECKING:
-    from .arvd_mixin import ARVDMixin
+    from ..rollout.host import PipelineHost
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def check_stored_config(stored: QARVDConfig, wanted: QARVDConfig) -> None:
         )
 
 
-def quantize_pipeline(pipe: ARVDMixin, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
+def quantize_pipeline(pipe: PipelineHost, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
     """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
     require_float(pipe)
     apply(pipe.transformer, result or calibrate_pipeline(pipe, config))

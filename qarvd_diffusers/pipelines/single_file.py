@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..conversion import save_single_file
 from ..models.single_file_header import read_single_file
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from .arguments import loading_arguments, parameters
+from ..rollout.arguments import parameters
+from .arguments import loading_arguments
 from .quantization import split_config
 
 if TYPE_CHECKING:

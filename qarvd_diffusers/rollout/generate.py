@@ -18,12 +18,12 @@ from .reencoding import ReencodingDecoder
 from .session import StreamSession
 
 if TYPE_CHECKING:
-    from ..pipelines.arvd_mixin import ARVDMixin
+    from .host import StreamHost
 
 
 @torch.inference_mode(False)  # a stream may be stepped inside and outside of it by turns: what it keeps must fit both
 @torch.no_grad()
-def run_stream(pipe: ARVDMixin, session: StreamSession) -> Generator[Chunk]:
+def run_stream(pipe: StreamHost, session: StreamSession) -> Generator[Chunk]:
     """Make the chunks of a stream; whatever ends it, its memory is returned and the pipeline left as it was."""
     pipe._interrupt = False
     pipe._num_timesteps = session.inputs.num_steps
@@ -45,7 +45,7 @@ def run_stream(pipe: ARVDMixin, session: StreamSession) -> Generator[Chunk]:
         pipe.maybe_free_model_hooks()
 
 
-def _make_decoder(pipe: ARVDMixin, session: StreamSession) -> Decoder | None:
+def _make_decoder(pipe: StreamHost, session: StreamSession) -> Decoder | None:
     """The stream's decoder; None where neither its consumer nor the model asks for pixels."""
     fields = session.inputs.fields
     if session.output_type == "latent" and not fields.reencodes:
@@ -66,7 +66,7 @@ def _watched(rollout: Iterator[tuple[int, Tensor]], decoder: Decoder | None) -> 
         yield index, latents
 
 
-def _chunks(pipe: ARVDMixin, session: StreamSession, loop: ChunkLoop) -> Generator[Chunk]:
+def _chunks(pipe: StreamHost, session: StreamSession, loop: ChunkLoop) -> Generator[Chunk]:
     """Drive the loop, decode, and time each chunk without the time its consumer takes."""
     rollout, start = loop.run(), time.perf_counter()
     if session.output_type == "latent":
@@ -81,18 +81,18 @@ def _chunks(pipe: ARVDMixin, session: StreamSession, loop: ChunkLoop) -> Generat
         start = time.perf_counter()
 
 
-def _switch_prompt(pipe: ARVDMixin, session: StreamSession) -> None:
+def _switch_prompt(pipe: StreamHost, session: StreamSession) -> None:
     if changes := session.encode_changes(pipe):
         change = changes.pop(0)
         session.loop.switch_prompt(pipe.embed_prompt(**change.text), change.how)
 
 
-def _progress_bar(pipe: ARVDMixin, num_steps: int | None) -> Any:
+def _progress_bar(pipe: StreamHost, num_steps: int | None) -> Any:
     # tqdm only leaves out the total if it is given something to count.
     return pipe.progress_bar(itertools.count()) if num_steps is None else pipe.progress_bar(total=num_steps)
 
 
-def _pass_hook(pipe: ARVDMixin, also: Callable[[PassInfo], None] | None) -> Callable[[PassInfo], None]:
+def _pass_hook(pipe: StreamHost, also: Callable[[PassInfo], None] | None) -> Callable[[PassInfo], None]:
     """What happens before a pass: `current_timestep` tells it, then the user's `on_pass` is called."""
 
     def on_pass(info: PassInfo) -> None:
@@ -104,7 +104,7 @@ def _pass_hook(pipe: ARVDMixin, also: Callable[[PassInfo], None] | None) -> Call
 
 
 def _step_hook(
-    pipe: ARVDMixin, loop: ChunkLoop, bar: Any, callback: Callable | None, names: tuple[str, ...]
+    pipe: StreamHost, loop: ChunkLoop, bar: Any, callback: Callable | None, names: tuple[str, ...]
 ) -> Callable[[int, float, torch.Tensor], torch.Tensor]:
     """What happens after a denoising step: progress, then the user's callback, whose tensors replace the loop's."""
 

@@ -25,13 +25,13 @@ from .pass_info import PassInfo
 from .session import PromptChange, StreamSession
 
 if TYPE_CHECKING:
-    from ..pipelines.arvd_mixin import ARVDMixin
+    from .host import StreamHost
 
 _KEY, _VERSION = "qarvd_stream", 2  # metadata entry of the file
 _SAMPLES = 16  # values per tensor that tell one model from another
 
 
-def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
+def fingerprint(pipe: StreamHost) -> dict[str, str]:
     """Short hashes of what a stream's continuation depends on: causal fields, transformer, VAE, and its part of the heads.
 
     Of each tensor a few values are looked at. Those of a quantized layer are compared without regard to their order, which
@@ -61,7 +61,7 @@ def fingerprint(pipe: ARVDMixin) -> dict[str, str]:
     return found if parallel is None else found | {"process": f"{parallel.rank} of {parallel.size}"}
 
 
-def _adapters(pipe: ARVDMixin) -> dict[str, dict[str, float]]:
+def _adapters(pipe: StreamHost) -> dict[str, dict[str, float]]:
     """Active adapters and their scales: one number under `""`, or where layers differ one for each layer."""
     found = layer_scales(pipe.transformer)
     return {
@@ -87,7 +87,7 @@ def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}".removeprefix("."), tensor
 
 
-def save_state(pipe: ARVDMixin, session: StreamSession, path: str | os.PathLike[str]) -> None:
+def save_state(pipe: StreamHost, session: StreamSession, path: str | os.PathLike[str]) -> None:
     """See `Stream.save_state`."""
     loop = session.loop
     if loop is None:
@@ -182,7 +182,7 @@ class SavedStream:
             raise ValueError(f"{path} is no stream saved by Stream.save_state of this version")
         return cls(os.fspath(path), facts, tensors)
 
-    def check(self, pipe: ARVDMixin) -> None:
+    def check(self, pipe: StreamHost) -> None:
         """Refuse to go on with another model than the one the stream was saved with."""
         mine, theirs = fingerprint(pipe), self.facts["model"]
         self._check_adapters(pipe)
@@ -193,7 +193,7 @@ class SavedStream:
                 "model, scheme and dtype that the stream was made with"
             )
 
-    def _check_adapters(self, pipe: ARVDMixin) -> None:
+    def _check_adapters(self, pipe: StreamHost) -> None:
         saved, mine = self.facts.get("adapters"), _adapters(pipe)  # older files do not say
         for name in sorted(saved.keys() | mine.keys()) if saved is not None else ():
             if saved.get(name) != mine.get(name):

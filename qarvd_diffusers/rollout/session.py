@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,8 +14,14 @@ from .inputs import StreamInputs
 from .pass_info import PassInfo
 
 if TYPE_CHECKING:
-    from ..pipelines.arvd_mixin import ARVDMixin
-    from .saved_state import SavedStream
+    from .host import StreamHost
+
+
+class SavedState(Protocol):
+    """Where a stream stood when it was saved."""
+
+    def restore(self, loop: ChunkLoop, decoder: Decoder | None) -> None:
+        """Put a fresh loop and decoder there."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,13 @@ class StreamSession:
     callback: tuple[Callable | None, tuple[str, ...]] = (None, ())
     on_pass: Callable[[PassInfo], None] | None = None
     make_decoder: Callable[[], Decoder] | None = None
-    saved: SavedStream | None = None
+    saved: SavedState | None = None
     loop: ChunkLoop | None = None
     decoder: Decoder | None = None
     changes: list[PromptChange] = field(default_factory=list)
     closing: bool = False
 
-    def encode_changes(self, pipe: ARVDMixin) -> list[PromptChange]:
+    def encode_changes(self, pipe: StreamHost) -> list[PromptChange]:
         """Encode the prompts that wait; a change over several chunks becomes one for each of them. Returns `changes`.
 
         Raises:

@@ -17,7 +17,7 @@ from .session import PromptChange, StreamSession
 from .text_encoder import load_prompt_embeds
 
 if TYPE_CHECKING:
-    from ..pipelines.arvd_mixin import ARVDMixin
+    from .host import StreamHost
 
 
 class Stream(Iterator[Chunk]):
@@ -31,7 +31,7 @@ class Stream(Iterator[Chunk]):
     runs one pass at a time: do not iterate over two streams of a pipeline in two threads.
     """
 
-    def __init__(self, pipe: ARVDMixin, session: StreamSession, chunks: Generator[Chunk]) -> None:
+    def __init__(self, pipe: StreamHost, session: StreamSession, chunks: Generator[Chunk]) -> None:
         self._pipe = pipe
         self._session = session
         self._chunks = chunks

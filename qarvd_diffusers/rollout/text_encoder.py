@@ -16,7 +16,7 @@ from torch import nn
 from ..files.atomic import atomic_file
 
 if TYPE_CHECKING:
-    from ..pipelines.arvd_mixin import ARVDMixin
+    from .host import StreamHost
 
 OFFLOADS = ("keep", "cpu", "stream", "free")
 """`keep`: it stays with the other components. `cpu`: it waits in host memory, comes to encode and goes back. `stream`: its
@@ -27,7 +27,7 @@ up after the first encoding; later prompts must be embeddings."""
 _KEY = "prompt_embeds"
 
 
-def offload_text_encoder(pipe: ARVDMixin, mode: str, device: torch.device | str | None = None) -> None:
+def offload_text_encoder(pipe: StreamHost, mode: str, device: torch.device | str | None = None) -> None:
     """Choose where the pipeline's text encoder waits.
 
     Args:
@@ -78,7 +78,7 @@ def _parts_without(module: nn.Module, excluded: nn.Parameter) -> Iterator[nn.Mod
 
 
 @contextmanager
-def text_encoder_at_work(pipe: ARVDMixin) -> Iterator[None]:
+def text_encoder_at_work(pipe: StreamHost) -> Iterator[None]:
     """Bring the text encoder where it is needed, and send it back where it waits."""
     encoder, mode = getattr(pipe, "text_encoder", None), pipe.text_encoder_offload
     if encoder is None or mode not in ("cpu", "free"):
