@@ -110,12 +110,9 @@ def _packed_linear(base: type) -> type:
             )
 
         def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-            packed = sum(
-                tensor.nbytes for name, tensor in self._parameters.items() if tensor is not None and name != "bias"
-            )
-            destination[f"{prefix}weight"] = self.weight_packed.new_zeros(1).expand(
-                packed
-            )  # tells its size; takes none
+            packed = sum(tensor.nbytes for name, tensor in self.named_parameters() if name != "bias")
+            # It tells how many bytes the packed tensors take, and takes none itself.
+            destination[f"{prefix}weight"] = self.weight_packed.new_zeros(1).expand(packed)
             if self.bias is not None:
                 destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -127,20 +124,16 @@ def _packed_linear(base: type) -> type:
             """For weights that ComfyUI left elsewhere, for want of room: they visit the device of `x`."""
             home = self._parameters, self._buffers
             try:
-                for name, tensors in zip(("_parameters", "_buffers"), home, strict=True):
-                    self.__dict__[name] = {
-                        key: value if value is None else _at(value, x) for key, value in tensors.items()
-                    }
+                self.__dict__["_parameters"], self.__dict__["_buffers"] = (_at(x.device, tensors) for tensors in home)
                 return super().forward(x)
             finally:
-                self.__dict__.update(zip(("_parameters", "_buffers"), home, strict=True))
+                self.__dict__["_parameters"], self.__dict__["_buffers"] = home
 
     return PackedLinear
 
 
-def _at(tensor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    moved = tensor.detach().to(x.device)
-    return torch.nn.Parameter(moved, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else moved
+def _at(device: torch.device, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    return {name: None if tensor is None else tensor.detach().to(device) for name, tensor in tensors.items()}
 
 
 class _Lora:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +54,24 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, **options: Any) -> Any:
         """Load all of it, however little ComfyUI asks for."""
-        return super().partially_load(device_to, 1e32, **options)
+        with _ordinary_mode():
+            return super().partially_load(device_to, 1e32, **options)
+
+    def unpatch_model(self, *args: Any, **options: Any) -> None:
+        """Behind unloading, which any node may bring about."""
+        with _ordinary_mode():
+            super().unpatch_model(*args, **options)
 
     def partially_unload(self, *_: Any, **__: Any) -> int:
         """Nothing: ComfyUI then unloads all of it."""
         return 0
+
+
+@contextmanager
+def _ordinary_mode() -> Iterator[None]:
+    """Out of ComfyUI's inference mode, in which a moved weight would become one that cannot be calibrated with any more."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _patcher(module: torch.nn.Module, name: str) -> WholePatcher:

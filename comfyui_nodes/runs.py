@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import copy
 import os
 import uuid
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ class Run:
         total: chunks to come.
 
     Attributes:
+        id: names the run.
+        prompt: id of the prompt.
         chunks: what `ChunkFeed` wrote.
         made: chunks generated so far.
         state: running, done, early (finished before all were made), stopped or failed.
@@ -37,6 +41,7 @@ class Run:
 
     def __init__(self, node_id: str, workflow: str | None, total: int) -> None:
         self.id = uuid.uuid4().hex[:12]
+        self.prompt = PromptServer.instance.last_prompt_id
         self.node_id, self.workflow, self.total = node_id, workflow, total
         self.chunks: list[dict[str, Any]] = []
         self.made = 0
@@ -47,6 +52,7 @@ class Run:
         """What the page is told."""
         return {
             "run": self.id,
+            "prompt": self.prompt,
             "workflow": self.workflow,
             "node": self.node_id,
             "total": self.total,
@@ -62,7 +68,7 @@ class Run:
     @contextlib.contextmanager
     def going_on(self) -> Iterator[None]:
         """Be known to the routes from now on, and say how the work in the `with` block ended."""
-        _remember(self)
+        _remember(self.id, self)
         self.announce()
         try:
             yield
@@ -79,10 +85,15 @@ class Run:
 _runs: dict[str, Run] = {}
 
 
-def _remember(run: Run) -> None:
-    _runs[run.id] = run
+def _remember(key: str, run: Run) -> None:
+    _runs[key] = run
     for old in list(_runs)[:-KEPT]:
         del _runs[old]
+
+
+def workflow_id(extra_pnginfo: dict[str, Any] | None) -> str | None:
+    """Id of the graph in the page that a prompt came from, by what ComfyUI writes into pictures."""
+    return ((extra_pnginfo or {}).get("workflow") or {}).get("id")
 
 
 def send(event: str, data: dict[str, Any]) -> None:
@@ -97,6 +108,7 @@ def register() -> None:
     if any(route.path == "/qarvd/streams" for route in routes):
         return  # the pack is there twice; a route given twice would keep the server from starting
     routes.get("/qarvd/streams")(_streams)
+    routes.post("/qarvd/cached")(_cached)
     routes.post("/qarvd/finish")(_finish)
     routes.get("/qarvd/video")(_video)
 
@@ -104,14 +116,31 @@ def register() -> None:
 async def _streams(request: web.Request) -> web.Response:
     """Runs, oldest first, with their chunks; `?workflow=` leaves out those of other graphs."""
     workflow = request.query.get("workflow")
-    wanted = [run for run in _runs.values() if workflow in (None, run.workflow)]
+    wanted = [run for run in list(_runs.values()) if workflow in (None, run.workflow)]
     return web.json_response([{**run.status(), "chunks": run.chunks} for run in wanted])
+
+
+async def _cached(request: web.Request) -> web.Response:
+    """A prompt was answered with the result that another one had made: from now on it is that of this prompt's graph, too.
+
+    The page alone cannot tell for which of its tabs a result is.
+    """
+    asked = await request.json()
+    queue = PromptServer.instance.prompt_queue
+    items = [*queue.currently_running.values(), *(entry["prompt"] for entry in queue.history.values())]
+    extra = next((item[3] for item in items if item[1] == asked.get("prompt")), {})
+    workflow = workflow_id(extra.get("extra_pnginfo"))
+    run = copy.copy(_runs.get(asked.get("run")))
+    if run is not None and workflow != run.workflow:
+        run.workflow = workflow
+        _remember(f"{run.id} {workflow}", run)
+    return web.json_response({"workflow": workflow})
 
 
 async def _finish(request: web.Request) -> web.Response:
     """Let a run, or every running one, end behind the chunk in progress, with the outputs of what exists."""
     wanted = (await request.json()).get("run") if request.can_read_body else None
-    found = [run for run in _runs.values() if run.state == "running" and wanted in (None, run.id)]
+    found = [run for run in list(_runs.values()) if run.state == "running" and wanted in (None, run.id)]
     if wanted is not None and not found:
         return web.json_response({"error": f"no stream {wanted!r} is running"}, status=404)
     for run in found:
@@ -128,7 +157,7 @@ async def _video(request: web.Request) -> web.Response:
     if not paths or not all(os.path.isfile(path) for path in paths):
         return web.json_response({"error": "the chunks of this run are not there any more; run it again"}, status=404)
     name = {"Content-Disposition": f'attachment; filename="qarvd_{run.id}.mp4"'}
-    return web.Response(body=_one_video(paths), content_type="video/mp4", headers=name)
+    return web.Response(body=await asyncio.to_thread(_one_video, paths), content_type="video/mp4", headers=name)
 
 
 def _one_video(paths: list[str]) -> bytes:

@@ -190,7 +190,7 @@ class QARVDLinear(nn.Linear):
             return
         with torch.inference_mode(False), torch.no_grad():  # parameters stay ordinary tensors, whoever asks
             if self._is_reordered:
-                self._permute_rows(_inverse(self._row_order))
+                self._permute_rows(self._row_order.argsort())
             self._row_order = _natural_order() if order is None else order.detach().clone()
             if order is not None:
                 self._permute_rows(order)
@@ -212,8 +212,8 @@ class QARVDLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        if self._row_order.is_meta:  # so were the parameters: nothing to put back
-            self._row_order = _natural_order()
+        if self._row_order.is_meta:
+            self._row_order = _natural_order()  # the parameters are gone, too: nothing to put back
         self.store_rows_in(None)
         self._forget()
         super()._load_from_state_dict(*args)
@@ -251,7 +251,7 @@ class QARVDLinear(nn.Linear):
         return self._in_natural_order(self._stored_weight(), 0)
 
     def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
-        return _take(tensor, _inverse(self._row_order), dim) if self._is_reordered else tensor
+        return _take(tensor, self._row_order.argsort(), dim) if self._is_reordered else tensor
 
     def _stored_weight(self) -> Tensor:
         return ops.dequantize_weight(
@@ -357,10 +357,6 @@ def _natural_order() -> Tensor:
     return torch.empty(0, dtype=torch.int32, device="cpu")
 
 
-def _inverse(order: Tensor) -> Tensor:
-    return torch.argsort(order)
-
-
 def _take(tensor: Tensor, order: Tensor, dim: int = 0) -> Tensor:
     """`tensor` in another order, wherever the two lie: offloading may have moved one of them."""
     return tensor.index_select(dim, order.to(tensor.device))
@@ -386,7 +382,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def base_layer_name(model: nn.Module, name: str) -> str:
     """Where the layer called `name` really is: adapters (PEFT) put it into a module of their own, as `base_layer`."""
-    return f"{name}.base_layer" if hasattr(model.get_submodule(name), "base_layer") else name
+    return f"{name}.base_layer" if hasattr(unwrapped(model).get_submodule(name), "base_layer") else name
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -99,31 +99,28 @@ def run(code: str, cwd: Path | str = "/") -> str:
 
 
 def test_import_does_nothing():
-    """Under 2 s beyond torch and diffusers; no CUDA, seed, logging configuration, network or module of ours but the hook."""
+    """Nothing beyond torch and diffusers; no CUDA, seed, logging configuration, network or module of ours but the hook."""
     report = json.loads(
         run(
             """
-import json, logging, socket, sys, time, random
+import json, logging, socket, sys, random
 import torch, diffusers.quantizers.auto
 socket.socket = None
 state, python_state, handlers = torch.get_rng_state(), random.getstate(), list(logging.getLogger().handlers)
 threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-before = time.perf_counter()
+before = set(sys.modules)
 import qarvd_diffusers
-seconds = time.perf_counter() - before
 print(json.dumps({
-    "seconds": seconds,
     "cuda": torch.cuda.is_initialized(),
     "rng": bool((state == torch.get_rng_state()).all()) and python_state == random.getstate(),
     "logging": handlers == list(logging.getLogger().handlers),
     "torch": (threads, str(dtype)) == (torch.get_num_threads(), str(torch.get_default_dtype())),
     "registered": "qarvd" in diffusers.quantizers.auto.AUTO_QUANTIZER_MAPPING,
-    "modules": sorted(m for m in sys.modules if m.startswith("qarvd")),
+    "modules": sorted(set(sys.modules) - before),
 }))
 """
         )
     )
-    assert report["seconds"] < 2
     assert not report["cuda"]
     assert report["rng"] and report["logging"] and report["torch"] and report["registered"]
     assert report["modules"] == ["qarvd_diffusers", "qarvd_diffusers.config", "qarvd_diffusers.quantizer"]

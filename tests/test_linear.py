@@ -361,3 +361,17 @@ def test_cuda_equals_cpu(scheme):
     # the compiled kernels round the outlier sum once, to half a unit of the normal group
     unit = 0.0 if layer.input_scale is None else float(layer.input_scale[1] * layer.weight_scale[:, 1].max())
     torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), want, rtol=1e-4, atol=1e-4 + 0.51 * unit)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("here, there", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_rows_go_back_wherever_parameters_and_their_order_lie(here, there):
+    _, layer, _ = pair("w8a8")
+    want = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.store_rows_in(torch.randperm(48).to(torch.int32))
+    layer.to(here)._row_order = layer._row_order.to(there)
+    assert all(torch.equal(tensor.cpu(), want[name]) for name, tensor in layer.state_dict().items())
+    layer.store_rows_in(torch.randperm(48).to(torch.int32))
+    layer.weight_scale = nn.Parameter(layer.weight_scale.to(there), requires_grad=False)
+    assert all(torch.equal(tensor.cpu(), want[name]) for name, tensor in layer.state_dict().items())

@@ -12,7 +12,7 @@ from ..compat import FAMILY, NodeError, schema, widget, work
 from ..handles import PipelineHandle, PipelineType, StateType
 from ..latents import denormalize, normalize, one_video
 from ..preview import video
-from ..runs import Run
+from ..runs import Run, workflow_id
 from ..tensors import digest
 from ..watch import Take, Takes, Watch
 
@@ -178,7 +178,7 @@ class QARVDStreamGenerate(io.ComfyNode):
         pipe = _streaming_pipeline(pipeline, timesteps, kv_window, sink)
         size = _check_size(pipeline, width, height)
         fps = fps or float(pipe.config.fps)
-        run = Run(cls.hidden.unique_id, _workflow(cls.hidden.extra_pnginfo), num_chunks)
+        run = Run(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), num_chunks)
         watch = Watch(run, pipe, fps, preview)
         inputs = digest([positive, num_chunks, seed, size, timesteps, kv_window, sink, kv_cache, start])
         with run.going_on():
@@ -226,11 +226,6 @@ class QARVDStreamGenerate(io.ComfyNode):
         except ValueError as error:
             raise NodeError(f"{error}.", "Change what starts the video, or the node's settings.") from error
         return watch.collect(stream, before, generator, pipeline.name)
-
-
-def _workflow(extra: dict[str, Any] | None) -> str | None:
-    """Id of the graph in the page that the prompt came from."""
-    return ((extra or {}).get("workflow") or {}).get("id")
 
 
 def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int, sink: int) -> Any:

@@ -10,8 +10,9 @@ const FIXED_SEEDS = ["QARVDQuantize", "QARVDCalibrationPrompts"];
 // Widget types of our own: the name of a type that Nodes 2.0 knows, such as "text", would show its own input instead.
 const PLAYER_TYPE = "qarvd_player";
 const TEXT_TYPE = "qarvd_text";
-const PLAYER_HEIGHT = 260;
-const BAR_HEIGHT = 40;
+const PLAYER_HEIGHT = 240;
+const BAR_HEIGHT = 32;
+const MARGINS = 20; // that the canvas leaves above and below
 
 const players = new WeakMap(); // node -> Player; nodes are built anew whenever their tab is opened
 const runs = new Map(); // graph and node -> the latest run, whichever tab is open
@@ -51,18 +52,33 @@ function learn(status, chunks = []) {
   return run;
 }
 
+const post = (path, data) =>
+  api.fetchApi(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(data) });
+
 function playerFor(run) {
   if ((run.workflow ?? null) !== graphId()) return null; // another tab's
   const node = findNode(run.node);
   return node?.comfyClass === STREAM ? playerOf(node) : null;
 }
 
-function button(name, title, label, press) {
-  const made = Object.assign(document.createElement("button"), { type: "button", title, textContent: label });
-  made.className = `qarvd-${name}`;
-  made.setAttribute("aria-label", title);
+// Lines of 16 x 16 pictures.
+const ICONS = {
+  pause: "M5 3v10M11 3v10",
+  play: "M4 2.5l9 5.5-9 5.5z",
+  save: "M8 2v8M4.5 7L8 10.5 11.5 7M3 13.5h10",
+  fullscreen: "M2 6V2h4M10 2h4v4M14 10v4h-4M6 14H2v-4",
+};
+
+function setIcon(button, name, title) {
+  button.innerHTML = `<svg width="16" height="16" fill="none" stroke="currentColor" stroke-width="1.6"><path d="${ICONS[name]}"/></svg>`;
+  button.title = title;
+  button.setAttribute("aria-label", title);
+}
+
+function makeButton(name, press) {
+  const made = Object.assign(document.createElement("button"), { type: "button", className: `qarvd-${name}` });
   made.style.cssText =
-    "background:none;border:0;color:#ddd;font:13px sans-serif;padding:2px 5px;cursor:pointer;white-space:nowrap;flex:none";
+    "background:none;border:0;color:#ddd;font:12px sans-serif;padding:3px 5px;cursor:pointer;white-space:nowrap;flex:none;line-height:0";
   made.addEventListener("click", press);
   made.addEventListener("pointerdown", (event) => event.stopPropagation()); // would drag the node
   return made;
@@ -110,15 +126,18 @@ class Player {
     this.caption = document.createElement("div");
     this.caption.className = "qarvd-caption";
     this.caption.style.cssText = "color:#ddd;font:12px sans-serif;padding:4px 6px;flex:1 1 0;min-width:0";
-    this.pauseButton = button("pause", "Pause", "❚❚", () => this.pause(!this.paused));
-    this.saveButton = button("save", "Save the chunks made so far as one video", "⤓", () => this.save());
-    this.screenButton = button("fullscreen", "Full screen", "⛶", () =>
+    this.pauseButton = makeButton("pause", () => this.pause(!this.paused));
+    this.saveButton = makeButton("save", () => this.save());
+    this.screenButton = makeButton("fullscreen", () =>
       document.fullscreenElement ? document.exitFullscreen() : this.root.requestFullscreen(),
     );
-    this.finishButton = button("finish", "Finish after this chunk: the outputs are what exists by then", "Finish", () =>
-      this.finish(),
-    );
-    this.finishButton.style.cssText += ";background:#444;border-radius:4px";
+    this.finishButton = makeButton("finish", () => this.finish());
+    setIcon(this.pauseButton, "pause", "Pause");
+    setIcon(this.saveButton, "save", "Save the chunks made so far as one video");
+    setIcon(this.screenButton, "fullscreen", "Full screen");
+    this.finishButton.textContent = "Finish";
+    this.finishButton.title = "Finish after this chunk: what exists by then goes to the nodes behind";
+    this.finishButton.style.cssText += ";background:#444;border-radius:4px;line-height:16px";
     const bar = document.createElement("div");
     bar.style.cssText = "display:flex;align-items:center;flex:none;min-height:30px;padding-right:4px";
     bar.append(this.caption, this.finishButton, this.pauseButton, this.saveButton, this.screenButton);
@@ -154,9 +173,10 @@ class Player {
   // With `preview` off or as pictures there is nothing to play, only to say and to finish.
   setVideo(shown) {
     this.stage.style.display = shown ? "" : "none";
-    [this.pauseButton, this.saveButton, this.screenButton].forEach((b) => (b.hidden = !shown));
+    [this.pauseButton, this.saveButton, this.screenButton].forEach((control) => (control.hidden = !shown));
     this.height = shown ? PLAYER_HEIGHT : BAR_HEIGHT;
-    this.root.style.minHeight = `${this.height - 20}px`; // without the margins that the canvas leaves
+    this.root.style.minHeight = `${this.height}px`;
+    this.root.style.maxHeight = shown ? "" : this.root.style.minHeight;
   }
 
   next() {
@@ -184,9 +204,7 @@ class Player {
 
   pause(paused) {
     this.paused = paused;
-    this.pauseButton.textContent = paused ? "▶" : "❚❚";
-    this.pauseButton.title = paused ? "Play" : "Pause";
-    this.pauseButton.setAttribute("aria-label", this.pauseButton.title);
+    setIcon(this.pauseButton, paused ? "play" : "pause", paused ? "Play" : "Pause");
     const video = this.videos[0];
     if (paused) video.pause();
     else if (video.ended) this.play(this.next());
@@ -203,8 +221,7 @@ class Player {
 
   finish() {
     this.finishButton.disabled = true;
-    const body = JSON.stringify({ run: this.run.run });
-    api.fetchApi("/qarvd/finish", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    post("/qarvd/finish", { run: this.run.run });
   }
 
   lost() {
@@ -216,7 +233,11 @@ class Player {
     const running = run?.state === "running";
     this.finishButton.hidden = !running;
     this.finishButton.disabled = Boolean(run?.finishing);
-    [this.pauseButton, this.saveButton, this.screenButton].forEach((b) => (b.disabled = !run?.made.size));
+    this.finishButton.style.opacity = this.finishButton.disabled ? 0.5 : 1;
+    for (const control of [this.pauseButton, this.saveButton, this.screenButton]) {
+      control.disabled = !run?.made.size;
+      control.style.opacity = control.disabled ? 0.4 : 1;
+    }
     if (!run) {
       this.caption.textContent = "chunks appear here as they are made";
       return;
@@ -236,7 +257,7 @@ function playerOf(node) {
     const widget = node.addDOMWidget("qarvd_video", PLAYER_TYPE, player.root, {
       serialize: false,
       hideOnZoom: false,
-      getMinHeight: () => player.height,
+      getMinHeight: () => player.height + MARGINS,
     });
     widget.serialize = false;
     const preview = node.widgets.find((w) => w.name === "preview");
@@ -263,7 +284,7 @@ function showText(node) {
   box.className = "qarvd-text";
   box.style.cssText =
     "margin:0;padding:6px;width:100%;height:100%;min-height:60px;box-sizing:border-box;overflow:auto;background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px;user-select:text";
-  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, { serialize: false, hideOnZoom: false, getMinHeight: () => 80 }).serialize =
+  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, { serialize: false, hideOnZoom: false, getMinHeight: () => 60 + MARGINS }).serialize =
     false;
   node.qarvdText = (output) => {
     if (output?.text) box.textContent = [].concat(output.text).join("\n");
@@ -275,16 +296,18 @@ function showText(node) {
   };
 }
 
-// What a stream node put out, in the graph that is open. The page hands outputs to whichever node of the open tab has the
-// id; they belong to it if they were made for this graph, or if ComfyUI has stored them for this tab (a cached result of
-// another graph).
-function showOutput(id, output) {
+// What a stream node put out. The page hands outputs to whichever node of the open tab has the id; they belong to the graph
+// of their prompt, which for a result that ComfyUI had kept is not the one it was made for.
+async function showOutput({ prompt_id, node, output }) {
   const status = output?.qarvd_stream?.[0];
-  const node = findNode(id);
-  if (!status || node?.comfyClass !== STREAM) return;
-  const stored = app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.nodeOutputs?.[id];
-  const here = (status.workflow ?? null) === graphId() || stored?.qarvd_stream?.[0]?.run === status.run;
-  if (here) playerOf(node).show(learn({ ...status, workflow: graphId() }, output.qarvd_chunks ?? []));
+  if (!status) return;
+  let workflow = status.workflow;
+  if (prompt_id !== status.prompt) {
+    const answer = await post("/qarvd/cached", { prompt: prompt_id, run: status.run });
+    workflow = (await answer.json()).workflow;
+  }
+  const run = learn({ ...status, workflow, node }, output.qarvd_chunks ?? []);
+  playerFor(run)?.show(run);
 }
 
 // Nodes that were just built show what is known of their graph, also what was made before the page was loaded.
@@ -320,24 +343,14 @@ app.registerExtension({
       const control = node.widgets?.find((w) => w.name === "control_after_generate");
       if (control) control.value = "fixed"; // a saved workflow's own choice is set after this
     }
-    if (node.comfyClass !== STREAM) return;
-    playerOf(node);
-    const onExecuted = node.onExecuted;
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      const id = output?.qarvd_stream?.[0]?.node;
-      setTimeout(() => showOutput(id, output)); // by then ComfyUI has stored it
-    };
+    if (node.comfyClass === STREAM) playerOf(node);
   },
   afterConfigureGraph: restore,
   onNodeOutputsUpdated(outputs) {
-    for (const [id, output] of Object.entries(outputs ?? {})) {
-      findNode(id)?.qarvdText?.(output);
-      const status = output?.qarvd_stream?.[0];
-      if (status && !runs.has(keyOf({ ...status, workflow: graphId() }))) showOutput(id, output);
-    }
+    for (const [id, output] of Object.entries(outputs ?? {})) findNode(id)?.qarvdText?.(output);
   },
   setup() {
+    api.addEventListener("executed", ({ detail }) => showOutput(detail));
     api.addEventListener("qarvd.stream", ({ detail }) => {
       const run = learn(detail);
       playerFor(run)?.show(run);

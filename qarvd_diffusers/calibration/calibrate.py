@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig, QuantizedModule
-from ..linear import LinearQParams, QARVDLinear, base_layer_name
+from ..linear import LinearQParams, QARVDLinear, base_layer_name, unwrapped
 from ..models.pass_info import PassInfo
 from ..packing import pack
 from .blocks import round_blocks, stages_of
@@ -108,6 +108,7 @@ def calibrate(
         ValueError: no layer to quantize, NaN or infinity in a weight or an activation, a chunk that was never reached, or a
             layer that took no part; each named.
     """
+    transformer = unwrapped(transformer)
     if not config.needs_calibration:
         return quantize_weights(transformer, config, progress)
     linears = quantizable_linears(transformer, config)
@@ -200,7 +201,7 @@ def apply(transformer: nn.Module, result: CalibrationResult) -> None:
         ValueError: see `quantized_layers`.
     """
     for name, layer in quantized_layers(transformer, result).items():
-        transformer.set_submodule(base_layer_name(transformer, name), layer)
+        unwrapped(transformer).set_submodule(base_layer_name(transformer, name), layer)
 
 
 def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[str, QARVDLinear]:
@@ -238,7 +239,7 @@ def dequantize(transformer: nn.Module) -> None:
 
 def _submodule(transformer: nn.Module, name: str) -> nn.Module | None:
     try:
-        return transformer.get_submodule(base_layer_name(transformer, name))
+        return unwrapped(transformer).get_submodule(base_layer_name(transformer, name))
     except AttributeError:
         return None
 

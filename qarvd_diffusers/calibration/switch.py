@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..linear import base_layer_name
+from ..linear import base_layer_name, unwrapped
 
 
 class QuantizationSwitch:
@@ -18,7 +18,7 @@ class QuantizationSwitch:
     """
 
     def __init__(self, transformer: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        self._transformer = transformer
+        self._transformer = unwrapped(transformer)
         self._layers = {base_layer_name(transformer, name): layer for name, layer in layers.items()}
         self._kept: dict[str, nn.Module] = {}
         self._on = False

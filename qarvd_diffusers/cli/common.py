@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,20 @@ def watched_roll_out(pipe: ARVDPipeline, prompts: Sequence[str], num_chunks: int
             return roll_out(pipe, prompts, num_chunks, seed, bar.update)
     finally:
         pipe.set_progress_bar_config(**bar_config)
+
+
+@contextmanager
+def layer_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that counts layers, for functions that report what they do, how many are done and how many there are."""
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=what, unit="layer") as bar:
+
+        def report(text: str, step: int, steps: int) -> None:
+            bar.total = steps
+            bar.update(step - bar.n)
+
+        yield report
 
 
 def read_prompts(path: str | None) -> tuple[str, ...] | None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import say, seed, table, whole
+from .common import say, seed, table, watched_roll_out, whole
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline_arvd import ARVDPipeline
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from ..bundled import bundled_model_path
     from ..config import QARVDConfig
-    from ..evaluation.fidelity import compare, describe, roll_out
+    from ..evaluation.fidelity import compare, describe
     from ..evaluation.moving_shapes import adherence, held_out_prompts
     from ..pipelines.pipeline_arvd import ARVDPipeline
     from ..serialization import atomic_file
@@ -40,13 +40,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return adherence(frames, prompt).correct
 
     def load(path: str | Path) -> ARVDPipeline:
-        pipe = ARVDPipeline.from_pretrained(str(path), dtype=torch.float32)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return ARVDPipeline.from_pretrained(str(path), dtype=torch.float32)
 
     say("float model: generating")
     reference = load(bundled_model_path())
-    expected = roll_out(reference, prompts, args.chunks, args.seed)
+    expected = watched_roll_out(reference, prompts, args.chunks, args.seed, "float model")
     report = {"float": describe(reference, expected, prompts, judge)}
     rollouts = {"float": expected}
     for scheme in SCHEMES:
@@ -55,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pipe.quantize(QARVDConfig(scheme))
         pipe.save_pretrained(out / scheme)
         pipe = load(out / scheme)
-        rollouts[scheme] = roll_out(pipe, prompts, args.chunks, args.seed)
+        rollouts[scheme] = watched_roll_out(pipe, prompts, args.chunks, args.seed, f"{scheme} model")
         report[scheme] = describe(pipe, rollouts[scheme], prompts, judge) | compare(expected, rollouts[scheme])
     for entry in report.values():
         # What the quantized layers take; for the float model the same layers as bfloat16.

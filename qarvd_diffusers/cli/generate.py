@@ -58,11 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..calibration.processes import Processes
-    from ..pipelines.video_start import read_picture
 
     _check(args)
-    if args.image:
-        read_picture(args.image)  # refused before the model is loaded
     prompts = read_prompts(args.prompts) or (args.prompt,)
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     if processes.count == 1 and args.context_parallel:
@@ -73,6 +70,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError(
             f"{processes.count} processes for one video: start one, give several --prompts, or --context-parallel"
         )
+    if args.image:
+        from ..pipelines.video_start import read_picture
+
+        read_picture(args.image)  # refused before the model is loaded
     size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
     pipe = load_pipeline(args.model, args, **({"memory": args.memory, **size} if args.memory else {}))
     mine = range(len(prompts))
@@ -141,6 +142,8 @@ def _make(
 
 
 def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:
+    from tqdm.auto import tqdm
+
     from ..evaluation.fidelity import to_uint8
     from ..evaluation.pictures import video_writer
 
@@ -152,7 +155,8 @@ def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:
                     append(frame)
                 frames += len(chunk.frames[0])
                 seconds.append(chunk.seconds)
-                print(f"chunk {chunk.index}: {len(chunk.frames[0])} frames in {chunk.seconds:.2f} s", file=sys.stderr)
+                line = f"chunk {chunk.index}: {len(chunk.frames[0])} frames in {chunk.seconds:.2f} s"
+                tqdm.write(line, file=sys.stderr)  # above the bar, not into it
         except KeyboardInterrupt:
             if not frames:
                 raise

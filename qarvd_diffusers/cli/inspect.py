@@ -18,13 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from diffusers import WanTransformer3DModel
+    from diffusers import AutoModel
 
     from ..serialization import stored_bytes
 
-    model = WanTransformer3DModel.from_pretrained(
-        resolve_model(args.model), subfolder="transformer", dtype=torch.bfloat16
-    )
+    model = AutoModel.from_pretrained(resolve_model(args.model), subfolder="transformer", dtype=torch.bfloat16)
     layers = list(_layers(model))
     if args.plot:
         plot(layers, args.plot)

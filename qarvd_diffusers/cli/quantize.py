@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .common import (
     add_device_arguments,
+    layer_bar,
     load_pipeline,
     named_model,
     read_prompts,
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from ..config import QARVDConfig
     from ..conversion import quantize_folder
     from ..evaluation.fidelity import compare, describe
-    from ..pipelines.quantization import quantize_pipeline
+    from ..pipelines.quantization import quantize_pipeline, require_float
 
     config = QARVDConfig(
         args.scheme,
@@ -81,12 +82,12 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError("--mixed has to run the model and cannot work from disk: leave out --mixed or --from-disk")
     require_new_folder(args.out)
     if args.from_disk:
-        sizes = quantize_folder(named_model(args.model), args.out, config)
+        with layer_bar("quantizing") as report:
+            sizes = quantize_folder(named_model(args.model), args.out, config, report)
         return {"out": args.out, "scheme": args.scheme, "sizes": sizes, "report": None}
     processes = Processes.launched()  # first, since it gives every process a GPU of its own
     pipe = load_pipeline(args.model, args)
-    if pipe.quantization is not None:
-        raise ValueError(f"{args.model} is quantized already ({pipe.quantization.scheme}): quantize the float model")
+    require_float(pipe)
     compared = _compared_prompts(pipe, config, args.evaluate)
     prompts = compared if processes.is_main else ()
     if args.mixed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 
 from ..tensor_files import TensorSpec
 from .layout import StateDict, choose, is_network, own_keys, state_dicts, tensors_of
+
+logger = logging.getLogger(__name__)
 
 NESTINGS = ("generator_ema", "generator", "model")
 LORA_NESTINGS = ("generator_lora", "generator_ema_lora", "lora", "model")
@@ -66,8 +69,8 @@ class Checkpoint:
         return {key: spec for shard in self.shards for key, spec in shard.specs.items()}
 
 
-class PickledObjects(ValueError):
-    """A file holds more than tensors and plain values, and is not opened."""
+class NoStateDict(ValueError):
+    """A file that can be read does not hold what is looked for; beside others in a folder it may be left out."""
 
 
 def open_checkpoint(path: str | Path, weights: str | None = None, nestings: Sequence[str] = NESTINGS) -> Checkpoint:
@@ -89,18 +92,16 @@ def open_checkpoint(path: str | Path, weights: str | None = None, nestings: Sequ
     """
     path = Path(path)
     files, reasons = _files(path)
-    opened, pickled = [], None
+    opened, refused = [], None
     for file in files:
         try:
             opened.append(_open(file, weights, nestings))
-        except PickledObjects as error:
-            if len(files) == 1:
-                raise
-            pickled = error
-            reasons.append(f"left out: {file.name}, which holds pickled objects")
+        except NoStateDict as error:
+            refused = error
+            reasons.append(f"left out: {file.name}, {str(error).removeprefix(f'{file}: ').partition(';')[0]}")
     networks = [each for each in opened if is_network(list(each.shard.specs))]
-    if not opened or (pickled is not None and not networks):
-        raise pickled
+    if refused is not None and not networks:
+        raise refused
     if networks and path.is_dir():
         reasons += [f"left out: {each.shard.path.name}, no Wan network" for each in opened if each not in networks]
         opened = networks
@@ -116,6 +117,8 @@ def load_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """The state dict of a checkpoint, memory-mapped where the format allows; arguments and errors of `open_checkpoint`."""
     checkpoint = open_checkpoint(path, weights, nestings)
+    for reason in checkpoint.reasons:
+        logger.warning("%s: %s", path, reason)
     return {key: tensor for shard in checkpoint.shards for key, tensor in shard.load().items()}
 
 
@@ -170,6 +173,8 @@ def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> _Opened:
     names = [name for name in contents if name is not None]
     try:
         chosen = choose(contents, weights, nestings)
+    except KeyError as error:
+        raise NoStateDict(f"{path}: {error.args[0]}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     state_dict = contents.get(chosen, {})
@@ -183,7 +188,7 @@ def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> _Opened:
             if names
             else "no tensors"
         )
-        raise ValueError(f"{path}: {found}; expected a flat state dict, or one below {', '.join(nestings)}")
+        raise NoStateDict(f"{path}: {found}; expected a flat state dict, or one below {', '.join(nestings)}")
     networks = [name for name in names if is_network(tensors_of(contents[name]))]
     specs = {key: TensorSpec.of(state_dict[key]) for key in keys}
     return _Opened(
@@ -227,7 +232,7 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path}: unreadable or truncated ({error}); download the file again") from error
     except Exception as error:  # pickle errors: torch raises its own class for anything but plain tensors
         objects = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise PickledObjects(
+        raise NoStateDict(
             f"{path}: holds more than plain tensors ({objects[1] if objects else type(error).__name__}), which are never unpickled "
             "here; save just the state dict with torch.save, or use safetensors. For a file whose origin you trust: "
             f"torch.save(torch.load({path.name!r}, weights_only=False)[STATE_DICT], 'weights.pt')"

@@ -69,8 +69,11 @@ def convert_checkpoint(
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
     found = detect_checkpoint(src, family, weights)
-    config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
-    model = empty_transformer(found.specs, config)
+    try:
+        config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
+        model = empty_transformer(found.specs, config)
+    except ValueError as error:
+        raise ValueError(f"{src}: {error}") from None
     tensors = _Tensors(found.checkpoint, _read_adapters(found, lora), dtype)
     for reason in found.reasons:
         logger.info("%s: %s", src, reason)
@@ -97,7 +100,10 @@ def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLa
         return {}
     weights = (found.checkpoint.weights or "generator").partition(".")[0]
     file = open_checkpoint(path, None, (f"{weights}_lora", *LORA_NESTINGS))
-    if (file.weights or "").startswith("generator") and file.weights != f"{weights}_lora":
+    for reason in file.reasons:
+        logger.warning("%s: %s", path, reason)
+    chosen = (file.weights or "").partition(".")[0]
+    if chosen.startswith("generator") and chosen != f"{weights}_lora":
         raise ValueError(
             f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain weights "
             "must not be mixed; name the others with weights="

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, ModelMixin, WanTransformer3DModel
 from torch import nn
 
 from ..calibration.blocks import block_name
@@ -27,17 +30,20 @@ from .convert import STEM, folder_tensors
 from .float8 import is_float8
 from .network import load_transformer_config
 
+_WAN = (WanTransformer3DModel.__name__, CausalWanTransformer3DModel.__name__)
+
 
 def quantize_folder(
     src: str | Path, out_dir: str | Path, config: QARVDConfig, progress: Progress | None = None
 ) -> dict[str, int]:
     """Quantize the transformer of a diffusers folder, with a scheme that needs no data, without loading it.
 
-    The result is the one that `ARVDPipeline.from_pretrained(src, quantization_config=config)` gives, bit by bit; what is in
+    The result is the one that `from_pretrained(src, quantization_config=config)` of `ARVDPipeline`, or of another class's
+    transformer, gives, bit by bit; what is in
     memory at a time is one block of it. Every block becomes a shard.
 
     Args:
-        src: diffusers folder of a float model.
+        src: diffusers folder of a float model, with a transformer of any class of diffusers.
         out_dir: folder to create; must not exist yet. It appears only when complete.
         config: a scheme without calibration, rounded to nearest.
         progress: called for every layer.
@@ -59,12 +65,8 @@ def quantize_folder(
         raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
     path = src / "transformer" / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: expected a diffusers folder of a Wan model")
-    stored = load_transformer_config(path)
-    if stored.get("quantization_config") is not None:
-        raise ValueError(f"{src} is quantized already: quantize the float model")
-    with init_empty_weights():
-        model = CausalWanTransformer3DModel.from_config(stored)
+        raise ValueError(f"{path} is missing: expected a diffusers folder with a transformer")
+    model = _empty_model(path)
     specs, fetch = _without_float8(*folder_tensors(path.parent))
     missing = sorted(model.state_dict().keys() - specs.keys())
     if missing:
@@ -76,7 +78,8 @@ def quantize_folder(
         write_shards(folder / "transformer", STEM, work.shards(), work)
         model.register_to_config(quantization_config=final)
         model.save_config(folder / "transformer")
-        card = model_card(final, work.sizes(), None, final.base_model, stated_licence(src))
+        licence, pipeline = stated_licence(src), _pipeline_of(src, model)
+        card = model_card(final, work.sizes(), None, final.base_model, licence, pipeline=pipeline)
         (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
     return work.sizes()
 
@@ -91,6 +94,31 @@ def _without_float8(
 
     widened = {name: TensorSpec(spec.shape, wide(spec.dtype)) for name, spec in specs.items()}
     return widened, lambda name: fetch(name).to(widened[name].dtype)
+
+
+def _empty_model(path: Path) -> ModelMixin:
+    """The transformer that a `config.json` describes, on the meta device."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("quantization_config") is not None:
+        raise ValueError(f"{path.parent.parent} is quantized already: quantize the float model")
+    name = values.get("_class_name", WanTransformer3DModel.__name__)
+    kind = CausalWanTransformer3DModel if name in _WAN else getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+        raise ValueError(
+            f"{path} describes a {name}, which is no model class of diffusers: load it by its own class with "
+            "quantization_config, and call save_pretrained"
+        )
+    with init_empty_weights():
+        return kind.from_config(load_transformer_config(path) if name in _WAN else values)
+
+
+def _pipeline_of(src: Path, model: ModelMixin) -> str:
+    """The class that loads the quantized folder, dotted."""
+    if isinstance(model, WanTransformer3DModel):
+        return "qarvd_diffusers.ARVDPipeline"
+    index = src / "model_index.json"
+    values = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    return f"diffusers.{values.get('_class_name', DiffusionPipeline.__name__)}"
 
 
 def _transformer_weights(folder: str, names: Sequence[str]) -> set[str]:

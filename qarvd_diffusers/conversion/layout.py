@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .names import original_names
+from .names import original_names, without_wrappers
 
 _PREFIXES = ("generator_ema", "generator")  # nestings that flat files spell as a prefix of every key
 _COUNTER = re.compile(r"(.*\.)?(freqs\w*|\w*steps?|epochs?|iterations?|num_updates|n_averaged|scaled_fp8)")
@@ -31,12 +31,18 @@ def state_dicts(content: StateDict) -> dict[str | None, StateDict]:
 
 def _collect(content: StateDict, name: str | None, found: dict[str | None, StateDict]) -> None:
     nested = {key: value for key, value in content.items() if isinstance(value, Mapping)}
-    flat = {key: value for key, value in content.items() if key not in nested}
+    flat = {key: _as_tensor(key, value) for key, value in content.items() if key not in nested}
     if any(isinstance(value, torch.Tensor) for value in flat.values()) or not (nested or name):
         found[name] = flat
     for key, value in nested.items():
         if isinstance(key, str):  # the state of an optimizer is numbered
             _collect(value, key if name is None else f"{name}.{key}", found)
+
+
+def _as_tensor(key: Any, value: Any) -> Any:
+    """The alpha of an adapter is a plain number in some files; all else as it is."""
+    number = isinstance(value, int | float) and str(key).endswith(".alpha")
+    return torch.tensor(float(value)) if number else value
 
 
 def _by_prefix(owner: str | None, state_dict: StateDict) -> dict[str | None, StateDict]:
@@ -69,14 +75,15 @@ def choose(found: Mapping[str | None, StateDict], weights: str | None, nestings:
         nestings: names in the order of preference, where nothing is asked for.
 
     Raises:
-        ValueError: there is none of the name asked for, or several networks and no preference among them.
+        KeyError: there is none of the name asked for.
+        ValueError: there are several networks, and no preference among them.
     """
     names = [name for name in found if name is not None]
     if weights is not None:
         exact = [name for name in names if name == weights]
         matches = exact or [name for name in names if name.startswith(f"{weights}.") or name.endswith(f".{weights}")]
         if len(matches) != 1:
-            raise ValueError(f"has no state dict {weights!r}; it holds {names or 'flat tensors'}")
+            raise KeyError(f"has no state dict {weights!r}; it holds {names or 'flat tensors'}")
         return matches[0]
     preferred = (name for wish in nestings for name in names if name == wish or name.startswith(f"{wish}."))
     if (chosen := next(preferred, None)) is not None:
@@ -110,10 +117,11 @@ def own_keys(state_dict: StateDict) -> tuple[list[str], list[str]]:
     if said := [key for key in counters if not key.endswith("scaled_fp8")]:
         reasons.append(f"left out: {said[:5]} ({len(said)} in all), counters and buffers that are no parameters")
     prefix = collections.Counter(prefix for prefix, _ in names.values()).most_common(1)[0][0]
+    first, dot, _ = prefix.partition(".")
     outside = [
         key
         for key in keys
-        if key not in names and key not in set(counters) and not key.startswith(prefix.partition(".")[0])
+        if key not in names and key not in set(counters) and not without_wrappers(key).startswith(first + dot)
     ]
     if outside:
         firsts = sorted({key.partition(".")[0] for key in outside})

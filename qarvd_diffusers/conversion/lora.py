@@ -169,7 +169,7 @@ def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
         raise ValueError(f"{source}: the difference of {module} is {tuple(layer.diff.shape)}, expected [out, in]")
     if factors:
         down, up = parts["down"], parts["up"]
-        if down.ndim < 2 or up.ndim < 2 or down.shape[0] != math.prod(up.shape[1:]):
+        if not _is_pair(down, up):
             raise ValueError(
                 f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, in] and "
                 "[out, rank] of one rank: the two are of different ranks, and no pair"
@@ -177,55 +177,50 @@ def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         layer = replace(layer, down=down.flatten(1), up=up.flatten(1), alpha=alpha)
     if "up_bias" in parts:  # that of `up` itself: scaled with it
-        layer = replace(layer, bias=parts["up_bias"] * layer.scale)
+        bias = parts["up_bias"] * layer.scale
+        layer = replace(layer, bias=bias if layer.bias is None else bias + layer.bias)
     return layer
+
+
+def _is_pair(down: Tensor | None, up: Tensor | None) -> bool:
+    """Whether two factors, of a Linear or a convolution, are of one rank."""
+    some = down is not None and up is not None and min(down.ndim, up.ndim) > 1
+    return some and down.shape[0] == math.prod(up.shape[1:])
 
 
 def _leave_out(strange: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, LoraLayer], source: str) -> None:
     """Say what has no place in a Wan model and how large it is; refuse where that is not small."""
-    count = sum(len(parts) for parts in strange.values())
-    text = sum(len(parts) for name, parts in strange.items() if _TEXT_ENCODER.fullmatch(name))
-    other = {name: parts for name, parts in strange.items() if not _TEXT_ENCODER.fullmatch(name)}
-    image = any(_IMAGE.search(name) for name in other)
-    first = [f"{name} ({', '.join(sorted(parts))})" if parts.keys() - {""} else name for name, parts in other.items()][
-        :3
-    ]
+    text = [name for name in strange if _TEXT_ENCODER.fullmatch(name)]
+    other = {name: parts for name, parts in strange.items() if name not in set(text)}
+    count = sum(len(parts) for parts in other.values())
+    first = [f"{name} ({', '.join(sorted(parts))})".removesuffix(" ()") for name, parts in other.items()][:3]
     if not layers:
         raise ValueError(
-            f"{source}: none of its {count} tensors belongs to a LoRA of this model family (first: {first or list(strange)[:3]}): "
-            "it was made for another architecture, or is no LoRA"
+            f"{source}: none of its {count + len(text)} tensors belongs to a LoRA of this model family (first: "
+            f"{first or text[:3]}): it was made for another architecture, or is no LoRA"
         )
     size, applied = math.hypot(*map(_size, other.values())), math.hypot(*(layer.size() for layer in layers.values()))
     if size > _LARGEST_LEFT_OUT * applied:
+        kind = "an image-to-video" if any(map(_IMAGE.search, other)) else "another kind of"
         raise ValueError(
-            f"{source}: {count - text} tensors of size {size:.3g} belong to modules that this model family does not have (first: "
-            f"{first}), beside {len(layers)} of size {applied:.3g} that it has: the LoRA was made for "
-            f"{'an image-to-video' if image else 'another kind of'} model, and would not do its work here"
+            f"{source}: {count} tensors of size {size:.3g} belong to modules that this model family does not have (first: "
+            f"{first}), beside {len(layers)} of size {applied:.3g} that it has: the LoRA was made for {kind} model, and would "
+            "not do its work here"
         )
-    parts = [f"{text} of a text encoder, which is not adapted here"] if text else []
-    parts += (
-        [f"{count - text} of modules that the model does not have (first: {first}), of size {size:.3g}"]
-        if other
-        else []
-    )
+    said = [f"{len(text)} of a text encoder, which is not adapted here"] if text else []
+    said += [f"{count} of modules that the model does not have (first: {first}), of size {size:.3g}"] if other else []
     logger.warning(
         "%s: %d tensors are left out: %s. What is applied has size %.3g (Frobenius norm).",
         source,
-        count,
-        " and ".join(parts),
+        count + len(text),
+        " and ".join(said),
         applied,
     )
 
 
 def _size(parts: Mapping[str, Tensor]) -> float:
     """As `LoraLayer.size`, of anything: two factors that fit are taken as a pair, other tensors as they are."""
-    down, up = parts.get("down"), parts.get("up")
-    if (
-        down is not None
-        and up is not None
-        and min(down.ndim, up.ndim) > 1
-        and down.shape[0] == math.prod(up.shape[1:])
-    ):
+    if _is_pair(parts.get("down"), parts.get("up")):
         return _layer("", {name: tensor for name, tensor in parts.items() if name != "down_bias"}, "").size()
     return math.hypot(*(tensor.float().norm().item() for name, tensor in parts.items() if name != "alpha"))
 

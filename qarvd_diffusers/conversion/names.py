@@ -53,6 +53,11 @@ _OTHER_WAN = {
 }
 
 
+def without_wrappers(key: str) -> str:
+    """A key without the traces of training wrappers (FSDP, activation checkpointing, torch.compile)."""
+    return _WRAPPERS.sub("", key)
+
+
 def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
     """The new name of `key`, or None if no rule knows it."""
     match = re.fullmatch(r"(blocks\.\d+\.)(.+)", key)
@@ -72,7 +77,7 @@ def original_names(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
 
     Traces of training wrappers count neither to the prefix nor to the name.
     """
-    plain = {key: _WRAPPERS.sub("", key) for key in keys}
+    plain = {key: without_wrappers(key) for key in keys}
     found = {key: (split_known(name, _known), name) for key, name in plain.items()}
     return {key: (prefix, name[len(prefix) :]) for key, (prefix, name) in found.items() if prefix is not None}
 
@@ -146,7 +151,7 @@ def diffusers_module(name: str) -> str | None:
     Known spellings: original names and diffusers names, behind the prefixes of PEFT, ComfyUI, DiffSynth and diffusers, and
     kohya's, which have underscores for dots.
     """
-    name = _WRAPPERS.sub("", name)
+    name = without_wrappers(name)
     name = name[prefix.end() :] if (prefix := _ADAPTER_PREFIX.match(name)) else name
     match = re.fullmatch(r"blocks[._](\d+)[._](.+)", name)
     if match is None:

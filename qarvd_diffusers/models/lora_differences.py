@@ -32,6 +32,7 @@ class DifferenceLayer(nn.Module, BaseTunerLayer):
         self._where = (owner, name)  # in a tuple, so that the owner does not become a child
         self.lora_difference = nn.ParameterDict()
         self.r, self.lora_alpha, self.scaling, self.use_rslora = {}, {}, {}, {}
+        self.merged_adapters = []
         self.register_buffer("base", None, persistent=False)
 
     @property
@@ -69,7 +70,8 @@ class DifferenceLayer(nn.Module, BaseTunerLayer):
                 f"an adapter adds to {self._where[1]!r} of a {type(self._where[0]).__name__}, which is on the meta device: load, "
                 "scale and remove adapters before enable_sequential_cpu_offload()"
             )
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.scaling]
+        active = [] if self.disable_adapters else self.active_adapters
+        active = [name for name in self.scaling if name in active or name in self.merged_adapters]
         value = self.base
         if active:
             value = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
@@ -101,6 +103,16 @@ class DifferenceLayer(nn.Module, BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         for name in self.scaling.keys() & set(self.active_adapters):
             self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+        self.write()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Leave the differences of adapters (None: the active ones) in the parameter, whatever is set afterwards."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self.merged_adapters += [name for name in names if name in self.scaling and name not in self.merged_adapters]
+        self.write()
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
         self.write()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -148,7 +160,7 @@ def _leaf(transformer: nn.Module, parameter: str) -> DifferenceLayer:
 
 
 def remove_differences(transformer: nn.Module) -> None:
-    """Give every parameter its own value back, bit by bit, and forget all differences."""
+    """Give every parameter its own value back, bit by bit, unless its adapters are merged, and forget all differences."""
     for layer in difference_layers(transformer):
         layer.set_adapter([])
     delattr(transformer, CHILD)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NO_CACHE = "every block has to write its keys and values into the K/V cache that later chunks attend to"
+
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
     """Wan transformer for autoregressive video diffusion: a `WanTransformer3DModel` that can attend to a `KVCache`.
@@ -77,7 +79,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         Raises:
             TypeError: if `transformer` is no `WanTransformer3DModel`.
-            ValueError: if it is split over several devices already.
+            ValueError: if it is split over several devices already, or skips blocks by one of diffusers' caches.
         """
         transformer = unwrapped(transformer)
         if isinstance(transformer, cls):
@@ -88,6 +90,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(
                 "enable_parallelism() was called on the stock transformer, which knows no K/V cache: call it on the "
                 "transformer of the finished pipeline"
+            )
+        if transformer.is_cache_enabled:
+            raise ValueError(
+                f"enable_cache() was called on the stock transformer, but {_NO_CACHE}: disable_cache() first"
             )
         model = cls.__new__(cls)
         # accelerate's hook wraps `forward` of the instance it sits on; it is moved over below.
@@ -327,8 +333,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             ValueError: always.
         """
         raise ValueError(
-            f"enable_cache({type(config).__name__}) skips blocks of a pass, but every block has to write its keys and values "
-            "into the K/V cache that later chunks attend to: a causal transformer runs without it"
+            f"enable_cache({type(config).__name__}) skips blocks of a pass, but {_NO_CACHE}: a causal transformer runs without it"
         )
 
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:

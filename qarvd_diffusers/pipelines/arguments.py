@@ -48,8 +48,12 @@ _LOADER = frozenset(
 _CLOSE = 0.75  # similarity of names from which one is taken for the other, misspelt
 
 
+def _absent(value: Any, steps: int) -> bool:
+    return value is None
+
+
 def _no_guidance(value: Any, steps: int) -> bool:
-    return value is None or value <= 1
+    return value is None or (isinstance(value, int | float) and value <= 1)
 
 
 def _nothing(value: Any, steps: int) -> bool:
@@ -78,20 +82,20 @@ _FOREIGN: dict[str, tuple[Callable[[Any, int], bool], str]] = {
     "guidance_scale_2": _GUIDANCE,
     "true_cfg_scale": _GUIDANCE,
     "negative_prompt": _NEGATIVE,
-    "negative_prompt_embeds": (lambda value, steps: value is None, _NEGATIVE[1]),
+    "negative_prompt_embeds": (_absent, _NEGATIVE[1]),
     "num_videos_per_prompt": _COUNT,
     "num_images_per_prompt": _COUNT,
     "num_inference_steps": _STEPS,
-    "timesteps": (lambda value, steps: value is None, _STEPS[1]),
-    "sigmas": (lambda value, steps: value is None, _STEPS[1]),
+    "timesteps": (_absent, _STEPS[1]),
+    "sigmas": (_absent, _STEPS[1]),
     "attention_kwargs": _SCALES,
     "cross_attention_kwargs": _SCALES,
-    "seed": (lambda value, steps: value is None, "give generator=torch.Generator().manual_seed(seed)"),
+    "seed": (_absent, "give generator=torch.Generator().manual_seed(seed)"),
     "fps": (
-        lambda value, steps: value is None,
+        _absent,
         "frames are written at a rate by export_to_video(frames, path, fps=...)",
     ),
-    "callback": (lambda value, steps: value is None, "use callback_on_step_end, or on_pass of stream()"),
+    "callback": (_absent, "use callback_on_step_end, or on_pass of stream()"),
 }
 
 
@@ -192,4 +196,17 @@ def check_scheduler(scheduler: Any) -> None:
         raise ValueError(
             f"scheduler is a {type(scheduler).__name__}, which knows no chunks: give one whose set_timesteps takes chunk_index, "
             "such as FewStepRenoiseScheduler"
+        )
+
+
+def check_cache_maker(make_cache: Callable[..., Any], storage: str) -> None:
+    """Refuse a storage that a pipeline's cache does not have.
+
+    Raises:
+        ValueError: names it.
+    """
+    names, open_ended = parameters(make_cache)
+    if storage != "auto" and "storage" not in names and not open_ended:
+        raise ValueError(
+            f"kv_cache is {storage!r}, but this pipeline's make_cache takes no storage: leave it at 'auto'"
         )

@@ -22,7 +22,7 @@ from ..models.kv_storage import check_storage
 from ..models.pass_info import PassInfo
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from ..serialization import align_float_tensors, quantized_linears
-from .arguments import check_scheduler, start_arguments
+from .arguments import check_cache_maker, check_scheduler, start_arguments
 from .chunk_loop import ChunkLoop
 from .decoding import Decoder, check_decoder
 from .inputs import StreamInputs, check_tensors
@@ -198,6 +198,7 @@ class ARVDMixin(QuantizableMixin, ABC):
         start = start_arguments(type(self).__name__, start, self.check_stream_inputs, self.stream, steps)
         check_scheduler(self.scheduler)
         storage = check_storage(kv_cache or self.kv_cache)
+        check_cache_maker(self.make_cache, storage)
         prompt_embeds = load_prompt_embeds(prompt_embeds)
         check_tensors(latents=latents, renoise_latents=renoise_latents, initial_latents=initial_latents)
         make_decoder = self._decoder_maker(decoder)

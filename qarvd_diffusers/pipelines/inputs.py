@@ -47,19 +47,7 @@ class StreamInputs:
                 )
         self.fields.context_pieces(self.context_frames)  # raises where it does not split
         self._check_renoise()
-        self._check_generator(batch)
-
-    def _check_generator(self, batch: int) -> None:
-        given = self.generator if isinstance(self.generator, list) else [self.generator or torch.Generator()]
-        wrong = next((one for one in given if not isinstance(one, torch.Generator)), None)
-        if wrong is not None:
-            got = "" if wrong is self.generator else "a list with "
-            raise ValueError(
-                f"generator is {got}{wrong!r}, expected a torch.Generator, such as torch.Generator().manual_seed(0), a list of "
-                "one per sample, or None"
-            )
-        if isinstance(self.generator, list) and len(self.generator) != batch:
-            raise ValueError(f"{len(self.generator)} generators for a batch of {batch}: give one, or one per sample")
+        check_generator(self.generator, batch)
 
     def _check_renoise(self) -> None:
         if self.renoise_latents is None:
@@ -139,6 +127,22 @@ class StreamInputs:
         shape = (batch, channels, frames, height, width)
         # Drawn in float32: a seed then means the same noise in every compute dtype.
         return randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32).to(dtype)
+
+
+def check_generator(generator: Any, batch: int) -> None:
+    """Refuse what is no source of noise for `batch` samples.
+
+    Raises:
+        ValueError: named.
+    """
+    given = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in given):
+        raise ValueError(
+            f"generator is {generator!r}, expected a torch.Generator, such as torch.Generator().manual_seed(0), a list of one "
+            "per sample, or None"
+        )
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one, or one per sample")
 
 
 def check_tensors(**given: torch.Tensor | Sequence[torch.Tensor] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -44,11 +45,15 @@ class LoraMixin(WanLoraLoaderMixin):
         with_metadata = kwargs.pop("return_lora_metadata", False)
         given = pretrained_model_name_or_path_or_dict
         source = "the LoRA" if isinstance(given, dict) else str(given)
-        if not isinstance(given, dict) and Path(given).is_file() and Path(given).suffix != ".safetensors":
-            given = load_checkpoint(given, nestings=LORA_NESTINGS)
+        if not isinstance(given, dict):
+            file = Path(given, kwargs.get("subfolder") or "", kwargs.get("weight_name") or "")
+            if file.is_file() and file.suffix != ".safetensors":
+                source, given = str(file), load_checkpoint(file, nestings=LORA_NESTINGS)
+        if isinstance(given, dict):  # the adapter's layers keep these tensors, and hot-swapping writes to them
+            given = {key: tensor.clone() for key, tensor in given.items()}
         try:
             tensors, metadata = _fetch(given, **kwargs)
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{source}: unreadable or truncated ({error}); download the file again") from error
         lora = read_lora(tensors, source)
         if metadata is None:

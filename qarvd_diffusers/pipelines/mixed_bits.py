@@ -17,7 +17,7 @@ from ..calibration.resume import write_json
 from ..calibration.switch import QuantizationSwitch
 from ..calibration.targets import input_groups, quantizable_linears
 from ..config import QARVDConfig
-from .quantization import at_work, cache_folder, calibrate_pipeline, calibration_prompts
+from .quantization import at_work, cache_folder, calibrate_pipeline, calibration_prompts, can_keep_results
 from .sensitivity import SEED, describe_measurement
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def layer_errors(
     weights = torch.tensor(config.sensitivity(num_chunks), dtype=torch.float64)
     processes = Processes.launched()
     path = _errors_file(describe_measurement(pipe, config, prompts, num_chunks, seed, None))
+    keep = processes.is_main and can_keep_results()
     measured = processes.from_main(_read_errors(path) if processes.is_main else None)
     errors = {group: measured.setdefault(" ".join(group), []) for group in groups}  # of each prompt so far
     remaining = [[group for group in groups if len(errors[group]) <= index] for index in range(len(prompts))]
@@ -111,7 +112,7 @@ def layer_errors(
                     got = roll_out(prompt, seed + index)
                 per_chunk = torch.stack([(a - b).square().mean() for a, b in zip(expected, got, strict=True)])
                 errors[group].append((weights * per_chunk).mean().item())
-                if processes.is_main:
+                if keep:
                     write_json(measured, path)
     return {group: sum(per_prompt) / len(prompts) for group, per_prompt in errors.items()}
 
@@ -126,7 +127,7 @@ def _read_errors(path: Path) -> dict[str, list[float]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {str(names): [float(error) for error in per_prompt] for names, per_prompt in found.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no errors of layers ({error}): delete it and measure again") from error

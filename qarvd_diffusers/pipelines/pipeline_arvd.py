@@ -23,7 +23,7 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
-from .inputs import StreamInputs, resolve_num_chunks, whole_number
+from .inputs import StreamInputs, check_generator, resolve_num_chunks, whole_number
 from .lora import LoraMixin
 from .memory import apply_choice, choose
 from .model_shapes import ModelShapes
@@ -213,7 +213,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         if name == "transformer" and value is not None:
             return CausalWanTransformer3DModel.from_transformer(value)
         if name == "scheduler":
-            if "scheduler" in self.__dict__ and not isinstance(value, tuple(_SAMPLERS.values())):
+            if "scheduler" in self.__dict__ and not isinstance(value, (type(None), *_SAMPLERS.values())):
                 logger.warning(
                     "The scheduler %s is replaced by %s, built from the pipeline's config: flow_shift or shift is its "
                     "timestep_shift, the steps are its denoising_timesteps; pass them to from_pretrained.",
@@ -295,6 +295,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     ) -> StreamInputs:
         """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
         batch = self.check_prompt(prompt, prompt_embeds)
+        check_generator(generator, batch)
         if output_type != "latent" and self.vae is None:
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
@@ -350,7 +351,9 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         size = [scale * pixels for pixels in self._latent_size(height, width, None)]
         pixels = start_pixels(image, video, self.video_processor, tuple(size))
         if len(pixels) not in (1, batch):
-            raise ValueError(f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample")
+            raise ValueError(
+                f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample; a clip is video="
+            )
         pixels = fit_length(pixels, self.causal_fields, self.vae_scale_factor_temporal)
         self.align_modules()
         return self.encode_frames(pixels).expand(batch, -1, -1, -1, -1)

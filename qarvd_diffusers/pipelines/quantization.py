@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -92,6 +93,53 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QARVD_CACHE") or default)
 
 
+def can_keep_results() -> bool:
+    """Whether `cache_folder()` can be written to; says so where it cannot: nothing but time is lost then."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_folder()):
+            return True
+    except OSError as error:
+        logger.warning(
+            "Results will not be kept for another time: %s cannot be written to (%s). Set QARVD_CACHE to a folder that can.",
+            cache_folder(),
+            error,
+        )
+        return False
+
+
+def _kept(path: Path) -> CalibrationResult | None:
+    """An earlier result, if there is one that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        result = CalibrationResult.load(path)
+    except (OSError, ValueError) as error:
+        logger.warning("A kept calibration is not used: %s", error)
+        return None
+    logger.info("Calibration found in %s", path)
+    return result
+
+
+def _keep(result: CalibrationResult, path: Path) -> None:
+    try:
+        result.save(path)
+    except OSError as error:
+        logger.warning("The calibration is not kept for another time: %s", error)
+
+
+def require_float(pipe: ARVDMixin) -> None:
+    """Refuse a quantized pipeline before anything is done with it.
+
+    Raises:
+        ValueError: names its scheme.
+    """
+    if quantized_linears(pipe.transformer):
+        config = pipe.transformer.config.get("quantization_config")
+        scheme = "" if config is None else f" ({config['scheme'] if isinstance(config, dict) else config.scheme})"
+        raise ValueError(f"The transformer is quantized already{scheme}: take the float model.")
+
+
 def content_hash(pipe: ARVDMixin, config: QARVDConfig, embeds: list[torch.Tensor]) -> str:
     """Hash of everything a calibration depends on: float weights, config, prompt embeddings, rollout settings.
 
@@ -136,7 +184,8 @@ def calibrate_pipeline(
     Args:
         pipe: a float pipeline.
         config: what to calibrate for.
-        use_cache: take and keep the result in `cache_folder()` under its content hash.
+        use_cache: take and keep the result in `cache_folder()` under its content hash; where that cannot be written, go on
+            without.
         resume: folder for finished parts, so that an interrupted calibration goes on where it stopped; None takes one in
             `cache_folder()` that is removed at the end, or none without `use_cache`.
         progress: told, as the bar is, for every layer, pass and step of rounding what is being done, how many steps are done,
@@ -150,8 +199,7 @@ def calibrate_pipeline(
             or prompts; or the processes of a launch differ in them.
         RuntimeError: another process of a launch ended.
     """
-    if quantized_linears(pipe.transformer):
-        raise ValueError("The transformer is quantized already; calibrate the float model.")
+    require_float(pipe)
     if getattr(pipe.transformer, "_parallel_config", None) is not None:
         raise ValueError(
             "The transformer was split by enable_parallelism(): calibrate before it. The processes of a launch share the "
@@ -167,11 +215,10 @@ def calibrate_pipeline(
     fingerprint = content_hash(pipe, config, embeds)
     processes.require_same(fingerprint, "model, config, prompts or settings")
     path = cache_folder() / "calibration" / f"{fingerprint}.safetensors"
-    cached = processes.is_main and use_cache and path.is_file()
-    found = processes.from_main(CalibrationResult.load(path) if cached else None)
+    found = processes.from_main(_kept(path) if processes.is_main and use_cache else None)
     if found is not None:
-        logger.info("Calibration found in %s", path)
         return found
+    use_cache = processes.from_main(processes.is_main and use_cache and can_keep_results())
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
     parts = unfinished or resume
     folder = None if parts is None else ResumeFolder(parts, fingerprint)
@@ -202,7 +249,7 @@ def calibrate_pipeline(
         run_share = partial(run, chosen=share)
         result = calibrate(pipe.transformer, run, config, _by_kind(bar, work), folder, processes, run_share)
     if processes.is_main and use_cache:
-        result.save(path)
+        _keep(result, path)
     if processes.is_main and unfinished is not None:
         shutil.rmtree(unfinished)
     return result
@@ -221,6 +268,7 @@ def _by_kind(bar: WorkBar, work: Work) -> Progress:
 
 def quantize_pipeline(pipe: ARVDMixin, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
     """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
+    require_float(pipe)
     apply(pipe.transformer, result or calibrate_pipeline(pipe, config))
     hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
     adapters = adapter_scales(pipe.transformer) if config.needs_calibration else {}

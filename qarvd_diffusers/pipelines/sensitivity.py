@@ -22,7 +22,14 @@ from ..calibration.switch import QuantizationSwitch
 from ..calibration.targets import prompt_linears
 from ..config import QARVDConfig
 from .chunk_loop import ChunkLoop
-from .quantization import at_work, calibrate_pipeline, calibration_prompts, content_hash, hash_tensors
+from .quantization import (
+    at_work,
+    calibrate_pipeline,
+    calibration_prompts,
+    content_hash,
+    hash_tensors,
+    require_float,
+)
 
 if TYPE_CHECKING:
     from .arvd_mixin import ARVDMixin
@@ -72,6 +79,7 @@ def measure_sensitivity(
         FloatingPointError: NaN or infinity; prompt, quantized chunk, chunk and step are named.
         RuntimeError: another process of a launch ended.
     """
+    require_float(pipe)
     prompts = _check_prompts(prompts)
     config = config.replace(chunk_weights="uniform", rounding="nearest")
     num_chunks = num_chunks or config.calibration_chunks

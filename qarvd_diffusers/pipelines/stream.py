@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class Stream(Iterator[Chunk]):
         self._go = threading.Event()
         self._go.set()
         self._paused_by: int | None = None
+        # Also when the interpreter ends: closing later than this, diffusers could not import what it needs.
+        weakref.finalize(self, _end, chunks)
 
     def __next__(self) -> Chunk:
         if not self._go.is_set():
@@ -147,6 +150,11 @@ class Stream(Iterator[Chunk]):
     @property
     def _ended(self) -> bool:
         return self._chunks.gi_frame is None
+
+
+def _end(chunks: Generator[Chunk]) -> None:
+    if not chunks.gi_running:  # else a thread that ends with the interpreter is making a chunk
+        chunks.close()
 
 
 def _prefixed(prompt: str | list[str], prefix: str) -> str | list[str]:

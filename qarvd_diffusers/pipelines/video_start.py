@@ -17,9 +17,10 @@ from diffusers.video_processor import VideoProcessor
 from ..models.causal_fields import CausalFields
 
 Picture = PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
-"""A PIL image of any mode but F, the file of one, an array `[H, W, C]` or a tensor `[C, H, W]` (the other order too where only that one
-is possible), or grey `[H, W]`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); values are bool, uint8, uint16, or float
-in [0, 1]. Floats in [-1, 1] are told by values below `_SIGNED_BELOW`. What alpha leaves transparent is white."""
+"""A PIL image of any mode but F, the file of one, an array `[H, W, C]` or a tensor `[C, H, W]` (the other order too where
+only that one is possible), or grey `[H, W]`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); values are bool,
+uint8, uint16, or float in [0, 1]. Floats in [-1, 1] are told by values below `_SIGNED_BELOW`. What alpha leaves transparent
+is white."""
 
 _CHANNELS = (1, 2, 3, 4)
 _FULL_SCALE = {"bool": 1, "uint8": 255, "uint16": 65535}
@@ -111,11 +112,7 @@ def _dtype(frame: Picture) -> str | None:
 
 def _check(frame: Any) -> None:
     """Raise ValueError if a frame is nothing that `_rgb` reads."""
-    if isinstance(frame, str | os.PathLike):
-        return
-    if isinstance(frame, PIL.Image.Image):
-        if frame.mode == "F":
-            raise ValueError("a PIL picture of mode F tells no range of values: give an array in [0, 1]")
+    if isinstance(frame, PIL.Image.Image | str | os.PathLike):
         return
     if not isinstance(frame, np.ndarray | torch.Tensor):
         raise ValueError(
@@ -188,14 +185,22 @@ def _channel_axis(frame: np.ndarray | torch.Tensor) -> int:
 
 
 def _array(picture: PIL.Image.Image) -> np.ndarray:
-    """uint8 `[H, W, 3]` or `[H, W, 4]`, or uint16 `[H, W]` of a picture with 16 bits."""
+    """uint8 `[H, W, 3]` or `[H, W, 4]`, or uint16 `[H, W]` of a picture with 16 bits.
+
+    Raises:
+        ValueError: its mode does not tell the range of its values.
+    """
     picture = PIL.ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("a PIL picture of mode F tells no range of values: give an array in [0, 1]")
     if picture.mode.startswith("I"):
         grey = np.asarray(picture)
-        # Mode I has 32 bits, of which older versions of Pillow use 16 for a file of 16.
-        if grey.min() < 0 or grey.max() > 65535:
+        low, high = int(grey.min()), int(grey.max())
+        # Mode I has 32 bits, of which older versions of Pillow use 16 for a file of 16; others put 8 bits there.
+        if low < 0 or high > 65535 or (picture.mode == "I" and 0 < high < 256):
             raise ValueError(
-                f"a PIL picture of mode I has values from {grey.min()} to {grey.max()}, expected 0 to 65535"
+                f"a PIL picture of mode I has values from {low} to {high}, expected 16 bits (to 65535): give an array, "
+                "uint8 if it has 8"
             )
         return grey.astype(np.uint16)
     return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))

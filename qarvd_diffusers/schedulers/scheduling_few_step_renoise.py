@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 def shifted_noise_table(num_steps: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise levels and timesteps of flow matching, falling from 1 and 1000: two float32 `[num_steps]` tensors."""
-    linear = torch.linspace(1.0, 0.0, num_steps + 1)[:-1]
+    linear = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float32)[:-1]
     sigmas = shift * linear / (1 + (shift - 1) * linear)
     return sigmas, sigmas * 1000
 
@@ -115,7 +115,7 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
                 f"denoising timesteps {list(steps)} cannot be warped: expected integers in [0, {size}]; "
                 "set warp_timesteps=False for timesteps that are already on the shifted schedule"
             )
-        table = torch.cat([self._timestep_table, torch.zeros(1)])
+        table = torch.cat([self._timestep_table, self._timestep_table.new_zeros(1)])
         return table[[size - int(step) for step in steps]]
 
     def _sigma(self, timestep: torch.Tensor) -> torch.Tensor:

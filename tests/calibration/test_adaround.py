@@ -28,10 +28,10 @@ def golden_layer():
     return load_file(folder / f"{C4}.safetensors"), json.loads((folder / f"{C4}.json").read_text())
 
 
-def problem(tensors, case):
+def problem(tensors, info, case):
     """Weight, grid, inputs and quantizer as the reference started from, outliers first."""
     if case == "single":
-        order, count = torch.arange(64), 0
+        order, count = torch.arange(tensors["single.weight"].shape[1]), 0
         groups = ("",)
     else:
         outliers, normal = (tensors[f"dual.{g}_indices_reference_order"] for g in ("outlier", "normal"))
@@ -42,7 +42,7 @@ def problem(tensors, case):
         found = [tensors[f"{case}.{key}{g}"].float().reshape(-1, 1) for g in groups]
         return torch.cat(found if len(found) == 2 else found * 2, dim=1)
 
-    grid = WeightGrid(pair("init_weight_delta"), pair("init_weight_zero_point"), count, 4)
+    grid = WeightGrid(pair("init_weight_delta"), pair("init_weight_zero_point"), count, info["n_bits_weight"])
     quantizer = InputQuantizer(pair("init_act_delta")[0], pair("init_act_zero_point")[0].int(), count)
     return tensors[f"{case}.weight"][:, order], grid, tensors["x"][..., order], quantizer
 
@@ -56,7 +56,7 @@ def reconstruction_loss(weight, rounded, samples, quantizer, weights):
 def test_golden_losses(golden_layer, case):
     tensors, info = golden_layer
     bounds = info["cases"][case]["bounds"]
-    weight, grid, samples, quantizer = problem(tensors, case)
+    weight, grid, samples, quantizer = problem(tensors, info, case)
     weights = tensors["sample_weights_normalised"]
     ones = torch.ones_like(weights)
     measures = {"chunk_weighted_rec_loss": weights, "unweighted_rec_loss": ones}
@@ -67,7 +67,15 @@ def test_golden_losses(golden_layer, case):
         )
     # The reference weighs all chunks alike in its dual-scale layers.
     trained_with = weights if case == "single" else ones
-    codes, learned = adaround(weight, grid, samples, trained_with, quantizer, tensors[f"{case}.batch_indices"])
+    settings = AdaRoundSettings(
+        weight_lr=info["lr_w"],
+        input_lr=info["lr_act"],
+        regularizer=info["weight"],
+        warm_up=info["warmup"],
+        temperature=tuple(map(float, info["b_range"])),
+    )
+    batches = tensors[f"{case}.batch_indices"]
+    codes, learned = adaround(weight, grid, samples, trained_with, quantizer, batches, settings)
     rounded = grid.dequantize(codes)
     judged = ("chunk_weighted_rec_loss", "unweighted_rec_loss") if case == "single" else ("unweighted_rec_loss",)
     for name in judged:

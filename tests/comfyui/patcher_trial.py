@@ -189,8 +189,10 @@ def whole_loading(handle: PipelineHandle) -> dict[str, Any]:
     patcher = PipelineHandle(handle.pipe, "tiny w8a16")._parts["vae"]
     patcher.load_device = META
     found = {"name": type(patcher.model).__name__, "dynamic": getattr(patcher, "is_dynamic", lambda: False)()}
-    patcher.partially_load(META, patcher.model_size() // 2)
+    with torch.inference_mode():  # as in ComfyUI's own nodes
+        patcher.partially_load(META, patcher.model_size() // 2)
     found["loaded"] = places(patcher.model)
+    found["inference tensors"] = sum(parameter.is_inference() for parameter in patcher.model.parameters())
     found["given back in part"] = patcher.partially_unload(torch.device("cpu"), 1000)
     found["still loaded"] = places(patcher.model)
     return found

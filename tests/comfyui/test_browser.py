@@ -1,4 +1,5 @@
-"""The nodes in ComfyUI's own page, in a headless Chromium: examples open, and chunks play while the next one is made.
+"""The nodes in ComfyUI's own page, in a headless Chromium and in both renderers: examples open, chunks play while the next one
+is made, and what a node shows stays with it.
 
 With `QARVD_SCREENSHOTS=folder` the README's pictures are written there, and the examples are run and pictured.
 """
@@ -12,13 +13,30 @@ from pathlib import Path
 
 import pytest
 import workflows
+from comfy_page import (
+    APP,
+    STREAM,
+    WAIT,
+    chunks_shown,
+    latest_outputs,
+    open_example,
+    open_in_a_new_tab,
+    open_tab,
+    run_stream,
+    search,
+    visible_video,
+    wait_for_caption,
+    wait_for_chunks,
+    wait_for_graph,
+    wait_until_idle,
+)
+from graphs import BUNDLED, node, quantize_graph, read_video
 from make_examples import EXAMPLES
 
 pytestmark = pytest.mark.slow
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.30.0", "Comfy.Workflow.Persist": False}
-SETTINGS["Comfy.Minimap.Visible"] = False  # it would lie over the nodes in the pictures
+RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 CANVAS = {"x": 60, "y": 100, "width": 1540, "height": 730}  # without the bars around it
 # When each chunk arrived, and when the first was seen to play.
 WATCH = """
@@ -73,25 +91,9 @@ def quantized(server, nodes):
     assert server.run(prompt).status == "success"
 
 
-def open_example(server, page, name: str, vue: bool) -> None:
-    server.post("/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": vue})
-    page.goto(f"{server.url}/?template={name}&source=qarvd")
-    count = len(workflows.load(name)["nodes"])
-    page.wait_for_function(
-        "count => (window.comfyAPI?.app?.app?.graph?.nodes ?? []).length === count", arg=count, timeout=60000
-    )
-    page.wait_for_timeout(1000)
-
-
 def screenshot(page, name: str) -> None:
     if folder := os.environ.get("QARVD_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"{name}.png")
-
-
-def chunks_shown(page) -> int:
-    return page.evaluate(
-        "Math.max(0, ...[...document.querySelectorAll('.qarvd-player')].map(p => +(p.dataset.chunks ?? 0)))"
-    )
 
 
 @pytest.mark.parametrize("name", list(EXAMPLES))
@@ -128,34 +130,236 @@ def take_picture(server, page, name: str) -> None:
     page.screenshot(path=workflows.EXAMPLES / f"{name}.jpg", type="jpeg", quality=85, clip=CANVAS)
 
 
-@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
-def test_chunks_play_while_the_next_one_is_made(server, page, quantized, vue):
+@RENDERERS
+def test_chunks_play_while_the_next_one_is_made(server, page, quantized, tmp_path, vue):
     open_example(server, page, "stream", vue)
     page.evaluate(FIT)
     page.evaluate(WATCH)
-    seed = int(time.time()) + vue
-    page.evaluate(
-        "seed => { const a = window.comfyAPI.app.app, n = a.graph.nodes.find(n => n.type === 'QARVDStreamGenerate');"
-        "n.widgets.find(w => w.name === 'seed').value = seed; a.queuePrompt(0); }",
-        seed,
-    )
-    page.wait_for_function("window.seen.chunks.length >= 2", timeout=240000)
+    run_stream(page)
+    page.wait_for_function("window.seen.chunks.length >= 2", timeout=WAIT)
     page.wait_for_timeout(500)
-    shown = chunks_shown(page)
-    assert 2 <= shown < 7
-    state = page.evaluate(
-        "() => { const v = [...document.querySelectorAll('.qarvd-player video')].find(v => v.style.visibility === 'visible');"
-        "const b = v.getBoundingClientRect();"
-        "return { ready: v.readyState, width: v.videoWidth, error: v.error?.message, box: [b.width, b.height] }; }"
-    )
+    assert 2 <= chunks_shown(page) < 7
+    state = visible_video(page)
     assert state["error"] is None and state["ready"] >= 2 and state["width"] == 64
     assert min(state["box"]) > 60
     screenshot(page, f"streaming_{'vue' if vue else 'canvas'}")
-    page.wait_for_function(
-        "[...document.querySelectorAll('.qarvd-player')].some(p => +p.dataset.chunks === 7)", timeout=240000
-    )
+    wait_for_caption(page, "all 7 chunks made")
     seen = page.evaluate("window.seen")
     assert len(seen["chunks"]) == 7
     assert seen["playing"] < seen["chunks"][1], "the first chunk plays before the second is finished"
+    wait_until_idle(server)
     page.wait_for_timeout(1500)
     screenshot(page, f"finished_{'vue' if vue else 'canvas'}")
+    check_controls(page, tmp_path)
+
+
+def check_controls(page, folder: Path) -> None:
+    """Of the player that shows seven chunks."""
+    page.locator(".qarvd-pause").click()
+    page.wait_for_timeout(300)
+    held = visible_video(page)
+    page.wait_for_timeout(2000)  # longer than a chunk
+    assert held["paused"] and visible_video(page) == held
+    page.locator(".qarvd-pause").click()
+    page.wait_for_function(
+        "src => [...document.querySelectorAll('.qarvd-player video')].some(v => v.style.visibility === 'visible'"
+        "&& v.src !== src && !v.paused)",
+        arg=held["src"],
+        timeout=10000,
+    )
+    with page.expect_download() as download:
+        page.locator(".qarvd-save").click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    assert path.suffix == ".mp4" and len(read_video(path)) == 81
+    page.locator(".qarvd-fullscreen").click()
+    page.wait_for_function("document.fullscreenElement?.classList.contains('qarvd-player')", timeout=5000)
+    page.evaluate("document.exitFullscreen()")
+    assert page.locator(".qarvd-finish").is_hidden()
+    check_preview_off(page)
+
+
+def check_preview_off(page) -> None:
+    """Where nothing plays there is a line of text and no box, and either lies inside its node."""
+    sizes = []
+    for preview in ("video", "off"):
+        page.evaluate(
+            f"value => {{ const w = {STREAM}.widgets.find(w => w.name === 'preview'); w.value = value; w.callback(value); }}",
+            preview,
+        )
+        page.wait_for_timeout(700)
+        sizes.append(
+            page.evaluate(
+                f"() => {{ const ds = {APP}.canvas.ds, n = {STREAM}, view = {APP}.canvas.canvas.getBoundingClientRect();"
+                "const box = document.querySelector('.qarvd-player').getBoundingClientRect();"
+                "const bottom = (n.pos[1] + n.size[1] + ds.offset[1]) * ds.scale + view.top;"
+                "return { height: box.height / ds.scale, left: bottom - box.bottom }; }"
+            )
+        )
+    assert sizes[0]["height"] > 150 and 20 < sizes[1]["height"] < 60
+    assert all(size["left"] >= -1 for size in sizes), sizes
+
+
+@RENDERERS
+def test_a_stream_is_finished_from_its_player(server, page, quantized, vue):
+    open_example(server, page, "stream", vue)
+    run_stream(page, num_chunks=300)
+    wait_for_chunks(page, 2)
+    page.locator(".qarvd-finish").click()
+    wait_for_caption(page, "finished early after")
+    wait_until_idle(server)
+    made = chunks_shown(page)
+    assert 2 <= made < 20
+    entry = latest_outputs(server)["4"]["images"][0]
+    assert len(read_video(server.base / entry["type"] / entry["subfolder"] / entry["filename"])) == 9 + 12 * (made - 1)
+
+
+def test_a_stopped_stream_says_so(server, page, quantized):
+    open_example(server, page, "stream", vue=False)
+    run_stream(page, num_chunks=40)
+    wait_for_chunks(page, 2)
+    server.post("/interrupt", {})
+    wait_for_caption(page, "stopped after")
+    assert page.locator(".qarvd-player img").is_hidden() and page.locator(".qarvd-finish").is_hidden()
+
+
+@RENDERERS
+def test_a_stream_stays_in_its_tab(server, page, quantized, vue):
+    """Other tabs have a node of that id, too: of another kind or of the same."""
+    open_example(server, page, "stream", vue)
+    run_stream(page, num_chunks=12)
+    wait_for_chunks(page, 2)
+    open_in_a_new_tab(page, workflows.load("quantize"), "other kind")
+    assert page.locator(".qarvd-player").count() == 0
+    open_in_a_new_tab(page, workflows.load("image_to_video"), "same kind")
+    wait_until_idle(server)
+    page.wait_for_timeout(500)
+    assert chunks_shown(page) == 0
+    open_tab(page, "other kind")
+    assert page.locator(".qarvd-player").count() == 0
+    open_tab(page, "stream")
+    wait_for_chunks(page, 12)
+    wait_for_caption(page, "all 12 chunks made")
+    page.wait_for_timeout(500)
+    assert visible_video(page)["width"] == 64
+
+
+@RENDERERS
+def test_a_result_of_the_same_graph_in_another_tab_is_shown_there_too(server, page, quantized, vue):
+    """ComfyUI keeps the first tab's result and hands it to the second."""
+    open_example(server, page, "stream", vue)
+    seed = int(time.time()) + vue
+    run_stream(page, num_chunks=1, seed=seed)
+    wait_for_caption(page, "all 1 chunks made")
+    wait_until_idle(server)
+    open_in_a_new_tab(page, workflows.load("stream"), "again")
+    assert chunks_shown(page) == 0
+    run_stream(page, num_chunks=1, seed=seed)
+    wait_for_caption(page, "all 1 chunks made")
+    open_tab(page, "stream")
+    wait_for_caption(page, "all 1 chunks made")
+    open_tab(page, "again")
+    wait_for_caption(page, "all 1 chunks made")
+
+
+@RENDERERS
+def test_a_stream_survives_a_reload(server, page, quantized, vue):
+    open_example(server, page, "stream", vue, **{"Comfy.Workflow.Persist": True})
+    run_stream(page, num_chunks=12)
+    wait_for_chunks(page, 3)
+    page.wait_for_timeout(1000)  # until ComfyUI has stored the tab
+    page.goto(server.url)
+    wait_for_graph(page, "stream")
+    wait_for_caption(page, "all 12 chunks made")
+    assert chunks_shown(page) == 12
+    shown = set()
+    for _ in range(40):
+        page.wait_for_timeout(250)
+        shown.add(visible_video(page)["src"])
+    assert len(shown) > 3, "it plays on, from the first chunk again"
+    page.goto(server.url)
+    wait_for_graph(page, "stream")
+    wait_for_caption(page, "all 12 chunks made")
+
+
+@RENDERERS
+def test_nodes_that_report_in_words_show_them(server, page, nodes, vue):
+    graph = quantize_graph("w8a16", "words")
+    graph["14"] = node("QARVDInfo", pipeline=["12", 0])
+    graph["15"] = node("EmptyImage", width=64, height=64, batch_size=9, color=0)
+    graph["16"] = node("QARVDCompare", images_a=["15", 0], images_b=["15", 0], label_a="a", label_b="b")
+    places = {identity: (420 * (n % 3), 420 * (n // 3), 380, 380) for n, identity in enumerate([*graph, "note"])}
+    open_example(server, page, "quantize", vue)
+    open_in_a_new_tab(page, workflows.to_workflow(graph, places, "words", nodes), "words")
+    page.evaluate(FIT)
+    page.evaluate(f"{APP}.queuePrompt(0)")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.qarvd-text')].filter(box => box.textContent).length === 3", timeout=WAIT
+    )
+    wait_until_idle(server)
+    page.wait_for_timeout(700)
+
+    def shown() -> set[str]:
+        boxes = page.locator(".qarvd-text")
+        return {boxes.nth(n).inner_text() for n in range(boxes.count()) if boxes.nth(n).is_visible()}
+
+    outputs = latest_outputs(server)
+    expected = {"\n".join(outputs[identity]["text"]) for identity in ("13", "14", "16")}
+    assert len(expected) == 3 and all(expected) and shown() == expected
+    screenshot(page, f"words_{'vue' if vue else 'canvas'}")
+    open_tab(page, "quantize")
+    open_tab(page, "words")
+    assert shown() == expected
+
+
+def test_nodes_are_found_by_what_people_call_them(server, page):
+    if server.version < (0, 10):
+        pytest.skip("this ComfyUI knows no search aliases")
+    open_example(server, page, "stream", vue=False)
+    entries = {"Q-ARVD Load Pipeline", "Q-ARVD Load Quantized", "Q-ARVD Stream Generate"}
+    for words in ("self forcing", "causvid", "longlive", "krea realtime"):
+        assert entries <= set(search(page, words)[:14]), words
+    for words in ("wan", "image to video"):  # behind the nodes that have the words in their names
+        assert entries <= set(search(page, words)), words
+
+
+def test_a_quantize_node_from_the_menu_calibrates_once(server, page):
+    """Nothing changes its seed between runs; a saved workflow's own choice is kept."""
+    open_example(server, page, "stream", vue=True)
+    page.evaluate(f"{APP}.graph.clear()")
+    for name, x in (("Q-ARVD Calibration Prompts", 700), ("Q-ARVD Quantize", 1200)):
+        search(page, name)
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(500)
+        page.mouse.click(x, 300)  # puts the node down
+        page.wait_for_timeout(500)
+    page.evaluate(
+        f"model => {{ const g = {APP}.graph, add = type => {{ const n = LiteGraph.createNode(type); g.add(n); return n; }};"
+        "const find = type => g.nodes.find(n => n.type === type), put = (n, name, v) => n.widgets.find(w => w.name === name).value = v;"
+        "const prompts = find('QARVDCalibrationPrompts'), quantize = find('QARVDQuantize');"
+        "put(prompts, 'text', 'a small green square'); put(quantize, 'scheme', 'w8a16');"
+        "const load = add('QARVDLoadPipeline'), info = add('QARVDInfo'); put(load, 'model', model);"
+        "load.connect(0, quantize, 'pipeline'); prompts.connect(0, quantize, 'calibration'); quantize.connect(0, info, 'pipeline');"
+        "}",
+        BUNDLED,
+    )
+    for number in range(3):
+        page.evaluate(f"{APP}.queuePrompt(0)")
+        page.wait_for_timeout(500)
+        wait_until_idle(server)
+        page.wait_for_timeout(500)
+        entry = list(server.get("/history").values())[-1]
+        messages = dict(entry["status"]["messages"])
+        assert entry["status"]["status_str"] == "success"
+        left = set(entry["prompt"][2]) - set(messages["execution_cached"]["nodes"])
+        assert bool(left) == (number == 0), left
+    graph = workflows.load("quantize")
+    for entry in graph["nodes"]:
+        if entry["type"] == "QARVDQuantize":
+            entry["widgets_values"][entry["widgets_values"].index("fixed")] = "randomize"
+    open_in_a_new_tab(page, graph, "saved")
+    values = page.evaluate(
+        f"Object.fromEntries({APP}.graph.nodes.filter(n => n.type.startsWith('QARVD')).map(n =>"
+        "[n.type, n.widgets.find(w => w.name === 'control_after_generate')?.value]))"
+    )
+    assert (values["QARVDQuantize"], values["QARVDCalibrationPrompts"]) == ("randomize", "fixed")

@@ -91,17 +91,20 @@ def test_a_missing_library_is_an_error_of_two_lines_when_a_node_runs(server):
         lines = server.run(graph).error.strip().splitlines()
         assert len(lines) == 2, lines
         assert "cannot be imported: No module named 'a_package_that_is_not_there'" in lines[0]
-        assert remedy() in lines[1] and "restart ComfyUI" in lines[1]
+        assert tells_the_remedy(lines[1])
 
 
-def remedy() -> str:
-    """The command that installs what is missing: with the server's Python, and of this clone."""
-    return f"{comfy_server.python()} -m pip install -r {ROOT / 'requirements.txt'}, then"
+def tells_the_remedy(line: str) -> bool:
+    """Whether a line has the command that installs what is missing: with the server's Python, and from a file that is there."""
+    found = re.search(rf"{re.escape(comfy_server.python())} -m pip install -r (\S+), then restart ComfyUI", line)
+    return found is not None and Path(found[1]).is_file()
 
 
 def test_what_is_missing_is_said_in_the_log_at_the_start(server):
-    (line,) = [line for line in server.log.read_text().splitlines() if "Q-ARVD needs " in line]
-    assert "optimum-quanto>=0.2.7 (not 0.0.1)" in line and remedy() in line
+    lines = [line for line in server.log.read_text().splitlines() if "Q-ARVD needs " in line]
+    assert lines
+    for line in lines:
+        assert "optimum-quanto>=0.2.7 (not 0.0.1)" in line and tells_the_remedy(line)
 
 
 def test_no_package_is_named_that_anyone_could_claim():

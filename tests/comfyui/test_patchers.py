@@ -91,6 +91,7 @@ def test_a_component_is_loaded_whole_under_the_name_of_its_pipeline(report):
         "name": "vae of tiny w8a16",
         "dynamic": False,
         "loaded": ["meta"],
+        "inference tensors": 0,
         "given back in part": 0,
         "still loaded": ["meta"],
     }

@@ -191,18 +191,17 @@ def test_a_saved_again_checkpoint_is_loaded_again(server):
     assert "w4a16" in server.run(graph).text("2")
 
 
-def test_interrupt_is_answered_within_two_seconds_and_the_next_job_runs(server):
+def test_interrupt_is_answered_within_a_chunk_and_the_next_job_runs(server):
     import time
 
     run = server.submit(stream_graph(chunks=40, seed=31))
     while not run.of("qarvd.chunk"):
         time.sleep(0.05)
-    pressed = time.monotonic()
     server.post("/interrupt", {})
+    made = len(run.of("qarvd.chunk"))
     server.wait(run)
     assert run.of("execution_interrupted")
-    when = next(t for t, kind, _ in run.messages if kind == "execution_interrupted")
-    assert when - pressed < 2
+    assert len(run.of("qarvd.chunk")) <= made + 2, "the one in progress, and one whose message was on its way"
     assert server.run(stream_graph(chunks=1, seed=32)).status == "success"
 
 
@@ -212,11 +211,11 @@ def test_a_quantization_can_be_interrupted(server):
     run = server.submit(quantize_graph("w8a8", "never", seed=77))
     while not [data for data in run.of("progress") if data["node"] == "12" and data["value"] > 3]:
         time.sleep(0.05)
-    pressed = time.monotonic()
     server.post("/interrupt", {})
     server.wait(run)
-    when = next(t for t, kind, _ in run.messages if kind == "execution_interrupted")
-    assert when - pressed < 2
+    assert run.of("execution_interrupted")
+    progress = [data for data in run.of("progress") if data["node"] == "12"]
+    assert max(data["value"] for data in progress) < progress[0]["max"], "long before the end"
     assert not (server.base / "output" / "qarvd" / "never").exists()
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import HeliosTransformer3DModel, SkyReelsV2Transformer3DModel, WanTransformer3DModel
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.cli import main
@@ -39,6 +39,37 @@ def test_same_bits_as_in_memory(folder, tmp_path, scheme):
     assert sizes == stored_bytes(pipe.transformer)
     assert pipe.text_encoder is not None and "w" in (tmp_path / "out" / "README.md").read_text()
     assert seen[-1][1] == seen[-1][2] == len(pipe.quantization.modules)
+
+
+@pytest.mark.parametrize("kind", (SkyReelsV2Transformer3DModel, HeliosTransformer3DModel))
+def test_other_classes(kind, tmp_path, capsys):
+    """Quantized by the class that the config names, listed, and loaded by stock diffusers with the same bits."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    model = kind(
+        **sizes,
+        freq_dim=16,
+        ffn_dim=48,
+        num_layers=2,
+        **({"rope_dim": (4, 4, 4)} if kind is HeliosTransformer3DModel else {}),
+    )
+    model.save_pretrained(tmp_path / "float" / "transformer", max_shard_size="30KB")
+    index = {"_class_name": "SomePipeline", "transformer": ["diffusers", kind.__name__]}
+    (tmp_path / "float" / "model_index.json").write_text(json.dumps(index))
+    config = QARVDConfig("w8a16", **OPTIONS)
+    quantize_folder(tmp_path / "float", tmp_path / "out", config)
+    got = kind.from_pretrained(tmp_path / "out" / "transformer").state_dict()
+    want = kind.from_pretrained(tmp_path / "float" / "transformer", quantization_config=config).state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[key], value) for key, value in want.items())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from diffusers import SomePipeline" in card and "ARVDPipeline" not in card
+    for folder, bits in (("float", 16), ("out", 8)):
+        assert main(["inspect", str(tmp_path / folder), "--json"]) == 0
+        assert {layer["weight_bits"] for layer in json.loads(capsys.readouterr().out)["layers"]} == {bits}
+    path = tmp_path / "float" / "transformer" / "config.json"
+    path.write_text(path.read_text().replace(kind.__name__, "MyTransformer"))
+    with pytest.raises(ValueError, match="describes a MyTransformer, which is no model class of diffusers"):
+        quantize_folder(tmp_path / "float", tmp_path / "other", config)
 
 
 def test_refusals(folder, tmp_path):

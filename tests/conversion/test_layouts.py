@@ -139,6 +139,9 @@ def test_folder_of_a_base_and_its_lora(tiny_pipeline, original, tmp_path):
     reasons, tensors = convert(folder, tmp_path / "out", family="longlive")
     assert all(torch.allclose(tensors[key], want[key], atol=1e-6) for key in want)
     assert "left out: lora.pt, no Wan network" in reasons
+    reasons, same = convert(folder, tmp_path / "same", family="longlive", weights="generator")
+    assert all(torch.equal(same[key], tensors[key]) for key in tensors)
+    assert "left out: lora.pt, has no state dict 'generator'" in reasons
 
 
 def test_the_same_weights_twice(tiny_pipeline, original, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_files import LAYOUTS, as_file, original_name, random_lora
 
-from qarvd_diffusers.conversion import check_fit, merge_lora, read_lora, to_peft
+from qarvd_diffusers.conversion import check_fit, load_checkpoint, merge_lora, read_lora, to_peft
 
 
 @pytest.fixture
@@ -38,6 +38,8 @@ def test_biases():
     assert torch.equal(layer.bias, bias)
     (scaled,) = read_lora({**pair, f"{key}.lora_B.bias": bias}).values()
     assert torch.equal(scaled.bias, bias * 2)
+    (both,) = read_lora({**pair, f"{key}.lora_B.bias": bias, f"{key}.diff_b": bias}).values()
+    assert torch.equal(both.bias, bias * 3)
     tensors, config = to_peft(read_lora({**pair, f"{key}.diff_b": bias}), prefix="")
     assert torch.equal(tensors["blocks.0.ffn.net.0.proj.lora_B.bias"] * 2, bias) and config["lora_bias"]
     weight, old = torch.randn(6, 8), torch.randn(6)
@@ -122,6 +124,13 @@ def test_what_is_left_out_is_counted_once(lora, caplog):
     file["diffusion_model.blocks.0.norm_extra.diff"] += 10
     with pytest.raises(ValueError, match=r"my.safetensors: 1 tensors of size 20 .*norm_extra.*another kind of model"):
         read_lora(file, "my.safetensors")
+
+
+def test_alphas_that_are_plain_numbers(lora, tmp_path):
+    file = {key: value.item() if key.endswith(".alpha") else value for key, value in as_file(lora, "comfyui").items()}
+    torch.save({**file, "rank": 3}, tmp_path / "style.pt")
+    read = read_lora(load_checkpoint(tmp_path / "style.pt"))
+    assert all(torch.equal(read[name].delta(), layer.delta()) for name, layer in lora.items())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

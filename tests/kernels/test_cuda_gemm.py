@@ -142,13 +142,15 @@ def test_two_processes_build_one_library(cache, small_sources):
         "import sys; from pathlib import Path; from qarvd_kernels.cuda import build; "
         "build.SOURCES = Path(sys.argv[1]); print(build.build(), build.library().answer())"
     )
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(small_sources)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([sys.executable, "-c", code, str(small_sources)], **pipes) for _ in range(2)]
+    outputs, said = zip(*(process.communicate(timeout=120) for process in started), strict=True)
     assert outputs[0] == outputs[1] and outputs[0].endswith(" 42\n")
     assert len(list(cache.glob("*.so"))) == 1
+    lines = "".join(said).splitlines()
+    assert sum(line.startswith("Compiling the CUDA kernels with ") for line in lines) == 1, "and how long it takes"
+    assert sum(line.startswith("Compiled in ") and str(cache) in line for line in lines) == 1
+    assert len(lines) <= 3, "the third is that of a process that waits"
 
 
 def test_without_a_compiler(cache, monkeypatch, tmp_path):

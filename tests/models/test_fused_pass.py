@@ -146,12 +146,14 @@ def test_whole_roll_outs(tiny_pipeline, family, storage):
     assert relative(roll_out(True), roll_out(False)) < (0.05 if storage == "int8" else 5 * TOLERANCE)
 
 
+@pytest.mark.parametrize("batch", (1, 2))
 @pytest.mark.parametrize("storage", ("int8", "fp8"))
-def test_eight_bit_cache(storage):
+def test_eight_bit_cache(storage, batch):
     """The fused pass also reads the current chunk in 8 bits; the layers read it as it is."""
     model = quantized()
-    expected, stored = roll_out(model, False, storage=storage)
-    got, stored_fused = roll_out(model, True, storage=storage)
+    expected, stored = roll_out(model, False, batch, storage=storage)
+    got, stored_fused = roll_out(model, True, batch, storage=storage)
+    assert stored_fused.layers[0].key_scale.shape[0] == batch
     assert stored_fused.layers[0].key.dtype.itemsize == 1
     assert relative(got, expected) < 0.05
     key, key_fused = stored.visible(0)[0], stored_fused.visible(0)[0]

@@ -73,7 +73,7 @@ def test_arguments_of_other_pipelines_pass_where_they_ask_for_nothing(tiny_pipel
         ({"num_chunks": None, "num_frames": 9.0}, "num_frames is 9.0, expected an integer"),
         ({"generator": 7}, "generator is 7, expected a torch.Generator"),
         ({"generator": (torch.Generator(),)}, r"generator is \(<torch"),
-        ({"generator": [3]}, "generator is a list with 3"),
+        ({"generator": [3]}, r"generator is \[3\]"),
         ({"latents": [[0.0]]}, "latents is a list, expected a torch.Tensor"),
         (
             {"initial_latents": torch.zeros(1, 4, 3, 4, 6).numpy()},

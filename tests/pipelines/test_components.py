@@ -13,6 +13,7 @@ from diffusers import (
     HeliosTransformer3DModel,
     PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
+    WanPipeline,
     WanTransformer3DModel,
 )
 from lora_files import as_file, random_lora
@@ -21,10 +22,12 @@ from test_third_party import Denoiser, ToyPipeline
 from tiny_wan import make_wan22_vae
 
 from qarvd_diffusers import ARVDPipeline, FewStepRenoiseScheduler, QARVDConfig
-from qarvd_diffusers.calibration.calibrate import calibrate
+from qarvd_diffusers.calibration.calibrate import apply, calibrate, quantized_layers
+from qarvd_diffusers.calibration.switch import QuantizationSwitch
 from qarvd_diffusers.calibration.targets import base_linears
 from qarvd_diffusers.conversion import save_single_file
 from qarvd_diffusers.models import CausalWanTransformer3DModel
+from qarvd_diffusers.pipelines.quantizable import QuantizableMixin
 from qarvd_diffusers.pipelines.streaming_vae import StreamingVAEDecoder
 from qarvd_diffusers.quantizer import attach
 from qarvd_diffusers.serialization import describe_modules, quantized_linears
@@ -73,9 +76,13 @@ def test_functions_take_a_compiled_model_as_it_is(tiny_pipeline, tmp_path):
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "wrapped"))
     assert first.keys() == second.keys()
     assert list(base_linears(wrapped)) == list(base_linears(plain))
-    assert calibrate(wrapped, print, QARVDConfig("w8a16")).layers.keys() <= base_linears(plain).keys()
-    tiny_pipeline.quantize(QARVDConfig("w8a8_dynamic"))
-    attach(wrapped, tiny_pipeline.quantization)
+    config = QARVDConfig("w8a8_dynamic")
+    result = calibrate(wrapped, print, config)
+    with QuantizationSwitch(wrapped, quantized_layers(wrapped, result)) as switch:
+        switch.set(True)
+        assert quantized_linears(plain).keys() == result.layers.keys()
+    apply(wrapped, result)
+    attach(wrapped, config)
     assert describe_modules(wrapped) == plain.config.quantization_config.modules
     assert CausalWanTransformer3DModel.from_transformer(wrapped) is plain
     assert (
@@ -167,13 +174,34 @@ def test_another_architecture_is_refused_at_once(tiny_pipeline, tmp_path):
         ARVDPipeline.from_pretrained(tmp_path)
 
 
+def test_sequential_offload_finds_rows_in_natural_order(tiny_pipeline):
+    """A fused pass lays rows out for its kernels; offloaded weights come back from the state dict, which does not."""
+    config = QARVDConfig("w8a8", calibration_prompts=(PROMPT,), calibration_chunks=1)
+    tiny_pipeline.quantize(config, tiny_pipeline.calibrate(config, use_cache=False))
+    tiny_pipeline.transformer.fused_pass = True
+    expected = generate(tiny_pipeline)
+    layers = quantized_linears(tiny_pipeline.transformer).values()
+    assert any(layer._row_order is not None for layer in layers)
+    tiny_pipeline.enable_sequential_cpu_offload(device="cpu")
+    assert all(layer.weight_packed.is_meta and layer._row_order is None for layer in layers)
+    tiny_pipeline.remove_all_hooks()
+    assert (generate(tiny_pipeline) - expected).abs().max() < 1e-2
+
+
 # Features of diffusers that a causal model cannot honour.
 
 
-@pytest.mark.parametrize("config", (PyramidAttentionBroadcastConfig(2), FirstBlockCacheConfig(threshold=0.1)))
+@pytest.mark.parametrize(
+    "config",
+    (PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: 500), FirstBlockCacheConfig(threshold=0.1)),
+)
 def test_block_skipping_caches_are_refused(tiny_pipeline, config):
     with pytest.raises(ValueError, match=rf"enable_cache\({type(config).__name__}\) .*K/V cache"):
         tiny_pipeline.transformer.enable_cache(config)
+    stock = build_transformer()
+    stock.enable_cache(config)
+    with pytest.raises(ValueError, match=r"K/V cache .*disable_cache\(\) first"):
+        tiny_pipeline.transformer = stock
 
 
 def test_layerwise_casting_is_refused_on_packed_weights(tiny_pipeline):
@@ -208,5 +236,20 @@ def test_a_foreign_scheduler_is_saved_as_it_is(tmp_path):
     assert (tmp_path / "pipeline.py").read_text() == "from test_components import Foreign\n"
     card = (tmp_path / "README.md").read_text()
     assert "from test_components import Foreign" in card and "ARVDPipeline" not in card
+    with pytest.raises(ValueError, match="kv_cache is 'int8', but this pipeline's make_cache takes no storage"):
+        ToyPipeline(Denoiser()).stream("abc", num_chunks=1, kv_cache="int8")
     with pytest.raises(ValueError, match="scheduler is a FlowMatchEulerDiscreteScheduler, which knows no chunks"):
         pipe.stream("abc", num_chunks=1)
+
+
+def test_a_stock_pipeline_that_only_wants_quantization(tiny_pipeline, tmp_path):
+    class Quantizable(QuantizableMixin, WanPipeline):
+        """Whole videos, no streams."""
+
+    parts = {name: getattr(tiny_pipeline, name) for name in ("tokenizer", "text_encoder", "vae")}
+    pipe = Quantizable(**parts, scheduler=UniPCMultistepScheduler(flow_shift=3.0), transformer=build_transformer())
+    pipe.quantize(QARVDConfig("w8a8_dynamic"))
+    pipe.save_pretrained(tmp_path)
+    stock = WanPipeline.from_pretrained(tmp_path)
+    assert stock.scheduler.config.flow_shift == 3.0 and type(stock.scheduler) is UniPCMultistepScheduler
+    assert (tmp_path / "pipeline.py").read_text() == "from test_components import Quantizable\n"

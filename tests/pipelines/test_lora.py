@@ -339,6 +339,39 @@ def test_differences_are_saved_with_their_adapter(tiny_pipeline, tmp_path):
     assert torch.equal(generate(pipe, 1), want)
 
 
+def test_fusing_and_swapping_differences(tiny_pipeline):
+    pipe = tiny_pipeline
+    base, file = generate(pipe, 1), differences(pipe.transformer, 0.1)
+    pipe.load_lora_weights(dict(file), adapter_name="style")
+    with_lora = generate(pipe, 1)
+    pipe.load_lora_weights({key: -value for key, value in file.items()}, adapter_name="style", hotswap=True)
+    other = generate(pipe, 1)
+    pipe.load_lora_weights(dict(file), adapter_name="style", hotswap=True)
+    assert torch.equal(generate(pipe, 1), with_lora) and not torch.equal(other, with_lora)
+    pipe.fuse_lora()
+    torch.testing.assert_close(generate(pipe, 1), with_lora, rtol=1e-4, atol=1e-4)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(generate(pipe, 1), with_lora, rtol=1e-4, atol=1e-4)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(generate(pipe, 1), with_lora, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(with_lora, base)
+
+
+def test_fused_passes_hold_no_stale_copies(tiny_pipeline):
+    """A fused pass copies norms and modulation: none is made while an adapter adds to these."""
+    transformer = quantized(tiny_pipeline, "w8a8").transformer
+    transformer.fused_pass = True
+    base = generate(tiny_pipeline, 1)
+    file = {key: value for key, value in differences(transformer, 0.1).items() if "norm3" in key or "diff_m" in key}
+    before = transformer.fusion_refusal
+    tiny_pipeline.load_lora_weights(file, adapter_name="style")
+    assert before is None and "an adapter adds to parameters" in transformer.fusion_refusal
+    assert (generate(tiny_pipeline, 1) - base).abs().max() > 1e-3
+    tiny_pipeline.unload_lora_weights()
+    assert transformer.fusion_refusal is None and torch.equal(generate(tiny_pipeline, 1), base)
+
+
 @pytest.mark.parametrize("name", ["my.style", "", "keys"])
 def test_names_that_no_module_can_have(tiny_pipeline, name):
     with pytest.raises(ValueError, match=f"adapter_name is {name!r}"):
@@ -370,6 +403,16 @@ def test_differences_that_do_not_fit_change_nothing(tiny_pipeline):
     assert not hasattr(tiny_pipeline.transformer, "peft_config")
 
 
+def test_what_is_offloaded_to_the_meta_device_is_not_added_to(tiny_pipeline):
+    transformer = tiny_pipeline.transformer
+    transformer.patch_embedding.to("meta")
+    with pytest.raises(
+        ValueError, match=r"2 parameters that are offloaded .*patch_embedding.*enable_sequential_cpu_offload"
+    ):
+        tiny_pipeline.load_lora_weights(differences(transformer, 0.1))
+    assert not hasattr(transformer, "peft_config")
+
+
 def test_files_that_cannot_be_read_are_named(tiny_pipeline, tmp_path):
     file = as_file(random_lora(tiny_pipeline.transformer), "comfyui")
     save_file(file, tmp_path / "whole.safetensors")
@@ -385,7 +428,14 @@ def test_files_that_cannot_be_read_are_named(tiny_pipeline, tmp_path):
         tiny_pipeline.load_lora_weights(tmp_path / "style.ckpt")
     torch.save(file, tmp_path / "style.bin")
     tiny_pipeline.load_lora_weights(tmp_path / "style.bin", adapter_name="style")
-    assert tiny_pipeline.get_list_adapters() == {"transformer": ["style"]}
+    tiny_pipeline.load_lora_weights(tmp_path, weight_name="style.bin", adapter_name="again")
+    assert tiny_pipeline.get_list_adapters() == {"transformer": ["style", "again"]}
+    save_file(file, tmp_path / "header.safetensors", {"lora_adapter_metadata": "{broken"})
+    with pytest.raises(ValueError, match=r"header\.safetensors: unreadable or truncated"):
+        tiny_pipeline.load_lora_weights(tmp_path / "header.safetensors")
+    torch.save({"lora": file, "config": object}, tmp_path / "objects.bin")
+    with pytest.raises(ValueError, match=r"objects.bin: holds more than plain tensors .*use safetensors"):
+        tiny_pipeline.load_lora_weights(tmp_path / "objects.bin")
 
 
 def test_a_stream_goes_on_only_with_the_adapters_it_was_saved_with(tiny_pipeline, tmp_path):

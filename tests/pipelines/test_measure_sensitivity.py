@@ -246,7 +246,12 @@ def reference_rollouts(golden):
     data = golden.file("D_frame_sensitivity.safetensors")
     stored = golden.file("A_inputs.safetensors")
     info = json.loads((golden.folder / "D_frame_sensitivity.json").read_text())
-    pipe = ARVDPipeline(golden.transformer())
+    chunks, frames = info["n_chunks"], golden.original_config().get("num_frame_per_block", 3)
+    pipe = ARVDPipeline(
+        golden.transformer(),
+        denoising_timesteps=golden.file("B_scheduler.safetensors")["denoising_step_list_raw"].tolist(),
+        num_frames_per_chunk=frames,
+    )
     pipe.set_progress_bar_config(disable=True)
 
     def embeds_and_noise(prefix):
@@ -258,12 +263,12 @@ def reference_rollouts(golden):
 
     def run(**options):
         config = QARVDConfig(
-            "w4a8",
+            f"w{info['w_bits']}a{info['a_bits']}",
             reference_compat=True,
             outlier_alignment=32,
             chunk_weights="uniform",
             rounding="nearest",  # sensitivity comes before rounding
-            calibration_chunks=4,
+            calibration_chunks=chunks,
             **options,
         )
 
@@ -280,11 +285,11 @@ def reference_rollouts(golden):
             num_frames=None, initial_latents=None, generator=None, **given,
         )  # fmt: skip
         with QuantizationSwitch(pipe.transformer, layers) as switch:
-            errors = chunk_errors(pipe.make_loop(inputs, prompt_embeds=embeds), 4, switch)
+            errors = chunk_errors(pipe.make_loop(inputs, prompt_embeds=embeds), chunks, switch)
             switch.set(True)
             latents = pipe(prompt_embeds=embeds, **given, output_type="latent").frames
         full = (latents - data["latents_fp"]).square().mean().item()
-        return result, SensitivityResult({}, 1, (3, 3, 3, 3)).with_prompt(errors), full
+        return result, SensitivityResult({}, 1, (frames,) * chunks).with_prompt(errors), full
 
     return info, run
 

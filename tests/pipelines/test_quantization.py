@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig, WanTransfor
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.calibration import calibrate as calibrate_module
+from qarvd_diffusers.cli import main
 from qarvd_diffusers.evaluation.fidelity import evaluate
 from qarvd_diffusers.pipelines.quantization import PROMPTS_FILE, cache_folder
 from qarvd_diffusers.serialization import quantized_linears
@@ -194,3 +195,39 @@ def test_pickled_weights_are_never_the_fallback(float_folder):
     path.unlink()
     with pytest.raises(OSError, match="safetensors"):
         load(float_folder)
+
+
+def test_a_cache_is_not_needed(tiny_pipeline, tmp_path, monkeypatch, caplog):
+    """A folder that cannot be made, and one whose results are damaged: the outcome is the same, and one line says why."""
+    want = tiny_pipeline.calibrate(config()).layers
+    (kept,) = (tmp_path / "cache" / "calibration").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-10])
+    results = [tiny_pipeline.calibrate(config()).layers]
+    assert f"A kept calibration is not used: {kept}" in caplog.text
+    monkeypatch.setenv("QARVD_CACHE", str(kept / "below a file"))
+    results.append(tiny_pipeline.calibrate(config()).layers)
+    assert "Set QARVD_CACHE" in caplog.text and "below a file cannot be written to" in caplog.text
+    for layers in results:
+        assert all(torch.equal(layers[name].weight_packed, layer.weight_packed) for name, layer in want.items())
+    caplog.clear()
+    assert tiny_pipeline.choose_bits(config("w4a16"), 0.2).module_bits
+    assert "Set QARVD_CACHE" in caplog.text
+
+
+def test_a_quantized_model_is_refused_before_work(tiny_pipeline, tmp_path, monkeypatch, capsys):
+    tiny_pipeline.quantize(QARVDConfig("w8a8_dynamic"))
+    tiny_pipeline.save_pretrained(tmp_path / "quantized")
+
+    def work(*args, **kwargs):
+        raise AssertionError("a video was generated")
+
+    monkeypatch.setattr(ARVDPipeline, "stream", work)
+    assert main(["quantize", str(tmp_path / "quantized"), str(tmp_path / "out")]) == 1
+    assert "quantized already (w8a8_dynamic)" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    for job in (
+        lambda: tiny_pipeline.measure_sensitivity(config(), PROMPTS, num_chunks=2),
+        lambda: tiny_pipeline.choose_bits(config("w4a16"), 0.2),
+        lambda: tiny_pipeline.calibrate(config()),
+    ):
+        with pytest.raises(ValueError, match="quantized already"):
+            job()

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "--shared")
@@ -146,14 +150,21 @@ def _locked(path: Path) -> Iterator[None]:
     import fcntl
 
     with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # freed with the file, or with the process
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("Another process is compiling the CUDA kernels: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # freed with the file, or with the process
 
 
 def _compile(nvcc: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = Path(folder) / target.name
         command = [nvcc, *FLAGS, *sorted(SOURCES.glob("*.cu")), "-o", output]
+        # A warning, since nothing less is shown where nobody has set up logging.
+        logger.warning("Compiling the CUDA kernels with %s, once; this takes about a minute", nvcc)
+        start = time.monotonic()
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             lines = (result.stderr or result.stdout).strip().splitlines()
@@ -162,3 +173,4 @@ def _compile(nvcc: Path, target: Path) -> None:
         # What follows an ELF image is not read by loaders.
         output.write_bytes(output.read_bytes() + hashlib.sha256(output.read_bytes()).digest())
         os.replace(output, target)
+        logger.warning("Compiled in %.0f s; they are kept in %s", time.monotonic() - start, target)
