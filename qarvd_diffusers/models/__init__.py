@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..kv_cache.cache import KVCache, KVLayerCache
+from ..kv_cache.cache import KVCache
+from ..kv_cache.layer import KVLayerCache
 from ..rollout import config as _config
 from ..rollout.config import RolloutConfig
 from ..rollout.pass_info import PassInfo
