@@ -28,7 +28,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.stretches": ("models.fused.cuda_graphs",),
     "packing": ("quantization.packing",),
     "pipelines.chunk_loop": ("rollout.chunk_loop",),
-    "pipelines.decoding": ("rollout.decode_queue",),
+    "pipelines.decoding": ("rollout.decode_queue", "rollout.decoder"),
     "pipelines.fast_vae": ("vae.fused",),
     "pipelines.inputs": ("rollout.inputs",),
     "pipelines.memory": ("memory.plan", "memory.estimate"),
