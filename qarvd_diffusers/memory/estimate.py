@@ -156,6 +156,7 @@ def _transformer_components(
 
 
 def _dtype_of(dtype: torch.dtype | Mapping[str, torch.dtype], component: str) -> torch.dtype:
+    """Return the dtype of one component."""
     if isinstance(dtype, torch.dtype):
         return dtype
     return dtype.get(component, dtype.get("default", torch.float32))
@@ -176,6 +177,7 @@ def _quantization(shapes: ModelShapes, scheme: str | None) -> QARVDConfig | None
 
 
 def _tokens_per_frame(shapes: ModelShapes, size: tuple[int, int]) -> int:
+    """Return the tokens of one latent frame of `size` in pixels."""
     scale = (shapes.vae or {}).get("scale_factor_spatial", 8)
     _, rows, columns = shapes.transformer["patch_size"]
     return (size[0] // (scale * rows)) * (size[1] // (scale * columns))
@@ -234,6 +236,7 @@ def _pass_bytes(
 
 @functools.lru_cache(maxsize=16)
 def _vae_bytes(shapes: ModelShapes, dtype: torch.dtype, size: tuple[int, int], batch: int, frames: int) -> _Part:
+    """Return the bytes of a VAE that decodes chunks of `frames` latent frames."""
     if shapes.vae is None:
         return _Part()
     vae = shapes.empty_vae()
@@ -252,6 +255,7 @@ def _vae_bytes(shapes: ModelShapes, dtype: torch.dtype, size: tuple[int, int], b
 
 @functools.lru_cache(maxsize=16)
 def _encoder_bytes(shapes: ModelShapes, dtype: torch.dtype) -> _Part:
+    """Return the bytes of the text encoder."""
     if shapes.text_encoder is None:
         return _Part()
     encoder, values = shapes.empty_text_encoder(), shapes.text_encoder

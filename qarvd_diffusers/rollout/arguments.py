@@ -7,55 +7,45 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-def _absent(value: Any, steps: int) -> bool:
-    return value is None
-
-
-def _no_guidance(value: Any, steps: int) -> bool:
-    return value is None or (isinstance(value, int | float) and value <= 1)
-
-
-def _nothing(value: Any, steps: int) -> bool:
-    return value is None or not any([value] if isinstance(value, str) else value)
-
-
-def _one(value: Any, steps: int) -> bool:
-    return value in (None, 1)
-
-
-def _all_steps(value: Any, steps: int) -> bool:
-    return value in (None, steps)
-
-
-# Arguments of other pipelines -> (whether a value changes nothing, the remedy if it does).
-_GUIDANCE = (_no_guidance, "distilled models take no guidance: leave it out, or give at most 1")
-_NEGATIVE = (_nothing, "without guidance there is no negative prompt: leave it out")
-_COUNT = (_one, "give the prompt as a list, once for every video")
-_STEPS = (
-    _all_steps,
+# Arguments of other pipelines -> (whether a value other than None changes nothing, by the denoising steps of a chunk; the
+# remedy if it does change something).
+_Argument = tuple[Callable[[Any, int], bool], str]
+_GUIDANCE: _Argument = (
+    lambda value, _: isinstance(value, int | float) and value <= 1,
+    "distilled models take no guidance: leave it out, or give at most 1",
+)
+_NEGATIVE: _Argument = (
+    lambda value, _: not any([value] if isinstance(value, str) else value),
+    "without guidance there is no negative prompt: leave it out",
+)
+_COUNT: _Argument = (lambda value, _: value == 1, "give the prompt as a list, once for every video")
+_STEPS: _Argument = (
+    lambda value, steps: value == steps,
     "a chunk takes the steps of denoising_timesteps in the pipeline's config ({steps} here): leave it out",
 )
-_SCALES = (_nothing, "set_adapters() sets the scales of adapters")
-_FOREIGN: dict[str, tuple[Callable[[Any, int], bool], str]] = {
+_SCALES: _Argument = (_NEGATIVE[0], "set_adapters() sets the scales of adapters")
+
+
+def _never(value: Any, steps: int) -> bool:
+    return False
+
+
+_FOREIGN: dict[str, _Argument] = {
     "guidance_scale": _GUIDANCE,
     "guidance_scale_2": _GUIDANCE,
     "true_cfg_scale": _GUIDANCE,
     "negative_prompt": _NEGATIVE,
-    "negative_prompt_embeds": (_absent, _NEGATIVE[1]),
+    "negative_prompt_embeds": (_never, _NEGATIVE[1]),
     "num_videos_per_prompt": _COUNT,
     "num_images_per_prompt": _COUNT,
     "num_inference_steps": _STEPS,
-    "timesteps": (_absent, _STEPS[1]),
-    "sigmas": (_absent, _STEPS[1]),
+    "timesteps": (_never, _STEPS[1]),
+    "sigmas": (_never, _STEPS[1]),
     "attention_kwargs": _SCALES,
     "cross_attention_kwargs": _SCALES,
-    "seed": (_absent, "give generator=torch.Generator().manual_seed(seed)"),
-    "fps": (
-        _absent,
-        "frames are written at a rate by export_to_video(frames, path, fps=...)",
-    ),
-    "callback": (_absent, "use callback_on_step_end, or on_pass of stream()"),
+    "seed": (_never, "give generator=torch.Generator().manual_seed(seed)"),
+    "fps": (_never, "export_to_video(frames, path, fps=...) sets the frame rate of a file"),
+    "callback": (_never, "use callback_on_step_end, or on_pass of stream()"),
 }
 
 
@@ -81,7 +71,7 @@ def start_arguments(
             continue
         if name in _FOREIGN:
             changes_nothing, remedy = _FOREIGN[name]
-            if changes_nothing(value, steps):
+            if value is None or changes_nothing(value, steps):
                 continue
             remedy = remedy.format(steps=steps)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -46,16 +46,8 @@ class ChunkScheduler(Protocol):
     def set_timesteps(self, *, chunk_index: int) -> None:
         """Set `timesteps` to those of generated chunk `chunk_index`."""
 
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: float,
-        sample: torch.Tensor,
-        *,
-        noise: torch.Tensor | None,
-        return_dict: Literal[False],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the input of the next step and the predicted clean sample, both shaped as `sample`."""
+    def step(self, flow: torch.Tensor, timestep: float, sample: torch.Tensor, *, noise: Any, return_dict: bool) -> Any:
+        """Return the input of the next step and the predicted clean sample, both shaped as `sample`, as a tuple."""
 
 
 class ChunkLoop:

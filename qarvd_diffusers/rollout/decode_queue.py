@@ -15,6 +15,8 @@ from .output import Frames
 
 @dataclass
 class _Job:
+    """A chunk in decoding."""
+
     index: int
     latents: torch.Tensor
     pixels: torch.Tensor
@@ -60,6 +62,7 @@ class DecodeQueue:
             yield self._finish(ready)
 
     def _start(self, index: int, latents: torch.Tensor) -> _Job:
+        """Launch the decoding of a chunk."""
         if self._side is None:
             return _Job(index, latents, self._decoder.decode(latents))
         self._side.wait_stream(torch.cuda.current_stream(latents.device))
@@ -79,6 +82,7 @@ class DecodeQueue:
         return job.index, frames, job.latents
 
     def _frames(self, job: _Job) -> Frames:
+        """Convert the pixels of a chunk to the output type; raises FloatingPointError for NaN or infinity."""
         if not job.pixels.isfinite().all():
             raise FloatingPointError(
                 f"NaN or infinity in the decoded frames of chunk {job.index}: run the VAE in float32"

@@ -84,12 +84,14 @@ def _decoded(pipe: StreamHost, request: StreamRequest, live: LiveStream) -> Iter
 
 
 def _switch_prompt(pipe: StreamHost, session: StreamSession, loop: ChunkLoop) -> None:
+    """Apply the first of the session's prompt changes, if there is one."""
     if changes := session.encode_changes(pipe, loop.prompt_embeds):
         change = changes.pop(0)
         loop.switch_prompt(pipe.embed_prompt(**change.text), change.how)
 
 
 def _progress_bar(pipe: StreamHost, num_steps: int | None) -> Any:
+    """Return a progress bar; without a total for an endless stream."""
     # tqdm leaves out the total only if it gets an iterable.
     return pipe.progress_bar(itertools.count()) if num_steps is None else pipe.progress_bar(total=num_steps)
 

@@ -33,6 +33,8 @@ _SAMPLES = 16  # values per tensor that the fingerprint looks at
 
 @runtime_checkable
 class _SavableCache(Protocol):
+    """A K/V cache, the pipeline's own or another, that can be saved."""
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
 
 
@@ -75,11 +77,12 @@ def _adapters(pipe: StreamHost) -> dict[str, dict[str, float]]:
 
 
 def _describe_scales(scales: Mapping[str, float] | None) -> str:
+    """Return "at scale ..." or "not active", for messages."""
     if scales is None:
         return "not active"
-    return (
-        f"at scale {scales['']}" if "" in scales else f"at scales {sorted(set(scales.values()))} in different layers"
-    )
+    if "" in scales:
+        return f"at scale {scales['']}"
+    return f"at scales {sorted(set(scales.values()))} in different layers"
 
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,6 +136,7 @@ def save_state(pipe: StreamHost, session: StreamSession, path: str | os.PathLike
 
 
 def _pack_inputs(inputs: StreamInputs, loop: ChunkLoop) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the inputs of a stream, with the states of its generators, as tensors and JSON types."""
     tensors = {name: getattr(inputs, name) for name in ("latents", "initial_latents")}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if inputs.renoise_latents is not None:
@@ -242,6 +246,7 @@ class SavedStream:
 
     @property
     def _inputs(self) -> StreamInputs:
+        """The inputs that `_pack_inputs` packed."""
         state, tensors = self.header["inputs"], self._part("inputs.")
         generators = []
         for index in range(sum(name.startswith("generator.") for name in tensors)):
@@ -269,4 +274,5 @@ class SavedStream:
         self.tensors.clear()  # they are on the device now
 
     def _part(self, prefix: str) -> Mapping[str, torch.Tensor]:
+        """Return the tensors whose name begins with `prefix`, without it."""
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}

@@ -156,6 +156,7 @@ class Stream(Iterator[Chunk]):
 
     @property
     def _ended(self) -> bool:
+        """Whether the last chunk, an exception or `close` has ended the stream."""
         return inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED
 
 

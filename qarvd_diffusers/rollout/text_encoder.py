@@ -66,6 +66,7 @@ def _stream_layers(encoder: nn.Module, device: torch.device) -> None:
 
 
 def _holds(module: nn.Module, parameter: nn.Parameter, recurse: bool = True) -> bool:
+    """Return whether a module, or one of its submodules, holds this very parameter."""
     return any(own is parameter for own in module.parameters(recurse))
 
 
