@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path
 from qarvd_diffusers.bench.shapes import SHAPES, random_transformer
 from qarvd_diffusers.bench.vae import random_vae
-from qarvd_diffusers.memory.plan import RESERVE, choose, parse_budget
+from qarvd_diffusers.memory.estimate import RESERVE
+from qarvd_diffusers.memory.plan import choose, parse_budget
 from qarvd_diffusers.memory.shapes import ModelShapes
 
 ENCODER = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}

@@ -21,17 +21,17 @@ MOVED: dict[str, tuple[str, ...]] = {
     "models.causal_fields": ("rollout.config",),
     "models.fused_block": ("models.fused.block",),
     "models.fused_pass": ("models.fused.forward",),
-    "models.kv_cache": ("kv_cache.cache",),
+    "models.kv_cache": ("kv_cache.cache", "kv_cache.layer"),
     "models.kv_storage": ("kv_cache.storage",),
     "models.pass_info": ("rollout.pass_info",),
     "models.single_file": ("models.single_file_header",),
     "models.stretches": ("models.fused.cuda_graphs",),
     "packing": ("quantization.packing",),
     "pipelines.chunk_loop": ("rollout.chunk_loop",),
-    "pipelines.decoding": ("rollout.decode_queue",),
+    "pipelines.decoding": ("rollout.decode_queue", "rollout.decoder"),
     "pipelines.fast_vae": ("vae.fused",),
     "pipelines.inputs": ("rollout.inputs",),
-    "pipelines.memory": ("memory.plan",),
+    "pipelines.memory": ("memory.plan", "memory.estimate"),
     "pipelines.mixed_bits": ("calibration.mixed_precision",),
     "pipelines.model_shapes": ("memory.shapes",),
     "pipelines.output": ("rollout.output",),
@@ -74,7 +74,11 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         )
         for source in reversed(new):
             module.__dict__.update(
-                {key: value for key, value in vars(importlib.import_module(source)).items() if key[:2] != "__"}
+                {
+                    key: value
+                    for key, value in vars(importlib.import_module(source)).items()
+                    if key[:2] != "__" or key == "__getattr__"
+                }
             )
 
 

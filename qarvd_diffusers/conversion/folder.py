@@ -48,7 +48,7 @@ def write_pipeline(folder: Path, fields: Mapping[str, Any], components: Mapping[
 
     Args:
         folder: where to.
-        fields: values of the pipeline's config, those of `CausalFields` among them.
+        fields: values of the pipeline's config, those of `RolloutConfig` among them.
         components: from `copy_base_components`.
     """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=fields["timestep_shift"])

@@ -1,1 +1,1 @@
-"""What a stream remembers: keys and values of earlier frames, and the formats they are stored in."""
+"""Keep keys and values of earlier frames, in float or 8-bit storage."""

@@ -1,4 +1,4 @@
-"""`KVCache`: keys and values of earlier chunks, and of the prompt, for a causal video transformer."""
+"""Keep the keys and values of earlier chunks, and of the prompt, for a causal video transformer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from .storage import STORAGES, allocate, check_storage, decode, encode, fit_scale, is_quantized
+from .layer import KVLayerCache
+from .storage import STORAGES, check_storage, is_quantized
 
 _FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
-# Room above the first chunk's largest value: see benchmarks/kv_cache.py. A float code is as precise under a larger scale.
-_SCALE_MARGINS = {torch.int8: 1.25, torch.float8_e4m3fn: 4.0}
-_FACTS = (
+_STATE_FIELDS = (
     "frames",
     "origin",
     "shift",
@@ -22,144 +21,26 @@ _FACTS = (
     "_next_frame",
     "_tokens_per_frame",
     "_capacity",
-)  # bookkeeping of a saved cache
-
-
-class KVLayerCache:
-    """Keys and values of one transformer block.
-
-    Bookkeeping is the `KVCache`'s: `update` only moves tensors, so that it compiles without graph breaks.
-
-    Attributes:
-        key: keys after RoPE (before it in window mode), preallocated `[B, capacity or a little more, heads, head_dim]` in
-            storage order (sink first), in the storage dtype; None before the first pass.
-        value: see `key`; how it lies in memory is up to `kv_storage.allocate`.
-        key_scale: `[B, heads]` float32 (`[heads]` where it was given, or saved by an earlier version) if the storage has 8 bits,
-            value = code * scale; else None.
-        value_scale: see `key_scale`.
-        text_key: cross-attention keys of the prompt `[B, text_tokens, heads, head_dim]`, or None.
-        text_value: see `text_key`.
-        scales_given: the scales were given, and passes do not set them.
-    """
-
-    def __init__(self) -> None:
-        self.key: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
-        self.key_scale: torch.Tensor | None = None
-        self.value_scale: torch.Tensor | None = None
-        self.text_key: torch.Tensor | None = None
-        self.text_value: torch.Tensor | None = None
-        self.scales_given = False
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the current chunk's K/V `[B, tokens, heads, head_dim]` at token `start`; return all that it can see.
-
-        Of storage in another dtype the pass sees the past as stored and the current chunk at full precision. With
-        gradients enabled the past is constant and the current chunk's K/V keep their graph.
-        """
-        stop = start + key.shape[1]
-        self.write(key, value, start)
-        if self.key.dtype == key.dtype and not torch.is_grad_enabled():
-            return self.key[:, :stop], self.value[:, :stop]
-        # Buffers are overwritten by the next pass; autograd must not have saved views of them.
-        past_key, past_value = self.read(0, start, key.dtype)
-        return torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
-
-    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        """Write K/V `[B, tokens, heads, head_dim]` at token `start`."""
-        if start == 0:
-            self.fit_scales(key, value)
-        stop = start + key.shape[1]
-        self.key[:, start:stop] = encode(key.detach(), self.key_scale, self.key.dtype)
-        self.value[:, start:stop] = encode(value.detach(), self.value_scale, self.value.dtype)
-
-    def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the tokens `start:stop` in `dtype`."""
-        return (
-            decode(self.key[:, start:stop], self.key_scale, dtype),
-            decode(self.value[:, start:stop], self.value_scale, dtype),
-        )
-
-    def fit_scales(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Widen the scales to hold a pass that sees nothing stored, so that no code stands under an older scale.
-
-        Called by `update` for every pass at token 0: after the passes of the first chunk the scales stand. Does nothing
-        where `fits_scales` says so.
-        """
-        if not self.fits_scales:
-            return
-        for name, tensor in (("key_scale", key), ("value_scale", value)):
-            margin = _SCALE_MARGINS[self.key.dtype]
-            scale, old = fit_scale(tensor, self.key.dtype, margin), getattr(self, name)
-            setattr(self, name, scale if old is None else torch.maximum(old, scale))
-
-    @property
-    def fits_scales(self) -> bool:
-        """Whether a pass at token 0 has to set scales: of 8-bit storage whose scales were not given, in float8 once."""
-        if not is_quantized(self.key.dtype) or self.scales_given:
-            return False
-        return self.key.dtype == torch.int8 or self.key_scale is None
-
-    def turn_back(self, cos: torch.Tensor, sin: torch.Tensor, stop: int) -> None:
-        """Rotate the stored keys up to token `stop` back by an angle per pair; `cos`, `sin` `[pairs]` of the first pairs.
-
-        Codes are decoded, turned and stored under the same scale.
-        """
-        width = 2 * len(cos)
-        keys = decode(self.key[:, :stop], self.key_scale, torch.float32)
-        first, second = keys[..., :width].unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((first * cos + second * sin, second * cos - first * sin), dim=-1).flatten(-2)
-        self.key[:, :stop] = encode(torch.cat([turned, keys[..., width:]], dim=-1), self.key_scale, self.key.dtype)
-
-    def fold(self, sink: int, start: int, keep: float) -> None:
-        """Average the first `sink` tokens with as many from `start` on: `keep` of the old, the rest of the others."""
-        for buffer, scale in ((self.key, self.key_scale), (self.value, self.value_scale)):
-            old, new = (decode(buffer[:, at : at + sink], scale, torch.float32) for at in (0, start))
-            buffer[:, :sink] = encode(keep * old + (1 - keep) * new, scale, buffer.dtype)
-
-    def store_text(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep the cross-attention K/V `[B, text_tokens, heads, head_dim]` of the prompt."""
-        self.text_key, self.text_value = key, value
-
-    def get_text(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cross-attention K/V of the prompt, or None before the first pass."""
-        return None if self.text_key is None else (self.text_key, self.text_value)
-
-    def reserve(self, tokens: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """Make room for `tokens` tokens of `(batch, heads, head_dim)`, keeping what is stored."""
-        batch, heads, head_dim = shape
-        for name in ("key", "value"):
-            new = allocate((batch, tokens, heads, head_dim), dtype, device, values=name == "value")
-            if (old := getattr(self, name)) is not None:
-                new[:, : old.shape[1]] = old
-            setattr(self, name, new)
-
-    def drop(self, start: int, stop: int, used: int) -> None:
-        """Forget the tokens `start:stop` of `used`; later ones move up."""
-        for buffer in (self.key, self.value):
-            buffer[:, start : start + used - stop] = buffer[:, stop:used].clone()
-
-    def reset_text(self) -> None:
-        self.text_key = self.text_value = None
+)  # bookkeeping that a saved cache keeps
 
 
 class KVCache:
-    """State of one rollout: self-attention K/V of the visible latent frames and cross-attention K/V of the prompt.
+    """Hold the state of one rollout: self-attention K/V of the visible latent frames, cross-attention K/V of the prompt.
 
-    Keys are stored after RoPE at their absolute frame index; eviction never re-indexes them. Where the RoPE table ends, all
-    positions move down together and the stored keys turn with them (`reindex`): attention depends on differences alone, so
-    that a stream without end computes what a table without end would give. The first pass at a new frame
-    offset appends (and evicts, if a window is set); every later pass over the same frames overwrites in place. That is the
-    rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
+    This is the rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009). The first pass at a new frame offset
+    appends, and evicts if a window is set. Every later pass over the same frames overwrites them in place. Keys are stored
+    after RoPE at their absolute frame index; eviction never re-indexes them. At the end of the RoPE table all positions
+    move down together and the stored keys rotate with them (`reindex`). Attention depends on differences of positions
+    only, so an endless stream computes what an endless table would give.
 
-    `begin_shot` moves the frames appended next, and all later ones, further on than their index, and may pin them: they are then
-    evicted only while they do not stand right behind the sink (LongLive 2.0). `restart` empties the cache for a context that
-    is encoded anew.
+    `begin_shot` moves the frames that are appended next, and all later ones, further on than their index, and may pin
+    them: pinned frames are not evicted while they stand right after the sink (LongLive 2.0). `restart` empties the cache
+    for a context that is encoded again.
 
-    With `rope_mode="window"` keys are stored before RoPE and a frame's position is its slot in the window, counted anew in
-    every pass (Infinity-RoPE); `sink_ema` then lets evicted frames live on in the sink as a moving average (Reward Forcing).
+    With `rope_mode="window"` keys are stored before RoPE, and a frame's position is its slot in the window, counted again
+    in every pass (Infinity-RoPE). `sink_ema` then averages evicted frames into the sink (Reward Forcing).
 
-    A cache belongs to one stream. It is handed to the model as `kv_cache` and changed by every pass.
+    A cache belongs to one stream. It is passed to the model as `kv_cache`, and every pass changes it.
 
     Args:
         num_layers: number of transformer blocks.
@@ -167,7 +48,7 @@ class KVCache:
         sink_frames: first latent frames that are never evicted.
         num_frames: latent frames of the whole rollout, if known: a full cache is then allocated once instead of doubling.
         storage: dtype of the stored K/V: `"auto"` (that of the passes), `"bf16"`, or in 8 bits `"int8"` or `"fp8"`
-            (float8 e4m3), with static scales per sample and head that the first chunk sets, or `set_scales`.
+            (float8 e4m3), with static scales per sample and head, set by the first chunk or by `set_scales`.
         rope_mode: `"absolute"` or `"window"`.
         sink_ema: share of the old sink when evicted frames are averaged into it; None keeps the sink as it is.
     """
@@ -196,10 +77,12 @@ class KVCache:
         self.sink_ema = sink_ema
         self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
         self.origin = 0  # absolute latent frame whose RoPE position is 0
-        self.shift = 0  # positions by which the current pass stands further on
-        self.pinned: list[int] = []  # frames that are not evicted once they stand right behind the sink
-        self._shot: tuple[int, bool] | None = None  # of the shot that the next appended frames begin
-        self._next_frame: int | None = None  # where a rewound cache goes on
+        self.shift = 0  # positions that the current pass adds to its frame indices
+        self.pinned: list[int] = []  # frames that are not evicted while they stand right after the sink
+        self._shot: tuple[int, bool] | None = (
+            None  # (rope_offset, pin) of the shot that the next appended frames begin
+        )
+        self._next_frame: int | None = None  # the frame that a rewound cache appends next
         self._tokens_per_frame = 0
         self._capacity = 0  # in frames
 
@@ -236,15 +119,17 @@ class KVCache:
         return (len(self.frames) - num_frames) * tokens_per_frame
 
     def reindex(
-        self, num_frames: int, positions: int, turn: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+        self, num_frames: int, positions: int, rope_delta: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     ) -> int:
-        """Position of the first frame of the pass just begun, in a RoPE table of `positions` rows.
+        """Return the position of the first frame of the pass just begun, in a RoPE table of `positions` rows.
+
+        If the pass leaves the table, `origin` moves to the oldest frame that the window may still need, and the stored
+        keys rotate by as much; the sink may then stand at negative positions.
 
         Args:
             num_frames: latent frames of the pass.
-            positions: rows of the table. If the pass leaves it, `origin` moves to the oldest frame that the window can
-                still need again, and the stored keys turn by as much; the sink may then stand at negative positions.
-            turn: number of positions -> cos and sin `[pairs]` of the temporal pairs of a head.
+            positions: rows of the table.
+            rope_delta: number of positions -> cos and sin `[pairs]` of the temporal pairs of a head.
         """
         first, last = self.frames[-num_frames] + self.shift, self.frames[-1] + self.shift
         if first - self.origin >= 0 and last - self.origin < positions:
@@ -256,10 +141,10 @@ class KVCache:
             oldest -= 1
         origin = min(first, max(oldest, last + 1 - max(positions // 2, self.local_attention_frames)))
         if len(self.frames) > num_frames:
-            cos, sin = turn(abs(origin - self.origin))
+            cos, sin = rope_delta(abs(origin - self.origin))
             sin = sin if origin > self.origin else -sin
             for layer in self.layers:
-                layer.turn_back(cos, sin, (len(self.frames) - num_frames) * self._tokens_per_frame)
+                layer.rotate_keys_back(cos, sin, (len(self.frames) - num_frames) * self._tokens_per_frame)
         self.origin = origin
         return first - origin
 
@@ -267,8 +152,8 @@ class KVCache:
         if not self._capacity:
             self._tokens_per_frame = tokens_per_frame
             return
-        stored = self.layers[0].key
-        expected = (*(stored.shape[0], *stored.shape[2:]), self._tokens_per_frame, stored.device)
+        stored = self.layers[0].buffers()[0]
+        expected = (stored.shape[0], *stored.shape[2:], self._tokens_per_frame, stored.device)
         got = (*shape, tokens_per_frame, like.device)
         if got != expected:
             raise ValueError(
@@ -277,36 +162,8 @@ class KVCache:
             )
 
     def _append(self, frames: list[int], shape: tuple[int, int, int], like: torch.Tensor) -> None:
-        window = self.local_attention_frames
-        sink = min(self.sink_frames, len(self.frames))
-        if self.frames[sink : sink + len(self.pinned)] == self.pinned:
-            sink += len(self.pinned)
-        if window != -1 and sink + len(frames) > window:
-            raise ValueError(
-                f"a pass over {len(frames)} frames and {sink} sink frames (pinned ones included) do not fit into "
-                f"local_attention_frames = {window}"
-            )
-        tokens = self._tokens_per_frame
-        evict = 0 if window == -1 else max(0, len(self.frames) + len(frames) - window)
-        if evict:
-            first, last = sink, sink + evict
-            if self.sink_ema is not None and evict != sink:
-                raise ValueError(
-                    f"{evict} frames leave the window at once and cannot be averaged into {sink} sink frames"
-                )
-            for layer in self.layers:
-                if self.sink_ema is not None:
-                    layer.fold(sink * tokens, first * tokens, self.sink_ema)
-                layer.drop(first * tokens, last * tokens, len(self.frames) * tokens)
-            del self.frames[first:last]
-        needed = len(self.frames) + len(frames)
-        if needed > self._capacity:
-            known = window if window != -1 else self.num_frames
-            if known is None or known < needed:
-                known = max(2 * self._capacity, _FIRST_CHUNKS * len(frames))
-            self._capacity = max(needed, known)
-            for layer in self.layers:
-                layer.reserve(self._capacity * tokens, shape, like.device, STORAGES[self.storage] or like.dtype)
+        self._evict(len(frames))
+        self._grow(len(frames), shape, like)
         self.frames.extend(frames)
         self._next_frame = None
         if self.rope_mode == "window":
@@ -317,45 +174,83 @@ class KVCache:
             self.pinned = frames if pin else []
             self._shot = None
 
+    def _evict(self, coming: int) -> None:
+        """Drop the oldest frames after the sink, so that `coming` more fit into the window."""
+        window = self.local_attention_frames
+        sink = min(self.sink_frames, len(self.frames))
+        if self.frames[sink : sink + len(self.pinned)] == self.pinned:
+            sink += len(self.pinned)
+        if window != -1 and sink + coming > window:
+            raise ValueError(
+                f"a pass over {coming} frames and {sink} sink frames (pinned ones included) do not fit into "
+                f"local_attention_frames = {window}"
+            )
+        evict = 0 if window == -1 else max(0, len(self.frames) + coming - window)
+        if not evict:
+            return
+        if self.sink_ema is not None and evict != sink:
+            raise ValueError(f"{evict} frames leave the window at once and cannot be averaged into {sink} sink frames")
+        tokens = self._tokens_per_frame
+        for layer in self.layers:
+            if self.sink_ema is not None:
+                layer.ema_into_sink(sink * tokens, sink * tokens, self.sink_ema)
+            layer.drop(sink * tokens, (sink + evict) * tokens, len(self.frames) * tokens)
+        del self.frames[sink : sink + evict]
+
+    def _grow(self, coming: int, shape: tuple[int, int, int], like: torch.Tensor) -> None:
+        """Allocate room for `coming` more frames, where there is none."""
+        needed = len(self.frames) + coming
+        if needed <= self._capacity:
+            return
+        known = self.local_attention_frames if self.local_attention_frames != -1 else self.num_frames
+        if known is None or known < needed:
+            known = max(2 * self._capacity, _FIRST_CHUNKS * coming)
+        self._capacity = max(needed, known)
+        tokens, dtype = self._capacity * self._tokens_per_frame, STORAGES[self.storage] or like.dtype
+        for layer in self.layers:
+            layer.reserve(tokens, shape, like.device, dtype)
+
     def begin_shot(self, rope_offset: int, pin: bool) -> None:
-        """Let the frames appended next begin a new shot.
+        """Begin a new shot with the frames that are appended next.
 
         Args:
-            rope_offset: positions by which they stand further away from the frames before: with absolute positions all
-                later frames too, in a window, where positions are counted anew, they alone.
-            pin: keep them from eviction as long as they stand right behind the sink, instead of those pinned before.
+            rope_offset: positions that are added between them and the frames before. With absolute positions this also
+                moves all later frames; in a window, where every pass counts positions again, only them.
+            pin: do not evict them while they stand right after the sink; frames pinned before are released.
         """
         self._shot = (rope_offset, pin)
 
     def restart(self, next_frame: int) -> None:
-        """Forget all frames but not the prompt; the next pass stores frame `next_frame`, at position 0."""
+        """Forget all frames but keep the prompt; the next pass stores frame `next_frame` at position 0."""
         self.rewind(0, next_frame)
         self.origin = next_frame + self.shift
 
     def rewind(self, num_frames: int, next_frame: int) -> None:
-        """Forget all but the first `num_frames` stored frames; the next pass appends frame `next_frame` behind them."""
+        """Forget all but the first `num_frames` stored frames; the next pass appends frame `next_frame` after them."""
         del self.frames[num_frames:]
         self._next_frame = next_frame
 
     def visible(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a block, `[B, visible tokens, heads, head_dim]`, in storage order (sink first); 8 bits as float32."""
-        tokens, dtype = len(self.frames) * self._tokens_per_frame, self.layers[layer].key.dtype
+        """Return K and V of a block, `[B, visible tokens, heads, head_dim]`, sink first; 8-bit storage as float32."""
+        tokens, dtype = len(self.frames) * self._tokens_per_frame, self.layers[layer].buffers()[0].dtype
         return self.layers[layer].read(0, tokens, torch.float32 if is_quantized(dtype) else dtype)
 
     def set_scales(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Give the scales of 8-bit storage, instead of taking them from the first chunk.
+        """Set the scales of 8-bit storage, instead of taking them from the first chunk.
 
         Args:
             key: `[num_layers, heads]`, or `[num_layers, B, heads]` (one per sample), float32.
             value: see `key`.
 
         Raises:
-            ValueError: if the storage has no scales, something is stored already, or there are other than `num_layers`.
+            ValueError: if the storage has no scales, something is stored already, or the number of layers differs.
         """
         if self.storage not in ("int8", "fp8") or self.frames:
             raise ValueError("set_scales needs an empty KVCache with storage 'int8' or 'fp8'")
         if not len(key) == len(value) == len(self.layers):
-            raise ValueError(f"scales of {len(key)} and {len(value)} layers for a KVCache of {len(self.layers)}")
+            raise ValueError(
+                f"set_scales got scales of {len(key)} and {len(value)} layers, expected {len(self.layers)} of each"
+            )
         for layer, key_scale, value_scale in zip(self.layers, key, value, strict=True):
             layer.key_scale, layer.value_scale, layer.scales_given = key_scale.float(), value_scale.float(), True
 
@@ -365,7 +260,7 @@ class KVCache:
             layer.reset_text()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What is stored, as tensors and JSON types, for `load_state` of a cache made with the same arguments.
+        """Return what is stored, as tensors and JSON types, for `load_state` of a cache made with the same arguments.
 
         The prompt's K/V are left out: the next pass computes them again.
         """
@@ -374,15 +269,15 @@ class KVCache:
             for name in ("key", "value", "key_scale", "value_scale"):
                 if (tensor := getattr(layer, name)) is not None:
                     tensors[f"{index}.{name}"] = tensor if name.endswith("scale") else tensor[:, :tokens]
-        facts = {name: getattr(self, name) for name in _FACTS}
-        return tensors, facts | {"scales_given": self.layers[0].scales_given}
+        fields = {name: getattr(self, name) for name in _STATE_FIELDS}
+        return tensors, fields | {"scales_given": self.layers[0].scales_given}
 
-    def load_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
-        """Go on where the cache stood that `state` was called on; buffers are allocated on `device`."""
-        for name in _FACTS:
-            setattr(self, name, facts[name])
+    def load_state(self, tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any], device: torch.device) -> None:
+        """Restore what `state` returned; buffers are allocated on `device`."""
+        for name in _STATE_FIELDS:
+            setattr(self, name, fields[name])
         for index, layer in enumerate(self.layers):
-            layer.scales_given = facts["scales_given"]
+            layer.scales_given = fields["scales_given"]
             for name in ("key_scale", "value_scale"):
                 if (scale := tensors.get(f"{index}.{name}")) is not None:
                     setattr(layer, name, scale.to(device))
@@ -403,11 +298,11 @@ class KVCache:
         self._capacity = 0
 
     def clone(self) -> KVCache:
-        """An independent copy, to branch a rollout."""
+        """Return an independent copy, to branch a rollout."""
         return copy.deepcopy(self)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all buffers."""
+        """Return the bytes held by all buffers."""
         tensors = (t for layer in self.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
         return sum(tensor.nbytes for tensor in tensors)

@@ -1,4 +1,4 @@
-"""How cached keys and values are stored: in a float dtype as they are, or in 8 bits under one static scale per sample and head."""
+"""Store keys and values in a float dtype, or in 8 bits with one static scale per sample and head."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ STORAGES: dict[str, torch.dtype | None] = {
 }
 """Names of the storage dtypes; `auto` is the dtype of the pass."""
 
-_ROOM_MULTIPLE = 16  # tokens; what the copy engine of a GPU asks of rows of codes
+_ROOM_MULTIPLE = 16  # tokens; TMA loads need rows of 16 codes
 _LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest code
 _SMALLEST_SCALE = 1e-12  # a head that is zero everywhere must not divide by zero
 
 
 def check_storage(storage: str) -> str:
-    """The name itself.
+    """Return the name.
 
     Raises:
         ValueError: if it names no storage.
@@ -31,10 +31,10 @@ def check_storage(storage: str) -> str:
 
 
 def allocate(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, values: bool) -> torch.Tensor:
-    """Zeros `[B, at least tokens, heads, head_dim]` for keys, or for values, of a shape `(B, tokens, heads, head_dim)`.
+    """Allocate zeros `[B, at least tokens, heads, head_dim]` for keys, or for values, of shape `(B, tokens, heads, head_dim)`.
 
-    Where the 8-bit attention of the device wants it, neighbouring tokens of the values are neighbours in memory. It is a
-    matter of strides alone: whoever reads or writes by index need not know.
+    If the device's 8-bit attention needs it, the tokens of the values are innermost in memory. Only the strides differ:
+    code that reads or writes by index need not know.
     """
     batch, tokens, heads, head_dim = shape
     if dtype != torch.float8_e4m3fn or not ops.tokens_innermost(device, head_dim):
@@ -51,18 +51,18 @@ def is_quantized(dtype: torch.dtype) -> bool:
 
 
 def fit_scale(tensor: torch.Tensor, dtype: torch.dtype, margin: float) -> torch.Tensor:
-    """Scale `[B, heads]` float32 under which `margin` times the largest value of `[B, tokens, heads, head_dim]` is a code.
+    """Return the scale `[B, heads]` float32 that represents `margin` times the largest value of `[B, tokens, heads, head_dim]`.
 
-    Each sample has its own, so that what it is stored as does not depend on its mates in the batch.
+    Each sample has its own scale, so that its codes do not depend on the other samples of the batch.
     """
     largest = tensor.detach().abs().amax(dim=(1, 3)).float()
     return (largest * (margin / _LIMITS[dtype])).clamp_min(_SMALLEST_SCALE)
 
 
 def encode(tensor: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Values `[B, tokens, heads, head_dim]` -> what is stored; `scale` `[B, heads]` or `[heads]`, None for a float dtype.
+    """Convert values `[B, tokens, heads, head_dim]` to stored ones; `scale` `[B, heads]` or `[heads]`, None for a float dtype.
 
-    int8 is symmetric and rounds half to even, float8 rounds as the hardware's cast does; both saturate.
+    int8 is symmetric and rounds half to even; float8 rounds as the hardware's cast does. Both saturate.
     """
     if scale is None:
         return tensor.to(dtype)
@@ -72,7 +72,7 @@ def encode(tensor: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype)
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """What is stored -> values in `dtype`."""
+    """Convert what is stored to values in `dtype`."""
     return codes.to(dtype) if scale is None else (codes.float() * _per_channel(scale)).to(dtype)
 
 

@@ -1,1 +1,1 @@
-"""Memory of a stream: shapes, estimates, and plans that fit a budget."""
+"""Estimate the memory of a stream, and plan streams that fit a budget."""

@@ -1,4 +1,4 @@
-"""`ModelShapes`: what a model folder's JSON files say, and bytes counted from shapes alone, before any weight is read."""
+"""Read the JSON files of a model folder, and count bytes from shapes alone, before any weight is read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,30 @@ from transformers import AutoConfig, UMT5EncoderModel
 from ..calibration.targets import quantizable_linears
 from ..config import QARVDConfig, QuantizedModule
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from ..rollout.config import CausalFields
+from ..rollout.config import RolloutConfig
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """The configs of a pipeline folder.
+    """Hold the configs of a pipeline folder.
 
     Attributes:
-        name: folder or Hub id.
+        name: folder or Hub id; not compared.
         index: `model_index.json`.
         transformer: `transformer/config.json`.
         vae: `vae/config.json`, or None.
         text_encoder: `text_encoder/config.json`, or None.
     """
 
-    name: str
+    name: str = field(compare=False)
     index: Mapping[str, Any]
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any] | None
     text_encoder: Mapping[str, Any] | None
+
+    def __hash__(self) -> int:
+        """Hash the configs: estimates are cached per model."""
+        return hash(json.dumps([self.index, self.transformer, self.vae, self.text_encoder], sort_keys=True))
 
     @classmethod
     def read(cls, name: str | os.PathLike[str], **hub: Any) -> ModelShapes:
@@ -69,17 +73,18 @@ class ModelShapes:
         return cls(str(name), index, **parts)
 
     @property
-    def fields(self) -> CausalFields:
-        return CausalFields.from_config(self.index)
+    def fields(self) -> RolloutConfig:
+        """How the model rolls out."""
+        return RolloutConfig.from_config(self.index)
 
     @property
     def quantization(self) -> QARVDConfig | None:
-        """The config of a quantized checkpoint."""
+        """The config of a quantized checkpoint, or None."""
         config = self.transformer.get("quantization_config")
         return None if config is None else QARVDConfig.from_dict(config)
 
     def empty_transformer(self, layers: int | None = None) -> CausalWanTransformer3DModel:
-        """The float transformer on the meta device, all of it or its first `layers` blocks."""
+        """Return the float transformer on the meta device, all of it or its first `layers` blocks."""
         config = {key: value for key, value in self.transformer.items() if key[0] != "_"}
         config.pop("quantization_config", None)
         config["num_layers"] = layers or config["num_layers"]
@@ -87,17 +92,19 @@ class ModelShapes:
             return CausalWanTransformer3DModel(**config).eval()
 
     def empty_vae(self) -> AutoencoderKLWan:
+        """Return the VAE on the meta device."""
         with torch.device("meta"):
             return AutoencoderKLWan.from_config(dict(self.vae)).eval()
 
     def empty_text_encoder(self) -> nn.Module:
+        """Return the text encoder on the meta device."""
         values = dict(self.text_encoder)
         with torch.device("meta"):
             return UMT5EncoderModel(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> int:
-    """Give a model's parameters the dtypes that loading in `dtype` gives them, and return their bytes.
+    """Cast a model's parameters as loading in `dtype` does, and return their bytes.
 
     Some parts are kept in float32: by diffusers always, by transformers in float16 only.
     """
@@ -110,11 +117,11 @@ def cast(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def quantized_bytes(model: nn.Module, config: QARVDConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the model quantized by `config`, and of the largest weight that is expanded while it works."""
+    """Return the bytes of the model quantized by `config`, and of the largest weight that is dequantized in use."""
     modules = config.modules
     if not modules:
         schemes = {name: config.scheme_of(name) for name in quantizable_linears(model, config)}
-        modules = {name: QuantizedModule(0, each.weight_bits, each.activation) for name, each in schemes.items()}
+        modules = {name: QuantizedModule(0, s.weight_bits, s.activation) for name, s in schemes.items()}
     total, largest = cast(model, dtype), 0
     for name, description in modules.items():
         layer = model.get_submodule(name)
@@ -128,7 +135,7 @@ def quantized_bytes(model: nn.Module, config: QARVDConfig, dtype: torch.dtype) -
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors made since the start that are still in use; the peak is between operators."""
+    """Count the bytes of all tensors created since the start that are still in use; the peak is between operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,10 +143,10 @@ class _LiveBytes(TorchDispatchMode):
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id_of(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        inputs = {storage_id(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and id_of(tensor) not in given:
+            if isinstance(tensor, torch.Tensor) and storage_id(tensor) not in inputs:
                 storage = tensor.untyped_storage()
                 self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self._known = {key: entry for key, entry in self._known.items() if not entry[0].expired()}
@@ -148,14 +155,15 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
 
-def id_of(tensor: torch.Tensor) -> int:
+def storage_id(tensor: torch.Tensor) -> int:
+    """Return a number that tensors over the same memory share."""
     return tensor.untyped_storage()._cdata
 
 
 class _AsOnAGPU(TorchFunctionMode):
-    """Attention needs no memory beside its output, and convolutions of channels-last weights give channels-last tensors.
+    """Make meta tensors allocate as a GPU does: no attention scores, and channels-last convolutions stay channels-last.
 
-    On the meta device torch would write out all scores, and count copies that a GPU need not make.
+    On the meta device torch would allocate all scores, and count copies that a GPU does not make.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -173,9 +181,9 @@ class _AsOnAGPU(TorchFunctionMode):
 
 @torch.no_grad()
 def live_bytes(run: Callable[[], Any]) -> tuple[int, int]:
-    """Peak bytes while `run` works on meta tensors, and those that are left when it has ended."""
+    """Return the peak bytes while `run` works on meta tensors, and the bytes still in use when it has ended."""
     with _LiveBytes() as live, _AsOnAGPU(), torch.device("meta"):
         kept = run()
         del kept
-        torch.empty(0)  # an operator more, which looks what is left
+        torch.empty(0)  # one more dispatch, so that the mode counts live storages again
     return live.peak, live.now

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 from torch import nn
 
-from ..kv_cache.cache import KVLayerCache
+from ..kv_cache.layer import KVLayerCache
 from .context_parallel import TokenSplit
 
 

@@ -72,5 +72,5 @@ class ARVDMixin(StreamableMixin, QuantizableMixin):
         """See `QuantizableMixin.write_portable_parts`; a scheduler of ours is described to stock classes by one of theirs."""
         super().write_portable_parts(folder)
         if isinstance(getattr(self, "scheduler", None), _OWN_SCHEDULERS):
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=self.causal_fields.timestep_shift)
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=self.rollout_config.timestep_shift)
             scheduler.save_pretrained(folder / "scheduler")

@@ -1,1 +1,1 @@
-"""One stream: its configuration, inputs, loop over chunks, decoding and saved state."""
+"""Run one stream: its config, inputs, loop over chunks, decoding and saved state."""

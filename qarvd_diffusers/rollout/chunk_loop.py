@@ -1,4 +1,4 @@
-"""`ChunkLoop`: the one loop that turns noise into a stream of latent chunks."""
+"""Generate a stream of latent chunks from noise, in one loop."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Protocol
 import torch
 
 from ..kv_cache.cache import KVCache
-from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .inputs import StreamInputs
 from .pass_info import PassInfo
 
-_FACTS = ("_steps_done", "_context_done", "_next_chunk", "_frames_done")  # where a saved loop stands
+_STATE_FIELDS = ("_steps_done", "_context_done", "_next_chunk", "_frames_done")  # progress that a saved loop keeps
 
 
 class RunPass(Protocol):
-    """One transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache.
+    """Run one transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache.
 
-    With `cache_only` the cache is all that is asked for."""
+    With `cache_only` only the cache is needed, and the flow may be None.
+    """
 
     def __call__(
         self,
@@ -34,33 +34,50 @@ class RunPass(Protocol):
     ) -> torch.Tensor | None: ...
 
 
-class ChunkLoop:
-    """Rollout of one stream, all of whose state lives here and in `cache`.
+class ChunkScheduler(Protocol):
+    """A scheduler with the timesteps of each chunk, such as `FewStepRenoiseScheduler` and `ChunkUniPCScheduler`.
 
-    For every chunk: draw noise; at each timestep let the scheduler step by the flow (and, if it re-noises, by fresh noise);
-    then one more pass on the clean latents at `context_noise` rewrites the chunk's K/V ("refresh"), also behind the last
-    chunk. A chunk is handed out before its refresh, which is made when the loop goes on: nobody waits for it. Where the
-    context is rebuilt there is no such pass, but before every chunk the clean latents that it is to see are encoded anew, a
-    pass per chunk of them, each seeing those before it ("rebuild").
-    Noise is drawn in that order, chunk by chunk: starting noise, then one draw per re-noising step. Streams of any length
+    Attributes:
+        timesteps: of the chunk set last, `[num_steps]`, falling.
+    """
+
+    timesteps: torch.Tensor
+
+    def set_timesteps(self, *, chunk_index: int) -> None:
+        """Set `timesteps` to those of generated chunk `chunk_index`."""
+
+    def step(self, flow: torch.Tensor, timestep: float, sample: torch.Tensor, *, noise: Any, return_dict: bool) -> Any:
+        """Return the input of the next step and the predicted clean sample, both shaped as `sample`, as a tuple."""
+
+
+class ChunkLoop:
+    """Roll out one stream; all of its state is here and in `cache`.
+
+    For every chunk the loop draws noise and lets the scheduler step at each timestep, by the flow and, if it re-noises, by
+    fresh noise. Then one more pass over the clean latents at `context_noise` rewrites the chunk's K/V ("refresh"), after
+    the last chunk too. A chunk is yielded before its refresh, which runs when the loop continues: the caller does not wait
+    for it. If the context is rebuilt, there is no refresh; instead the clean latents that a chunk can see are encoded
+    again before it, one pass per earlier chunk, each seeing those before it ("rebuild").
+
+    Noise is drawn chunk by chunk: starting noise, then one draw per re-noising step. Streams of different lengths
     therefore agree as far as they go.
 
-    `run` goes on from where the loop stands; `branch`, between two chunks, gives a second loop that stands at the same place.
+    `run` continues from the current chunk. `branch`, between two chunks, returns a second loop in the same state.
 
     Args:
-        run_pass: the transformer.
-        scheduler: used by this stream alone.
+        run_pass: runs the transformer.
+        scheduler: used by this stream only.
         cache: empty K/V cache.
         inputs: noise, start and length.
         prompt_embeds: `[B, text_tokens, text_dim]`.
-        device: where the passes run.
+        device: of the passes.
         dtype: dtype of the latents.
     """
 
     def __init__(
         self,
         run_pass: RunPass,
-        scheduler: FewStepRenoiseScheduler | ChunkUniPCScheduler,
+        scheduler: ChunkScheduler,
         cache: KVCache,
         inputs: StreamInputs,
         prompt_embeds: torch.Tensor,
@@ -74,7 +91,9 @@ class ChunkLoop:
         self.on_pass: Callable[[PassInfo], None] | None = None
         self.on_step: Callable[[int, float, torch.Tensor], torch.Tensor] | None = None
         self.before_chunk: Callable[[], None] | None = None
-        self.reencode: Callable[[int], torch.Tensor] | None = None  # latent frame decoded before -> `[B, C, 1, H, W]`
+        self.reencode: Callable[[int], torch.Tensor] | None = (
+            None  # index of a decoded latent frame -> `[B, C, 1, H, W]`
+        )
         self.interrupted: Callable[[], bool] = lambda: False
         self._run_pass = run_pass
         self._scheduler = scheduler
@@ -83,15 +102,15 @@ class ChunkLoop:
         self._context_done = not inputs.context_frames
         self._next_chunk = 0
         self._frames_done = 0
-        self._stale: PassInfo | None = None  # the refresh that is still to be made
-        self._recent: list[torch.Tensor] = []  # clean latents of the frames that a re-caching could need
-        self._first: torch.Tensor | None = None  # clean latents of the first frame, where a rebuilt context keeps it
+        self._stale: PassInfo | None = None  # the refresh that is still to run
+        self._recent: list[torch.Tensor] = []  # clean latents of the frames that re-caching may need
+        self._first: torch.Tensor | None = None  # clean latents of the first frame, if a rebuilt context keeps it
 
     def branch(self) -> ChunkLoop:
-        """An independent loop over the same noise, with a copy of the cache and without this one's callbacks.
+        """Return an independent loop over the same noise, with a copy of the cache and without callbacks.
 
         Raises:
-            ValueError: if the noise is still to be drawn, so that one loop would take the other's.
+            ValueError: if the noise is still to be drawn, so that one loop would use up the other's.
         """
         if self.inputs.latents is None or self.inputs.renoise_latents is None:
             raise ValueError(
@@ -107,9 +126,9 @@ class ChunkLoop:
 
     @torch.no_grad()
     def run(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield `(chunk, clean latents [B, C, F, H, W])`, the given start first as chunk -1.
+        """Yield `(chunk, clean latents [B, C, F, H, W])`; initial latents come first, as chunk -1.
 
-        An interrupted stream yields the chunk in progress as it stands (its latest latents) and ends.
+        An interrupted stream yields the latest latents of the chunk in progress and ends.
 
         Raises:
             FloatingPointError: if NaN or infinity appears; names chunk and step.
@@ -144,27 +163,27 @@ class ChunkLoop:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Rewrite the K/V of the chunk handed out last, if that is still to be done; before the cache is read or copied."""
+        """Rewrite the K/V of the last chunk, if that is still to be done; call it before the cache is read or copied."""
         if self._stale is not None:
             info, self._stale = self._stale, None
             self._pass(self._recent[-1], info)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Where the loop stands between two refreshed chunks, as tensors and JSON types, without the cache; for `load_state`."""
+        """Return the state between two refreshed chunks, without the cache, as tensors and JSON types for `load_state`."""
         tensors = {f"recent.{index}": latents for index, latents in enumerate(self._recent)}
         tensors |= {} if self._first is None else {"first": self._first}
-        return tensors, {name: getattr(self, name) for name in _FACTS}
+        return tensors, {name: getattr(self, name) for name in _STATE_FIELDS}
 
-    def load_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-        """Stand where the loop stood that `state` was called on."""
-        for name in _FACTS:
-            setattr(self, name, facts[name])
+    def load_state(self, tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        for name in _STATE_FIELDS:
+            setattr(self, name, fields[name])
         count = sum(name.startswith("recent.") for name in tensors)
         self._recent = [tensors[f"recent.{index}"].to(self.device) for index in range(count)]
         self._first = tensors["first"].to(self.device) if "first" in tensors else None
 
     def _remember(self, latents: torch.Tensor) -> None:
-        """Keep the latents of a window; a chunk that a part of the window reaches into is kept whole."""
+        """Keep the latents of one window, in whole chunks."""
         if self._first is None and self.inputs.fields.keep_first_frame:
             self._first = latents[:, :, :1]
         self._recent.append(latents)
@@ -174,10 +193,10 @@ class ChunkLoop:
             del self._recent[0]
 
     def switch_prompt(self, prompt_embeds: torch.Tensor, how: str) -> None:
-        """Between two chunks, go on with another prompt; `how` as in `PROMPT_SWITCHES`.
+        """Switch to another prompt between two chunks; `how` is one of `PROMPT_SWITCHES`.
 
-        Re-caching is one pass without a mask over the frames of the window, at their own positions. With a global sink that
-        the window has left behind, the sink stays, and the frames behind it attend to it.
+        Re-caching is one pass without a mask over the frames of the window, at their own positions. If the sink is global
+        and the window has moved on, the sink stays as it is, and the frames after it attend to it.
         """
         self.refresh()
         self.replace_prompt(prompt_embeds)
@@ -189,6 +208,7 @@ class ChunkLoop:
             self.cache.begin_shot(self.inputs.fields.shot_rope_offset, self.inputs.fields.pin_shots)
 
     def _recache(self) -> None:
+        """Encode the frames of the window again, under the current prompt."""
         fields, done = self.inputs.fields, self._frames_done
         window = done if fields.local_attention_frames == -1 else min(fields.local_attention_frames, done)
         sink = fields.sink_frames if fields.global_sink and window < done else 0
@@ -200,14 +220,13 @@ class ChunkLoop:
         )
 
     def _rebuild(self) -> None:
-        """Fill the cache from clean latents: the last ones, and before them, once there are more than fit, one frame that
-        stands for all that was before."""
+        """Fill the cache from clean latents: the latest ones, after one earlier frame if not all of them fit."""
         fields, done = self.inputs.fields, self._frames_done
         if not done:
             return
         latents, frames = torch.cat(self._recent, dim=2), fields.local_attention_frames - fields.num_frames_per_chunk
         if done > frames:
-            start = self._first if fields.keep_first_frame else self._reencoded(done - frames)
+            start = self._reencoded(done - frames) if self._first is None else self._first
             latents = torch.cat([start, latents[:, :, latents.shape[2] - frames + 1 :]], dim=2)
         offset = done - latents.shape[2]
         self.cache.restart(offset)
@@ -217,6 +236,7 @@ class ChunkLoop:
             offset += piece.shape[2]
 
     def _reencoded(self, frame: int) -> torch.Tensor:
+        """Return latents `[B, C, 1, H, W]` of decoded latent frame `frame`, as the start of a video."""
         if self.reencode is None:
             raise ValueError(
                 "this model's context needs decoded frames, which only a pipeline's stream has: load the model with "
@@ -225,23 +245,25 @@ class ChunkLoop:
         return self.reencode(frame).to(self.device, self._dtype)
 
     def replace_prompt(self, prompt_embeds: torch.Tensor) -> None:
-        """Go on with another prompt; text K/V are computed anew, cached frames stay as they are."""
+        """Use another prompt: its K/V are computed again, cached frames stay as they are."""
         self.prompt_embeds = prompt_embeds
         self.cache.reset_text()
 
     def _fill_context(self) -> torch.Tensor:
+        """Run the passes over the initial latents, and return those latents."""
         fields, frames = self.inputs.fields, self.inputs.context_frames
-        latents = self.inputs.initial_latents[:, :, :frames].to(device=self.device, dtype=self._dtype)
-        if fields.context_mode == "rebuild":  # which the first chunk does
+        latents = self.inputs.context_latents().to(device=self.device, dtype=self._dtype)
+        if fields.context_mode == "rebuild":  # the first chunk fills the cache
             return latents
         offset = 0
         for piece in latents.split(fields.context_pieces(frames), dim=2):
-            # Clean frames by definition: t = 0, whatever noise the refresh of generated chunks carries.
+            # The frames are clean: timestep 0, whatever noise the refresh of generated chunks uses.
             self._pass(piece, PassInfo(-1, "context", 0, 0.0, offset, piece.shape[2]))
             offset += piece.shape[2]
         return latents
 
     def _denoise(self, chunk: int, offset: int, frames: int) -> torch.Tensor:
+        """Return the clean latents of a chunk."""
         self._scheduler.set_timesteps(chunk_index=chunk)
         timesteps = self._scheduler.timesteps.tolist()
         start = self.inputs.clamped if chunk == 0 else None
@@ -251,6 +273,7 @@ class ChunkLoop:
         for step, timestep in enumerate(timesteps):
             info = PassInfo(chunk, "denoise", step, float(timestep), offset, frames, self._share(chunk))
             flow = self._pass(sample, info, 0 if start is None else start.shape[2])
+            assert flow is not None  # only passes with cache_only may return None
             noise = None
             if step < self.inputs.fields.num_renoises(chunk):
                 noise = self.inputs.renoise(chunk, step, frames, flow.device, flow.dtype)
@@ -262,20 +285,14 @@ class ChunkLoop:
             self._steps_done += 1
             if self.interrupted():
                 break
-        # One look per chunk: a look per step would stall the device each time.
-        for step, fine in enumerate(torch.stack(finite).tolist()):
-            if not fine:
-                raise FloatingPointError(
-                    f"NaN or infinity in chunk {chunk}, step {step} (timestep {timesteps[step]:g}): run the transformer in "
-                    "bfloat16 or float32, and check prompt_embeds, latents and, if it is quantized, its calibration"
-                )
+        _check_finite(torch.stack(finite), chunk, timesteps)
         return sample
 
     def _share(self, chunk: int) -> float:
         return self.inputs.fields.pass_share(chunk, self.inputs.context_frames)
 
-    def _pass(self, latents: torch.Tensor, info: PassInfo, clamped: int = 0) -> torch.Tensor:
-        """One pass, its first `clamped` frames at timestep 0."""
+    def _pass(self, latents: torch.Tensor, info: PassInfo, clamped: int = 0) -> torch.Tensor | None:
+        """Run one pass, its first `clamped` frames at timestep 0."""
         if self.on_pass is not None:
             self.on_pass(info)
         timestep = torch.full((latents.shape[0],), info.timestep, device=latents.device)
@@ -293,5 +310,18 @@ class ChunkLoop:
 
 
 def _clamp(sample: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
-    """`sample [B, C, F, H, W]`, its first frames replaced by `start`."""
+    """Return `sample [B, C, F, H, W]` with its first frames replaced by `start`."""
     return sample if start is None else torch.cat([start, sample[:, :, start.shape[2] :]], dim=2)
+
+
+def _check_finite(finite: torch.Tensor, chunk: int, timesteps: list[float]) -> None:
+    """Raise FloatingPointError at the first step whose entry of `finite [steps]` is False.
+
+    It runs once per chunk: reading the result after every step would stall the device each time.
+    """
+    for step, fine in enumerate(finite.tolist()):
+        if not fine:
+            raise FloatingPointError(
+                f"NaN or infinity in chunk {chunk}, step {step} (timestep {timesteps[step]:g}): run the transformer in "
+                "bfloat16 or float32, and check prompt_embeds, latents and, if it is quantized, its calibration"
+            )

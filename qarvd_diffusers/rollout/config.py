@@ -1,18 +1,19 @@
-"""`CausalFields`: the few values in which the members of the causal Wan family differ."""
+"""Define `RolloutConfig`: the values in which the members of the causal Wan family differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 PROMPT_SWITCHES = ("keep", "recache", "new_text_only", "cut")
-"""What becomes of cached frames when the prompt changes. `keep`: they stay as they are, the picture goes on and follows
-slowly. `recache`: the frames in the window are encoded anew under the new prompt (LongLive, arXiv 2509.22622).
-`new_text_only`: they are forgotten, which cuts to a new scene. `cut`: they stay, and the next chunk begins a new shot, as
-far away in time as `shot_rope_offset` says (LongLive 2.0; Infinity-RoPE, arXiv 2511.20649)."""
+"""What happens to cached frames when the prompt changes. `keep`: they stay, and the picture follows the new prompt slowly.
+`recache`: the frames in the window are encoded again under the new prompt (LongLive, arXiv 2509.22622). `new_text_only`:
+they are dropped, which cuts to a new scene. `cut`: they stay, and the next chunk begins a new shot, `shot_rope_offset`
+positions away (LongLive 2.0; Infinity-RoPE, arXiv 2511.20649)."""
 
 ROPE_MODES = ("absolute", "window")
 CONTEXT_MODES = ("refresh", "rebuild")
@@ -20,8 +21,8 @@ SAMPLERS = ("renoise", "unipc")
 
 
 @dataclass(frozen=True)
-class CausalFields:
-    """How a causal video model rolls out; stored in the pipeline config, checked at construction.
+class RolloutConfig:
+    """Describe how a causal video model rolls out; stored in the pipeline config, checked at construction.
 
     Attributes:
         num_frames_per_chunk: latent frames generated together.
@@ -30,24 +31,24 @@ class CausalFields:
         warp_timesteps: map the timesteps through the shifted noise table before use.
         timestep_shift: shift of the noise table.
         context_noise: timestep of the passes that write clean latents into the K/V cache.
-        local_attention_frames: latent frames a chunk can see, sink and the chunk itself included; -1 is all.
+        local_attention_frames: latent frames that a chunk can see, including the sink and itself; -1 is all.
         sink_frames: first latent frames that are never evicted.
-        independent_first_frame: the first chunk of a video (or of its given start) is a single latent frame.
-        on_prompt_switch: what a new prompt does to the cached frames when a call does not say, one of `PROMPT_SWITCHES`.
-        global_sink: re-caching leaves the sink as it was encoded under the first prompt, once the window has moved on.
-        rope_mode: `absolute`: a frame's position is its index in the video. `window`: its place among the frames that are
-            visible, so that no position ever exceeds the window.
+        independent_first_frame: the first chunk of a video (or of its initial latents) is a single latent frame.
+        on_prompt_switch: what a new prompt does to the cached frames if a call does not say, one of `PROMPT_SWITCHES`.
+        global_sink: once the window has moved on, re-caching keeps the sink as encoded under the first prompt.
+        rope_mode: `absolute`: a frame's position is its index in the video. `window`: its index among the visible frames,
+            so that no position exceeds the window.
         sink_ema: share of the old sink when the frames that leave the window are averaged into it; None keeps the sink.
-        shot_rope_offset: positions by which the chunk behind a cut stands further away from what was before: with absolute
-            positions all later chunks too, in a window, where positions are counted anew, that chunk alone.
-        shot_prefix: text that the prompt of a cut begins with; `set_prompt` puts it there.
-        pin_shots: the first chunk of the latest shot is not evicted while it stands right behind the sink.
-        context_mode: `refresh`: a pass on every chunk's clean latents leaves its K/V in the cache. `rebuild`: the cache is
-            thrown away before every chunk and filled from the latest clean latents, in chunks of their own (Krea Realtime).
-        keep_first_frame: a rebuilt context begins with the video's first frame; else with the frame that has just left,
-            decoded and encoded anew as a picture, as a video begins with one.
-        clamped_start: a given start need not be whole chunks: what is left of it begins generated chunk 0, at timestep 0,
-            and is put back after every step.
+        shot_rope_offset: positions added between the chunk after a cut and the frames before. With absolute positions this
+            also moves all later chunks; in a window, where every pass counts positions again, only that chunk.
+        shot_prefix: text that `set_prompt` adds in front of the prompt of a cut.
+        pin_shots: the first chunk of the latest shot is not evicted while it stands right after the sink.
+        context_mode: `refresh`: a pass over every chunk's clean latents writes its K/V into the cache. `rebuild`: before
+            every chunk the cache is emptied and filled from the latest clean latents, chunk by chunk (Krea Realtime).
+        keep_first_frame: a rebuilt context begins with the video's first frame; else with the frame that has just left the
+            window, decoded and encoded again as a single picture, like the start of a video.
+        clamped_start: initial latents need not be whole chunks: the rest begins generated chunk 0, at timestep 0, and is
+            restored after every step.
         sampler: `renoise` (`FewStepRenoiseScheduler`) or `unipc` (`ChunkUniPCScheduler`), which draws no noise.
     """
 
@@ -78,19 +79,16 @@ class CausalFields:
             object.__setattr__(self, name, None if value is None else tuple(value))
         self._check()
 
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
     def _check(self) -> None:
-        def require(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-
-        def falls(steps: tuple[float, ...]) -> bool:
-            pairs = itertools.pairwise(steps)
-            return len(steps) > 0 and all(0 <= t <= 1000 for t in steps) and all(a > b for a, b in pairs)
-
+        require = self._require
         require(self.num_frames_per_chunk >= 1, "num_frames_per_chunk", "a positive integer")
-        require(falls(self.denoising_timesteps), "denoising_timesteps", "falling numbers in [0, 1000]")
+        require(_is_falling(self.denoising_timesteps), "denoising_timesteps", "falling numbers in [0, 1000]")
         first = self.first_chunk_timesteps
-        require(first is None or falls(first), "first_chunk_timesteps", "None or falling numbers in [0, 1000]")
+        require(first is None or _is_falling(first), "first_chunk_timesteps", "None or falling numbers in [0, 1000]")
         require(self.timestep_shift > 0, "timestep_shift", "a positive number")
         require(0 <= self.context_noise <= 1000, "context_noise", "a timestep in [0, 1000]")
         require(self.on_prompt_switch in PROMPT_SWITCHES, "on_prompt_switch", f"one of {', '.join(PROMPT_SWITCHES)}")
@@ -102,7 +100,17 @@ class CausalFields:
             f"-1 (all) or at least sink_frames + num_frames_per_chunk = {least}",
         )
         require(self.rope_mode in ROPE_MODES, "rope_mode", f"one of {', '.join(ROPE_MODES)}")
-        chunk, window = self.num_frames_per_chunk, self.local_attention_frames
+        self._check_window()
+        require(
+            not (self.clamped_start and self.independent_first_frame),
+            "clamped_start",
+            "False where independent_first_frame makes the first frame a chunk",
+        )
+        require(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
+
+    def _check_window(self) -> None:
+        """Check the fields that need a window of a certain size."""
+        require, chunk, window = self._require, self.num_frames_per_chunk, self.local_attention_frames
         averages = self.rope_mode == "window" and self.sink_frames == chunk and window > 0 and window % chunk == 0
         require(
             self.sink_ema is None or (0 < self.sink_ema < 1 and averages and not self.independent_first_frame),
@@ -111,7 +119,7 @@ class CausalFields:
             "is a whole number of chunks",
         )
         require(self.shot_rope_offset >= 0, "shot_rope_offset", "0 or a positive number of latent frames")
-        holds = (window == -1 or window >= least + chunk) and self.sink_ema is None
+        holds = (window == -1 or window >= self.sink_frames + 2 * chunk) and self.sink_ema is None
         require(
             not self.pin_shots or holds, "pin_shots", "False, or sink_ema None and a window of the sink and two chunks"
         )
@@ -123,35 +131,29 @@ class CausalFields:
             "'refresh' here: 'rebuild' needs local_attention_frames of two or more whole chunks, no sink_frames and no "
             "independent_first_frame",
         )
-        require(
-            not (self.clamped_start and self.independent_first_frame),
-            "clamped_start",
-            "False where independent_first_frame makes the first frame a chunk",
-        )
-        require(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Names of the fields, in order."""
+        """Return the names of the fields, in order."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> CausalFields:
+    def from_config(cls, config: Mapping[str, Any]) -> RolloutConfig:
         """Take the fields out of a larger mapping such as a pipeline config; absent ones keep their defaults."""
         return cls(**{name: config[name] for name in cls.names() if name in config})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return the fields as plain JSON types."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def timesteps_of_chunk(self, chunk: int) -> tuple[float, ...]:
-        """Un-warped denoising timesteps of generated chunk `chunk`."""
+        """Return the un-warped denoising timesteps of generated chunk `chunk`."""
         first = self.first_chunk_timesteps
         return first if chunk == 0 and first is not None else self.denoising_timesteps
 
     def passes(self, chunk: int, context_frames: int = 0) -> dict[str, int]:
-        """How many passes of which role generated chunk `chunk` behind `context_frames` given frames takes."""
+        """Return the number of passes per role of generated chunk `chunk` after `context_frames` initial frames."""
         counts = {"denoise": len(self.timesteps_of_chunk(chunk))}
         if self.context_mode == "refresh":
             return counts | {"refresh": 1}
@@ -162,12 +164,12 @@ class CausalFields:
         return counts | {"rebuild": seen}
 
     def pass_share(self, chunk: int, context_frames: int = 0) -> float:
-        """`PassInfo.share` of the passes of a chunk: passes of a late chunk over its own."""
+        """Return `PassInfo.share` of the passes of a chunk: the passes of a late chunk over its own."""
         late = max(1, self.local_attention_frames)
         return sum(self.passes(late).values()) / sum(self.passes(chunk, context_frames).values())
 
     def num_renoises(self, chunk: int) -> int:
-        """Noise draws behind the starting noise of generated chunk `chunk`."""
+        """Return the number of noise draws after the starting noise of generated chunk `chunk`."""
         return len(self.timesteps_of_chunk(chunk)) - 1 if self.sampler == "renoise" else 0
 
     @property
@@ -176,11 +178,11 @@ class CausalFields:
         return self.context_mode == "rebuild" and not self.keep_first_frame
 
     def context_frames(self, num_frames: int) -> int:
-        """How many of `num_frames` given latent frames get passes of their own; the rest begin generated chunk 0."""
+        """Return how many of `num_frames` initial latent frames get passes of their own; the rest begin generated chunk 0."""
         return num_frames - (num_frames % self.num_frames_per_chunk if self.clamped_start else 0)
 
     def context_pieces(self, num_frames: int) -> list[int]:
-        """Latent frames per context pass for `num_frames` given latent frames.
+        """Return the latent frames of each context pass for `num_frames` initial latent frames.
 
         Raises:
             ValueError: if the frames do not split into whole chunks.
@@ -194,12 +196,12 @@ class CausalFields:
         return lead + [self.num_frames_per_chunk] * chunks
 
     def chunk_frames(self, chunk: int, context_frames: int = 0) -> int:
-        """Latent frames of generated chunk `chunk` behind `context_frames` given ones."""
+        """Return the latent frames of generated chunk `chunk` after `context_frames` initial ones."""
         alone = self.independent_first_frame and chunk == 0 and context_frames == 0
         return 1 if alone else self.num_frames_per_chunk
 
     def chunks(self, num_chunks: int | None, context_frames: int = 0) -> Iterator[tuple[int, int, int]]:
-        """`(chunk, frame_offset, num_frames)` of every generated chunk; without end for `num_chunks=None`."""
+        """Yield `(chunk, frame_offset, num_frames)` of every generated chunk; endless for `num_chunks=None`."""
         chunk, offset = 0, context_frames
         while num_chunks is None or chunk < num_chunks:
             frames = self.chunk_frames(chunk, context_frames)
@@ -207,7 +209,7 @@ class CausalFields:
             chunk, offset = chunk + 1, offset + frames
 
     def count_chunks(self, num_frames: int, context_frames: int = 0, source: str = "num_frames") -> int:
-        """How many chunks generate `num_frames` latent frames behind `context_frames` given ones.
+        """Return the number of chunks that generate `num_frames` latent frames after `context_frames` initial ones.
 
         Raises:
             ValueError: if the frames do not split into whole chunks; names `source`.
@@ -216,7 +218,18 @@ class CausalFields:
         chunks, rest = divmod(num_frames - first, self.num_frames_per_chunk)
         if num_frames < first or rest:
             raise ValueError(
-                f"{source} asks for {num_frames} generated latent frames, which is no whole number of chunks: the first "
+                f"{source} asks for {num_frames} generated latent frames, which is not a whole number of chunks: the first "
                 f"chunk has {first}, every other has {self.num_frames_per_chunk}"
             )
         return chunks + 1
+
+
+def _is_falling(steps: tuple[float, ...]) -> bool:
+    return len(steps) > 0 and all(0 <= t <= 1000 for t in steps) and all(a > b for a, b in itertools.pairwise(steps))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CausalFields":  # the name of version 0.1
+        warnings.warn("CausalFields was renamed: use RolloutConfig instead", DeprecationWarning, stacklevel=2)
+        return RolloutConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

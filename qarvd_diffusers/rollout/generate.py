@@ -1,4 +1,4 @@
-"""`run_stream`: the generator behind a `Stream`, which drives the chunk loop, the decoder and the callbacks."""
+"""Generate the chunks of a `Stream`: run the chunk loop, the decoder and the callbacks."""
 
 from __future__ import annotations
 
@@ -11,46 +11,48 @@ import torch
 from torch import Tensor
 
 from .chunk_loop import ChunkLoop
-from .decode_queue import DecodeQueue, Decoder
-from .output import Chunk
+from .decode_queue import DecodeQueue
+from .decoder import CheckedDecoder, StatefulDecoder
+from .output import Chunk, Frames
 from .pass_info import PassInfo
 from .reencoding import ReencodingDecoder
-from .session import StreamSession
+from .session import LiveStream, StepCallback, StreamRequest, StreamSession
 
 if TYPE_CHECKING:
     from .host import StreamHost
 
 
-@torch.inference_mode(False)  # a stream may be stepped inside and outside of it by turns: what it keeps must fit both
+@torch.inference_mode(False)  # the caller may iterate inside and outside of it by turns: what is kept must fit both
 @torch.no_grad()
 def run_stream(pipe: StreamHost, session: StreamSession) -> Generator[Chunk]:
-    """Make the chunks of a stream; whatever ends it, its memory is returned and the pipeline left as it was."""
+    """Make the chunks of a stream; however it ends, free its memory and leave the pipeline as it was."""
+    request = session.request
     pipe._interrupt = False
-    pipe._num_timesteps = session.inputs.num_steps
+    pipe._num_timesteps = request.inputs.num_steps
     try:
-        loop = session.loop = pipe.make_loop(session.inputs, kv_cache=session.kv_cache, **session.text)
-        session.decoder = _make_decoder(pipe, session)
-        if session.saved is not None:
-            session.saved.restore(loop, session.decoder)
-        loop.on_pass = _pass_hook(pipe, session.on_pass)
+        loop = pipe.make_loop(request.inputs, kv_cache=request.kv_cache, **request.text)
+        session.live = live = LiveStream(loop, _make_decoder(pipe, request))
+        if request.saved is not None:
+            request.saved.restore(loop, live.decoder)
+        loop.on_pass = _pass_hook(pipe, request.on_pass)
         loop.interrupted = lambda: pipe._interrupt or session.closing
-        loop.before_chunk = lambda: _switch_prompt(pipe, session)
-        loop.reencode = getattr(session.decoder, "reencode", None)
-        with _progress_bar(pipe, session.inputs.num_steps) as bar:
-            loop.on_step = _step_hook(pipe, loop, bar, *session.callback)
-            yield from _chunks(pipe, session, loop)
+        loop.before_chunk = lambda: _switch_prompt(pipe, session, loop)
+        loop.reencode = live.decoder.reencode if isinstance(live.decoder, ReencodingDecoder) else None
+        with _progress_bar(pipe, request.inputs.num_steps) as bar:
+            loop.on_step = _step_hook(pipe, loop, bar, request.callback)
+            yield from _chunks(pipe, request, live)
     finally:
         session.release()
         pipe._current_timestep = None
         pipe.maybe_free_model_hooks()
 
 
-def _make_decoder(pipe: StreamHost, session: StreamSession) -> Decoder | None:
-    """The stream's decoder; None where neither its consumer nor the model asks for pixels."""
-    fields = session.inputs.fields
-    if session.output_type == "latent" and not fields.reencodes:
+def _make_decoder(pipe: StreamHost, request: StreamRequest) -> StatefulDecoder | None:
+    """Return the stream's decoder; None if neither the caller nor the model needs pixels."""
+    fields = request.inputs.fields
+    if request.output_type == "latent" and not fields.reencodes:
         return None
-    decoder = (session.make_decoder or pipe.make_decoder)()
+    decoder = request.decoder or CheckedDecoder(pipe.make_decoder())
     if not fields.reencodes:
         return decoder
     return ReencodingDecoder(
@@ -58,62 +60,64 @@ def _make_decoder(pipe: StreamHost, session: StreamSession) -> Decoder | None:
     )
 
 
-def _watched(rollout: Iterator[tuple[int, Tensor]], decoder: Decoder | None) -> Iterator[tuple[int, Tensor]]:
-    """The chunks of a rollout, seen by a decoder whose frames nobody wants but the model."""
-    for index, latents in rollout:
-        if decoder is not None:
-            decoder.decode(latents)
-        yield index, latents
-
-
-def _chunks(pipe: StreamHost, session: StreamSession, loop: ChunkLoop) -> Generator[Chunk]:
-    """Drive the loop, decode, and time each chunk without the time its consumer takes."""
-    rollout, start = loop.run(), time.perf_counter()
-    if session.output_type == "latent":
-        done = ((index, latents, latents) for index, latents in _watched(rollout, session.decoder))
-    else:
-        queue = DecodeQueue(session.decoder, pipe.video_processor, session.output_type, session.overlap_decoding)
-        done = itertools.chain.from_iterable(
-            itertools.chain((queue.put(*chunk) for chunk in rollout), (queue.rest(),))
-        )
-    for chunk in done:
-        yield Chunk(*chunk, time.perf_counter() - start)
+def _chunks(pipe: StreamHost, request: StreamRequest, live: LiveStream) -> Iterator[Chunk]:
+    """Run the loop, decode, and time each chunk without the time that the caller takes."""
+    start = time.perf_counter()
+    for index, frames, latents in _decoded(pipe, request, live):
+        yield Chunk(index, frames, latents, time.perf_counter() - start)
         start = time.perf_counter()
 
 
-def _switch_prompt(pipe: StreamHost, session: StreamSession) -> None:
-    if changes := session.encode_changes(pipe):
+def _decoded(pipe: StreamHost, request: StreamRequest, live: LiveStream) -> Iterator[tuple[int, Frames, Tensor]]:
+    """Yield `(index, frames, latents)` of the chunks."""
+    rollout, decoder = live.loop.run(), live.decoder
+    if request.output_type == "latent" or decoder is None:
+        for index, latents in rollout:
+            if decoder is not None:  # only the model needs the pixels
+                decoder.decode(latents)
+            yield index, latents, latents
+        return
+    queue = DecodeQueue(decoder, pipe.video_processor, request.output_type, request.overlap_decoding)
+    for index, latents in rollout:
+        yield from queue.put(index, latents)
+    yield from queue.rest()
+
+
+def _switch_prompt(pipe: StreamHost, session: StreamSession, loop: ChunkLoop) -> None:
+    """Apply the first of the session's prompt changes, if there is one."""
+    if changes := session.encode_changes(pipe, loop.prompt_embeds):
         change = changes.pop(0)
-        session.loop.switch_prompt(pipe.embed_prompt(**change.text), change.how)
+        loop.switch_prompt(pipe.embed_prompt(**change.text), change.how)
 
 
 def _progress_bar(pipe: StreamHost, num_steps: int | None) -> Any:
-    # tqdm only leaves out the total if it is given something to count.
+    """Return a progress bar; without a total for an endless stream."""
+    # tqdm leaves out the total only if it gets an iterable.
     return pipe.progress_bar(itertools.count()) if num_steps is None else pipe.progress_bar(total=num_steps)
 
 
-def _pass_hook(pipe: StreamHost, also: Callable[[PassInfo], None] | None) -> Callable[[PassInfo], None]:
-    """What happens before a pass: `current_timestep` tells it, then the user's `on_pass` is called."""
+def _pass_hook(pipe: StreamHost, callback: Callable[[PassInfo], None] | None) -> Callable[[PassInfo], None]:
+    """Return the hook that runs before a pass: it sets `current_timestep` and calls the caller's `on_pass`."""
 
     def on_pass(info: PassInfo) -> None:
         pipe._current_timestep = info.timestep
-        if also is not None:
-            also(info)
+        if callback is not None:
+            callback(info)
 
     return on_pass
 
 
 def _step_hook(
-    pipe: StreamHost, loop: ChunkLoop, bar: Any, callback: Callable | None, names: tuple[str, ...]
+    pipe: StreamHost, loop: ChunkLoop, bar: Any, callback: StepCallback
 ) -> Callable[[int, float, torch.Tensor], torch.Tensor]:
-    """What happens after a denoising step: progress, then the user's callback, whose tensors replace the loop's."""
+    """Return the hook that runs after a denoising step: progress, then the caller's callback, which may replace tensors."""
 
     def on_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
         bar.update()
-        if callback is None:
+        if callback.function is None:
             return latents
         known = {"latents": latents, "prompt_embeds": loop.prompt_embeds}
-        replaced = callback(pipe, step, timestep, {name: known[name] for name in names}) or {}
+        replaced = callback.function(pipe, step, timestep, {name: known[name] for name in callback.tensor_names}) or {}
         if replaced.get("prompt_embeds", loop.prompt_embeds) is not loop.prompt_embeds:
             loop.replace_prompt(replaced["prompt_embeds"])
         return replaced.get("latents", latents)

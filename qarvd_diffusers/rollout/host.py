@@ -1,8 +1,8 @@
-"""Protocols of the pipeline that hosts a stream: what a rollout, and what is built on rollouts, may ask of it."""
+"""Declare what a rollout, and what is built on rollouts, needs of the pipeline that hosts it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from .chunk_loop import ChunkLoop
-from .config import CausalFields
-from .decode_queue import Decoder
+from .config import RolloutConfig
+from .decoder import Decoder
 from .inputs import StreamInputs
+from .output import Chunk
 
 
 class StreamHost(Protocol):
-    """What one stream asks of its pipeline.
+    """A pipeline, as one stream uses it; `StreamableMixin` makes one of a `DiffusionPipeline`.
 
     Attributes:
         transformer: the causal model.
-        device: where the pipeline lies.
-        text_encoder: None where embeddings are passed.
+        text_encoder: None if prompts are embeddings.
         text_encoder_offload: one of `text_encoder.OFFLOADS`.
-        video_processor: turns pixels into the output type.
+        video_processor: converts pixels to the output type.
         vae_scale_factor_temporal: pixel frames per latent frame.
     """
 
@@ -37,40 +37,50 @@ class StreamHost(Protocol):
     _num_timesteps: int | None
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Device of the components."""
 
     @property
-    def _execution_device(self) -> torch.device: ...
+    def _execution_device(self) -> torch.device:
+        """Device of the passes; another than `device` if components are offloaded."""
 
     @property
-    def causal_fields(self) -> CausalFields: ...
+    def rollout_config(self) -> RolloutConfig:
+        """How the model rolls out."""
 
-    def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop: ...
+    def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:
+        """Return a loop at the start of a stream; `text` are the arguments of `encode_prompt`."""
 
-    def make_decoder(self) -> Decoder: ...
+    def make_decoder(self) -> Decoder:
+        """Return a decoder for one stream."""
 
-    def embed_prompt(self, **text: Any) -> Tensor: ...
+    def embed_prompt(self, **text: Any) -> Tensor:
+        """Return text embeddings `[B, text_tokens, text_dim]` on the transformer's device, in its dtype."""
 
-    def encode_frames(self, pixels: Tensor) -> Tensor: ...
+    def encode_frames(self, pixels: Tensor) -> Tensor:
+        """Encode pixels `[B, 3, F, height, width]` in [-1, 1] to normalized latents."""
 
     def check_prompt(
         self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, batch: int | None = None
-    ) -> int: ...
+    ) -> int:
+        """Check a prompt and return its batch size; raises ValueError if that is not `batch`."""
 
-    def maybe_free_model_hooks(self) -> None: ...
+    def maybe_free_model_hooks(self) -> None:
+        """Move offloaded components back, see `DiffusionPipeline`."""
 
-    def progress_bar(self, iterable: Any = None, total: int | None = None) -> AbstractContextManager[Any]: ...
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> AbstractContextManager[Any]:
+        """Return a progress bar, see `DiffusionPipeline`."""
 
 
 class PipelineHost(StreamHost, Protocol):
-    """What calibration, memory plans and evaluation ask of a pipeline besides: whole rollouts, and where it lies.
+    """A pipeline, as calibration, memory plans and evaluation use it: they run whole rollouts and move the pipeline.
 
     Attributes:
         config: the pipeline's fields.
         source: folder or Hub id that it was loaded from, or None.
         kv_cache: storage of keys and values of new streams.
         window: latent frames that new streams keep, or None.
-        vae: None where another decoder is given.
+        vae: None if the caller passes a decoder.
     """
 
     config: Mapping[str, Any]
@@ -79,14 +89,20 @@ class PipelineHost(StreamHost, Protocol):
     window: int | None
     vae: nn.Module | None
 
-    def encode_prompt(self, prompt: str | list[str] | None = None, **options: Any) -> Tensor: ...
+    def encode_prompt(self, prompt: str | list[str] | None = None, **options: Any) -> Tensor:
+        """Return text embeddings `[B, text_tokens, text_dim]`, zero beyond each prompt."""
 
-    def check_stream_inputs(self, **arguments: Any) -> StreamInputs: ...
+    def check_stream_inputs(self, **arguments: Any) -> StreamInputs:
+        """Check the arguments of `stream`, and return those about noise, size and length."""
 
-    def stream(self, prompt: str | list[str] | None = None, **options: Any) -> Any: ...
+    def stream(self, prompt: str | list[str] | None = None, **options: Any) -> Iterator[Chunk]:
+        """Generate chunk by chunk."""
 
-    def offload_text_encoder(self, mode: str, device: torch.device | str | None = None) -> None: ...
+    def offload_text_encoder(self, mode: str, device: torch.device | str | None = None) -> None:
+        """Choose where the text encoder is kept between prompts; `mode` is one of `text_encoder.OFFLOADS`."""
 
-    def set_progress_bar_config(self, **options: Any) -> None: ...
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set options of progress bars, see `DiffusionPipeline`."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the pipeline, see `DiffusionPipeline`."""

@@ -1,4 +1,4 @@
-"""`StreamInputs`: what one stream is started from, checked before anything runs."""
+"""Hold and check what one stream starts from, before anything runs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .config import CausalFields
+from .config import RolloutConfig
 
 
 @dataclass
 class StreamInputs:
-    """Noise and start of one stream.
+    """Hold the noise and the start of one stream.
 
     Attributes:
         fields: how the model rolls out.
         shape: `(batch, channels, height, width)` of the latents.
-        num_chunks: chunks to generate; None goes on without end.
+        num_chunks: chunks to generate; None for an endless stream.
         latents: noise of all chunks `[B, C, F, H, W]`, or None to draw it.
         renoise_latents: noise added between denoising steps, `[num_chunks, num_steps - 1, B, C, frames, H, W]` or a
             sequence of one tensor per chunk; a smaller first chunk takes the leading frames. None draws it.
-        initial_latents: clean latents `[B, C, F, H, W]` the video starts with, or None.
+        initial_latents: clean latents `[B, C, F, H, W]` that the video starts with, or None.
         generator: source of the noise that is drawn.
     """
 
-    fields: CausalFields
+    fields: RolloutConfig
     shape: tuple[int, int, int, int]
     num_chunks: int | None = None
     latents: torch.Tensor | None = None
@@ -45,11 +45,12 @@ class StreamInputs:
                     f"{name} has shape {list(tensor.shape)}, expected [{batch}, {channels}, F, {height}, {width}] "
                     "(batch of the prompt, channels of the transformer)"
                 )
-        self.fields.context_pieces(self.context_frames)  # raises where it does not split
+        self.fields.context_pieces(self.context_frames)  # raises if they do not split
         self._check_renoise()
         check_generator(self.generator, batch)
 
     def _check_renoise(self) -> None:
+        """Raise ValueError if `renoise_latents` have too few chunks, or a chunk has another shape."""
         if self.renoise_latents is None:
             return
         count = len(self.renoise_latents)
@@ -68,19 +69,25 @@ class StreamInputs:
 
     @property
     def context_frames(self) -> int:
-        """Given latent frames that come before generated chunk 0."""
+        """Initial latent frames before generated chunk 0."""
         return 0 if self.initial_latents is None else self.fields.context_frames(self.initial_latents.shape[2])
 
     @property
     def clamped(self) -> torch.Tensor | None:
-        """Given latents `[B, C, F, H, W]` with which generated chunk 0 begins, F less than a chunk; None without any."""
+        """Initial latents `[B, C, F, H, W]` that generated chunk 0 begins with, F less than a chunk; or None."""
         context = self.context_frames
-        whole = self.initial_latents is None or context == self.initial_latents.shape[2]
-        return None if whole else self.initial_latents[:, :, context:]
+        if self.initial_latents is None or context == self.initial_latents.shape[2]:
+            return None
+        return self.initial_latents[:, :, context:]
+
+    def context_latents(self) -> torch.Tensor:
+        """Return the initial latents `[B, C, context_frames, H, W]` before generated chunk 0; there must be some."""
+        assert self.initial_latents is not None
+        return self.initial_latents[:, :, : self.context_frames]
 
     @property
     def num_latent_frames(self) -> int | None:
-        """Latent frames of the whole video, the given ones included; None without end."""
+        """Latent frames of the whole video, the initial ones included; None if endless."""
         if self.num_chunks is None:
             return None
         generated = sum(frames for _, _, frames in self.fields.chunks(self.num_chunks, self.context_frames))
@@ -88,33 +95,34 @@ class StreamInputs:
 
     @property
     def num_steps(self) -> int | None:
-        """Denoising steps of the whole stream; None without end."""
+        """Denoising steps of the whole stream; None if endless."""
         if self.num_chunks is None:
             return None
         return sum(len(self.fields.timesteps_of_chunk(chunk)) for chunk in range(self.num_chunks))
 
     def noise(self, offset: int, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Starting noise of the chunk at absolute frame `offset`."""
+        """Return the starting noise of the chunk at absolute frame `offset`."""
         if self.latents is None:
             return self._draw(frames, device, dtype)
         start = offset - self.context_frames
         return self.latents[:, :, start : start + frames].to(device=device, dtype=dtype)
 
     def renoise(self, chunk: int, step: int, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Noise added after denoising step `step` of generated chunk `chunk`."""
+        """Return the noise added after denoising step `step` of generated chunk `chunk`."""
         if self.renoise_latents is None:
             return self._draw(frames, device, dtype)
         return self.renoise_latents[chunk][step][:, :, :frames].to(device=device, dtype=dtype)
 
     def with_drawn_noise(self, device: torch.device, dtype: torch.dtype) -> StreamInputs:
-        """The same inputs with all noise drawn, in the order in which a stream draws it.
+        """Return the same inputs with all noise drawn, in the order in which a stream draws it.
 
         Raises:
-            ValueError: if the stream has no end.
+            ValueError: if the stream is endless.
         """
         if self.num_chunks is None:
-            raise ValueError("an endless stream needs endless noise: give num_chunks")
-        starts, renoise = [], []
+            raise ValueError("the noise of an endless stream cannot be drawn in advance: give num_chunks")
+        starts: list[torch.Tensor] = []
+        renoise: list[torch.Tensor] = []
         for chunk, offset, frames in self.fields.chunks(self.num_chunks, self.context_frames):
             starts.append(self.noise(offset, frames, device, dtype))
             steps = self.fields.num_renoises(chunk)
@@ -125,18 +133,18 @@ class StreamInputs:
     def _draw(self, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         batch, channels, height, width = self.shape
         shape = (batch, channels, frames, height, width)
-        # Drawn in float32: a seed then means the same noise in every compute dtype.
+        # In float32, so that a seed gives the same noise in every compute dtype.
         return randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32).to(dtype)
 
 
 def check_generator(generator: Any, batch: int) -> None:
-    """Refuse what is no source of noise for `batch` samples.
+    """Check that `generator` is a source of noise for `batch` samples.
 
     Raises:
-        ValueError: named.
+        ValueError: if it is not.
     """
-    given = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    if not all(isinstance(one, torch.Generator) for one in given):
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in generators):
         raise ValueError(
             f"generator is {generator!r}, expected a torch.Generator, such as torch.Generator().manual_seed(0), a list of one "
             "per sample, or None"
@@ -145,11 +153,11 @@ def check_generator(generator: Any, batch: int) -> None:
         raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one, or one per sample")
 
 
-def check_tensors(**given: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
-    """Raise ValueError if an argument, called by its name, is given and is no float tensor; `renoise_latents` may be several."""
-    for name, value in given.items():
-        several = name == "renoise_latents" and isinstance(value, list | tuple)
-        for tensor in value if several else [value]:
+def check_tensors(**arguments: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
+    """Raise ValueError if a named argument is neither None nor a float tensor; `renoise_latents` may be a list of them."""
+    for name, value in arguments.items():
+        tensors = value if name == "renoise_latents" and isinstance(value, list | tuple) else [value]
+        for tensor in tensors:
             if tensor is None:
                 continue
             if not isinstance(tensor, torch.Tensor):
@@ -160,10 +168,10 @@ def check_tensors(**given: torch.Tensor | Sequence[torch.Tensor] | None) -> None
 
 
 def whole_number(name: str, value: Any, expected: str) -> int:
-    """A number that was given as an integer.
+    """Return `value` as an int.
 
     Raises:
-        ValueError: it is of another type; names it.
+        ValueError: if it is not an integer; names it.
     """
     try:
         return operator.index(value)
@@ -172,7 +180,7 @@ def whole_number(name: str, value: Any, expected: str) -> int:
 
 
 def resolve_num_chunks(
-    fields: CausalFields,
+    fields: RolloutConfig,
     context_frames: int,
     *,
     num_chunks: int | None,
@@ -181,32 +189,32 @@ def resolve_num_chunks(
     renoise_latents: torch.Tensor | Sequence[torch.Tensor] | None,
     temporal_scale: int,
 ) -> int | None:
-    """The number of chunks that all given arguments agree on; None if nothing says it.
+    """Return the number of chunks that all arguments agree on; None if no argument says it.
 
     Args:
-        num_frames: pixel frames of the whole video, given ones included.
-        temporal_scale: pixel frames per latent frame behind the first.
+        num_frames: pixel frames of the whole video, initial ones included.
+        temporal_scale: pixel frames per latent frame after the first.
 
     Raises:
-        ValueError: if they disagree, or a length is no whole number of chunks.
+        ValueError: if they disagree, or a length is not a whole number of chunks.
     """
-    said: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     if num_chunks is not None:
         expected = "an integer of at least 1, or None for an endless stream"
         if whole_number("num_chunks", num_chunks, expected) < 1:
             raise ValueError(f"num_chunks is {num_chunks}, expected {expected}")
-        said["num_chunks"] = num_chunks
+        lengths["num_chunks"] = num_chunks
     if num_frames is not None:
         whole_number("num_frames", num_frames, f"an integer, a multiple of {temporal_scale} plus 1, such as 81")
         latent_frames, rest = divmod(num_frames - 1, temporal_scale)
         if num_frames < 1 or rest:
             raise ValueError(f"num_frames is {num_frames}, expected a multiple of {temporal_scale} plus 1, such as 81")
         source = f"num_frames = {num_frames}"
-        said[source] = fields.count_chunks(latent_frames + 1 - context_frames, context_frames, source)
+        lengths[source] = fields.count_chunks(latent_frames + 1 - context_frames, context_frames, source)
     if latents is not None and latents.ndim == 5:
-        said["latents"] = fields.count_chunks(latents.shape[2], context_frames, "latents")
-    if len(set(said.values())) > 1:
-        raise ValueError(f"arguments ask for different numbers of chunks: {said}")
-    if said:
-        return next(iter(said.values()))
+        lengths["latents"] = fields.count_chunks(latents.shape[2], context_frames, "latents")
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"arguments ask for different numbers of chunks: {lengths}")
+    if lengths:
+        return next(iter(lengths.values()))
     return None if renoise_latents is None else len(renoise_latents)

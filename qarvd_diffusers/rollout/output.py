@@ -1,8 +1,9 @@
-"""What pipelines hand out."""
+"""Define what pipelines return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -19,8 +20,8 @@ class Chunk:
     """One step of a stream.
 
     Attributes:
-        index: index of the generated chunk; -1 for the given `initial_latents`, which come first.
-        frames: decoded frames in the asked `output_type`, see `Frames`.
+        index: index of the generated chunk; -1 for `initial_latents`, which come first.
+        frames: decoded frames in the requested `output_type`, see `Frames`.
         latents: clean latents `[B, C, F, H, W]`.
         seconds: wall-clock time spent on this chunk: denoising, cache refresh and decoding.
     """
@@ -36,14 +37,14 @@ class ARVDPipelineOutput(BaseOutput):
     """A whole video.
 
     Attributes:
-        frames: decoded frames in the asked `output_type`, see `Frames`.
+        frames: decoded frames in the requested `output_type`, see `Frames`.
     """
 
     frames: Frames
 
 
-def concatenate(parts: list[Frames], output_type: str) -> Frames:
-    """Join the frames of successive chunks along time."""
+def concatenate(parts: list[Any], output_type: str) -> Frames:
+    """Join `Frames` of successive chunks along time."""
     if output_type == "pil":
         return [[image for part in parts for image in part[sample]] for sample in range(len(parts[0]))]
     if output_type == "np":

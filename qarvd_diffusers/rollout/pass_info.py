@@ -1,4 +1,4 @@
-"""`PassInfo`: where in a rollout one transformer pass stands."""
+"""Describe the place of one transformer pass in a rollout."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PassInfo:
-    """Position of one transformer pass, handed to `on_pass` right before the pass runs.
+    """Place of one transformer pass in a rollout, passed to `on_pass` right before the pass runs.
 
     Attributes:
-        chunk: index of the generated chunk; passes over given initial latents carry -1.
+        chunk: index of the generated chunk; -1 for passes over initial latents.
         role: `"denoise"`, `"refresh"` (rewrites the chunk's K/V from its clean latents), `"context"` (fills the K/V cache
-            from given initial latents), `"recache"` (encodes the frames before the chunk anew under a new prompt) or
-            `"rebuild"` (encodes them anew because the model keeps no K/V from chunk to chunk).
+            from initial latents), `"recache"` (encodes the frames before the chunk again under a new prompt) or `"rebuild"`
+            (encodes them again because the model keeps no K/V from chunk to chunk).
         step: index of the denoising step inside the chunk, or of the pass among those that rebuild; 0 for the other roles.
         timestep: timestep the transformer is given.
         frame_offset: absolute index of the first latent frame of the pass.
         num_frames: latent frames in the pass.
-        share: what the pass counts beside others in calibration. 1 where all chunks take equally many passes; in a chunk of
-            twice as many each counts half, since sensitivities are measured, and given, per chunk.
+        share: weight of the pass in calibration. 1 if all chunks take equally many passes; 1/2 in a chunk of twice as many,
+            since sensitivities are measured per chunk.
     """
 
     chunk: int

@@ -1,22 +1,21 @@
-"""`ReencodingDecoder`: a stream's decoder that can give a decoded frame back as latents."""
+"""Encode decoded frames of a stream again, for models whose context needs them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
-from .decode_queue import Decoder
+from .decoder import StatefulDecoder
 
 _FRAME = "frame."  # prefix in the state dict
 
 
 class ReencodingDecoder:
-    """Wraps the decoder of a stream and keeps a picture of each of the last latent frames, to be encoded as a start.
+    """Wrap the decoder of a stream, keep a picture of each of the last latent frames, and encode it as the start of a video.
 
-    For models whose context begins with such a frame: inside a video a latent frame stands for several pictures, at its
-    start for one.
+    For models whose context begins with such a frame: a latent frame stands for one picture at the start of a video, and
+    for several later on.
 
     Args:
         decoder: of the stream.
@@ -26,13 +25,13 @@ class ReencodingDecoder:
     """
 
     def __init__(
-        self, decoder: Decoder, encode: Callable[[torch.Tensor], torch.Tensor], frames: int, scale: int
+        self, decoder: StatefulDecoder, encode: Callable[[torch.Tensor], torch.Tensor], frames: int, scale: int
     ) -> None:
         self._decoder, self._encode, self._frames, self._scale = decoder, encode, frames, scale
         self._pictures: dict[int, torch.Tensor] = {}  # last picture of a latent frame, by its index in the video
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """See `Decoder`."""
+        """Decode the next latents, see `Decoder`, and keep the pictures."""
         pixels, count = self._decoder.decode(latents), latents.shape[2]
         following = max(self._pictures, default=-1) + 1
         for index in range(count):
@@ -43,21 +42,21 @@ class ReencodingDecoder:
         return pixels
 
     def reencode(self, frame: int) -> torch.Tensor:
-        """Latents `[B, C, 1, H, W]` of the last picture of latent frame `frame`, as if a video began with it."""
+        """Return latents `[B, C, 1, H, W]` of the last picture of latent frame `frame`, as if a video began with it."""
         return self._encode(self._pictures[frame])
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget earlier chunks and their pictures."""
         self._pictures.clear()
-        getattr(self._decoder, "reset", lambda: None)()
+        self._decoder.reset()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The decoder's, and the pictures."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the decoder's state and the pictures."""
         pictures = {f"{_FRAME}{frame}": picture for frame, picture in self._pictures.items()}
         return {**self._decoder.state_dict(), **pictures}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on where the decoder stood that `state_dict` was called on."""
+        """Restore what `state_dict` returned."""
         own = {name: tensor for name, tensor in state.items() if name.startswith(_FRAME)}
         self._pictures = {int(name.removeprefix(_FRAME)): picture for name, picture in own.items()}
         self._decoder.load_state_dict({name: tensor for name, tensor in state.items() if name not in own})

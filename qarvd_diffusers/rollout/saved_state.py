@@ -1,4 +1,4 @@
-"""A stream in a file: everything it goes on from, in one safetensors file."""
+"""Save the whole state of a stream in one safetensors file, and restore it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,26 +18,33 @@ from ..files.hashing import hash_tensors
 from ..quantization.adapters import layer_scales
 from ..quantization.model import quantized_linears
 from .chunk_loop import ChunkLoop
-from .config import CausalFields
-from .decode_queue import Decoder
+from .config import RolloutConfig
+from .decoder import StatefulDecoder
 from .inputs import StreamInputs
 from .pass_info import PassInfo
-from .session import PromptChange, StreamSession
+from .session import PromptChange, StreamRequest, StreamSession
 
 if TYPE_CHECKING:
     from .host import StreamHost
 
 _KEY, _VERSION = "qarvd_stream", 2  # metadata entry of the file
-_SAMPLES = 16  # values per tensor that tell one model from another
+_SAMPLES = 16  # values per tensor that the fingerprint looks at
+
+
+@runtime_checkable
+class _SavableCache(Protocol):
+    """A K/V cache, the pipeline's own or another, that can be saved."""
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
 
 
 def fingerprint(pipe: StreamHost) -> dict[str, str]:
-    """Short hashes of what a stream's continuation depends on: causal fields, transformer, VAE, and its part of the heads.
+    """Return short hashes of what a resumed stream depends on: rollout config, transformer, VAE, and its share of the heads.
 
-    Of each tensor a few values are looked at. Those of a quantized layer are compared without regard to their order, which
-    the layout for a kernel may change.
+    Only a few values of each tensor are hashed. Those of a quantized layer are sorted first, since the layout for a kernel
+    may change their order.
     """
-    hashes = {"causal fields": hashlib.blake2b(json.dumps(pipe.causal_fields.to_dict()).encode(), digest_size=8)}
+    hashes = {"causal fields": hashlib.blake2b(json.dumps(pipe.rollout_config.to_dict()).encode(), digest_size=8)}
     for name in ("transformer", "vae"):
         model = getattr(pipe, name, None)
         if model is None:
@@ -56,30 +63,30 @@ def fingerprint(pipe: StreamHost) -> dict[str, str]:
                     continue
                 values = values.sort().values
             hash_tensors(digest, [(key, values[:: max(1, len(values) // _SAMPLES)])])
-    found = {name: digest.hexdigest() for name, digest in hashes.items()}
+    digests = {name: digest.hexdigest() for name, digest in hashes.items()}
     parallel = getattr(pipe.transformer, "context_parallel", None)
-    return found if parallel is None else found | {"process": f"{parallel.rank} of {parallel.size}"}
+    return digests if parallel is None else digests | {"process": f"{parallel.rank} of {parallel.size}"}
 
 
 def _adapters(pipe: StreamHost) -> dict[str, dict[str, float]]:
-    """Active adapters and their scales: one number under `""`, or where layers differ one for each layer."""
-    found = layer_scales(pipe.transformer)
+    """Return the active adapters and their scales: one number under `""`, or one per layer if layers differ."""
     return {
         name: scales if len(set(scales.values())) > 1 else {"": next(iter(scales.values()))}
-        for name, scales in found.items()
+        for name, scales in layer_scales(pipe.transformer).items()
     }
 
 
-def _spoken(scales: Mapping[str, float] | None) -> str:
+def _describe_scales(scales: Mapping[str, float] | None) -> str:
+    """Return "at scale ..." or "not active", for messages."""
     if scales is None:
         return "not active"
-    return (
-        f"at scale {scales['']}" if "" in scales else f"at scales {sorted(set(scales.values()))} in different layers"
-    )
+    if "" in scales:
+        return f"at scale {scales['']}"
+    return f"at scales {sorted(set(scales.values()))} in different layers"
 
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a state dict holds, without asking for one: that would undo the layout for kernels of the running stream."""
+    """Yield what a state dict holds; making one would undo the layout that the running stream's kernels use."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, tensor in {**module._parameters, **kept}.items():
@@ -88,81 +95,81 @@ def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def save_state(pipe: StreamHost, session: StreamSession, path: str | os.PathLike[str]) -> None:
-    """See `Stream.save_state`."""
-    loop = session.loop
-    if loop is None:
+    """Write the state of a running stream to a file, see `Stream.save_state`."""
+    request, live = session.request, session.live
+    if live is None:
         raise ValueError("only a running stream has a state to save: this one has not begun, or has ended")
-    if session.overlap_decoding:
+    if request.overlap_decoding:
         raise ValueError("a stream with overlapped decoding is ahead of what it handed out: save one without")
-    for part, method in ((loop.cache, "state"), (session.decoder, "state_dict")):
-        if part is not None and not hasattr(part, method):
-            raise ValueError(f"a {type(part).__name__} cannot be saved: it has no {method}()")
-    changes = session.encode_changes(pipe)  # what waits is part of the state
+    loop = live.loop
+    if not isinstance(loop.cache, _SavableCache):
+        raise ValueError(f"a {type(loop.cache).__name__} cannot be saved: it has no state()")
+    decoder_tensors = {} if live.decoder is None else live.decoder.state_dict()
+    changes = session.encode_changes(pipe, loop.prompt_embeds)
     loop.refresh()
-    cache, cache_facts = loop.cache.state()
-    where, loop_facts = loop.state()
-    decoder = {} if session.decoder is None else session.decoder.state_dict()
-    noise, noise_facts = _pack_inputs(session.inputs, loop)
+    cache_tensors, cache_state = loop.cache.state()
+    loop_tensors, loop_state = loop.state()
+    input_tensors, input_state = _pack_inputs(request.inputs, loop)
     tensors = {
-        **{f"cache.{name}": tensor for name, tensor in cache.items()},
-        **{f"loop.{name}": tensor for name, tensor in where.items()},
-        **{f"decoder.{name}": tensor for name, tensor in decoder.items()},
-        **{f"inputs.{name}": tensor for name, tensor in noise.items()},
+        **{f"cache.{name}": tensor for name, tensor in cache_tensors.items()},
+        **{f"loop.{name}": tensor for name, tensor in loop_tensors.items()},
+        **{f"decoder.{name}": tensor for name, tensor in decoder_tensors.items()},
+        **{f"inputs.{name}": tensor for name, tensor in input_tensors.items()},
+        **{f"next_prompt.{index}": change.text["prompt_embeds"] for index, change in enumerate(changes)},
         "prompt_embeds": loop.prompt_embeds,
     }
-    for index, change in enumerate(changes):
-        tensors[f"next_prompt.{index}"] = change.text["prompt_embeds"]
-    facts = {
+    header = {
         "version": _VERSION,
         "model": fingerprint(pipe),
         "adapters": _adapters(pipe),
-        "fields": session.inputs.fields.to_dict(),
-        "output_type": session.output_type,
-        "kv_cache": session.kv_cache,
+        "fields": request.inputs.fields.to_dict(),
+        "output_type": request.output_type,
+        "kv_cache": request.kv_cache,
         "next_prompts": [change.how for change in changes],
-        "cache": cache_facts,
-        "loop": loop_facts,
-        "inputs": noise_facts,
+        "cache": cache_state,
+        "loop": loop_state,
+        "inputs": input_state,
     }
     with atomic_file(path) as temporary:
         owned = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(owned, temporary, metadata={_KEY: json.dumps(facts)})
+        save_file(owned, temporary, metadata={_KEY: json.dumps(header)})
 
 
 def _pack_inputs(inputs: StreamInputs, loop: ChunkLoop) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the inputs of a stream, with the states of its generators, as tensors and JSON types."""
     tensors = {name: getattr(inputs, name) for name in ("latents", "initial_latents")}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if inputs.renoise_latents is not None:
         tensors |= {f"renoise.{index}": noise for index, noise in enumerate(inputs.renoise_latents)}
-    given = inputs.generator
-    if given is None:  # the continued stream draws from a generator of its own, in the state of the global one
+    source = inputs.generator
+    if source is None:  # the resumed stream draws from a generator of its own, in the state of the global one
         device = loop.device
         states = [torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()]
     else:
-        generators = given if isinstance(given, list) else [given]
+        generators = source if isinstance(source, list) else [source]
         device, states = generators[0].device, [generator.get_state() for generator in generators]
     tensors |= {f"generator.{index}": state for index, state in enumerate(states)}
-    facts = {
+    state = {
         "shape": list(inputs.shape),
         "num_chunks": inputs.num_chunks,
         "generator_device": str(device),
-        "one_generator": not isinstance(given, list),
+        "one_generator": not isinstance(source, list),
     }
-    return tensors, facts
+    return tensors, state
 
 
 @dataclass
 class SavedStream:
-    """A stream read from a file.
+    """Hold a stream that was read from a file.
 
     Attributes:
         path: of the file.
-        facts: what the file says beside its tensors.
+        header: JSON metadata of the file.
         tensors: all tensors of the file, on the CPU.
     """
 
     path: str
-    facts: dict[str, Any]
+    header: dict[str, Any]
     tensors: dict[str, torch.Tensor]
 
     @classmethod
@@ -174,19 +181,23 @@ class SavedStream:
         """
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get(_KEY, "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if facts else {}  # noqa: SIM118
+                header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()} if header else {}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is no readable safetensors file ({error}): save the stream again") from error
-        if not facts or facts.get("version") != _VERSION:
+        if not header or header.get("version") != _VERSION:
             raise ValueError(f"{path} is no stream saved by Stream.save_state of this version")
-        return cls(os.fspath(path), facts, tensors)
+        return cls(os.fspath(path), header, tensors)
 
     def check(self, pipe: StreamHost) -> None:
-        """Refuse to go on with another model than the one the stream was saved with."""
-        mine, theirs = fingerprint(pipe), self.facts["model"]
+        """Check that the pipeline has the model that the stream was saved with.
+
+        Raises:
+            ValueError: if it has another one; names the parts that differ.
+        """
+        own, saved = fingerprint(pipe), self.header["model"]
         self._check_adapters(pipe)
-        differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+        differing = [name for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]
         if differing:
             raise ValueError(
                 f"{self.path} was saved with another model: {' and '.join(differing)} differ from this pipeline's. Load the "
@@ -194,71 +205,74 @@ class SavedStream:
             )
 
     def _check_adapters(self, pipe: StreamHost) -> None:
-        saved, mine = self.facts.get("adapters"), _adapters(pipe)  # older files do not say
-        for name in sorted(saved.keys() | mine.keys()) if saved is not None else ():
-            if saved.get(name) != mine.get(name):
+        saved, own = self.header.get("adapters"), _adapters(pipe)
+        if saved is None:  # an older file
+            return
+        for name in sorted(saved.keys() | own.keys()):
+            if saved.get(name) != own.get(name):
                 raise ValueError(
-                    f"{self.path} was saved with adapter {name!r} {_spoken(saved.get(name))}, this pipeline has it "
-                    f"{_spoken(mine.get(name))}: load it and set its scale with set_adapters(), or disable or unload it"
+                    f"{self.path} was saved with adapter {name!r} {_describe_scales(saved.get(name))}, this pipeline has it "
+                    f"{_describe_scales(own.get(name))}: load it and set its scale with set_adapters(), or disable or unload it"
                 )
 
     def session(
         self,
         output_type: str | None,
         on_pass: Callable[[PassInfo], None] | None,
-        make_decoder: Callable[[], Decoder] | None,
+        decoder: StatefulDecoder | None,
     ) -> StreamSession:
-        """What the continued stream starts from.
+        """Return the session of the resumed stream.
 
         Raises:
             ValueError: if frames are asked for, but the stream was one of latents.
         """
-        output_type = output_type or self.facts["output_type"]
-        if output_type != "latent" and self.facts["output_type"] == "latent":
+        output_type = output_type or self.header["output_type"]
+        if output_type != "latent" and self.header["output_type"] == "latent":
             raise ValueError(f"{self.path} holds a stream of latents, without the VAE's memory: ask for 'latent'")
-        text = {"prompt_embeds": self.tensors["prompt_embeds"]}
-        session = StreamSession(
+        request = StreamRequest(
             self._inputs,
-            text,
+            {"prompt_embeds": self.tensors["prompt_embeds"]},
             output_type,
-            self.facts["kv_cache"],
+            self.header["kv_cache"],
             on_pass=on_pass,
-            make_decoder=make_decoder,
+            decoder=decoder,
             saved=self,
         )
-        session.changes = [
+        changes = [
             PromptChange({"prompt_embeds": self.tensors[f"next_prompt.{index}"]}, how)
-            for index, how in enumerate(self.facts["next_prompts"])
+            for index, how in enumerate(self.header["next_prompts"])
         ]
-        return session
+        return StreamSession(request, changes)
 
     @property
     def _inputs(self) -> StreamInputs:
-        facts, tensors = self.facts["inputs"], self._part("inputs.")
+        """The inputs that `_pack_inputs` packed."""
+        state, tensors = self.header["inputs"], self._part("inputs.")
         generators = []
         for index in range(sum(name.startswith("generator.") for name in tensors)):
-            generators.append(torch.Generator(facts["generator_device"]))
+            generators.append(torch.Generator(state["generator_device"]))
             generators[-1].set_state(tensors[f"generator.{index}"])
         renoise = [
             tensors[f"renoise.{index}"] for index in range(sum(name.startswith("renoise.") for name in tensors))
         ]
         return StreamInputs(
-            CausalFields.from_config(self.facts["fields"]),
-            tuple(facts["shape"]),
-            facts["num_chunks"],
+            RolloutConfig.from_config(self.header["fields"]),
+            tuple(state["shape"]),
+            state["num_chunks"],
             tensors.get("latents"),
             renoise or None,
             tensors.get("initial_latents"),
-            generators[0] if facts["one_generator"] else generators,
+            generators[0] if state["one_generator"] else generators,
         )
 
-    def restore(self, loop: ChunkLoop, decoder: Decoder | None) -> None:
-        """Put a fresh loop and decoder where the saved ones stood."""
-        loop.load_state(self._part("loop."), self.facts["loop"])
-        loop.cache.load_state(self._part("cache."), self.facts["cache"], loop.device)
+    def restore(self, loop: ChunkLoop, decoder: StatefulDecoder | None) -> None:
+        """Restore the state into a new loop and decoder, and drop the tensors of the file."""
+        loop.load_state(self._part("loop."), self.header["loop"])
+        loop.cache.load_state(self._part("cache."), self.header["cache"], loop.device)
         if decoder is not None:
             decoder.load_state_dict(self._part("decoder."))
-        self.tensors.clear()  # on the device now
+        self.tensors.clear()  # they are on the device now
 
     def _part(self, prefix: str) -> Mapping[str, torch.Tensor]:
+        """Return the tensors whose name begins with `prefix`, without it."""
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}

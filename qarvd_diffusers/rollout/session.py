@@ -1,15 +1,15 @@
-"""`StreamSession`: what a `Stream` and the generator behind it share."""
+"""Hold what a `Stream` and the generator that makes its chunks share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from .chunk_loop import ChunkLoop
-from .decode_queue import Decoder
+from .decoder import StatefulDecoder
 from .inputs import StreamInputs
 from .pass_info import PassInfo
 
@@ -18,20 +18,25 @@ if TYPE_CHECKING:
 
 
 class SavedState(Protocol):
-    """Where a stream stood when it was saved."""
+    """The state of a stream when it was saved."""
 
-    def restore(self, loop: ChunkLoop, decoder: Decoder | None) -> None:
-        """Put a fresh loop and decoder there."""
+    def restore(self, loop: ChunkLoop, decoder: StatefulDecoder | None) -> None:
+        """Restore the state into a new loop and decoder."""
+
+
+@runtime_checkable
+class _ClearableCache(Protocol):
+    def clear(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class PromptChange:
-    """A new prompt that waits for the next chunk.
+    """A new prompt for the next chunk.
 
     Attributes:
         text: arguments of `encode_prompt`.
         how: one of `PROMPT_SWITCHES`.
-        chunks: chunks over which embeddings go from the old prompt's to the new one's.
+        chunks: chunks over which the embeddings go from the old prompt's to the new one's.
     """
 
     text: dict[str, Any]
@@ -39,25 +44,33 @@ class PromptChange:
     chunks: int = 1
 
 
-@dataclass
-class StreamSession:
-    """What a stream and the generator behind it share; the generator does not know the stream, so that dropping the
-    stream ends it at once.
+@dataclass(frozen=True)
+class StepCallback:
+    """The caller's `callback_on_step_end`.
 
     Attributes:
-        inputs: what the stream was started from.
+        function: called after every denoising step, or None.
+        tensor_names: names of the tensors that it gets.
+    """
+
+    function: Callable[..., dict[str, Any] | None] | None = None
+    tensor_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """What the caller asked for.
+
+    Attributes:
+        inputs: noise, start and length.
         text: arguments of `encode_prompt`.
         output_type: see `Frames`.
         kv_cache: storage of the K/V cache.
         overlap_decoding: see `ARVDMixin.stream`.
-        callback: `callback_on_step_end` and the names of the tensors that it gets.
+        callback: see `ARVDMixin.stream`.
         on_pass: see `ARVDMixin.stream`.
-        make_decoder: makes the stream's decoder; None takes the pipeline's.
-        saved: state to go on from; None starts at the beginning.
-        loop: while the stream is alive.
-        decoder: while the stream is alive; None where nothing needs pixels.
-        changes: of the prompt, that wait for the next chunks, one for each.
-        closing: the stream is to end as soon as possible.
+        decoder: decodes instead of the pipeline's decoder; None takes that.
+        saved: state to resume from; None starts at the beginning.
     """
 
     inputs: StreamInputs
@@ -65,40 +78,81 @@ class StreamSession:
     output_type: str
     kv_cache: str = "auto"
     overlap_decoding: bool = False
-    callback: tuple[Callable | None, tuple[str, ...]] = (None, ())
+    callback: StepCallback = StepCallback()
     on_pass: Callable[[PassInfo], None] | None = None
-    make_decoder: Callable[[], Decoder] | None = None
+    decoder: StatefulDecoder | None = None
     saved: SavedState | None = None
-    loop: ChunkLoop | None = None
-    decoder: Decoder | None = None
+
+
+@dataclass
+class LiveStream:
+    """The parts of a running stream that hold memory.
+
+    Attributes:
+        loop: makes the latents.
+        decoder: None where nothing needs pixels.
+    """
+
+    loop: ChunkLoop
+    decoder: StatefulDecoder | None
+
+    def release(self) -> None:
+        """Free all memory, even while a traceback still holds the objects that used it."""
+        if isinstance(self.loop.cache, _ClearableCache):
+            self.loop.cache.clear()
+        if self.decoder is not None:
+            self.decoder.reset()
+        self.loop.on_step = self.loop.before_chunk = self.loop.reencode = None  # these refer back to the loop
+
+
+@dataclass
+class StreamSession:
+    """What a stream and its generator share. The generator does not know the stream: dropping the stream ends it at once.
+
+    Attributes:
+        request: what the caller asked for.
+        changes: prompts that apply to the next chunks, one for each; written by the thread that calls `set_prompt`.
+        closing: the stream is to end as soon as possible; written by the thread that calls `close`.
+        live: the running stream, written by the thread that iterates; None before it starts and after it ends.
+    """
+
+    request: StreamRequest
     changes: list[PromptChange] = field(default_factory=list)
     closing: bool = False
+    live: LiveStream | None = None
 
-    def encode_changes(self, pipe: StreamHost) -> list[PromptChange]:
-        """Encode the prompts that wait; a change over several chunks becomes one for each of them. Returns `changes`.
+    @property
+    def loop(self) -> ChunkLoop | None:
+        """The loop of the running stream."""
+        return None if self.live is None else self.live.loop
+
+    def encode_changes(self, pipe: StreamHost, before: torch.Tensor) -> list[PromptChange]:
+        """Encode the prompts of `changes`, split a change over several chunks into one per chunk, and return `changes`.
+
+        Args:
+            pipe: encodes prompts.
+            before: current embeddings `[B, text_tokens, text_dim]`.
 
         Raises:
-            ValueError: embeddings of another length than the present ones are to be reached over several chunks.
+            ValueError: if a change over several chunks has embeddings of another length than the current ones.
         """
-        waiting, before, encoded = self.changes, self.loop.prompt_embeds, []
+        waiting, encoded = self.changes, []
         for change in waiting:
             after = pipe.embed_prompt(**change.text)
             if change.chunks > 1 and after.shape != before.shape:
                 raise ValueError(
-                    f"prompt_embeds has shape {list(after.shape)}, expected {list(before.shape)}, that of the present prompt, to "
-                    "go there over several chunks"
+                    f"prompt_embeds has shape {list(after.shape)}, expected {list(before.shape)}, that of the current prompt, "
+                    "to change over several chunks"
                 )
             for step in range(1, change.chunks + 1):
                 embeds = after if step == change.chunks else torch.lerp(before, after, step / change.chunks)
                 encoded.append(PromptChange({"prompt_embeds": embeds}, change.how))
-        if self.changes is waiting:  # else another thread has just asked for something else, from the next chunk on
+        if self.changes is waiting:  # else another thread has just set another prompt, from the next chunk on
             self.changes = encoded
         return encoded
 
     def release(self) -> None:
-        """Give all memory back, also where a traceback still holds the objects that used it."""
-        for part, method in ((self.loop and self.loop.cache, "clear"), (self.decoder, "reset")):
-            getattr(part, method, lambda: None)()
-        if self.loop is not None:
-            self.loop.on_step = self.loop.before_chunk = self.loop.reencode = None  # these refer back to the loop
-        self.loop = self.decoder = None
+        """End the running stream and free its memory."""
+        if self.live is not None:
+            self.live.release()
+            self.live = None

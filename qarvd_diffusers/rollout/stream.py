@@ -1,7 +1,8 @@
-"""`Stream`: a video in the making, chunk by chunk, and what one can do to it while it runs."""
+"""Iterate over the chunks of a video, and change, pause, save or close it while it runs."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import weakref
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class Stream(Iterator[Chunk]):
-    """Iterator over the `Chunk`s of one video, as `ARVDMixin.stream` returns it.
+    """Iterate over the `Chunk`s of one video; `ARVDMixin.stream` returns it.
 
-    All state is the stream's own. It ends with its last chunk, with `close`, with an exception, or when it is dropped; its
-    memory is returned there and then, and the pipeline can be used at once. Use it in a `with` block where its end must
-    not wait for the garbage collector.
+    The stream owns all of its state. It ends with its last chunk, with `close`, with an exception, or when it is dropped.
+    However it ends, its memory is freed immediately, and the pipeline can be used again. Use it in a `with` block if its
+    end must not wait for the garbage collector.
 
-    `set_prompt`, `pause`, `resume` and `close` may be called from another thread than the one that iterates. One model still
+    `set_prompt`, `pause`, `resume` and `close` may be called from another thread than the one that iterates. A model still
     runs one pass at a time: do not iterate over two streams of a pipeline in two threads.
     """
 
@@ -35,12 +36,12 @@ class Stream(Iterator[Chunk]):
         self._pipe = pipe
         self._session = session
         self._chunks = chunks
-        self._running = threading.RLock()  # held while a chunk is made
+        self._running = threading.RLock()  # held while a chunk is generated
         self._making = False
         self._go = threading.Event()
         self._go.set()
         self._paused_by: int | None = None
-        # Also when the interpreter ends: closing later than this, diffusers could not import what it needs.
+        # Runs at interpreter exit too: if it closed any later, diffusers could not import what it needs.
         weakref.finalize(self, _end, chunks)
 
     def __next__(self) -> Chunk:
@@ -75,6 +76,7 @@ class Stream(Iterator[Chunk]):
 
     @property
     def paused(self) -> bool:
+        """Whether the stream waits for `resume`."""
         return not self._go.is_set()
 
     def set_prompt(
@@ -85,19 +87,19 @@ class Stream(Iterator[Chunk]):
         on_prompt_switch: str | None = None,
         over_chunks: int = 1,
     ) -> None:
-        """Go on with another prompt from the next chunk on; checked at once.
+        """Switch to another prompt from the next chunk on; arguments are checked at once.
 
         Args:
             prompt: one prompt, or one per sample, as many as the stream was started with.
             prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
-            on_prompt_switch: what becomes of the cached frames, one of `PROMPT_SWITCHES`; None takes the pipeline config's.
-            over_chunks: go to the new embeddings in equal steps, one a chunk, instead of at once.
+            on_prompt_switch: what happens to the cached frames, one of `PROMPT_SWITCHES`; None takes the pipeline config's.
+            over_chunks: number of chunks over which to interpolate to the new embeddings, in equal steps.
 
         Raises:
             ValueError: for arguments that do not fit each other or the stream, or if the stream has ended.
         """
         session = self._session
-        how = on_prompt_switch or session.inputs.fields.on_prompt_switch
+        how = on_prompt_switch or session.request.inputs.fields.on_prompt_switch
         if how not in PROMPT_SWITCHES:
             raise ValueError(f"on_prompt_switch is {how!r}, expected one of {', '.join(PROMPT_SWITCHES)}")
         if over_chunks < 1 or (over_chunks > 1 and how not in ("keep", "recache")):
@@ -105,42 +107,47 @@ class Stream(Iterator[Chunk]):
                 f"over_chunks is {over_chunks} with on_prompt_switch={how!r}, expected 1, or more with 'keep' or 'recache'"
             )
         prompt_embeds = load_prompt_embeds(prompt_embeds)
-        self._pipe.check_prompt(prompt, prompt_embeds, session.inputs.shape[0])
+        self._pipe.check_prompt(prompt, prompt_embeds, session.request.inputs.shape[0])
         if session.closing or self._ended:
-            raise ValueError("the stream has ended: a new prompt would never be seen")
+            raise ValueError("the stream has ended: a new prompt would have no effect")
         if how == "cut" and prompt is not None:
-            prompt = _prefixed(prompt, session.inputs.fields.shot_prefix)
-        text = {**session.text, "prompt": prompt, "prompt_embeds": prompt_embeds}
+            prefix = session.request.inputs.fields.shot_prefix
+            prompt = (
+                _prefixed(prompt, prefix) if isinstance(prompt, str) else [_prefixed(text, prefix) for text in prompt]
+            )
+        text = {**session.request.text, "prompt": prompt, "prompt_embeds": prompt_embeds}
         session.changes = [PromptChange(text, how, over_chunks)]
 
     def pause(self) -> None:
-        """Let the next `next` wait for `resume` or `close`; a chunk in the making is finished and handed out."""
+        """Make the following `next` wait for `resume` or `close`; a chunk in progress is finished and returned."""
         self._paused_by = threading.get_ident()
         self._go.clear()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         self._go.set()
 
     def close(self) -> None:
-        """End the stream and return its memory; a chunk that another thread is making is given up after its current step."""
+        """End the stream and free its memory; a chunk in progress in another thread is dropped after its current step."""
         self._session.closing = True
         self._go.set()
         if self._running.acquire(blocking=False):
             try:
-                if not self._making:  # else this is a callback of the pass in progress, which ends at the next step
+                if (
+                    not self._making
+                ):  # else a callback of the pass in progress called this: the pass ends at the next step
                     self._chunks.close()
             finally:
                 self._running.release()
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
-        """Write all that the stream goes on from, after the chunk handed out last, to a safetensors file.
+        """Write the state after the latest chunk to a safetensors file.
 
-        Of several GPUs that make one stream, each saves the part that it holds: give each a file of its own.
-        `ARVDMixin.restore_stream` goes on from it, bit by bit as this stream does, in any process with the same model.
+        `ARVDMixin.restore_stream` resumes from it, bit-identical to this stream, in any process with the same model. If
+        one stream runs on several GPUs, each process saves its own part: give each another file.
 
         Raises:
-            ValueError: if the stream has not started, has ended, or has state that no file can hold.
+            ValueError: if the stream has not started, has ended, or has state that cannot be saved.
         """
         with self._running:
             if self._making:
@@ -149,15 +156,16 @@ class Stream(Iterator[Chunk]):
 
     @property
     def _ended(self) -> bool:
-        return self._chunks.gi_frame is None
+        """Whether the last chunk, an exception or `close` has ended the stream."""
+        return inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED
 
 
 def _end(chunks: Generator[Chunk]) -> None:
-    if not chunks.gi_running:  # else a thread that ends with the interpreter is making a chunk
+    if (
+        inspect.getgeneratorstate(chunks) != inspect.GEN_RUNNING
+    ):  # else a thread that dies with the interpreter runs it
         chunks.close()
 
 
-def _prefixed(prompt: str | list[str], prefix: str) -> str | list[str]:
-    if isinstance(prompt, list):
-        return [_prefixed(text, prefix) for text in prompt]
+def _prefixed(prompt: str, prefix: str) -> str:
     return prompt if prompt.startswith(prefix) else prefix + prompt

@@ -1,29 +1,31 @@
-"""`StreamableMixin`: what makes a causal video pipeline streamable."""
+"""Make a causal video pipeline streamable, by a mixin."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import nn
 
 from ..kv_cache.cache import KVCache
 from ..kv_cache.storage import check_storage
 from ..quantization.model import align_float_tensors
 from .arguments import check_cache_maker, check_scheduler, start_arguments
 from .chunk_loop import ChunkLoop
-from .config import CausalFields
-from .decode_queue import Decoder, check_decoder
+from .config import RolloutConfig
+from .decoder import CheckedDecoder, Decoder, check_decoder
 from .generate import run_stream
 from .inputs import StreamInputs, check_tensors
 from .pass_info import PassInfo
 from .saved_state import SavedStream
-from .session import StreamSession
+from .session import StepCallback, StreamRequest, StreamSession
 from .stream import Stream
 from .text_encoder import load_prompt_embeds, offload_text_encoder, text_encoder_at_work
 
@@ -36,18 +38,34 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class StreamableMixin(ABC):
     """Stream from a causal `DiffusionPipeline`; put it (through `ARVDMixin`) before `DiffusionPipeline` among the bases.
 
-    The host pipeline has a `transformer`, a `scheduler` (of `schedulers/`, or with the same `set_timesteps` and `step`), a `video_processor`, the fields of
-    `CausalFields` in its config, and implements the contract: `encode_prompt`, `check_stream_inputs`, `run_pass`,
-    `make_cache` and `make_decoder`.
+    The host pipeline has a `transformer`, a `scheduler` (see `ChunkScheduler`), a `video_processor`, and the fields of
+    `RolloutConfig` in its config. It implements `encode_prompt`, `check_stream_inputs`, `run_pass`, `make_cache` and
+    `make_decoder`.
 
-    A stream owns all of its state (K/V cache, scheduler copy, decoder memory): any number of streams can be interleaved
-    on one pipeline, and one that is closed early or fails leaves nothing behind.
+    A stream owns all of its state (K/V cache, scheduler copy, decoder memory). Any number of streams can be interleaved
+    on one pipeline, and a stream that is closed early or fails leaves nothing behind.
 
     Attributes:
-        kv_cache: storage of keys and values when a call does not say, see `KVCache`; a run-time choice that is not saved.
-        text_encoder_offload: where the text encoder waits, see `offload_text_encoder`.
+        kv_cache: storage of keys and values if a call does not say, see `KVCache`; a run-time choice that is not saved.
+        text_encoder_offload: where the text encoder is kept between prompts, see `offload_text_encoder`.
         window: latent frames that streams keep, instead of the config's `local_attention_frames`; not saved either.
     """
+
+    if TYPE_CHECKING:  # the host's, most of them `DiffusionPipeline`'s
+        config: Mapping[str, Any]
+        components: dict[str, Any]
+        transformer: Any
+        scheduler: Any
+        text_encoder: nn.Module | None
+        video_processor: Any
+        vae_scale_factor_temporal: int
+        device: torch.device
+        _execution_device: torch.device
+        _callback_tensor_inputs: Sequence[str]
+
+        def maybe_free_model_hooks(self) -> None: ...
+
+        def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any: ...
 
     kv_cache: str = "auto"
     text_encoder_offload: str = "keep"
@@ -65,11 +83,11 @@ class StreamableMixin(ABC):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Text embeddings `[B, text_tokens, text_dim]` for the transformer, zero beyond each prompt."""
+        """Return text embeddings `[B, text_tokens, text_dim]` for the transformer, zero beyond each prompt."""
 
     @abstractmethod
     def check_stream_inputs(self, **arguments: Any) -> StreamInputs:
-        """Check the arguments of `stream` and gather those about noise, size and length."""
+        """Check the arguments of `stream`, and return those about noise, size and length."""
 
     @abstractmethod
     def run_pass(
@@ -82,28 +100,34 @@ class StreamableMixin(ABC):
         frame_offset: int,
         cache_only: bool = False,
     ) -> torch.Tensor | None:
-        """One transformer pass over a chunk: flow of `latents [B, C, F, H, W]` at `timestep [B]`.
+        """Run one transformer pass over a chunk: flow of `latents [B, C, F, H, W]` at `timestep [B]`.
 
-        With `cache_only` nobody reads the flow, and it need not be computed.
+        With `cache_only` the flow is not used and need not be computed.
         """
 
     @abstractmethod
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
-        """An empty K/V cache for a rollout of `num_frames` latent frames (None: unknown); `storage` as in `KVCache`."""
+        """Return an empty K/V cache for `num_frames` latent frames (None: unknown); `storage` as in `KVCache`."""
 
     @abstractmethod
     def make_decoder(self) -> Decoder:
-        """A decoder for one stream."""
+        """Return a decoder for one stream."""
 
     def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `[B, 3, F, height, width]` in [-1, 1] -> normalized latents; needed where `CausalFields.reencodes`."""
+        """Encode pixels `[B, 3, F, height, width]` in [-1, 1] to normalized latents; used if `RolloutConfig.reencodes`."""
         raise NotImplementedError(f"{type(self).__name__} cannot encode frames")
 
     @property
-    def causal_fields(self) -> CausalFields:
+    def rollout_config(self) -> RolloutConfig:
         """How the model rolls out; raises ValueError for a `window` that cannot hold sink and chunk."""
-        fields = CausalFields.from_config(self.config)
+        fields = RolloutConfig.from_config(self.config)
         return fields if self.window is None else dataclasses.replace(fields, local_attention_frames=self.window)
+
+    @property
+    def causal_fields(self) -> RolloutConfig:
+        """Return `rollout_config`; the name of version 0.1."""
+        warnings.warn("causal_fields was renamed: use rollout_config instead", DeprecationWarning, stacklevel=2)
+        return self.rollout_config
 
     def stream(
         self,
@@ -133,16 +157,16 @@ class StreamableMixin(ABC):
         Args:
             prompt: one prompt, or one per sample.
             prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
-            num_chunks: chunks to generate; None (and nothing else that tells a length) goes on without end.
+            num_chunks: chunks to generate; None, with no other argument that says the length, never ends.
             num_frames: length of the whole video in pixel frames instead of `num_chunks`; must give whole chunks.
             height: pixels; None takes the size of `latents` or `initial_latents`, else the pipeline config's.
             width: see `height`.
             latents: starting noise of all chunks, `[B, C, F, H, W]`.
             renoise_latents: noise between the steps, `[num_chunks, num_steps - 1, B, C, frames, H, W]`, or one tensor
                 `[num_steps - 1, B, C, frames, H, W]` per chunk.
-            initial_latents: clean normalized latents `[B, C, F, H, W]` of the frames the video starts with; they come out
+            initial_latents: clean normalized latents `[B, C, F, H, W]` of the frames that the video starts with; they come out
                 first, as chunk -1.
-            generator: source of the noise that is not given. Drawn chunk by chunk: starting noise, then one draw per
+            generator: source of the noise that is not passed. It is drawn chunk by chunk: starting noise, then one draw per
                 re-noising step, so that streams of different lengths agree.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, see `Frames`.
             max_sequence_length: text tokens; None takes the pipeline config's.
@@ -150,12 +174,12 @@ class StreamableMixin(ABC):
                 or `"fp8"`; None takes the pipeline's `kv_cache`.
             overlap_decoding: on a CUDA device, decode on a second CUDA stream while the next chunk is denoised. Chunks then
                 come out one chunk later, except the first, and a prompt takes effect one chunk later.
-            decoder: decodes instead of the pipeline's VAE, which need not be there then: an object with `decode(latents)` (see
+            decoder: decodes instead of the pipeline's VAE, which may then be missing: an object with `decode(latents)` (see
                 `Decoder`) and the `latents_mean` and `latents_std` it was made for, or a function that makes one for this
-                stream. An object remembers earlier frames of one stream: do not interleave two over it.
+                stream. An object remembers earlier frames of one stream: do not interleave two streams over it.
             callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every denoising step; `step` counts
                 over all chunks. May return replaced tensors, and may set `pipeline._interrupt = True` to end the stream.
-            callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to hand to the callback.
+            callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to pass to the callback.
             on_pass: called with a `PassInfo` right before every transformer pass.
             **start: further ways to start that the pipeline has, such as `image` and `video` of `ARVDPipeline`.
 
@@ -176,18 +200,18 @@ class StreamableMixin(ABC):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
             )
-        if overlap_decoding and self.causal_fields.reencodes:
+        if overlap_decoding and self.rollout_config.reencodes:
             raise ValueError(
                 "overlap_decoding cannot be combined with a model whose next chunk needs the decoded frames of the last"
             )
-        steps = len(self.causal_fields.denoising_timesteps)
+        steps = len(self.rollout_config.denoising_timesteps)
         start = start_arguments(type(self).__name__, start, self.check_stream_inputs, self.stream, steps)
         check_scheduler(self.scheduler)
         storage = check_storage(kv_cache or self.kv_cache)
         check_cache_maker(self.make_cache, storage)
         prompt_embeds = load_prompt_embeds(prompt_embeds)
         check_tensors(latents=latents, renoise_latents=renoise_latents, initial_latents=initial_latents)
-        make_decoder = self._decoder_maker(decoder)
+        own_decoder = self._check_decoder(decoder)
         inputs = self.check_stream_inputs(
             prompt=prompt,
             prompt_embeds=prompt_embeds,
@@ -199,12 +223,14 @@ class StreamableMixin(ABC):
             renoise_latents=renoise_latents,
             initial_latents=initial_latents,
             generator=generator,
-            output_type=output_type if make_decoder is None else "latent",  # the pipeline's VAE has nothing to do
+            output_type=output_type if own_decoder is None else "latent",  # the pipeline's VAE is not used
             **start,
         )
         text = {"prompt": prompt, "prompt_embeds": prompt_embeds, "max_sequence_length": max_sequence_length}
-        callback = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-        session = StreamSession(inputs, text, output_type, storage, overlap_decoding, callback, on_pass, make_decoder)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        session = StreamSession(
+            StreamRequest(inputs, text, output_type, storage, overlap_decoding, callback, on_pass, own_decoder)
+        )
         return Stream(self, session, run_stream(self, session))
 
     def restore_stream(
@@ -215,41 +241,37 @@ class StreamableMixin(ABC):
         decoder: Decoder | Callable[[], Decoder] | None = None,
         on_pass: Callable[[PassInfo], None] | None = None,
     ) -> Stream:
-        """Go on with a stream that `Stream.save_state` wrote to a file, bit by bit as it would have gone on.
+        """Resume a stream that `Stream.save_state` saved; its output is bit-identical to an uninterrupted run.
 
         Args:
             path: the file.
             output_type: see `Frames`; None takes that of the saved stream.
-            decoder: the decoder that the stream was started with, if it was another than the pipeline's.
+            decoder: the decoder that the stream was started with, if it was not the pipeline's.
             on_pass: see `stream`.
 
         Raises:
-            ValueError: if the file is no saved stream, or one of another model or other causal fields.
+            ValueError: if the file is not a saved stream, or is one of another model or rollout config.
         """
         saved = SavedStream.load(path)
         saved.check(self)
-        session = saved.session(output_type, on_pass, self._decoder_maker(decoder))
+        session = saved.session(output_type, on_pass, self._check_decoder(decoder))
         return Stream(self, session, run_stream(self, session))
 
-    def _decoder_maker(self, decoder: Decoder | Callable[[], Decoder] | None) -> Callable[[], Decoder] | None:
-        """What makes a stream's decoder, of what the caller gave: an object is taken as it is, from its start."""
+    def _check_decoder(self, decoder: Decoder | Callable[[], Decoder] | None) -> CheckedDecoder | None:
         if decoder is None:
             return None
-        is_maker = isinstance(decoder, type) or (callable(decoder) and not hasattr(decoder, "decode"))
-        made = decoder() if is_maker else decoder
         config = getattr(getattr(self, "vae", None), "config", {})
         channels = self.transformer.config.in_channels
-        check_decoder(made, channels, config.get("latents_mean"), config.get("latents_std"))
-        return lambda: made
+        return check_decoder(decoder, channels, config.get("latents_mean"), config.get("latents_std"))
 
     def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:
-        """A loop at the start of a stream; `text` are the arguments of `encode_prompt` that tell the prompt."""
+        """Return a loop at the start of a stream; `text` are the arguments of `encode_prompt`."""
         self.align_modules()
         storage = kv_cache or self.kv_cache
         return ChunkLoop(
             self.run_pass,
             copy.deepcopy(self.scheduler),
-            # A cache of its own kind need not know about storage until somebody asks for another one.
+            # A pipeline's own cache need not have a storage argument: it gets one only if the caller asks for a storage.
             self.make_cache(inputs.num_latent_frames, **({} if storage == "auto" else {"storage": storage})),
             inputs,
             self.embed_prompt(**text),
@@ -258,7 +280,7 @@ class StreamableMixin(ABC):
         )
 
     def embed_prompt(self, **text: Any) -> torch.Tensor:
-        """`encode_prompt` as a stream needs it: on the transformer's device, in its dtype, the text encoder offloaded."""
+        """Encode a prompt on the transformer's device and in its dtype, and offload the text encoder."""
         text = {**text, "device": self._execution_device, "dtype": self.transformer.dtype}
         if text.get("prompt_embeds") is not None:
             return self.encode_prompt(**text)
@@ -266,23 +288,23 @@ class StreamableMixin(ABC):
             return self.encode_prompt(**text)
 
     def offload_text_encoder(self, mode: str, device: torch.device | str | None = None) -> None:
-        """Choose where the text encoder waits between prompts.
+        """Choose where the text encoder is kept between prompts.
 
         Args:
-            mode: `"keep"` with the other components; `"cpu"` in host memory, as a whole; `"stream"` in host memory, its
-                layers coming one by one while it works; `"free"` nowhere: it is given up after the first prompt.
-            device: where a streamed encoder works; None takes the pipeline's device.
+            mode: `"keep"` with the other components; `"cpu"` in host memory, as a whole; `"stream"` in host memory, moving
+                to the device layer by layer while it runs; `"free"` nowhere: it is dropped after the first prompt.
+            device: where a streamed encoder runs; None takes the pipeline's device.
         """
         offload_text_encoder(self, mode, device)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `DiffusionPipeline.to`; a text encoder that waits on the CPU stays there."""
+        """Move the pipeline, see `DiffusionPipeline.to`; an offloaded text encoder stays on the CPU."""
         waiting = getattr(self, "text_encoder", None) if self.text_encoder_offload != "keep" else None
         if waiting is None:
-            return super().to(*args, **kwargs)
-        self.__dict__["text_encoder"] = None  # not by assignment, which would take it out of the config
+            return super().to(*args, **kwargs)  # type: ignore[misc]
+        self.__dict__["text_encoder"] = None  # not by assignment, which would remove it from the config
         try:
-            super().to(*args, **kwargs)
+            super().to(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.__dict__["text_encoder"] = waiting
         if (dtype := torch._C._nn._parse_to(*args, **kwargs)[1]) is not None:
@@ -292,41 +314,42 @@ class StreamableMixin(ABC):
     def check_prompt(
         self, prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None, batch: int | None = None
     ) -> int:
-        """Check a prompt, against a batch size if one is given; returns the prompt's.
+        """Check a prompt, and its batch size if `batch` is not None; return the batch size.
 
         Raises:
-            ValueError: named.
+            ValueError: if both or neither are passed, for another type, or for another batch size.
         """
         if (prompt is None) == (prompt_embeds is None):
-            given = "neither" if prompt is None else "both"
-            raise ValueError(f"give either prompt or prompt_embeds, got {given}")
+            raise ValueError(f"give either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
         if prompt is not None and not isinstance(prompt, str | list):
             raise ValueError(f"prompt is a {type(prompt).__name__}, expected a string or a list of strings")
         if isinstance(prompt, list) and not (prompt and all(isinstance(text, str) for text in prompt)):
             odd = next(((i, text) for i, text in enumerate(prompt) if not isinstance(text, str)), None)
             got = "an empty list" if odd is None else f"a list with {odd[1]!r} at {odd[0]}"
             raise ValueError(f"prompt is {got}, expected a string, or a list of one string per sample")
-        got = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
-        if batch not in (None, got):
-            raise ValueError(f"{got} prompts for a stream of batch size {batch}: give {batch}")
-        return got
+        samples = prompt if prompt_embeds is None else prompt_embeds
+        count = 1 if samples is None or isinstance(samples, str) else len(samples)
+        if batch not in (None, count):
+            raise ValueError(f"{count} prompts for a stream of batch size {batch}: give {batch}")
+        return count
 
     @property
     def num_timesteps(self) -> int | None:
-        """Denoising steps of the latest stream, over all chunks; None if it has no end."""
+        """Denoising steps of the latest stream, over all chunks; None if it is endless."""
         return self._num_timesteps
 
     @property
     def current_timestep(self) -> float | None:
-        """Timestep of the transformer's pass in progress, or made last; None while no stream runs."""
+        """Timestep of the current or latest transformer pass; None while no stream runs."""
         return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
+        """Whether the stream is to end after the current step."""
         return self._interrupt
 
     def align_modules(self) -> None:
-        """Make results on the CPU independent of where in a file float weights were mapped from."""
+        """Make results on the CPU independent of the file offsets that float weights are mapped from."""
         if self._execution_device.type == "cpu":
             for component in self.components.values():
                 if isinstance(component, torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Where the text encoder waits, and embeddings that need none: it is the largest part and works once per prompt."""
+"""Offload the text encoder between prompts, and save prompt embeddings that need no text encoder."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from .host import StreamHost
 
 OFFLOADS = ("keep", "cpu", "stream", "free")
-"""`keep`: it stays with the other components. `cpu`: it waits in host memory, comes to encode and goes back. `stream`: its
-layers come one by one while it encodes, so that the device never holds more than the largest of them; the table of tokens,
-of which a prompt needs a few rows, stays. `free`: it is given
-up after the first encoding; later prompts must be embeddings."""
+"""`keep`: it stays with the other components. `cpu`: it is in host memory and moves to the device to encode. `stream`: its
+layers move to the device one by one while it encodes, so that the device never holds more than the largest of them; the
+token embedding table stays in host memory, because a prompt needs only a few rows. `free`: it is dropped after the first
+prompt; later prompts must be embeddings."""
 
 _KEY = "prompt_embeds"
 
 
 def offload_text_encoder(pipe: StreamHost, mode: str, device: torch.device | str | None = None) -> None:
-    """Choose where the pipeline's text encoder waits.
+    """Choose where the pipeline's text encoder is kept between prompts.
 
     Args:
-        pipe: its other components are not touched.
+        pipe: its other components stay where they are.
         mode: one of `OFFLOADS`.
-        device: where it works in mode `stream`; None takes the pipeline's device.
+        device: where it runs in mode `stream`; None takes the pipeline's device.
 
     Raises:
-        ValueError: for an unknown mode, for leaving `stream` (diffusers' hooks stay), or for streaming an int8 encoder, whose
-            packed weights those hooks do not move.
+        ValueError: for an unknown mode, for another mode after `stream` (diffusers' hooks stay), or for streaming an int8
+            encoder, whose packed weights those hooks do not move.
     """
     if mode not in OFFLOADS:
         raise ValueError(f"the text encoder's offload is {mode!r}, expected one of {', '.join(OFFLOADS)}")
@@ -54,7 +54,8 @@ def offload_text_encoder(pipe: StreamHost, mode: str, device: torch.device | str
 
 
 def _stream_layers(encoder: nn.Module, device: torch.device) -> None:
-    home, table = torch.device("cpu"), encoder.get_input_embeddings().weight
+    home = torch.device("cpu")
+    table: nn.Parameter = encoder.get_input_embeddings().weight  # type: ignore[operator]
     encoder.to(home)
     for part in _parts_without(encoder, table):
         apply_group_offloading(part, device, home, offload_type="leaf_level")
@@ -65,11 +66,12 @@ def _stream_layers(encoder: nn.Module, device: torch.device) -> None:
 
 
 def _holds(module: nn.Module, parameter: nn.Parameter, recurse: bool = True) -> bool:
+    """Return whether a module, or one of its submodules, holds this very parameter."""
     return any(own is parameter for own in module.parameters(recurse))
 
 
 def _parts_without(module: nn.Module, excluded: nn.Parameter) -> Iterator[nn.Module]:
-    """The largest submodules that do not hold `excluded`."""
+    """Yield the largest submodules that do not hold `excluded`."""
     for child in module.children():
         if not _holds(child, excluded):
             yield child
@@ -79,7 +81,7 @@ def _parts_without(module: nn.Module, excluded: nn.Parameter) -> Iterator[nn.Mod
 
 @contextmanager
 def text_encoder_at_work(pipe: StreamHost) -> Iterator[None]:
-    """Bring the text encoder where it is needed, and send it back where it waits."""
+    """Move the text encoder to the device, and back when the block ends."""
     encoder, mode = getattr(pipe, "text_encoder", None), pipe.text_encoder_offload
     if encoder is None or mode not in ("cpu", "free"):
         yield
@@ -103,10 +105,10 @@ def save_prompt_embeds(prompt_embeds: torch.Tensor, path: str | os.PathLike[str]
 
 
 def load_prompt_embeds(prompt_embeds: torch.Tensor | str | os.PathLike[str] | None) -> torch.Tensor | None:
-    """Embeddings as given, or read from a file of `save_prompt_embeds`.
+    """Return embeddings as they are, or read them from a file of `save_prompt_embeds`.
 
     Raises:
-        ValueError: if the file is no safetensors file, or has no `prompt_embeds`.
+        ValueError: if it is not a safetensors file, or has no `prompt_embeds`.
     """
     if not isinstance(prompt_embeds, str | os.PathLike):
         return prompt_embeds

@@ -1,31 +1,31 @@
-"""A given picture or clip as the start of a stream: pixels -> the latents that the video begins with."""
+"""Convert a picture or clip to the pixels and latents that a stream starts with."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
-from .config import CausalFields
+from .config import RolloutConfig
 
 Picture = PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
-"""A PIL image of any mode but F, the file of one, an array `[H, W, C]` or a tensor `[C, H, W]` (the other order too where
-only that one is possible), or grey `[H, W]`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); values are bool,
-uint8, uint16, or float in [0, 1]. Floats in [-1, 1] are told by values below `_SIGNED_BELOW`. What alpha leaves transparent
-is white."""
+"""A PIL image of any mode except F, the path of an image file, an array `[H, W, C]` or a tensor `[C, H, W]` (or the other
+order if only that one is possible), or grey `[H, W]`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha). Values are
+bool, uint8, uint16, or float in [0, 1]; floats are read as [-1, 1] if any is below `_SIGNED_BELOW`. Transparent pixels
+become white."""
 
 _CHANNELS = (1, 2, 3, 4)
 _FULL_SCALE = {"bool": 1, "uint8": 255, "uint16": 65535}
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-_SLACK = 1e-3  # rounding of half precision
+_SLACK = 1e-3  # rounding error of half precision
 _SIGNED_BELOW = -0.1  # resampling a picture in [0, 1] undershoots by less
 
 
@@ -33,7 +33,7 @@ _SIGNED_BELOW = -0.1  # resampling a picture in [0, 1] undershoots by less
 def start_pixels(
     image: Picture | Sequence[Picture] | None, video: Any, processor: VideoProcessor, size: tuple[int, int]
 ) -> torch.Tensor:
-    """Frames as the VAE wants them: upright, without alpha, and cut at their edges to the aspect ratio of `size`.
+    """Convert pictures to the VAE's input: upright, without alpha, cropped to the aspect ratio of `size` and resized.
 
     Args:
         image: one picture, or one per sample (a sequence, or a further leading dimension).
@@ -46,8 +46,8 @@ def start_pixels(
         `[B, 3, F, height, width]` in [-1, 1], float32.
 
     Raises:
-        ValueError: both are given, a video has no frames, samples differ in length, or a picture is of another shape, dtype or
-            range of values.
+        ValueError: if both are passed, a video has no frames, samples differ in length, or a picture has an unsupported
+            shape, dtype or range of values.
     """
     if image is not None and video is not None:
         raise ValueError("give either image or video as a start, got both")
@@ -60,18 +60,18 @@ def start_pixels(
     frames = [frame for sample in samples for frame in sample]
     for frame in frames:
         _check(frame)
-    # Asked of all at once: a bright frame of a clip does not tell.
-    signed = _is_signed(frame for frame in frames if _dtype(frame) in _FLOATS)
+    # Decided for all frames at once: a bright frame has no value below zero.
+    signed = _is_signed([frame for frame in frames if _dtype(frame) in _FLOATS])
     clips = [torch.stack([_fit(_rgb(frame, signed), size) for frame in sample], dim=1) for sample in samples]
-    return processor.normalize(torch.stack(clips))
+    return torch.as_tensor(processor.normalize(torch.stack(clips)))
 
 
 def read_picture(path: str | os.PathLike) -> PIL.Image.Image:
-    """A picture file as it is to be seen: turned as its EXIF orientation says.
+    """Read an image file, rotated as its EXIF orientation says.
 
     Raises:
-        ValueError: it is a URL, or no picture that can be read.
-        FileNotFoundError: there is no such file.
+        ValueError: if it is a URL, or is not a readable image.
+        FileNotFoundError: if there is no such file.
     """
     if str(path).startswith(("http://", "https://")):
         raise ValueError(f"the picture is a URL ({path}): load it with diffusers.utils.load_image")
@@ -85,12 +85,12 @@ def read_picture(path: str | os.PathLike) -> PIL.Image.Image:
 
 
 def _pictures(image: Any) -> Sequence[Picture]:
-    """The picture of every sample."""
+    """Return the picture of every sample."""
     return list(image) if isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4 else [image]
 
 
-def _clips(video: Any) -> Sequence[Sequence[Picture]]:
-    """The frames of every sample."""
+def _clips(video: Any) -> Sequence[Any]:
+    """Return the frames of every sample."""
     if isinstance(video, str | os.PathLike):
         raise ValueError(f"video is a path ({video}): read it with diffusers.utils.load_video")
     if isinstance(video, list | tuple):
@@ -104,14 +104,14 @@ def _clips(video: Any) -> Sequence[Sequence[Picture]]:
 
 
 def _dtype(frame: Picture) -> str | None:
-    """Name of an array's or tensor's dtype, None of anything else."""
+    """Return the name of an array's or tensor's dtype; None for anything else."""
     if isinstance(frame, np.ndarray):
         return frame.dtype.name
     return str(frame.dtype).removeprefix("torch.") if isinstance(frame, torch.Tensor) else None
 
 
 def _check(frame: Any) -> None:
-    """Raise ValueError if a frame is nothing that `_rgb` reads."""
+    """Raise ValueError if `_rgb` cannot read a frame."""
     if isinstance(frame, PIL.Image.Image | str | os.PathLike):
         return
     if not isinstance(frame, np.ndarray | torch.Tensor):
@@ -132,11 +132,11 @@ def _check(frame: Any) -> None:
         )
 
 
-def _is_signed(floats: Iterable[np.ndarray | torch.Tensor]) -> bool:
-    """Whether float frames are in [-1, 1] rather than [0, 1].
+def _is_signed(floats: Sequence[Any]) -> bool:
+    """Return whether float frames are in [-1, 1] rather than [0, 1].
 
     Raises:
-        ValueError: their values are in neither.
+        ValueError: if their values are in neither.
     """
     ends = [(float(frame.min()), float(frame.max())) for frame in floats]
     if not ends:
@@ -157,7 +157,7 @@ def _is_signed(floats: Iterable[np.ndarray | torch.Tensor]) -> bool:
 
 
 def _rgb(frame: Picture, signed: bool) -> torch.Tensor:
-    """`[3, H, W]` in [0, 1], float32, of a frame; floats are in [-1, 1] if `signed`."""
+    """Return a frame as `[3, H, W]` in [0, 1], float32; floats are in [-1, 1] if `signed`."""
     if isinstance(frame, str | os.PathLike):
         frame = read_picture(frame)
     if isinstance(frame, PIL.Image.Image):
@@ -166,7 +166,7 @@ def _rgb(frame: Picture, signed: bool) -> torch.Tensor:
     if isinstance(frame, np.ndarray):
         frame = torch.from_numpy(frame.astype(np.float32))
     pixels = frame.cpu().float()
-    pixels = (pixels + 1) / 2 if signed and dtype in _FLOATS else pixels / _FULL_SCALE.get(dtype, 1)
+    pixels = (pixels + 1) / 2 if signed and dtype in _FLOATS else pixels / _FULL_SCALE.get(str(dtype), 1)
     pixels = (pixels[None] if pixels.ndim == 2 else pixels.movedim(axis, 0)).clamp(0, 1)
     if len(pixels) in (2, 4):
         pixels = 1 + (pixels[:-1] - 1) * pixels[-1:]  # over white
@@ -174,29 +174,29 @@ def _rgb(frame: Picture, signed: bool) -> torch.Tensor:
 
 
 def _usual_axis(frame: np.ndarray | torch.Tensor) -> int:
-    """Where the channels are by convention: last in arrays, first in tensors."""
+    """Return the channel axis by convention: last in arrays, first in tensors."""
     return 2 if isinstance(frame, np.ndarray) else 0
 
 
 def _channel_axis(frame: np.ndarray | torch.Tensor) -> int:
-    """Where the channels are: as usual, unless only the other end can be."""
+    """Return the channel axis: the usual one, unless only the other end is possible."""
     usual = _usual_axis(frame)
     return 2 - usual if frame.ndim == 3 and frame.shape[usual] not in _CHANNELS else usual
 
 
 def _array(picture: PIL.Image.Image) -> np.ndarray:
-    """uint8 `[H, W, 3]` or `[H, W, 4]`, or uint16 `[H, W]` of a picture with 16 bits.
+    """Convert a picture to uint8 `[H, W, 3]` or `[H, W, 4]`, or one with 16 bits to uint16 `[H, W]`.
 
     Raises:
-        ValueError: its mode does not tell the range of its values.
+        ValueError: if the range of its values is unknown.
     """
     picture = PIL.ImageOps.exif_transpose(picture)
     if picture.mode == "F":
-        raise ValueError("a PIL picture of mode F tells no range of values: give an array in [0, 1]")
+        raise ValueError("the range of values of a PIL picture of mode F is unknown: give an array in [0, 1]")
     if picture.mode.startswith("I"):
         grey = np.asarray(picture)
         low, high = int(grey.min()), int(grey.max())
-        # Mode I has 32 bits, of which older versions of Pillow use 16 for a file of 16; others put 8 bits there.
+        # Mode I has 32 bits. Older versions of Pillow read 16-bit files into it; other code puts 8 bits there.
         if low < 0 or high > 65535 or (picture.mode == "I" and 0 < high < 256):
             raise ValueError(
                 f"a PIL picture of mode I has values from {low} to {high}, expected 16 bits (to 65535): give an array, "
@@ -207,7 +207,7 @@ def _array(picture: PIL.Image.Image) -> np.ndarray:
 
 
 def _fit(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """`[3, H, W]` in [0, 1] -> `[3, height, width]`: the middle of the picture that has the aspect ratio of `size`, resized."""
+    """Crop the middle of `[3, H, W]` in [0, 1] to the aspect ratio of `size`, and resize it to `[3, height, width]`."""
     (height, width), (rows, columns) = size, pixels.shape[1:]
     kept = (max(1, min(rows, round(columns * height / width))), max(1, min(columns, round(rows * width / height))))
     top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
@@ -215,22 +215,24 @@ def _fit(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.interpolate(middle, size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
-def fit_length(pixels: torch.Tensor, fields: CausalFields, temporal_scale: int) -> torch.Tensor:
-    """The last frames of `[B, 3, F, H, W]` that make a start of whole chunks (or, clamped, frames); a single picture stands still for the shortest start.
+def fit_length(pixels: torch.Tensor, fields: RolloutConfig, temporal_scale: int) -> torch.Tensor:
+    """Return the last frames of `[B, 3, F, H, W]` that make whole chunks, or whole latent frames with `clamped_start`.
+
+    A single picture is repeated to the length of the shortest start.
 
     Raises:
-        ValueError: if the video is shorter than the shortest start.
+        ValueError: if a video is shorter than the shortest start.
     """
     chunk = 1 if fields.clamped_start else fields.num_frames_per_chunk
     lead = 1 if fields.independent_first_frame else 0
     least = lead or chunk
-    given = pixels.shape[2]
-    if given == 1:
+    num_frames = pixels.shape[2]
+    if num_frames == 1:
         return pixels.expand(-1, -1, 1 + temporal_scale * (least - 1), -1, -1)
-    latent_frames = 1 + (given - 1) // temporal_scale
+    latent_frames = 1 + (num_frames - 1) // temporal_scale
     if latent_frames < least:
         raise ValueError(
-            f"a start of {given} frames is too short: this model starts with at least {1 + temporal_scale * (least - 1)}"
+            f"a start of {num_frames} frames is too short: this model starts with at least {1 + temporal_scale * (least - 1)}"
         )
     latent_frames -= (latent_frames - lead) % chunk
     return pixels[:, :, -(1 + temporal_scale * (latent_frames - 1)) :]
@@ -238,10 +240,10 @@ def fit_length(pixels: torch.Tensor, fields: CausalFields, temporal_scale: int) 
 
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pixels `[B, 3, F, H, W]` in [-1, 1] -> normalized latents `[B, C, frames, h, w]`, the mode of the posterior."""
+    """Encode pixels `[B, 3, F, H, W]` in [-1, 1] to normalized latents `[B, C, frames, h, w]`, the mode of the posterior."""
     latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode()
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
+        for values in (vae.config["latents_mean"], vae.config["latents_std"])
     )
     return (latents - mean) / std

@@ -1,4 +1,4 @@
-"""Few-step schedulers of autoregressive video diffusion models."""
+"""Sample autoregressive video diffusion models in few steps."""
 
 from .scheduling_chunk_unipc import ChunkUniPCScheduler
 from .scheduling_few_step_renoise import FewStepRenoiseScheduler, FewStepRenoiseSchedulerOutput

@@ -1,4 +1,4 @@
-"""`ChunkUniPCScheduler`: diffusers' UniPC solver, begun anew for every chunk of a causal video model."""
+"""Sample with diffusers' UniPC solver, restarted for every chunk of a causal video model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .scheduling_few_step_renoise import FewStepRenoiseSchedulerOutput, distille
 
 
 class ChunkUniPCScheduler(UniPCMultistepScheduler):
-    """`UniPCMultistepScheduler` (Zhao et al. 2023, arXiv 2302.04867) for flow matching, over given timesteps.
+    """Apply `UniPCMultistepScheduler` (Zhao et al. 2023, arXiv 2302.04867) for flow matching to a list of timesteps.
 
-    The sampler of LongLive 2.0. The solver is of second order with its corrector; it draws no noise, and the last step gives
-    the clean sample. The model is given whole timesteps, cut off, as diffusers' scheduler does.
+    This is the sampler of LongLive 2.0. The solver is of second order, with its corrector. It draws no noise, and the last
+    step returns the clean sample. The model gets timesteps truncated to integers, as in diffusers' scheduler.
 
     Args:
         denoising_timesteps: timesteps of a chunk, falling.
         first_chunk_timesteps: timesteps of generated chunk 0; None takes `denoising_timesteps`.
-        warp_timesteps: shift the timesteps by `timestep_shift` before use; else they are noise levels as they stand.
+        warp_timesteps: shift the timesteps by `timestep_shift` before use; else they are the noise levels.
         timestep_shift: shift of the noise levels.
     """
 
@@ -44,7 +44,7 @@ class ChunkUniPCScheduler(UniPCMultistepScheduler):
         """Set `timesteps` (int64) and `sigmas` to those of generated chunk `chunk_index`, and forget the last chunk.
 
         Raises:
-            ValueError: if `num_inference_steps` is given and is not the length of the distilled list.
+            ValueError: if `num_inference_steps` is neither None nor the length of the distilled list.
         """
         steps = distilled_steps(self.config, chunk_index, num_inference_steps)
         super().set_timesteps(sigmas=torch.tensor(steps, dtype=torch.float64).numpy() / 1000, device=device)
@@ -57,7 +57,7 @@ class ChunkUniPCScheduler(UniPCMultistepScheduler):
         noise: None = None,
         return_dict: bool = True,
     ) -> FewStepRenoiseSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One step in float32, cast to the dtype of `sample`; see `FewStepRenoiseScheduler.step`. `noise` is not used."""
+        """Make one step in float32, cast to the dtype of `sample`; see `FewStepRenoiseScheduler.step`. `noise` is ignored."""
         (moved,) = super().step(model_output.float(), timestep, sample.float(), return_dict=False)
         previous, original = moved.to(sample.dtype), self.model_outputs[-1].to(sample.dtype)
         if not return_dict:

@@ -1,6 +1,6 @@
-"""`FewStepRenoiseScheduler`: predict the clean sample, add fresh noise at the next level, repeat.
+"""Predict the clean sample, add fresh noise at the next level, repeat.
 
-The sampling rule of distribution-matching distilled video models: CausVid (Yin et al. 2024, arXiv 2412.07772) and
+This is the sampling rule of distribution-matching distilled video models: CausVid (Yin et al. 2024, arXiv 2412.07772) and
 Self-Forcing (Huang et al. 2025, arXiv 2506.08009), over the flow-matching noise table of Wan.
 """
 
@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def shifted_noise_table(num_steps: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise levels and timesteps of flow matching, falling from 1 and 1000: two float32 `[num_steps]` tensors."""
+    """Return noise levels and timesteps of flow matching, falling from 1 and 1000: two float32 `[num_steps]` tensors."""
     linear = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float32)[:-1]
     sigmas = shift * linear / (1 + (shift - 1) * linear)
     return sigmas, sigmas * 1000
@@ -27,10 +27,10 @@ def shifted_noise_table(num_steps: int, shift: float) -> tuple[torch.Tensor, tor
 def distilled_steps(
     config: Mapping[str, Any], chunk_index: int, num_inference_steps: int | None = None
 ) -> Sequence[float]:
-    """Timesteps of generated chunk `chunk_index`, from a scheduler's config.
+    """Return the timesteps of generated chunk `chunk_index`, from a scheduler's config.
 
     Raises:
-        ValueError: if `num_inference_steps` is given and is not their number.
+        ValueError: if `num_inference_steps` is neither None nor their number.
     """
     first = config["first_chunk_timesteps"]
     steps = first if chunk_index == 0 and first is not None else config["denoising_timesteps"]
@@ -43,12 +43,13 @@ def distilled_steps(
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """Return float64 where the device has it."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()  # MPS has no float64
 
 
 @dataclass
 class FewStepRenoiseSchedulerOutput(BaseOutput):
-    """Result of a step.
+    """Hold the result of a step.
 
     Attributes:
         prev_sample: input of the next step (re-noised), or the clean sample after the last step.
@@ -60,10 +61,10 @@ class FewStepRenoiseSchedulerOutput(BaseOutput):
 
 
 class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
-    """Few-step sampling by prediction and re-noising.
+    """Sample in few steps by prediction and re-noising.
 
-    Noise levels are looked up at the table entry nearest to a timestep, so timestep 0 has the last level of the table
-    (0.005 at shift 5), not 0.
+    The noise level of a timestep is the nearest table entry, so timestep 0 has the last level of the table (0.005 at
+    shift 5), not 0.
 
     Args:
         denoising_timesteps: timesteps of a chunk, falling.
@@ -99,14 +100,15 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
         """Set `timesteps` (float32) and `sigmas` to those of generated chunk `chunk_index`.
 
         Raises:
-            ValueError: if `num_inference_steps` is given and is not the length of the distilled list.
+            ValueError: if `num_inference_steps` is neither None nor the length of the distilled list.
         """
         steps = distilled_steps(self.config, chunk_index, num_inference_steps)
         self.timesteps = self._warp(steps).to(device)
         self.sigmas = self._sigma(self.timesteps)
         self.num_inference_steps = len(steps)
 
-    def _warp(self, steps: tuple[float, ...]) -> torch.Tensor:
+    def _warp(self, steps: Sequence[float]) -> torch.Tensor:
+        """Return timesteps, float32, mapped through the noise table if the config says so."""
         if not self.config.warp_timesteps:
             return torch.tensor(steps, dtype=torch.float32)
         size = self.config.num_train_timesteps
@@ -119,16 +121,16 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
         return table[[size - int(step) for step in steps]]
 
     def _sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Noise level, float32, of the table entry nearest to each timestep."""
+        """Return the noise level, float32, of the table entry nearest to each timestep."""
         table = _exact(self._timestep_table.to(timestep.device))
         index = (_exact(timestep)[..., None] - table).abs().argmin(dim=-1)
         return self._sigma_table.to(timestep.device)[index]
 
     def _sigma_for(self, timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
-        """Noise levels shaped to broadcast over `sample`: per sample `[B]`, or per frame `[B, F]` of `[B, C, F, H, W]`."""
-        sigma = self._sigma(torch.as_tensor(timestep))  # looked up where the timestep is
+        """Return noise levels, per sample `[B]` or per frame `[B, F]`, shaped to broadcast over `sample` `[B, C, F, H, W]`."""
+        sigma = self._sigma(torch.as_tensor(timestep))  # on the device of the timestep
         if sigma.ndim == 0 and sigma.device.type == "cpu":
-            return sigma  # a number to torch, wherever the sample is: copying it there would wait for the pass before
+            return sigma  # torch takes a CPU scalar on any device; copying it would wait for the previous pass
         sigma = sigma.to(sample.device)
         if sigma.ndim == 2:
             sigma = sigma[:, None]
@@ -137,7 +139,7 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
     def predict_original(
         self, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Clean sample from the flow: `sample - sigma * flow` in float64, cast to the dtype of `model_output`.
+        """Return the clean sample, `sample - sigma * flow` in float64, cast to the dtype of `model_output`.
 
         `timestep` is a number, `[B]`, or `[B, F]` (per frame of `[B, C, F, H, W]`).
         """
@@ -147,14 +149,14 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
     def predict_flow(
         self, original_sample: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Inverse of `predict_original`: `(sample - original) / sigma` in float64, cast to the dtype of `original_sample`."""
+        """Invert `predict_original`: `(sample - original) / sigma` in float64, cast to the dtype of `original_sample`."""
         sigma = _exact(self._sigma_for(timestep, sample))
         return ((_exact(sample) - _exact(original_sample)) / sigma).to(original_sample.dtype)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
     ) -> torch.Tensor:
-        """`(1 - sigma) * original + sigma * noise` in float32, cast to the dtype of `noise`; `timesteps` as above."""
+        """Return `(1 - sigma) * original + sigma * noise` in float32, cast to the dtype of `noise`; `timesteps` as above."""
         sigma = self._sigma_for(timesteps, original_samples)
         return ((1 - sigma) * original_samples.float() + sigma * noise.float()).to(noise.dtype)
 
@@ -188,13 +190,14 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
         return FewStepRenoiseSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
 
     def _index_of(self, timestep: torch.Tensor | float) -> int:
+        """Return the index of a timestep in `timesteps`; raises ValueError if it is not there exactly once."""
         matches = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device).float()).nonzero()
         if matches.numel() != 1:
             raise ValueError(f"timestep {timestep} is not one of the scheduler's timesteps {self.timesteps.tolist()}")
         return int(matches.item())
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """The sample itself: flow matching needs no input scaling."""
+        """Return the sample: flow matching needs no input scaling."""
         return sample
 
     def __len__(self) -> int:

@@ -1,1 +1,1 @@
-"""Exact streaming decoding with Wan's VAE, and its fused modules."""
+"""Decode exactly chunk by chunk with Wan's VAE, and faster with fused modules."""

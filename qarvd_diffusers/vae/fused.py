@@ -1,8 +1,8 @@
-"""The decoder of Wan's VAE with fewer passes over memory: modules that stand in for diffusers' in a decoder.
+"""Replace modules in the decoder of Wan's VAE by fused ones, which read and write memory less often.
 
-A chunk at 832x480 is a tensor of 0.9 GB before every convolution of the last stage. diffusers reads or writes one some
-twenty times for a norm, a SiLU, remembered frames and padding; here it is read and written once. Each class computes what
-its base class computes, without gradients, and is put in place by changing the class of the module: parameters, names and
+A chunk at 832x480 is a tensor of 0.9 GB before every convolution of the last stage. For a norm, a SiLU, cached frames and
+padding, diffusers reads or writes such a tensor about twenty times; the fused modules read and write it once. Each class
+computes what its base class computes, without gradients. Installing changes the class of a module: parameters, names and
 hooks stay.
 """
 
@@ -21,14 +21,14 @@ from torch import nn
 
 import qarvd_kernels as ops
 
-_REMEMBERED = 2  # frames that a convolution over three of them needs of the past
+_REMEMBERED = 2  # past frames that a convolution over three frames needs
 
 
 class FastCausalConv3d(WanCausalConv3d):
-    """Pads in space while it convolves, not before."""
+    """Convolve with implicit spatial padding."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
-        """`[B, C, F, H, W]`, after the frames `cache_x`; what is missing of the past is zero."""
+        """Convolve `[B, C, F, H, W]`, after the past frames `cache_x`; missing past frames are zero."""
         pieces, missing = [x], self._padding[4]
         if missing and cache_x is not None:
             pieces.insert(0, cache_x.to(x.device))
@@ -38,12 +38,12 @@ class FastCausalConv3d(WanCausalConv3d):
         return self.convolve(torch.cat(pieces, dim=2) if len(pieces) > 1 else x, self.bias)
 
     def convolve(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`x` with the frames of the past in front. torch adds a bias in a pass of its own: better left to what comes next."""
+        """Convolve `x`, past frames in front. torch adds a bias in a separate pass: leave it to the next module if possible."""
         return F.conv3d(x, self.weight, bias, self.stride, (0, self._padding[2], self._padding[0]))
 
 
 class FastNormSiLU(WanRMS_norm):
-    """The norm and the SiLU behind it."""
+    """Apply the norm and the SiLU after it."""
 
     def forward(
         self,
@@ -52,18 +52,19 @@ class FastNormSiLU(WanRMS_norm):
         past: torch.Tensor | None = None,
         lead: int = 0,
     ) -> torch.Tensor:
-        """`[B, C, F, H, W]` -> `[B, C, lead + F, H, W]`, channels-last; the rest as in `rms_norm_silu`."""
+        """Map `[B, C, F, H, W]` to `[B, C, lead + F, H, W]`, channels-last; the other arguments are those of `rms_norm_silu`."""
         past = None if past is None else _rows(past)
         out = ops.rms_norm_silu(_rows(x), bias, self.gamma.flatten(), past, lead)
         return out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
 
 
 class FastResidualBlock(WanResidualBlock):
-    """Norms write straight into the input of the convolution behind them, and add the bias of the one before."""
+    """Let norms write into the input of the next convolution, and add the bias of the one before."""
 
     def forward(
         self, x: torch.Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None
     ) -> torch.Tensor:
+        """Map `[B, C, F, H, W]` to `[B, C_out, F, H, W]`, channels-last; updates `feat_cache` and `feat_idx`."""
         memory = feat_cache if feat_cache is not None else [None, None]
         place = feat_idx if feat_idx is not None else [0]
         hidden, bias = x, None
@@ -72,50 +73,50 @@ class FastResidualBlock(WanResidualBlock):
             memory[place[0]] = _kept(hidden[:, :, -_REMEMBERED:], memory[place[0]])
             place[0] += 1
             hidden, bias = conv.convolve(hidden, None), conv.bias
-        # Summed up in place: the callers of a block have no use for its input, but hold on to it.
+        # Summed in place: the callers of a block do not use its input again, but keep a reference to it.
         total = _flat(self.conv_shortcut(x))
         ops.add_bias(total, _flat(hidden), bias)
         return total.view(hidden.shape[0], *hidden.shape[2:], -1).permute(0, 4, 1, 2, 3)
 
 
 class FastUpsample(WanUpsample):
-    """Repeats pixels in their own dtype, channels-last."""
+    """Repeat pixels in their own dtype, channels-last."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scale_factor != (2.0, 2.0):
             return super().forward(x)
         pixels = x.permute(0, 2, 3, 1)
         if pixels.is_contiguous() and pixels.shape[3] * x.element_size() % 8 == 0:
-            pixels = pixels.view(torch.int64)  # torch's copy of a repeated tensor goes element by element
+            pixels = pixels.view(torch.int64)  # torch copies a repeated tensor element by element
         batch, height, width, words = pixels.shape
         pixels = pixels[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
         return pixels.reshape(batch, 2 * height, 2 * width, words).view(x.dtype).permute(0, 3, 1, 2)
 
 
 def _kept(frames: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
-    """A copy of `frames`, in the place of the old one where it fits: memory that lives long must not wander."""
+    """Copy `frames`, into the old tensor if it fits: long-lived memory that moves would fragment the allocator."""
     if old is None or old.shape != frames.shape or old.stride(1) != frames.stride(1):
         return frames.clone()
     return old.copy_(frames)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """`[B, C, F, H, W]` -> `[B * F * H * W, C]`."""
+    """Flatten `[B, C, F, H, W]` to `[B * F * H * W, C]`."""
     return x.permute(0, 2, 3, 4, 1).flatten(0, 3)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`[B, C, F, H, W]` -> `[B, F, H * W, C]`, without a copy where memory lies channels-last."""
+    """Flatten `[B, C, F, H, W]` to `[B, F, H * W, C]`, without a copy if memory is channels-last."""
     return x.permute(0, 2, 3, 4, 1).flatten(2, 3)
 
 
 def is_fast(decoder: WanDecoder3d) -> bool:
-    """Whether `install_fast_modules` was called on it."""
+    """Return whether a decoder has the fused modules."""
     return any(isinstance(module, FastResidualBlock) for module in decoder.modules())
 
 
 def install_fast_modules(decoder: WanDecoder3d) -> None:
-    """Put the modules of this file in place in a decoder; parts that are none of theirs (those of Wan 2.2) are left alone."""
+    """Install the fused modules in a decoder; modules without a fused one (those of Wan 2.2) stay."""
     for module in list(decoder.modules()):
         if type(module) is WanResidualBlock and isinstance(module.nonlinearity, nn.SiLU):
             module.__class__ = FastResidualBlock

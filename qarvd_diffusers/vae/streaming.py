@@ -1,4 +1,4 @@
-"""`StreamingVAEDecoder`: decode a video piece by piece, exactly as if it were decoded whole."""
+"""Decode a video chunk by chunk, with exactly the result of decoding it whole."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .fused import install_fast_modules, is_fast
 
 
 class StreamingVAEDecoder:
-    """Decoder of one stream over a shared `AutoencoderKLWan`.
+    """Decode one stream with a shared `AutoencoderKLWan`.
 
-    Wan's VAE decodes frame by frame through causal convolutions that remember their last inputs, but its `decode` forgets
-    them after every call, so that a chunk decoded alone loses frames and starts with a seam. This class keeps that memory
-    per stream: pieces joined equal one `decode` of the whole, and streams over one VAE do not disturb each other.
+    Wan's VAE decodes frame by frame through causal convolutions that cache their last inputs. Its `decode` clears this
+    cache after every call, so a chunk decoded alone loses frames and starts with a seam. This class keeps the cache per
+    stream: the chunks together equal one `decode` of the whole video, and streams with one VAE are independent.
 
     Args:
-        vae: the VAE; none of its state is changed.
-        frames_at_once: latent frames that go through the decoder together. More take more memory, and on a GPU less time
-            unless the decoder is optimized (`optimize_vae`); the result is the same but for the order of float sums, and the
-            same bit by bit with 1. None takes 1 on the CPU or if the decoder is optimized, else all that `decode` is given.
+        vae: the VAE; its state does not change.
+        frames_at_once: latent frames that go through the decoder together. More frames take more memory and, on a GPU, less
+            time unless the decoder is optimized (`optimize_vae`). The result is bit-identical with 1, and otherwise differs
+            by the order of float sums. None takes 1 on the CPU or if the decoder is optimized, else all frames of a call.
 
     Raises:
-        ValueError: if the VAE is of another class or has tiling switched on.
+        ValueError: if the VAE is of another class or has tiling enabled.
     """
 
     def __init__(self, vae: AutoencoderKLWan, frames_at_once: int | None = None) -> None:
@@ -52,7 +52,7 @@ class StreamingVAEDecoder:
         """
         vae = self._vae
         if hasattr(vae, "_hf_hook") and hasattr(vae._hf_hook, "pre_forward"):
-            vae._hf_hook.pre_forward(vae)  # what `vae.decode` does first, so that CPU offload brings the weights in
+            vae._hf_hook.pre_forward(vae)  # as `vae.decode` does first: CPU offload moves the weights to the device
         device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
         hidden = vae.post_quant_conv(self._denormalize(latents.to(device or latents.device, vae.dtype)))
         first = self._memory is None
@@ -68,7 +68,7 @@ class StreamingVAEDecoder:
         return pixels.clamp(-1.0, 1.0)
 
     def _groups(self, hidden: torch.Tensor, first: bool) -> list[int]:
-        """Sizes of the groups of frames; the first frame of a video is decoded alone, it has a rule of its own."""
+        """Return the sizes of the groups of frames; the first frame of a video is decoded differently, and so alone."""
         rest = hidden.shape[2] - int(first)
         one_by_one = hidden.device.type == "cpu" or is_fast(self._vae.decoder)
         size = self._frames_at_once or (1 if one_by_one else max(rest, 1))
@@ -76,11 +76,11 @@ class StreamingVAEDecoder:
         return [1] * int(first) + [size] * full + [left] * bool(left)
 
     def reset(self) -> None:
-        """Forget earlier frames: the next ones start a video."""
+        """Forget earlier frames: the next latents start a video."""
         self._memory = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What the convolutions remember; an empty tensor is the mark that stands for repeated first frames."""
+        """Return the inputs that the convolutions cache; an empty tensor stands for the VAE's mark of a repeated first frame."""
         memory = self._memory or []
         return {
             str(index): entry if isinstance(entry, torch.Tensor) else torch.empty(0)
@@ -89,17 +89,17 @@ class StreamingVAEDecoder:
         }
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on where the decoder stood that `state_dict` was called on."""
+        """Restore what `state_dict` returned."""
         if not state:
             return self.reset()
         entries: list[torch.Tensor | str | None] = [None] * self._vae._cached_conv_counts["decoder"]
         for index, entry in state.items():
-            # A copy: a decoder writes to its memory.
+            # A copy: the decoder writes to its cache.
             entries[int(index)] = entry.to(self._vae.device, copy=True) if entry.numel() else "Rep"
         self._memory = entries
 
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        if self._statistics is None:  # once per stream: making a tensor of numbers stalls the device
+        if self._statistics is None:  # once per stream: creating a tensor from numbers stalls the device
             self._statistics = tuple(
                 torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
                 for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
@@ -111,7 +111,7 @@ class StreamingVAEDecoder:
 def optimize_vae(vae: AutoencoderKLWan, compile_decoder: bool = False) -> None:
     """Make the decoder of a VAE faster on a GPU, in place.
 
-    Convolutions run on channels-last weights, and what lies between them on fused kernels (see `fast_vae`).
+    Convolutions run on channels-last weights, and the operations between them on fused kernels (see `vae.fused`).
 
     Args:
         compile_decoder: compile it too, with `torch.compile`.

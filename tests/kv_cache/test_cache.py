@@ -156,7 +156,7 @@ def test_given_scales_stand():
     assert torch.equal(cache.layers[1].key_scale, key[1]) and torch.equal(cache.layers[1].value_scale, value[1])
     with pytest.raises(ValueError, match="empty KVCache with storage"):
         cache.set_scales(key, value)
-    with pytest.raises(ValueError, match="scales of 2 and 2 layers for a KVCache of 3"):
+    with pytest.raises(ValueError, match="scales of 2 and 2 layers, expected 3"):
         KVCache(3, storage="fp8").set_scales(key, value)
 
 

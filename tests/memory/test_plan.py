@@ -9,7 +9,8 @@ import torch
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.cli import main
-from qarvd_diffusers.memory.plan import RESERVE, MemoryChoice, choose, estimate, parse_budget
+from qarvd_diffusers.memory.estimate import RESERVE, MemoryChoice, estimate
+from qarvd_diffusers.memory.plan import choose, parse_budget
 from qarvd_diffusers.memory.shapes import ModelShapes, live_bytes
 
 PROMPT = "a red circle"

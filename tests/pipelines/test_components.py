@@ -239,7 +239,9 @@ def test_a_foreign_scheduler_is_saved_as_it_is(tmp_path):
     assert "from test_components import Foreign" in card and "ARVDPipeline" not in card
     with pytest.raises(ValueError, match="kv_cache is 'int8', but this pipeline's make_cache takes no storage"):
         ToyPipeline(Denoiser()).stream("abc", num_chunks=1, kv_cache="int8")
-    with pytest.raises(ValueError, match="scheduler is a FlowMatchEulerDiscreteScheduler, which knows no chunks"):
+    with pytest.raises(
+        ValueError, match="scheduler is a FlowMatchEulerDiscreteScheduler, which has no timesteps per chunk"
+    ):
         pipe.stream("abc", num_chunks=1)
 
 

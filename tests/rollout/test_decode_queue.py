@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from qarvd_diffusers.rollout.decoder import CheckedDecoder
+from qarvd_diffusers.rollout.reencoding import ReencodingDecoder
+
 PROMPT = "a red circle"
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.8, 1.0, 1.2]}  # of the fixture's VAE
 
@@ -94,6 +97,12 @@ def test_unfit_decoders_are_refused(tiny_pipeline, tmp_path):
     next(running)
     with pytest.raises(ValueError, match=r"a Stateless cannot be saved: it has no state_dict"):
         running.save_state(tmp_path / "s.safetensors")
+    decoder = ReencodingDecoder(CheckedDecoder(Stateless()), lambda pixels: pixels, frames=1, scale=4)
+    decoder.reset()
+    with pytest.raises(ValueError, match=r"a Stateless cannot be saved: it has no state_dict"):
+        decoder.state_dict()
+    with pytest.raises(ValueError, match=r"a Stateless cannot be restored: it has no load_state_dict"):
+        decoder.load_state_dict({})
 
 
 def test_compiled_decoder_is_the_decoder_in_three_graphs(tiny_pipeline):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qarvd_kernels as ops
 
-from ...kv_cache.cache import KVLayerCache
+from ...kv_cache.layer import KVLayerCache
 from ...kv_cache.storage import encode
 
 _FP8 = torch.float8_e4m3fn

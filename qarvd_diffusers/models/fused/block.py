@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qarvd_kernels as ops
 
-from ...kv_cache.cache import KVLayerCache
+from ...kv_cache.layer import KVLayerCache
 from ...quantization.linear import PER_ROW, QARVDLinear
 from .attention import CachedSelfAttention, attend
 
