@@ -136,9 +136,8 @@ def _watch(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, config:
     weigh = pass_weight(config)
 
     def observe(index: int, x: Tensor, info: PassInfo) -> None:
-        # The reference weighs all chunks alike in its dual-scale layers.
-        alike = config.reference_compat and groups[index].outliers.num_outliers
-        roundings[index].add(x, 1.0 if alike else weigh(info))
+        weighted = config.recipe.weigh_dual_scale or not groups[index].outliers.num_outliers
+        roundings[index].add(x, weigh(info) if weighted else 1.0)
 
     linears = {name: linear for group in groups for name, linear in group.linears.items()}
     with torch.no_grad(), InputCapture(linears, [tuple(group.linears) for group in groups], observe) as capture:

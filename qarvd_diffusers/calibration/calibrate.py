@@ -21,7 +21,7 @@ from .blocks import round_blocks, stages_of
 from .capture import InputCapture, pass_weight
 from .groups import LayerGroup
 from .inputs import InputQuantizer
-from .observers import InputObserver, ReferenceObserver
+from .observers import OBSERVERS
 from .outliers import OutlierSet
 from .processes import ALONE, Processes
 from .resume import ResumeFolder
@@ -148,16 +148,14 @@ def _observe_inputs(
     processes: Processes,
 ) -> dict[str, LinearQParams]:
     """Watch one set of rollouts and add a static input quantizer to every layer."""
-    observer = ReferenceObserver if config.reference_compat else InputObserver
-    observers = [observer(found) for found in outliers]
+    observers = [OBSERVERS[config.recipe.observer](group) for group in outliers]
     weigh = pass_weight(config)
-    # The reference watches activations of the model whose weights are rounded already; we watch the float model's.
-    model_under_test = _rounded_weights(linears, layers) if config.reference_compat else nullcontext()
+    observed_weights = _rounded_weights(linears, layers) if config.recipe.observe_rounded else nullcontext()
 
     def observe(group: int, x: Tensor, info: PassInfo) -> None:
         observers[group].add(x, weigh(info))
 
-    with torch.no_grad(), model_under_test, InputCapture(linears, groups, observe) as capture:
+    with torch.no_grad(), observed_weights, InputCapture(linears, groups, observe) as capture:
         run(capture.on_pass)
     if capture.ran or processes.count == 1:  # of many processes some may have had no prompt
         capture.check(range(config.calibration_chunks))

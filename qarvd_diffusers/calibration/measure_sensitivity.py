@@ -1,4 +1,4 @@
-"""Measuring chunk sensitivity: one float rollout per prompt, and a branch of it for every chunk."""
+"""Measure chunk sensitivity: one float rollout per prompt, and a branch of it for every chunk."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measure_sensitivity(
     result: CalibrationResult | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> SensitivityResult:
-    """How much the error of the whole video grows when one chunk is generated quantized (arXiv 2605.21072).
+    """Measure how much the error of the whole video grows when one chunk is generated quantized (arXiv 2605.21072).
 
     `s_k = mean((latents_k - latents_float)^2)` over all final latents and prompts, where in `latents_k` the passes of chunk
     `k` (denoising and refresh) are quantized and all others are float. Chunks before `k` equal the float run, so each of
@@ -49,8 +49,8 @@ def measure_sensitivity(
     instead of `C + C^2`, with the same bits on the CPU. Two caches are alive at a time.
 
     Layers that read the prompt alone (`prompt_linears`) stay float: their output is cached once for all chunks. With
-    `config.reference_compat` they are quantized in the passes of chunk 0 and so act in every chunk of that rollout, as in
-    the reference implementation, which inflates `s_0`.
+    `reference_compat` they are quantized in the passes of chunk 0 and so act in every chunk of that rollout, as in the
+    reference implementation, which inflates `s_0`.
 
     Args:
         pipe: a float pipeline; it is float again afterwards.
@@ -94,7 +94,7 @@ def measure_sensitivity(
     rounds = [remaining[start : start + processes.count] for start in range(0, len(remaining), processes.count)]
     with at_work(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt) as step:
         layers = quantized_layers(pipe.transformer, result)
-        if not config.reference_compat:
+        if not config.recipe.cached_in_chunk_0:
             for name in prompt_linears(pipe.transformer, layers):
                 del layers[name]
         try:

@@ -90,6 +90,10 @@ class ReferenceObserver(InputObserver):
         return _stack(found)
 
 
+# `Recipe.observer`.
+OBSERVERS: dict[str, type[InputObserver]] = {"histogram": InputObserver, "samples": ReferenceObserver}
+
+
 def _stack(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     scale, zero_point = zip(*found, strict=True)
     return torch.stack(scale).to(torch.float32), torch.stack(zero_point).to(torch.int32)

@@ -25,8 +25,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..bundled import bundled_prompts
-from ..config import PACKED_FORMAT, QARVDConfig, parse_prompts
-from ..files.text import read_text
+from ..config import PACKED_FORMAT, QARVDConfig
+from ..files.text import parse_prompts, read_text
 from ..quantization.adapters import adapter_scales
 from ..quantization.model import quantized_linears
 from ..quantization.result import REVISION, CalibrationResult

@@ -84,14 +84,14 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
     """Partition layer names into those that read one tensor: q, k and v of self-attention, k and v of cross-attention.
 
     Every group shares its outlier channels and its activation quantizer, so that a kernel quantizes the tensor once.
-    Without `config.tie_inputs`, or under `reference_compat` (the reference ties nothing), every layer stands alone.
+    Where the recipe does not tie inputs, every layer is a group of its own.
 
     Raises:
         ValueError: `config.module_bits` gives layers of one group different bits.
     """
     names = list(names)
     leader = {name: name for name in names}
-    if config.tie_inputs and not config.reference_compat:
+    if config.recipe.tie_inputs:
         for path, module in transformer.named_modules():
             for attributes in _tied_attributes(module):
                 tied = [name for name in (f"{path}.{a}".lstrip(".") for a in attributes) if name in leader]

@@ -23,7 +23,7 @@ def quantize_weight(
     Args:
         weight: float `[N, K]`, finite.
         outliers: its outlier channels.
-        config: scheme, bits of the layer, percentiles and `reference_compat` (zero-points free instead of clamped).
+        config: scheme, bits of the layer, percentiles, and whether zero-points are clamped.
         name: of the layer.
 
     Returns:
@@ -44,7 +44,7 @@ def _quantize_rows(weight: Tensor, outliers: OutlierSet, config: QARVDConfig, na
             scheme.weight_bits,
             config.percentiles,
             symmetric=scheme.symmetric_weights,
-            clamp=not config.reference_compat,
+            clamp=config.recipe.clamp_zero_points,
         )
         for group in permuted.tensor_split([outliers.num_outliers], dim=1)
     ]
