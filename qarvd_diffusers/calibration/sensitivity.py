@@ -118,7 +118,7 @@ class SensitivityResult:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one JSON file, see `write_json`."""
+        """Write one JSON file; see `write_json`."""
         return write_json(self.to_dict(), path)
 
     @classmethod
