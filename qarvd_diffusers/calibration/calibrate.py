@@ -23,7 +23,7 @@ from .groups import LayerGroup
 from .inputs import InputQuantizer
 from .observers import OBSERVERS
 from .outliers import OutlierSet
-from .processes import ALONE, Processes
+from .processes import SINGLE_PROCESS, Processes
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS
 from .splits import input_extents, split_inputs, stored_split
@@ -52,7 +52,10 @@ class Work:
 
 
 def plan_work(
-    transformer: nn.Module, config: QARVDConfig, folder: ResumeFolder | None = None, processes: Processes = ALONE
+    transformer: nn.Module,
+    config: QARVDConfig,
+    folder: ResumeFolder | None = None,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Work:
     """What `calibrate` will do when it is given the same; what the folder holds is not done again.
 
@@ -83,7 +86,7 @@ def calibrate(
     config: QARVDConfig,
     progress: Progress | None = None,
     folder: ResumeFolder | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     run_share: Callable[[Callable[[PassInfo], None]], None] | None = None,
 ) -> CalibrationResult:
     """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072); it is left as it was.

@@ -19,7 +19,7 @@ from ..files.hashing import hash_tensors
 from ..quantization.install import quantized_layers
 from ..quantization.result import CalibrationResult
 from ..rollout.chunk_loop import ChunkLoop
-from .pipeline import at_work, calibrate_pipeline, calibration_prompts, content_hash, require_float
+from .pipeline import calibrate_pipeline, calibration_prompts, content_hash, progress_on_device, require_float
 from .processes import Processes
 from .sensitivity import SensitivityResult
 from .switch import QuantizationSwitch
@@ -92,7 +92,7 @@ def measure_sensitivity(
     remaining = range(len(state.errors), len(prompts))
     per_prompt = num_chunks + num_chunks * (num_chunks + 1) // 2
     rounds = [remaining[start : start + processes.count] for start in range(0, len(remaining), processes.count)]
-    with at_work(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt) as step:
+    with progress_on_device(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt) as step:
         layers = quantized_layers(pipe.transformer, result)
         if not config.recipe.cached_in_chunk_0:
             for name in prompt_linears(pipe.transformer, layers):

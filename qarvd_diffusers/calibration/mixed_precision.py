@@ -16,7 +16,7 @@ from ..files.atomic import write_json
 from ..files.cache import cache_folder, can_keep_results
 from ..quantization.install import quantized_layers
 from .measure_sensitivity import SEED, describe_measurement
-from .pipeline import at_work, calibrate_pipeline, calibration_prompts
+from .pipeline import calibrate_pipeline, calibration_prompts, progress_on_device
 from .processes import Processes
 from .switch import QuantizationSwitch
 from .targets import input_groups, quantizable_linears
@@ -96,7 +96,9 @@ def layer_errors(
     measured = processes.from_main(_read_errors(path) if processes.is_main else None)
     errors = {group: measured.setdefault(" ".join(group), []) for group in groups}  # of each prompt so far
     remaining = [[group for group in groups if len(errors[group]) <= index] for index in range(len(prompts))]
-    with at_work(pipe, "measuring layers", "rollout", sum(len(some) + 1 for some in remaining if some)) as step:
+    with progress_on_device(
+        pipe, "measuring layers", "rollout", sum(len(some) + 1 for some in remaining if some)
+    ) as step:
 
         def roll_out(prompt: str, seed: int) -> list[Tensor]:
             generator = torch.Generator("cpu").manual_seed(seed)

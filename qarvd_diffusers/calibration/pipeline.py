@@ -166,7 +166,7 @@ def _hidden(pipe: PipelineHost) -> bool:
 
 
 @contextmanager
-def at_work(pipe: PipelineHost, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
+def progress_on_device(pipe: PipelineHost, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
     """One bar over all rollouts, whose step is handed out; see `undisturbed`."""
     hidden = _hidden(pipe)
     with undisturbed(pipe), tqdm(desc=what, unit=unit, total=total, disable=hidden) as bar:
