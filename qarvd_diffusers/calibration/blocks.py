@@ -58,11 +58,11 @@ def round_blocks(
     finished = processes.from_main(_restore(groups, folder if processes.is_main else None))
     with _quantized(transformer) as quantize:
         for stage in stages_of(channels, config, finished, processes):
-            mine = [by_name[name] for name in stage.mine]
+            own = [by_name[name] for name in stage.own]
             rounded_here: dict[str, LinearQParams] = {}
-            roundings = _observe(mine, kind, run, config) if mine else []
-            while mine:  # a group's statistics are freed before the next one is solved
-                group, rounding = mine.pop(0), roundings.pop(0)
+            roundings = _observe(own, kind, run, config) if own else []
+            while own:  # a group's statistics are freed before the next one is solved
+                group, rounding = own.pop(0), roundings.pop(0)
                 rounded = rounding.solve(stored_grid(group, nearest), _report(progress, group))
                 layers = group.packed(*rounded, like=nearest)
                 rounded_here.update(layers)
@@ -81,11 +81,11 @@ class Stage:
 
     Attributes:
         groups: their names.
-        mine: unfinished groups that this process rounds.
+        own: unfinished groups that this process rounds.
     """
 
     groups: tuple[str, ...]
-    mine: tuple[str, ...]
+    own: tuple[str, ...]
 
 
 def stages_of(

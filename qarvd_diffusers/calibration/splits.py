@@ -37,10 +37,10 @@ def split_inputs(
         groups: their partition.
         config: detector and alignment.
         extents: per group, for the detector `input`. Layers whose input is made of the prompt's words (`word_linears`) are
-            split by their weights all the same: a few prompts hold few words, and say little of what others will bring.
+            still split by their weights: a few prompts have few words, and do not represent others.
 
     Raises:
-        ValueError: a weight is on the meta device or not finite; named.
+        ValueError: a weight is on the meta device or not finite; the message names the layer.
     """
     for name, linear in linears.items():
         if linear.weight.is_meta:
@@ -59,16 +59,16 @@ def split_inputs(
             return min_noise_split(weights, *extents[index], config.outlier_alignment, at_least)
         return find_outliers(weights, detector, config.outlier_alignment, config.recipe, at_least)
 
-    found = [find(index) for index in range(len(groups))]
+    splits = [find(index) for index in range(len(groups))]
     if not config.recipe.equal_counts:
-        return found
+        return splits
     largest: dict[str, int] = defaultdict(int)
-    for group, outliers in zip(groups, found, strict=True):
+    for group, outliers in zip(groups, splits, strict=True):
         largest[repeated_name(group[0])] = max(largest[repeated_name(group[0])], outliers.num_outliers)
     counts = [largest[repeated_name(group[0])] for group in groups]
     return [
         outliers if outliers.num_outliers == count else find(index, count)
-        for index, (outliers, count) in enumerate(zip(found, counts, strict=True))
+        for index, (outliers, count) in enumerate(zip(splits, counts, strict=True))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Weights to integers: outlier channels first, a range per output row and group, rounding to nearest."""
+"""Quantize weights to integers: outlier channels first, a range per output row and group, rounding to nearest."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from .grid import WeightGrid
 from .outliers import OutlierSet
 from .ranges import search_rows
 
-SLAB = (
-    1 << 24
-)  # weights that are looked at together: float32 copies of a whole layer would outweigh a block of the model
+# Weights that are processed together: float32 copies of a whole layer would be larger than a block of the model.
+SLAB = 1 << 24
 
 
 def quantize_weight(
@@ -38,7 +37,7 @@ def quantize_weight(
 def _quantize_rows(weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str) -> tuple[Tensor, WeightGrid]:
     scheme = config.scheme_of(name)
     permuted = weight.to(torch.float32)[:, outliers.channel_order.long()]
-    found = [
+    qparams = [
         search_rows(
             group,
             scheme.weight_bits,
@@ -48,6 +47,6 @@ def _quantize_rows(weight: Tensor, outliers: OutlierSet, config: QARVDConfig, na
         )
         for group in permuted.tensor_split([outliers.num_outliers], dim=1)
     ]
-    scale, zero_point = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    scale, zero_point = (torch.cat(values, dim=1) for values in zip(*qparams, strict=True))
     grid = WeightGrid(scale, zero_point, outliers.num_outliers, scheme.weight_bits)
     return grid.quantize(permuted).to(torch.uint8), grid
