@@ -24,8 +24,7 @@ from qarvd_diffusers.conversion import load_transformer_config, to_diffusers_key
 from qarvd_diffusers.conversion.families import PRESETS, available
 from qarvd_diffusers.models import CausalWanTransformer3DModel
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
-from qarvd_diffusers.quantization.install import apply
-from qarvd_diffusers.quantizer import attach
+from qarvd_diffusers.quantizer import install
 
 MEMBERS = {
     "causvid": "causvid",
@@ -67,8 +66,7 @@ def quantized(pipe: ARVDPipeline, embeds: torch.Tensor, scheme: str) -> ARVDPipe
     config = QARVDConfig(scheme, outlier_alignment=8, calibration_chunks=CHUNKS)
     result = calibrate(pipe.transformer, lambda on_pass: roll_out(pipe, embeds, on_pass), config)
     twin = copy.deepcopy(pipe)
-    apply(twin.transformer, result)
-    attach(twin.transformer, config)
+    install(twin.transformer, result, config)
     return twin
 
 

@@ -9,7 +9,9 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 # Old module -> new modules, below this package; removed with version 0.3.
 MOVED: dict[str, tuple[str, ...]] = {
@@ -55,6 +57,10 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 
 
+# Module -> name that moved out of it -> its new module; removed with version 0.3, too.
+MOVED_NAMES: dict[str, dict[str, str]] = {"config": {"INVISIBLE": "files.text", "parse_prompts": "files.text"}}
+
+
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports an old module as a view of the new ones; asked only where no file answers to the name."""
 
@@ -82,7 +88,18 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             )
 
 
+def _moved_name(module: str, name: str) -> Any:
+    """Stand in for the `__getattr__` of a module that names moved out of."""
+    if name not in MOVED_NAMES[module]:
+        raise AttributeError(f"module {__package__}.{module} has no attribute {name!r}")
+    new = f"{__package__}.{MOVED_NAMES[module][name]}"
+    warnings.warn(f"{name} moved: import it from {new} instead", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(new), name)
+
+
 def install() -> None:
     """Let the old paths be imported."""
+    for module in MOVED_NAMES:
+        vars(importlib.import_module(f"{__package__}.{module}"))["__getattr__"] = partial(_moved_name, module)
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())

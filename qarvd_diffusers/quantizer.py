@@ -16,6 +16,8 @@ from .config import QARVDConfig, QARVDMethod
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
 
+    from .quantization.result import CalibrationResult
+
 logger = logging.getLogger(__name__)
 
 DATA_FREE_SCHEME = "w8a8_dynamic"
@@ -118,7 +120,6 @@ class QARVDQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         from .calibration.calibrate import quantize_weights
-        from .quantization.install import apply
         from .quantization.model import align_float_tensors, check_loaded
 
         if self.pre_quantized:
@@ -136,8 +137,7 @@ class QARVDQuantizer(DiffusersQuantizer):
             )
             config = config.replace(scheme=DATA_FREE_SCHEME)
         config = config.replace(rounding="nearest")  # a model alone has no data to round by
-        apply(model, quantize_weights(model, config))
-        attach(model, config)
+        install(model, quantize_weights(model, config), config)
         self.quantization_config = model.hf_quantizer.quantization_config
         return model
 
@@ -177,8 +177,25 @@ class QARVDQuantizer(DiffusersQuantizer):
         return True
 
 
+def install(model: ModelMixin, result: CalibrationResult, config: QARVDConfig) -> None:
+    """Replace the Linears of a float model by quantized ones, and mark the model as quantized, in place.
+
+    Args:
+        model: float model of diffusers.
+        result: what calibration decided for it.
+        config: stored in the model's config by `save_pretrained`, without the calibration prompts.
+
+    Raises:
+        ValueError: a layer of the result is absent, quantized already, or of another size; nothing is replaced.
+    """
+    from .quantization.install import apply
+
+    apply(model, result)
+    attach(model, config)
+
+
 def attach(model: ModelMixin, config: QARVDConfig) -> None:
-    """Mark a model whose Linears were just quantized in memory, so that `save_pretrained` writes what it is."""
+    """Mark a model whose Linears were quantized in memory, so that `save_pretrained` stores its config; see `install`."""
     from .quantization.model import align_float_tensors, describe_modules, unwrapped
 
     model = unwrapped(model)

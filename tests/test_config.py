@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -11,8 +12,9 @@ from qarvd_diffusers.config import (
     SCHEMES,
     QARVDConfig,
     QuantizedModule,
-    parse_prompts,
+    Recipe,
 )
+from qarvd_diffusers.files.text import parse_prompts
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -78,10 +80,25 @@ def test_reference_compat_is_asymmetric_at_8_bits():
     assert not QARVDConfig("w8a8", reference_compat=True).resolved_scheme.symmetric_weights
 
 
+def test_a_recipe_takes_what_the_config_says_and_else_what_the_scheme_or_the_reference_says():
+    assert QARVDConfig("w8a16").recipe == Recipe()
+    assert QARVDConfig("w8a8").recipe == Recipe(detector="input")
+    percentiles = QARVDConfig().percentiles
+    assert QARVDConfig("w4a8").recipe == Recipe(rounding="gptq", input_percentiles=percentiles)
+    for scheme in SCHEMES:
+        assert QARVDConfig(scheme, reference_compat=True).recipe == Recipe.reference()
+    said = {"rounding": "gptq", "rounding_skips": (), "input_percentiles": (0.9,), "tie_inputs": False}
+    got = QARVDConfig("w8a8", outlier_detector="iqr", reference_compat=True, **said).recipe
+    assert got == dataclasses.replace(Recipe.reference(), detector="iqr", **said)
+
+
 def test_prompt_files():
     assert parse_prompts(["# comment", "", " a cat "], "x.txt") == ("a cat",)
     with pytest.raises(ValueError, match=r"x\.txt"):
         parse_prompts(["# only a comment"], "x.txt")
+    with pytest.warns(DeprecationWarning, match=r"qarvd_diffusers\.files\.text"):
+        from qarvd_diffusers.config import parse_prompts as old
+    assert old is parse_prompts
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 import qarvd_diffusers  # noqa: F401  (registers the method)
 from qarvd_diffusers.calibration.calibrate import quantize_weights
 from qarvd_diffusers.config import QARVDConfig, QuantizedModule
-from qarvd_diffusers.quantization.install import apply
 from qarvd_diffusers.quantization.linear import QARVDLinear
 from qarvd_diffusers.quantization.model import install_empty_modules, quantized_linears
-from qarvd_diffusers.quantizer import attach
+from qarvd_diffusers.quantizer import attach, install
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -53,8 +52,7 @@ def output(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.
 
 def quantized_model(scheme: str = "w8a8_dynamic", dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     model, config = float_model(dtype), QARVDConfig(scheme)
-    apply(model, quantize_weights(model, config))
-    attach(model, config)
+    install(model, quantize_weights(model, config), config)
     return model
 
 

@@ -1,4 +1,4 @@
-"""AdaRound (arXiv 2004.10568) with a learned activation step: which of its two neighbours every weight is rounded to.
+"""Round weights to one of their two neighbours by AdaRound (arXiv 2004.10568), with a learned activation step.
 
 Rounding is relaxed to a soft choice per weight, trained by gradient descent on the layer's output error weighted by chunk
 (arXiv 2605.21072, part S3) while a regulariser drives every choice to 0 or 1.
@@ -21,7 +21,7 @@ STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # the sigmoid is stretched, so that 0 and
 
 @dataclass(frozen=True)
 class AdaRoundSettings:
-    """How the rounding is trained; the defaults are the paper's.
+    """Set how the rounding is trained; the defaults are the paper's.
 
     Attributes:
         iterations: optimizer steps.
@@ -61,7 +61,7 @@ def adaround(
         sample_weights: float32 `[S]`, factor of each sample's squared error.
         quantizer: quantizer of the inputs, or None for float activations.
         batches: integers `[iterations, batch]`, the samples of every step.
-        settings: see there; `batches` decides the number of steps and their size.
+        settings: learning rates and regulariser; `batches` decides the number of steps and their size.
         on_step: called with the number of steps done and the step's reconstruction loss.
 
     Returns:
@@ -78,8 +78,8 @@ def adaround(
                 schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], len(batches)))
         for step, batch in enumerate(batches.tolist(), start=1):
             x, row_weights = _rows([samples[i] for i in batch], sample_weights[batch], weight.device)
-            seen = x if quantizer is None else quantizer.straight_through(x)
-            error = x @ weight.T - seen @ rounding.soft_weight().T
+            quantized = x if quantizer is None else quantizer.straight_through(x)
+            error = x @ weight.T - quantized @ rounding.soft_weight().T
             loss = (error.square() * row_weights).sum() / (len(batch) * len(weight))
             penalty = settings.regularizer * rounding.softness(_temperature(step, len(batches), settings))
             for optimizer in optimizers:
@@ -93,14 +93,14 @@ def adaround(
 
 
 def _rows(samples: Sequence[Tensor], weights: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All rows of some samples, float32 `[R, K]`, and the weight of each, `[R, 1]`."""
+    """Stack the rows of some samples, float32 `[R, K]`, and the weight of each row, `[R, 1]`."""
     counts = torch.tensor([len(sample) for sample in samples])
     rows = torch.cat([sample.to(device, torch.float32) for sample in samples])
     return rows, weights.cpu().repeat_interleave(counts)[:, None].to(device)
 
 
 def _temperature(step: int, steps: int, settings: AdaRoundSettings) -> float | None:
-    """Exponent of the regulariser at step 1, 2, ...; None during the warm-up."""
+    """Compute the exponent of the regulariser at step 1, 2, ...; None during the warm-up."""
     warm_up = settings.warm_up * steps
     if step < warm_up:
         return None
@@ -109,28 +109,33 @@ def _temperature(step: int, steps: int, settings: AdaRoundSettings) -> float | N
 
 
 class _SoftRounding:
-    """The soft choice between floor (0) and ceiling (1) of every weight, `h(alpha)`."""
+    """Choose softly between floor (0) and ceiling (1) of every weight, by `h(alpha)`."""
 
     def __init__(self, weight: Tensor, grid: WeightGrid) -> None:
         self.levels = 2**grid.bits - 1
-        self.scale, self.zero_point = (grid.columns(each, weight.shape[1]) for each in (grid.scale, grid.zero_point))
+        self.scale, self.zero_point = (
+            grid.columns(values, weight.shape[1]) for values in (grid.scale, grid.zero_point)
+        )
         steps = weight / self.scale
         self.floor = steps.floor()
         fraction = (steps - self.floor - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
         self.alpha = torch.logit(fraction).requires_grad_()
 
     def choice(self) -> Tensor:
+        """Compute the soft choices, in `[0, 1]`."""
         return ((STRETCH_HIGH - STRETCH_LOW) * torch.sigmoid(self.alpha) + STRETCH_LOW).clamp(0, 1)
 
     def soft_weight(self) -> Tensor:
+        """Compute the weight with soft choices, float32 `[N, K]`."""
         codes = (self.floor + self.choice() + self.zero_point).clamp(0, self.levels)
         return P.dequantize(codes, self.scale, self.zero_point)
 
     def softness(self, exponent: float | None) -> Tensor | float:
-        """Largest where choices are halfway, 0 where they are hard."""
+        """Penalize choices that are not hard: largest halfway, 0 at 0 and 1."""
         return 0.0 if exponent is None else (1 - (2 * self.choice() - 1).abs().pow(exponent)).sum()
 
     @torch.no_grad()
     def codes(self) -> Tensor:
+        """Compute the codes of the hard choices, uint8 `[N, K]`."""
         hard = self.floor + (self.alpha >= 0) + self.zero_point
         return hard.clamp(0, self.levels).to(torch.uint8)

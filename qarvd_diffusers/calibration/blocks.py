@@ -1,4 +1,4 @@
-"""Rounding block by block: the inputs of a few blocks are watched at a time, and what is done need not be done again."""
+"""Round block by block: observe the inputs of a few blocks at a time, and keep finished ones for resuming."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..quantization.qparams import LinearQParams
 from ..rollout.pass_info import PassInfo
 from .capture import InputCapture, pass_weight
 from .groups import LayerGroup, stored_grid
-from .processes import ALONE, Processes
+from .processes import SINGLE_PROCESS, Processes
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS, OnStep, Rounding
 
-# What the groups that one process watches together may take on the device; at least one block is watched.
+# Device memory for the groups that one process observes together; at least one block is observed.
 CAPTURE_BYTES = 4 * 2**30
 
 Run = Callable[[Callable[[PassInfo], None]], None]
@@ -35,22 +35,22 @@ def round_blocks(
     config: QARVDConfig,
     folder: ResumeFolder | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, LinearQParams]:
-    """Choose the integer weights of all groups anew from the data that reaches them; the transformer is left as it was.
+    """Choose the integer weights of all groups from the data that reaches them; the transformer does not change.
 
     Args:
         transformer: float model.
         groups: in module order.
-        nearest: every layer rounded to nearest; its ranges are where the rounding starts from.
+        nearest: every layer rounded to nearest; the rounding starts from its ranges.
         run: performs all calibration rollouts, see `calibrate`; called once for every few blocks.
         config: `resolved_rounding`, `rounding_inputs` and the weights of the chunks.
-        folder: finished groups are stored there, and not done again if it holds them.
-        progress: called after every step of a group with a text, the steps done and how many there are.
-        processes: share the groups; every one watches and rounds its own, so the result does not depend on their number.
+        folder: stores finished groups; those it already holds are not rounded again.
+        progress: called after every step of a group with a text, the steps done and the number of steps.
+        processes: share the groups; each observes and rounds its own, so the result does not depend on their number.
 
     Returns:
-        The parameters of every layer of `nearest`.
+        Parameters of every layer in `nearest`.
     """
     kind, sequential = ROUNDINGS[config.resolved_rounding], config.rounding_inputs == "quantized"
     by_name, done = {group.name: group for group in groups}, dict(nearest)
@@ -58,17 +58,17 @@ def round_blocks(
     finished = processes.from_main(_restore(groups, folder if processes.is_main else None))
     with _quantized(transformer) as quantize:
         for stage in stages_of(channels, config, finished, processes):
-            mine = [by_name[name] for name in stage.mine]
-            found: dict[str, LinearQParams] = {}
-            roundings = _watch(mine, kind, run, config) if mine else []
-            while mine:  # a group's statistics are freed before the next one is solved
-                group, rounding = mine.pop(0), roundings.pop(0)
+            own = [by_name[name] for name in stage.own]
+            rounded_here: dict[str, LinearQParams] = {}
+            roundings = _observe(own, kind, run, config) if own else []
+            while own:  # a group's statistics are freed before the next one is solved
+                group, rounding = own.pop(0), roundings.pop(0)
                 rounded = rounding.solve(stored_grid(group, nearest), _report(progress, group))
                 layers = group.packed(*rounded, like=nearest)
-                found.update(layers)
+                rounded_here.update(layers)
                 if folder is not None:
                     folder.save(group.name, layers)
-            for layers in (*(finished.get(name, {}) for name in stage.groups), *processes.gather(found)):
+            for layers in (*(finished.get(name, {}) for name in stage.groups), *processes.gather(rounded_here)):
                 done.update(layers)
             if sequential:
                 quantize({name: done[name] for group in stage.groups for name in by_name[group].linears})
@@ -77,25 +77,25 @@ def round_blocks(
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive groups whose inputs are watched together, in one set of rollouts.
+    """List consecutive groups whose inputs are observed together, in one set of rollouts.
 
     Attributes:
         groups: their names.
-        mine: those of them that are not finished and that this process rounds.
+        own: unfinished groups that this process rounds.
     """
 
     groups: tuple[str, ...]
-    mine: tuple[str, ...]
+    own: tuple[str, ...]
 
 
 def stages_of(
     channels: Mapping[str, int], config: QARVDConfig, finished: Collection[str], processes: Processes
 ) -> list[Stage]:
-    """Groups in stages: whole blocks, as many as fit the memory, at least one.
+    """Divide groups into stages: whole blocks, as many as fit the memory, at least one.
 
     Args:
         channels: input channels of every group, in module order, by its name.
-        config: decides the rounding, and whether a block is to see what became of those before it.
+        config: decides the rounding, and whether blocks are rounded for quantized inputs, one at a time.
         finished: names of groups that are done.
         processes: those that share the groups.
     """
@@ -113,32 +113,36 @@ def stages_of(
             room = budget
         stages[-1].extend(block)
         room -= needed
-    dealt = (_dealt({name: sizes[name] for name in stage if name not in finished}, processes) for stage in stages)
-    return [Stage(tuple(stage), mine) for stage, mine in zip(stages, dealt, strict=True)]
+    return [
+        Stage(
+            tuple(stage),
+            _balanced_share({name: sizes[name] for name in stage if name not in finished}, processes),
+        )
+        for stage in stages
+    ]
 
 
 def _restore(groups: Iterable[LayerGroup], folder: ResumeFolder | None) -> dict[str, Mapping[str, LinearQParams]]:
-    """The finished groups among some, by name."""
+    """Load the finished groups, by name."""
     stored = {} if folder is None else {group.name: folder.load(group.name, group.linears) for group in groups}
     return {name: layers for name, layers in stored.items() if layers is not None}
 
 
-def _dealt(sizes: Mapping[str, float], processes: Processes) -> tuple[str, ...]:
-    """This process's share of some groups: the largest are dealt first, each to who has least."""
-    hands: list[list[str]] = [[] for _ in range(processes.count)]
+def _balanced_share(sizes: Mapping[str, float], processes: Processes) -> tuple[str, ...]:
+    """Return this process's share of some groups: largest first, each goes to the process that has least."""
+    shares: list[list[str]] = [[] for _ in range(processes.count)]
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        min(hands, key=lambda hand: (sum(map(sizes.__getitem__, hand)), len(hand))).append(name)
-    return tuple(name for name in sizes if name in hands[processes.index])
+        min(shares, key=lambda share: (sum(map(sizes.__getitem__, share)), len(share))).append(name)
+    return tuple(name for name in sizes if name in shares[processes.index])
 
 
-def _watch(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, config: QARVDConfig) -> list[Rounding]:
+def _observe(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, config: QARVDConfig) -> list[Rounding]:
     roundings = [kind(group, config) for group in groups]
     weigh = pass_weight(config)
 
     def observe(index: int, x: Tensor, info: PassInfo) -> None:
-        # The reference weighs all chunks alike in its dual-scale layers.
-        alike = config.reference_compat and groups[index].outliers.num_outliers
-        roundings[index].add(x, 1.0 if alike else weigh(info))
+        weighted = config.recipe.weigh_dual_scale or not groups[index].outliers.num_outliers
+        roundings[index].add(x, weigh(info) if weighted else 1.0)
 
     linears = {name: linear for group in groups for name, linear in group.linears.items()}
     with torch.no_grad(), InputCapture(linears, [tuple(group.linears) for group in groups], observe) as capture:
@@ -157,7 +161,7 @@ def _report(progress: Callable[[str, int, int], None] | None, group: LayerGroup)
 
 
 def block_name(name: str) -> str:
-    """The part of a layer's name that names its block, up to the first number; empty outside the blocks."""
+    """Return a layer's name up to the first number, which is its block; empty outside the blocks."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return "" if number is None else ".".join(parts[: number + 1])
@@ -165,7 +169,7 @@ def block_name(name: str) -> str:
 
 @contextmanager
 def _quantized(transformer: nn.Module) -> Iterator[Callable[[Mapping[str, LinearQParams]], None]]:
-    """Hands out a function that replaces Linears by quantized ones until the block ends."""
+    """Yield a function that replaces Linears by quantized ones until the `with` ends."""
     kept: dict[str, nn.Module] = {}
 
     def quantize(layers: Mapping[str, LinearQParams]) -> None:

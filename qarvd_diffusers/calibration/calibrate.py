@@ -1,4 +1,4 @@
-"""Capture, compute, apply: from a float transformer to quantized Linears, each step alone if need be."""
+"""Calibrate a float transformer: capture inputs, compute integer weights and scales."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .blocks import round_blocks, stages_of
 from .capture import InputCapture, pass_weight
 from .groups import LayerGroup
 from .inputs import InputQuantizer
-from .observers import InputObserver, ReferenceObserver
+from .observers import OBSERVERS
 from .outliers import OutlierSet
-from .processes import ALONE, Processes
+from .processes import SINGLE_PROCESS, Processes
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS
 from .splits import input_extents, split_inputs, stored_split
@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What a calibration has to do in this process, counted before it begins.
+    """Count what a calibration has to do in this process, before it begins.
 
     Attributes:
         shared_runs: sets of rollouts that the processes share.
@@ -52,9 +52,12 @@ class Work:
 
 
 def plan_work(
-    transformer: nn.Module, config: QARVDConfig, folder: ResumeFolder | None = None, processes: Processes = ALONE
+    transformer: nn.Module,
+    config: QARVDConfig,
+    folder: ResumeFolder | None = None,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Work:
-    """What `calibrate` will do when it is given the same; what the folder holds is not done again.
+    """Count what `calibrate` will do with the same arguments; what the folder holds is not done again.
 
     Raises:
         ValueError: there is no layer to quantize.
@@ -72,9 +75,9 @@ def plan_work(
     if config.resolved_rounding == "nearest":
         return work
     channels = {names[0]: linears[names[0]].in_features for names in groups if not skips_rounding(names[0], config)}
-    mine = [stage.mine for stage in stages_of(channels, config, finished, processes) if stage.mine]
-    steps = ROUNDINGS[config.resolved_rounding].steps(config) * sum(map(len, mine))
-    return dataclasses.replace(work, whole_runs=len(mine), rounding=steps)
+    shares = [stage.own for stage in stages_of(channels, config, finished, processes) if stage.own]
+    steps = ROUNDINGS[config.resolved_rounding].steps(config) * sum(map(len, shares))
+    return dataclasses.replace(work, whole_runs=len(shares), rounding=steps)
 
 
 def calibrate(
@@ -83,14 +86,14 @@ def calibrate(
     config: QARVDConfig,
     progress: Progress | None = None,
     folder: ResumeFolder | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     run_share: Callable[[Callable[[PassInfo], None]], None] | None = None,
 ) -> CalibrationResult:
-    """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072); it is left as it was.
+    """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072), which does not change.
 
-    First the outlier channels: from the weights, or, for the detector `input`, from a set of rollouts too. Then the ranges: of
-    the weights from the weights, of the activations from another set of rollouts. Then, unless weights are
-    rounded to nearest, the integer weights, block by block and from another set of rollouts every few blocks.
+    Outlier channels come first: from the weights and, for the detector `input`, a set of rollouts. Then the ranges: of the
+    weights from the weights, of the activations from another set of rollouts. Then the integer weights: unless they are
+    rounded to nearest, block by block, with another set of rollouts every few blocks.
 
     Args:
         transformer: float model.
@@ -98,17 +101,17 @@ def calibrate(
             for schemes that need no data.
         config: what to calibrate for; `config.sensitivity` weighs the chunks.
         progress: called for every layer whose weights are quantized, and for every step of rounding.
-        folder: keeps what is finished; a calibration that finds it there goes on from it, to the same result.
-        processes: those that call this together, with the same model and config; all get the result.
+        folder: keeps finished parts; a calibration continues from those it holds, to the same result.
+        processes: that call this together, with the same model and config; all get the result.
         run_share: as `run`, for this process's share of the rollouts: ranges are searched in shares, whereas in rounding
-            every process runs all rollouts and watches its own layers. Needed with more than one process.
+            every process runs all rollouts and observes its own layers. Required with more than one process.
 
     Returns:
         The result; `apply` puts it into the model.
 
     Raises:
         ValueError: no layer to quantize, NaN or infinity in a weight or an activation, a chunk that was never reached, or a
-            layer that took no part; each named.
+            layer that never ran; the message names it.
     """
     transformer = unwrapped(transformer)
     if not config.needs_calibration:
@@ -130,8 +133,8 @@ def calibrate(
             folder.save("ranges", layers)
     if config.resolved_rounding != "nearest":
         rounded = [
-            _layer_group(names, linears, found, layers)
-            for names, found in zip(groups, outliers, strict=True)
+            _layer_group(names, linears, split, layers)
+            for names, split in zip(groups, outliers, strict=True)
             if not skips_rounding(names[0], config)
         ]
         layers = round_blocks(transformer, rounded, layers, run, config, folder, progress, processes)
@@ -147,24 +150,22 @@ def _observe_inputs(
     config: QARVDConfig,
     processes: Processes,
 ) -> dict[str, LinearQParams]:
-    """Watch one set of rollouts and add a static input quantizer to every layer."""
-    observer = ReferenceObserver if config.reference_compat else InputObserver
-    observers = [observer(found) for found in outliers]
+    """Observe one set of rollouts and add a static input quantizer to every layer."""
+    observers = [OBSERVERS[config.recipe.observer](group) for group in outliers]
     weigh = pass_weight(config)
-    # The reference watches activations of the model whose weights are rounded already; we watch the float model's.
-    model_under_test = _rounded_weights(linears, layers) if config.reference_compat else nullcontext()
+    observed_weights = _rounded_weights(linears, layers) if config.recipe.observe_rounded else nullcontext()
 
     def observe(group: int, x: Tensor, info: PassInfo) -> None:
         observers[group].add(x, weigh(info))
 
-    with torch.no_grad(), model_under_test, InputCapture(linears, groups, observe) as capture:
+    with torch.no_grad(), observed_weights, InputCapture(linears, groups, observe) as capture:
         run(capture.on_pass)
     if capture.ran or processes.count == 1:  # of many processes some may have had no prompt
         capture.check(range(config.calibration_chunks))
     observed = dict(layers)
-    for group, watched in zip(groups, observers, strict=True):
-        watched.join(processes)
-        scale, zero_point = watched.quantizer(config.resolved_input_percentiles)
+    for group, observer in zip(groups, observers, strict=True):
+        observer.join(processes)
+        scale, zero_point = observer.quantizer(config.resolved_input_percentiles)
         for name in group:
             observed[name] = dataclasses.replace(observed[name], input_scale=scale, input_zero_point=zero_point)
     return observed
@@ -182,7 +183,7 @@ def _layer_group(
 def quantize_weights(
     transformer: nn.Module, config: QARVDConfig, progress: Progress | None = None
 ) -> CalibrationResult:
-    """The part of calibration that needs no data: rounding to nearest, whatever `config.rounding` says.
+    """Quantize without data: round to nearest, whatever `config.rounding` says.
 
     Raises:
         ValueError: the scheme has static activations, there is no layer to quantize, or a weight is not finite.
@@ -203,14 +204,14 @@ def _quantize_weights(
     config: QARVDConfig,
     progress: Progress | None,
 ) -> dict[str, LinearQParams]:
-    """Integer weights of every layer, on the CPU and in the order of `linears`; input quantizers are still missing."""
-    found = {name: outlier_set for group, outlier_set in zip(groups, outliers, strict=True) for name in group}
+    """Compute integer weights of every layer, on the CPU and in the order of `linears`, without input quantizers."""
+    splits = {name: outlier_set for group, outlier_set in zip(groups, outliers, strict=True) for name in group}
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
         scheme = config.scheme_of(name)
-        description = QuantizedModule(found[name].num_outliers, scheme.weight_bits, scheme.activation)
-        codes, grid = quantize_weight(linear.weight, found[name], config, name)
-        tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), found[name].channel_order)
+        description = QuantizedModule(splits[name].num_outliers, scheme.weight_bits, scheme.activation)
+        codes, grid = quantize_weight(linear.weight, splits[name], config, name)
+        tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), splits[name].channel_order)
         layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)
         if progress is not None:
             progress("quantizing weights", len(layers), len(linears))
@@ -219,7 +220,7 @@ def _quantize_weights(
 
 @contextmanager
 def _rounded_weights(linears: Mapping[str, nn.Linear], packed: Mapping[str, LinearQParams]) -> Iterator[None]:
-    """Give the float layers the values of their integer weights for the length of the block."""
+    """Give the float layers the values of their integer weights until the `with` ends."""
     kept = {name: linear.weight.data for name, linear in linears.items()}
     try:
         for name, linear in linears.items():

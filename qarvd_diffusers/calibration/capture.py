@@ -1,4 +1,4 @@
-"""Watching the inputs of layers during rollouts: hooks that live inside a `with`, and the proof that all were seen."""
+"""Capture the inputs of layers during rollouts, by hooks that a `with` removes, with a completeness check."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..rollout.pass_info import PassInfo
 
 
 def pass_weight(config: QARVDConfig) -> Callable[[PassInfo], float]:
-    """What a pass weighs in calibration: the sensitivity of its chunk, shared among the chunk's passes."""
+    """Return the function that weighs a pass: the sensitivity of its chunk, divided among the chunk's passes."""
     weights = config.sensitivity(config.calibration_chunks)
 
     def weight(info: PassInfo) -> float:
-        # Given initial latents are read by every chunk: they weigh as much as the first one.
+        # Every chunk reads the initial latents: they weigh as much as the first chunk.
         return weights[min(max(info.chunk, 0), len(weights) - 1)] * info.share
 
     return weight
 
 
 class InputCapture:
-    """Context manager that hands the input of every group of layers to `observe`, with the pass it belongs to.
+    """Pass the input of every group of layers to `observe`, with the pass it belongs to, inside a `with`.
 
-    The rollout calls `on_pass` right before every transformer pass. When the block ends the hooks are gone; `check` then
-    says whether every layer took part in every pass it should have.
+    The rollout calls `on_pass` right before every transformer pass. When the block ends the hooks are removed; `check`
+    then checks that every layer ran in every pass where it should.
     """
 
     def __init__(
@@ -94,17 +94,17 @@ class InputCapture:
         return bool(self._passes)
 
     def calls(self, name: str) -> Counter[tuple[int, str]]:
-        """How often a layer ran, by (chunk, role)."""
+        """Count how often a layer ran, by (chunk, role)."""
         return Counter((self._passes[i].chunk, self._passes[i].role) for i in self._called[name])
 
     def check(self, chunks: Iterable[int]) -> None:
-        """Refuse a capture with gaps.
+        """Check that no layer missed a pass.
 
         A layer may run in every pass, or only in the first pass of every rollout (it reads the prompt alone and its
-        output is cached); anything between is a gap.
+        output is cached); anything in between is a gap.
 
         Raises:
-            ValueError: no pass was announced, one of `chunks` was never reached, or a layer missed a pass; named.
+            ValueError: no pass was announced, one of `chunks` was never reached, or a layer missed a pass; the message names it.
         """
         if not self._passes:
             raise ValueError("calibration ran no pass: run(on_pass) must call on_pass before every transformer pass")
@@ -133,22 +133,24 @@ class InputCapture:
 
 
 class _Last:
-    """The tensor the leading layer of a group read last, without keeping it alive."""
+    """Remember the tensor that the first layer of a group read last, without keeping it alive."""
 
     def __init__(self) -> None:
         self._tensor: Callable[[], Tensor | None] = lambda: None
 
     def set(self, x: Tensor) -> None:
+        """Remember a tensor."""
         self._tensor = weakref.ref(x)
 
     def require_same(self, x: Tensor, name: str, leader: str) -> None:
-        seen = self._tensor()
-        if seen is not x and (seen is None or seen.data_ptr() != x.data_ptr() or seen.shape != x.shape):
+        """Check that another layer of the group reads the same tensor."""
+        last = self._tensor()
+        if last is not x and (last is None or last.data_ptr() != x.data_ptr() or last.shape != x.shape):
             raise ValueError(f"{name} does not read the same tensor as {leader}: set tie_inputs=False for this model")
 
 
 def _starts_rollout(info: PassInfo) -> bool:
-    # A context that is rebuilt has passes at offset 0 before later chunks too.
+    # Passes that rebuild the context are at offset 0, too, before later chunks.
     return info.chunk <= 0 and info.frame_offset == 0 and info.step == 0 and info.role != "refresh"
 
 

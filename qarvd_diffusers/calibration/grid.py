@@ -1,4 +1,4 @@
-"""`WeightGrid`: the values that the integer codes of one weight can stand for."""
+"""Map the integer codes of one weight to values: `WeightGrid`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..quantization import affine as P
 
 @dataclass(frozen=True, eq=False)
 class WeightGrid:
-    """Scale and zero-point of every output row and group, over columns in permuted order (outliers first).
+    """Hold scale and zero-point of every output row and group, over columns in permuted order (outliers first).
 
     Attributes:
         scale: float32 `[N, 2]`.
@@ -27,20 +27,20 @@ class WeightGrid:
     bits: int
 
     def columns(self, values: Tensor, num_columns: int) -> Tensor:
-        """`[N, 2]` per group -> `[N, num_columns]` per column."""
+        """Expand `[N, 2]` per group to `[N, num_columns]` per column."""
         counts = torch.tensor([self.num_outliers, num_columns - self.num_outliers], device=values.device)
         return values.repeat_interleave(counts, dim=1)
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The columns of either group; one of them may be empty."""
+        """Split off the columns of each group; one of them may be empty."""
         return weight.tensor_split([self.num_outliers], dim=-1)
 
     def quantize(self, weight: Tensor) -> Tensor:
-        """Nearest codes of `[N, K]`, as floats."""
-        scale, zero_point = (self.columns(each, weight.shape[1]) for each in (self.scale, self.zero_point))
+        """Round `[N, K]` to the nearest codes, as floats."""
+        scale, zero_point = (self.columns(values, weight.shape[1]) for values in (self.scale, self.zero_point))
         return P.quantize(weight, scale, zero_point, self.bits)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Codes `[N, K]` of any dtype -> float32 values."""
-        scale, zero_point = (self.columns(each, codes.shape[1]) for each in (self.scale, self.zero_point))
+        """Convert codes `[N, K]` of any dtype to float32 values."""
+        scale, zero_point = (self.columns(values, codes.shape[1]) for values in (self.scale, self.zero_point))
         return P.dequantize(codes.to(torch.float32), scale, zero_point)

@@ -1,4 +1,4 @@
-"""`LayerGroup`: layers that read one tensor, and so are calibrated as one layer."""
+"""Calibrate layers that read one tensor as one layer: `LayerGroup`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .outliers import OutlierSet
 
 @dataclass(frozen=True, eq=False)
 class LayerGroup:
-    """Linears by name whose weights, stacked, are one weight `[N, K]` with its columns in permuted order.
+    """Stack Linears whose weights are treated as one weight `[N, K]` with its columns in permuted order.
 
     Attributes:
         linears: the float layers.
@@ -32,15 +32,16 @@ class LayerGroup:
 
     @property
     def name(self) -> str:
-        """That of the first layer."""
+        """Name of the first layer."""
         return next(iter(self.linears))
 
     @property
     def device(self) -> torch.device:
+        """Device of the first layer."""
         return self.linears[self.name].weight.device
 
     def weight(self) -> Tensor:
-        """Float32 `[N, K]`."""
+        """Stack the weights, float32 `[N, K]` in permuted order."""
         return self.permute(torch.cat([linear.weight.detach() for linear in self.linears.values()]).to(torch.float32))
 
     def permute(self, x: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class LayerGroup:
 
 
 def stored_grid(group: LayerGroup, layers: Mapping[str, LinearQParams]) -> WeightGrid:
-    """The grid that a group's packed weights are on, on the device of the group."""
+    """Return the grid of a group's packed weights, on the device of the group."""
     stored = [layers[name] for name in group.linears]
     scale = torch.cat([layer.weight_scale for layer in stored]).to(group.device)
     zero_point = torch.cat([layer.weight_zero_point for layer in stored]).to(group.device, torch.float32)

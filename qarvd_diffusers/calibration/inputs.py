@@ -1,4 +1,4 @@
-"""`InputQuantizer`: a layer's static int8 activation quantizer, as calibration simulates it."""
+"""Simulate a layer's static int8 activation quantizer in calibration: `InputQuantizer`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACTIVATION_BITS = 8
 
 @dataclass(frozen=True, eq=False)
 class InputQuantizer:
-    """One scale and zero-point per group of channels, which are in permuted order (outliers first).
+    """Quantize with one scale and zero-point per group of channels, which are in permuted order (outliers first).
 
     Attributes:
         scale: float32 `[2]`.
@@ -35,20 +35,20 @@ class InputQuantizer:
         )
 
     def straight_through(self, x: Tensor) -> Tensor:
-        """As `__call__`, with gradients that take rounding for the identity, to the input and to the scale."""
-        found = []
+        """Round as `__call__` does, with gradients to input and scale that treat rounding as the identity."""
+        groups = []
         for g, part in enumerate(x.tensor_split([self.num_outliers], dim=-1)):
             steps = part / self.scale[g]
             rounded = steps + (steps.round() - steps).detach()
             codes = (rounded + self.zero_point[g]).clamp(0, 2**ACTIVATION_BITS - 1)
-            found.append((codes - self.zero_point[g]) * self.scale[g])
-        return torch.cat(found, dim=-1)
+            groups.append((codes - self.zero_point[g]) * self.scale[g])
+        return torch.cat(groups, dim=-1)
 
     def to(self, device: torch.device) -> InputQuantizer:
-        """A copy on a device, without gradient."""
-        scale, zero_point = (each.detach().to(device, copy=True) for each in (self.scale, self.zero_point))
+        """Copy to a device, without gradient."""
+        scale, zero_point = (tensor.detach().to(device, copy=True) for tensor in (self.scale, self.zero_point))
         return InputQuantizer(scale, zero_point, self.num_outliers)
 
     def detach(self) -> InputQuantizer:
-        """The same values, without gradient."""
+        """Return the same values, without gradient."""
         return InputQuantizer(self.scale.detach(), self.zero_point, self.num_outliers)

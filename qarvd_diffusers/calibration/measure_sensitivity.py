@@ -1,4 +1,4 @@
-"""Measuring chunk sensitivity: one float rollout per prompt, and a branch of it for every chunk."""
+"""Measure chunk sensitivity: one float rollout per prompt, and a branch of it for every chunk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..files.hashing import hash_tensors
 from ..quantization.install import quantized_layers
 from ..quantization.result import CalibrationResult
 from ..rollout.chunk_loop import ChunkLoop
-from .pipeline import at_work, calibrate_pipeline, calibration_prompts, content_hash, require_float
+from .pipeline import calibrate_pipeline, calibration_prompts, content_hash, progress_on_device, require_float
 from .processes import Processes
 from .sensitivity import SensitivityResult
 from .switch import QuantizationSwitch
@@ -41,7 +41,7 @@ def measure_sensitivity(
     result: CalibrationResult | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> SensitivityResult:
-    """How much the error of the whole video grows when one chunk is generated quantized (arXiv 2605.21072).
+    """Measure how much the error of the whole video grows when one chunk is generated quantized (arXiv 2605.21072).
 
     `s_k = mean((latents_k - latents_float)^2)` over all final latents and prompts, where in `latents_k` the passes of chunk
     `k` (denoising and refresh) are quantized and all others are float. Chunks before `k` equal the float run, so each of
@@ -49,8 +49,8 @@ def measure_sensitivity(
     instead of `C + C^2`, with the same bits on the CPU. Two caches are alive at a time.
 
     Layers that read the prompt alone (`prompt_linears`) stay float: their output is cached once for all chunks. With
-    `config.reference_compat` they are quantized in the passes of chunk 0 and so act in every chunk of that rollout, as in
-    the reference implementation, which inflates `s_0`.
+    `reference_compat` they are quantized in the passes of chunk 0 and so act in every chunk of that rollout, as in the
+    reference implementation, which inflates `s_0`.
 
     Args:
         pipe: a float pipeline; it is float again afterwards.
@@ -61,8 +61,8 @@ def measure_sensitivity(
         seed: prompt `i` draws all its noise from `seed + i`.
         result: what `calibrate(config)` returned; None calibrates now.
         path: JSON file that is rewritten after every prompt (under `accelerate launch`: after every prompt of each process,
-            which share them and all get the result). If it exists the measurement goes on where it stopped, with
-            the same outcome as if it never had.
+            which share them and all get the result). If it exists the measurement continues where it
+            stopped, with the same outcome as without the interruption.
 
     Returns:
         The result; `chunk_weights` of it fits `QARVDConfig`.
@@ -92,20 +92,20 @@ def measure_sensitivity(
     remaining = range(len(state.errors), len(prompts))
     per_prompt = num_chunks + num_chunks * (num_chunks + 1) // 2
     rounds = [remaining[start : start + processes.count] for start in range(0, len(remaining), processes.count)]
-    with at_work(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt) as step:
+    with progress_on_device(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt) as step:
         layers = quantized_layers(pipe.transformer, result)
-        if not config.reference_compat:
+        if not config.recipe.cached_in_chunk_0:
             for name in prompt_linears(pipe.transformer, layers):
                 del layers[name]
         try:
             with QuantizationSwitch(pipe.transformer, layers) as switch:
                 for indices in rounds:
-                    found = []
+                    measured_here = []
                     for index in indices[processes.index : processes.index + 1]:  # one, or none
                         loop = _loop(pipe, prompts[index], num_chunks, seed + index)
                         with _naming(f"prompt {index}"):
-                            found.append(chunk_errors(loop, num_chunks, switch, step))
-                    for errors in itertools.chain.from_iterable(processes.gather(found)):
+                            measured_here.append(chunk_errors(loop, num_chunks, switch, step))
+                    for errors in itertools.chain.from_iterable(processes.gather(measured_here)):
                         state = state.with_prompt(errors)
                     if processes.is_main and path is not None:
                         state.save(path)
@@ -117,7 +117,7 @@ def measure_sensitivity(
 def chunk_errors(
     loop: ChunkLoop, num_chunks: int, switch: QuantizationSwitch, step: Callable[[], Any] = lambda: None
 ) -> list[list[float]]:
-    """Mean squared latent errors of one rollout, `[k][c]`: of chunk `c` with only chunk `k` quantized.
+    """Measure the mean squared latent errors of one rollout, `[k][c]`: of chunk `c` with only chunk `k` quantized.
 
     Args:
         loop: at its start, with all noise drawn.
@@ -146,16 +146,16 @@ def chunk_errors(
 
 
 def _collect(rollout: Iterator[tuple[int, Tensor]], count: int, first: int, step: Callable[[], Any]) -> list[Tensor]:
-    """The next `count` chunks of a rollout, on the CPU."""
-    found = []
+    """Collect the next `count` chunks of a rollout, on the CPU."""
+    chunks = []
     for chunk in range(first, first + count):
         try:
             _, latents = next(rollout)
         except StopIteration:
             raise ValueError(f"chunk {chunk} was never reached: the rollout ended before it") from None
-        found.append(latents.cpu())
+        chunks.append(latents.cpu())
         step()
-    return found
+    return chunks
 
 
 def _mse(a: Tensor, b: Tensor) -> float:
@@ -194,7 +194,7 @@ def describe_measurement(
     seed: int,
     result: CalibrationResult | None,
 ) -> dict[str, Any]:
-    """All that the errors depend on, as JSON values; prompts (they may be private) and tensors as hashes."""
+    """Describe all that the errors depend on, as JSON values; prompts (they may be private) and tensors as hashes."""
     public = config.replace(calibration_prompts=None, modules=None, text_encoder=None, base_model=None)
     if result is not None:
         tensors = ((f"{name}.{key}", t) for name, layer in result.layers.items() for key, t in layer.tensors().items())
@@ -223,7 +223,7 @@ def _digest(texts: Sequence[str], tensors: Any = ()) -> str:
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Say where in the measurement a rollout failed."""
+    """Prefix errors with where in the measurement a rollout failed."""
     try:
         yield
     except FloatingPointError as error:

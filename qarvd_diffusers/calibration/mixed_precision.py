@@ -1,4 +1,4 @@
-"""Mixed precision: which layers of a 4-bit scheme are worth 8 bits, within a budget of bytes."""
+"""Choose which layers of a 4-bit scheme get 8 bits, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files.atomic import write_json
 from ..files.cache import cache_folder, can_keep_results
 from ..quantization.install import quantized_layers
 from .measure_sensitivity import SEED, describe_measurement
-from .pipeline import at_work, calibrate_pipeline, calibration_prompts
+from .pipeline import calibrate_pipeline, calibration_prompts, progress_on_device
 from .processes import Processes
 from .switch import QuantizationSwitch
 from .targets import input_groups, quantizable_linears
@@ -24,7 +24,7 @@ from .targets import input_groups, quantizable_linears
 if TYPE_CHECKING:
     from ..rollout.host import PipelineHost
 
-PROMPTS = 4  # calibration prompts that errors are measured on, unless others are given
+PROMPTS = 4  # calibration prompts that errors are measured on, by default
 
 
 def choose_bits(
@@ -35,7 +35,7 @@ def choose_bits(
     num_chunks: int = 1,
     seed: int = SEED,
 ) -> QARVDConfig:
-    """Give the layers 8 bits whose 4-bit weights cost most per byte, as long as the bytes last.
+    """Give 8 bits to the layers whose 4-bit weights cause the largest error per byte, within a budget of bytes.
 
     Args:
         pipe: a float pipeline; it is float again afterwards.
@@ -68,10 +68,10 @@ def choose_bits(
 def layer_errors(
     pipe: PipelineHost, config: QARVDConfig, prompts: Sequence[str], num_chunks: int = 1, seed: int = SEED
 ) -> dict[tuple[str, ...], float]:
-    """Mean squared latent error, weighted by chunk, of rollouts in which one group of layers alone is quantized.
+    """Measure the mean squared latent error, weighted by chunk, of rollouts in which one group of layers alone is quantized.
 
     One rollout per prompt and group of layers that read one tensor, and one of the float model. Every error is kept in
-    `cache_folder()` as soon as it is known: what was interrupted goes on where it stopped, and nothing is measured twice.
+    `cache_folder()` as soon as it is known: an interrupted measurement continues where it stopped, and nothing is measured twice.
 
     Args:
         pipe: a float pipeline; it is float again afterwards.
@@ -96,7 +96,9 @@ def layer_errors(
     measured = processes.from_main(_read_errors(path) if processes.is_main else None)
     errors = {group: measured.setdefault(" ".join(group), []) for group in groups}  # of each prompt so far
     remaining = [[group for group in groups if len(errors[group]) <= index] for index in range(len(prompts))]
-    with at_work(pipe, "measuring layers", "rollout", sum(len(some) + 1 for some in remaining if some)) as step:
+    with progress_on_device(
+        pipe, "measuring layers", "rollout", sum(len(some) + 1 for some in remaining if some)
+    ) as step:
 
         def roll_out(prompt: str, seed: int) -> list[Tensor]:
             generator = torch.Generator("cpu").manual_seed(seed)
@@ -124,20 +126,20 @@ def _errors_file(measured: Mapping[str, object]) -> Path:
 
 
 def _read_errors(path: Path) -> dict[str, list[float]]:
-    """By the names of the layers of a group, one error per prompt; empty without a file."""
+    """Read one error per prompt, by the names of the layers of a group; empty without a file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(names): [float(error) for error in per_prompt] for names, per_prompt in found.items()}
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {str(names): [float(error) for error in per_prompt] for names, per_prompt in stored.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no errors of layers ({error}): delete it and measure again") from error
+        raise ValueError(f"{path} is not a file of layer errors ({error}): delete it and measure again") from error
 
 
 def most_costly(
     errors: Mapping[tuple[str, ...], float], sizes: Mapping[tuple[str, ...], int], budget: float
 ) -> list[tuple[str, ...]]:
-    """Keys by error per size, largest first, each taken if it still fits the budget."""
+    """Choose keys by error per size, largest first, each if it still fits the budget."""
     chosen = []
     for key in sorted(errors, key=lambda key: errors[key] / sizes[key], reverse=True):
         if sizes[key] <= budget:

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..files.cache import cache_folder, can_keep_results
-from ..files.hashing import hash_tensors
-
-if TYPE_CHECKING:
-    from ..rollout.host import PipelineHost
-
 import hashlib
 import json
 import logging
@@ -19,14 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..bundled import bundled_prompts
-from ..config import PACKED_FORMAT, QARVDConfig, parse_prompts
-from ..files.text import read_text
+from ..config import PACKED_FORMAT, QARVDConfig
+from ..files.cache import cache_folder, can_keep_results
+from ..files.hashing import hash_tensors
+from ..files.text import parse_prompts, read_text
 from ..quantization.adapters import adapter_scales
 from ..quantization.model import quantized_linears
 from ..quantization.result import REVISION, CalibrationResult
@@ -36,13 +30,16 @@ from .processes import Processes
 from .resume import ResumeFolder
 from .work_bar import WorkBar, work_totals
 
+if TYPE_CHECKING:
+    from ..rollout.host import PipelineHost
+
 logger = logging.getLogger(__name__)
 
 PROMPTS_FILE = "calibration_prompts.txt"
 
 
 def calibration_prompts(pipe: PipelineHost, config: QARVDConfig) -> tuple[str, ...]:
-    """The config's prompts, else those in the model's own folder, else the bundled set of general ones."""
+    """Choose the config's prompts, else those in the model's own folder, else the bundled general ones."""
     if config.calibration_prompts is not None:
         return config.calibration_prompts
     own = Path(pipe.source or "") / PROMPTS_FILE
@@ -52,7 +49,7 @@ def calibration_prompts(pipe: PipelineHost, config: QARVDConfig) -> tuple[str, .
 
 
 def content_hash(pipe: PipelineHost, config: QARVDConfig, embeds: list[torch.Tensor]) -> str:
-    """Hash of everything a calibration depends on: float weights, config, prompt embeddings, rollout settings.
+    """Hash everything that a calibration depends on: float weights, config, prompt embeddings, rollout settings.
 
     Embeddings stand for prompts, tokenizer and text encoder at once.
     """
@@ -88,12 +85,11 @@ def calibrate_pipeline(
     Args:
         pipe: a float pipeline.
         config: what to calibrate for.
-        use_cache: take and keep the result in `cache_folder()` under its content hash; where that cannot be written, go on
-            without.
-        resume: folder for finished parts, so that an interrupted calibration goes on where it stopped; None takes one in
+        use_cache: read and store the result in `cache_folder()` under its content hash, if that is writable.
+        resume: folder for finished parts, so that an interrupted calibration continues where it stopped; None takes one in
             `cache_folder()` that is removed at the end, or none without `use_cache`.
-        progress: told, as the bar is, for every layer, pass and step of rounding what is being done, how many steps are done,
-            and how many there are in all; what it raises ends the calibration.
+        progress: called for every layer, pass and step of rounding with the current work, the steps done and the number of
+            steps; an exception from it ends the calibration.
 
     Returns:
         The integer weights and quantizer parameters of every quantizable Linear.
@@ -119,9 +115,9 @@ def calibrate_pipeline(
     fingerprint = content_hash(pipe, config, embeds)
     processes.require_same(fingerprint, "model, config, prompts or settings")
     path = cache_folder() / "calibration" / f"{fingerprint}.safetensors"
-    found = processes.from_main(_kept(path) if processes.is_main and use_cache else None)
-    if found is not None:
-        return found
+    cached = processes.from_main(_cached(path) if processes.is_main and use_cache else None)
+    if cached is not None:
+        return cached
     use_cache = processes.from_main(processes.is_main and use_cache and can_keep_results())
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
     parts = unfinished or resume
@@ -133,60 +129,68 @@ def calibrate_pipeline(
     totals = work_totals(work, passes * len(rollouts), passes * len(share))
     hidden = _hidden(pipe)
     with undisturbed(pipe), WorkBar(totals, progress, desc="calibrating", disable=hidden) as bar:
-
-        def run(on_pass: Callable[[PassInfo], None], chosen: Sequence[tuple[int, torch.Tensor]] = rollouts) -> None:
-            def observed(info: PassInfo) -> None:
-                bar.advance("pass", "running the model")
-                on_pass(info)
-
-            for index, prompt_embeds in chosen:
-                generator = torch.Generator("cpu").manual_seed(config.calibration_seed + index)
-                for _ in pipe.stream(
-                    prompt_embeds=prompt_embeds,
-                    num_chunks=config.calibration_chunks,
-                    generator=generator,
-                    output_type="latent",
-                    on_pass=observed,
-                ):
-                    pass
-
-        run_share = partial(run, chosen=share)
+        run, run_share = (partial(_run, pipe, config, bar, some) for some in (rollouts, share))
         result = calibrate(pipe.transformer, run, config, _by_kind(bar, work), folder, processes, run_share)
     if processes.is_main and use_cache:
-        _keep(result, path)
+        _cache(result, path)
     if processes.is_main and unfinished is not None:
         shutil.rmtree(unfinished)
     return result
 
 
+def _run(
+    pipe: PipelineHost,
+    config: QARVDConfig,
+    bar: WorkBar,
+    rollouts: Sequence[tuple[int, torch.Tensor]],
+    on_pass: Callable[[PassInfo], None],
+) -> None:
+    """Run rollouts, pairs of index and prompt embeddings; `on_pass` is called before every pass."""
+
+    def observed(info: PassInfo) -> None:
+        bar.advance("pass", "running the model")
+        on_pass(info)
+
+    for index, prompt_embeds in rollouts:
+        generator = torch.Generator("cpu").manual_seed(config.calibration_seed + index)
+        for _ in pipe.stream(
+            prompt_embeds=prompt_embeds,
+            num_chunks=config.calibration_chunks,
+            generator=generator,
+            output_type="latent",
+            on_pass=observed,
+        ):
+            pass
+
+
 def _hidden(pipe: PipelineHost) -> bool:
-    """Whether to show no bars: the pipeline has none, or this is not the main process of a launch."""
+    """Tell whether to hide bars: the pipeline hides its own, or this is not the main process of a launch."""
     bars = getattr(pipe, "_progress_bar_config", {})
     return bool(bars.get("disable")) or not Processes.launched().is_main
 
 
 @contextmanager
-def at_work(pipe: PipelineHost, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
-    """One bar over all rollouts, whose step is handed out; see `undisturbed`."""
+def progress_on_device(pipe: PipelineHost, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
+    """Show one bar over all rollouts and yield its step function; see `undisturbed`."""
     hidden = _hidden(pipe)
     with undisturbed(pipe), tqdm(desc=what, unit=unit, total=total, disable=hidden) as bar:
         yield bar.update
 
 
-def _kept(path: Path) -> CalibrationResult | None:
-    """An earlier result, if there is one that can be read."""
+def _cached(path: Path) -> CalibrationResult | None:
+    """Load an earlier result, if there is one that can be read."""
     if not path.is_file():
         return None
     try:
         result = CalibrationResult.load(path)
     except (OSError, ValueError) as error:
-        logger.warning("A kept calibration is not used: %s", error)
+        logger.warning("A cached calibration is not used: %s", error)
         return None
     logger.info("Calibration found in %s", path)
     return result
 
 
-def _keep(result: CalibrationResult, path: Path) -> None:
+def _cache(result: CalibrationResult, path: Path) -> None:
     try:
         result.save(path)
     except OSError as error:
@@ -194,10 +198,10 @@ def _keep(result: CalibrationResult, path: Path) -> None:
 
 
 def require_float(pipe: PipelineHost) -> None:
-    """Refuse a quantized pipeline before anything is done with it.
+    """Check that a pipeline is float, before anything is done with it.
 
     Raises:
-        ValueError: names its scheme.
+        ValueError: it is quantized; the message names its scheme.
     """
     if quantized_linears(pipe.transformer):
         config = pipe.transformer.config.get("quantization_config")
@@ -206,7 +210,7 @@ def require_float(pipe: PipelineHost) -> None:
 
 
 def _by_kind(bar: WorkBar, work: Work) -> Progress:
-    """What `calibrate` reports, as steps of the bar: first all layers, then the rounding."""
+    """Turn what `calibrate` reports into steps of the bar: first all layers, then the rounding."""
     layers = iter(range(work.layers))
 
     def report(text: str, step: int, steps: int) -> None:
@@ -218,7 +222,7 @@ def _by_kind(bar: WorkBar, work: Work) -> Progress:
 
 @contextmanager
 def undisturbed(pipe: PipelineHost) -> Iterator[None]:
-    """No bar for each rollout; on the GPU if there is one, and back afterwards."""
+    """Hide the bars of single rollouts, and move the pipeline to the GPU, if there is one, and back afterwards."""
     home = pipe.device
     bar_config = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)

@@ -1,9 +1,9 @@
-"""Range search: which interval of values the integer codes shall cover.
+"""Search the interval of values that the integer codes cover.
 
 Weights: per output row and group, best of a few percentiles by squared error. Activations: per tensor and group, best of
 the same percentiles by the squared error weighted by the chunk a sample belongs to (arXiv 2605.21072, parts S1 and S2).
 
-An activation is seen once and never kept: `RangeHistogram` holds all that the search needs in fixed memory, because the
+An activation is observed once and not kept: `RangeHistogram` holds all that the search needs in fixed memory, because the
 weighted error is linear in the histogram. `search_samples` needs every sample at once and is the reference's procedure.
 """
 
@@ -22,7 +22,7 @@ REFERENCE_BINS = 32768
 
 
 def _best(scored: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Of `(score, scale, zero_point)` the pair with the strictly lowest score, element by element."""
+    """Choose the pair with the strictly lowest score among `(score, scale, zero_point)`, element by element."""
     scored = iter(scored)
     best, scale, zero_point = next(scored)
     for score, s, z in scored:
@@ -36,11 +36,11 @@ def _best(scored: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tens
 def search_rows(
     x: Tensor, bits: int, percentiles: Sequence[float], *, symmetric: bool = False, clamp: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Range per row.
+    """Search the range of each row.
 
     Args:
         x: float32 `[N, K]`; K may be 0.
-        bits, symmetric, clamp: see `primitives.affine_qparams`.
+        bits, symmetric, clamp: see `affine.affine_qparams`.
         percentiles: candidates, in order of preference on equal error.
 
     Returns:
@@ -61,7 +61,7 @@ def search_rows(
 def search_samples(
     samples: Tensor, weights: Tensor, bits: int, percentiles: Sequence[float], *, clamp: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Range of one tensor from all its samples, as the reference implementation finds it.
+    """Search the range of one tensor over all its samples, as the reference implementation does.
 
     Args:
         samples: float32 `[S, ...]`, at least one value.
@@ -90,7 +90,7 @@ def search_samples(
 
 
 class RangeHistogram:
-    """Streaming histogram of one tensor, in memory that depends neither on the number of samples nor on their size.
+    """Count a stream of samples of one tensor in fixed memory, whatever their number and size.
 
     Bins are `width` wide, a power of two, and aligned to multiples of it: growing the covered interval doubles the width
     and merges neighbours, which loses nothing, so the result does not depend on the order of the samples. At least half
@@ -124,7 +124,7 @@ class RangeHistogram:
         self.samples += samples
 
     def join(self, processes: Processes) -> None:
-        """Add what the other processes have seen; all of them then hold the same."""
+        """Add what the other processes have observed; all of them then hold the same."""
         low, high, samples = zip(*processes.gather((self.low, self.high, self.samples)), strict=True)
         if not sum(samples):
             return
@@ -151,7 +151,7 @@ class RangeHistogram:
         self.low, self.high, self.width, self.start = low, high, width, start
 
     def search(self, bits: int, percentiles: Sequence[float], *, clamp: bool = True) -> tuple[Tensor, Tensor]:
-        """The range with the lowest weighted error; float32 scalars scale and zero-point, on the CPU.
+        """Search the range with the lowest weighted error; float32 scalars scale and zero-point, on the CPU.
 
         Raises:
             ValueError: nothing was added.

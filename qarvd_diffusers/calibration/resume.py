@@ -1,4 +1,4 @@
-"""`ResumeFolder`: finished parts of a calibration on disk, so that an interrupted one goes on where it stopped."""
+"""Keep finished parts of a calibration on disk, so that an interrupted one can continue: `ResumeFolder`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MANIFEST = "manifest.json"
 
 
 class ResumeFolder:
-    """One file per finished part, each written whole or not at all.
+    """Store one file per finished part, each written atomically.
 
     Args:
         path: folder, made if absent.
         fingerprint: of everything the calibration depends on: model, config, prompts.
 
     Raises:
-        ValueError: the folder belongs to a calibration with another fingerprint, or its manifest is unreadable; nothing in
-            it is touched.
-        OSError: the folder cannot be written to; named.
+        ValueError: the folder belongs to a calibration with another fingerprint, or its manifest is unreadable; the
+            folder is left as it is.
+        OSError: the folder cannot be written to; the message names it.
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
@@ -32,26 +32,26 @@ class ResumeFolder:
         manifest = self.path / MANIFEST
         if manifest.is_file():
             try:
-                found = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
+                stored = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{manifest} is no manifest of a calibration: pass another folder") from error
-            if found != fingerprint:
+                raise ValueError(f"{manifest} is not the manifest of a calibration: pass another folder") from error
+            if stored != fingerprint:
                 raise ValueError(
-                    f"{self.path} holds a calibration of another model, config or prompts (fingerprint {found[:12]}, "
+                    f"{self.path} holds a calibration of another model, config or prompts (fingerprint {stored[:12]}, "
                     f"expected {fingerprint[:12]}): pass another folder, or remove this one"
                 )
             return
         write_json({"fingerprint": fingerprint}, manifest)
 
     def holds(self, part: str) -> bool:
-        """Whether a part is finished."""
+        """Tell whether a part is finished."""
         return self._file(part).is_file()
 
     def load(self, part: str, names: Iterable[str]) -> Mapping[str, LinearQParams] | None:
-        """The layers of a finished part; None if it is not there.
+        """Load the layers of a finished part; None if it is not there.
 
         Raises:
-            ValueError: its file is damaged or holds other layers; named.
+            ValueError: its file is damaged or holds other layers; the message names it.
         """
         path = self._file(part)
         if not self.holds(part):

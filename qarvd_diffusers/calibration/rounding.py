@@ -1,4 +1,4 @@
-"""The two ways of rounding that look at data, behind one face: watch the inputs of a group, then choose its codes."""
+"""Round from data, in two ways with a common interface: observe the inputs of a group, then choose its codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
 
 class Rounded(NamedTuple):
-    """uint8 codes `[N, K]` in permuted order, the grid they are on, and the (possibly learned) input quantizer."""
+    """Hold uint8 codes `[N, K]` in permuted order, the grid they are on, and the (possibly learned) input quantizer."""
 
     codes: Tensor
     grid: WeightGrid
@@ -32,54 +32,59 @@ class Rounded(NamedTuple):
 
 
 class Rounding(Protocol):
-    """Rounds the weights of one group of layers."""
+    """Round the weights of one group of layers."""
+
+    def __init__(self, group: LayerGroup, config: QARVDConfig) -> None:
+        """Start to observe the inputs of a group."""
 
     @staticmethod
     def bytes(channels: int) -> float:
-        """What watching a group with so many input channels takes on the device."""
+        """Count the device memory that observing a group with this many input channels takes."""
 
     @staticmethod
     def steps(config: QARVDConfig) -> int:
-        """How often `solve` calls `on_step`."""
+        """Count how often `solve` calls `on_step`."""
 
     def add(self, x: Tensor, weight: float) -> None:
-        """Record one call: x `[batch, ..., K]` as the layers read it, weight of the chunk it belongs to."""
+        """Record one call: input x `[batch, ..., K]` of the layers, and the weight of its chunk."""
 
     def solve(self, grid: WeightGrid, on_step: OnStep) -> Rounded:
-        """Choose the codes, starting from the given grid."""
+        """Choose the codes, starting from a grid."""
 
 
-class CompensatedRounding:
-    """Closed form, from the second moments of the quantized inputs: fixed memory, `K * K` floats."""
+class GPTQRounding:
+    """Round in closed form from the Hessian of the quantized inputs: fixed memory, `K * K` floats."""
 
     def __init__(self, group: LayerGroup, config: QARVDConfig) -> None:
-        del config  # nothing to set
         self.group = group
         size = group.outliers.channel_order.numel()
-        self.moments = torch.zeros(size, size, device=group.device)
+        self.hessian = torch.zeros(size, size, device=group.device)
 
     @staticmethod
     def bytes(channels: int) -> float:
+        """Count the bytes of the Hessian."""
         return 4 * channels**2
 
     @staticmethod
     def steps(config: QARVDConfig) -> int:
+        """Report a single step."""
         return 1
 
     def add(self, x: Tensor, weight: float) -> None:
-        x = self.group.permute(x.detach().to(self.moments.device, torch.float32)).flatten(0, -2)
+        """Add one call to the Hessian."""
+        x = self.group.permute(x.detach().to(self.hessian.device, torch.float32)).flatten(0, -2)
         if self.group.quantizer is not None:
             x = self.group.quantizer(x)
-        self.moments.addmm_(x.T, x, alpha=weight)
+        self.hessian.addmm_(x.T, x, alpha=weight)
 
     def solve(self, grid: WeightGrid, on_step: OnStep) -> Rounded:
-        codes, grid = compensate(self.group.weight(), self.moments, grid)
+        codes, grid = compensate(self.group.weight(), self.hessian, grid)
         on_step(1, 1, math.nan)
         return Rounded(codes, grid, self.group.quantizer)
 
 
 class AdaRounding:
-    """Gradient descent on a sample of the inputs, kept in host memory: evenly spaced rows of every pass."""
+    """Round by gradient descent on a sample of the inputs in host memory: evenly spaced rows of every pass."""
 
     def __init__(self, group: LayerGroup, config: QARVDConfig) -> None:
         self.group = group
@@ -91,13 +96,16 @@ class AdaRounding:
 
     @staticmethod
     def bytes(channels: int) -> float:
-        return math.inf  # grows with the rollouts: never more than one block
+        """Return infinity, so that one block is observed at a time: samples grow with the rollouts."""
+        return math.inf
 
     @staticmethod
     def steps(config: QARVDConfig) -> int:
+        """Count the optimizer steps."""
         return config.rounding_iterations
 
     def add(self, x: Tensor, weight: float) -> None:
+        """Keep some rows of one call."""
         for sample in x.detach().flatten(1, -2) if x.ndim > 2 else x.detach()[None]:
             stride = -(-len(sample) // SAMPLE_ROWS)
             rows = self.group.permute(sample[::stride])
@@ -123,4 +131,4 @@ class AdaRounding:
         return Rounded(codes, grid, quantizer)
 
 
-ROUNDINGS: dict[str, type[Rounding]] = {"gptq": CompensatedRounding, "adaround": AdaRounding}
+ROUNDINGS: dict[str, type[Rounding]] = {"gptq": GPTQRounding, "adaround": AdaRounding}

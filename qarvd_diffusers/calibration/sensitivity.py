@@ -1,4 +1,4 @@
-"""`SensitivityResult`: how much each chunk's quantization costs the whole video, as a value and as one JSON file."""
+"""Hold how much each chunk's quantization costs the whole video, as a value and one JSON file: `SensitivityResult`."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ class SensitivityResult:
     errors: tuple[Matrix, ...] = ()
 
     def with_prompt(self, errors: Sequence[Sequence[float]]) -> SensitivityResult:
-        """The result with one more prompt."""
+        """Add the errors of one more prompt."""
         return replace(self, errors=(*self.errors, tuple(map(tuple, errors))))
 
     @property
     def complete(self) -> bool:
+        """Whether all prompts have been measured."""
         return len(self.errors) == self.num_prompts
 
     @property
@@ -103,7 +104,7 @@ class SensitivityResult:
         return Decay(math.exp(mean - slope * middle), -slope, 1 - residual / spread if spread else 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; sensitivity, weights and decay are there for readers and follow from the errors."""
+        """Convert to JSON values; sensitivity, weights and decay are included for readers and follow from the errors."""
         known = bool(self.errors) and min(self.sensitivity) > 0
         return {
             "format": FORMAT,
@@ -118,7 +119,7 @@ class SensitivityResult:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one JSON file, see `write_json`."""
+        """Write one JSON file; see `write_json`."""
         return write_json(self.to_dict(), path)
 
     @classmethod
@@ -131,7 +132,7 @@ class SensitivityResult:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, of another format, or not complete; the file is named.
+            ValueError: damaged, of another format, or not complete; the message names the file.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such sensitivity file; `qarvd sensitivity` writes one")
@@ -143,7 +144,7 @@ class SensitivityResult:
             result = cls(values["measured"], int(values["num_prompts"]), tuple(values["frames"]), errors)
             result._check_shape()
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no sensitivity file ({error}): delete it and measure again") from error
+            raise ValueError(f"{path} is not a sensitivity file ({error}): delete it and measure again") from error
         if not (partial or result.complete):
             raise ValueError(
                 f"{path} holds {len(result.errors)} of {result.num_prompts} prompts: run the measurement again, it continues"
@@ -159,10 +160,10 @@ class SensitivityResult:
             raise ValueError(f"{len(self.errors)} of {self.num_prompts} prompts over {chunks} chunks")
 
     def require_same_measurement(self, measured: Mapping[str, Any], source: object) -> None:
-        """Refuse to continue the measurement stored in `source` as another one; what differs is named.
+        """Check that the measurement stored in `source` can be continued as the one described.
 
         Raises:
-            ValueError: they differ.
+            ValueError: they differ; the message says in what.
         """
         differing = [
             f"{name}: stored {_shown(self.measured.get(name))}, now {_shown(measured.get(name))}"

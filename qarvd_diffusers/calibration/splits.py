@@ -1,4 +1,4 @@
-"""Which input channels of every layer are outliers: from weights, or from what was seen of the inputs, over all blocks."""
+"""Choose the outlier channels of every layer over all blocks, from the weights or from observed inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import QARVDConfig
 from ..quantization.qparams import LinearQParams
 from ..rollout.pass_info import PassInfo
 from .capture import InputCapture
-from .outliers import OutlierSet, find_outliers, quietest_split
+from .outliers import OutlierSet, find_outliers, min_noise_split
 from .processes import Processes
 from .targets import repeated_name, word_linears
 
@@ -26,10 +26,10 @@ def split_inputs(
     config: QARVDConfig,
     extents: Sequence[Extent] | None = None,
 ) -> list[OutlierSet]:
-    """One outlier set per group of layers that read one tensor, from their stacked weights.
+    """Find one outlier set per group of layers that read one tensor, from their stacked weights.
 
-    The same layer of every block gets the largest count of any block, except under `reference_compat`: blocks that differ
-    in a number are compiled one by one, and torch gives up after eight.
+    With `Recipe.equal_counts` the same layer of every block gets the largest count of any block: blocks that differ in a
+    number are compiled one by one, and torch gives up after eight.
 
     Args:
         transformer: float model.
@@ -37,19 +37,18 @@ def split_inputs(
         groups: their partition.
         config: detector and alignment.
         extents: per group, for the detector `input`. Layers whose input is made of the prompt's words (`word_linears`) are
-            split by their weights all the same: a few prompts hold few words, and say little of what others will bring.
+            still split by their weights: a few prompts have few words, and do not represent others.
 
     Raises:
-        ValueError: a weight is on the meta device or not finite; named.
+        ValueError: a weight is on the meta device or not finite; the message names the layer.
     """
     for name, linear in linears.items():
         if linear.weight.is_meta:
             raise ValueError(
                 f"the weight of {name} is on the meta device: remove offloading hooks, quantize, offload again"
             )
-        weight = (
-            linear.weight.float() if linear.weight.dtype.itemsize == 1 else linear.weight
-        )  # of 8-bit floats nobody can ask
+        # torch has no isfinite for 8-bit floats.
+        weight = linear.weight.float() if linear.weight.dtype.itemsize == 1 else linear.weight
         if not bool(weight.isfinite().all()):
             raise ValueError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
     words = word_linears(transformer, linears)
@@ -57,32 +56,32 @@ def split_inputs(
     def find(index: int, at_least: int = 0) -> OutlierSet:
         weights, detector = [linears[name].weight for name in groups[index]], _detector(groups[index][0], config)
         if extents is not None and groups[index][0] not in words:
-            return quietest_split(weights, *extents[index], config.outlier_alignment, at_least)
-        return find_outliers(weights, detector, config.outlier_alignment, config.reference_compat, at_least)
+            return min_noise_split(weights, *extents[index], config.outlier_alignment, at_least)
+        return find_outliers(weights, detector, config.outlier_alignment, config.recipe, at_least)
 
-    found = [find(index) for index in range(len(groups))]
-    if config.reference_compat:
-        return found
+    splits = [find(index) for index in range(len(groups))]
+    if not config.recipe.equal_counts:
+        return splits
     largest: dict[str, int] = defaultdict(int)
-    for group, outliers in zip(groups, found, strict=True):
+    for group, outliers in zip(groups, splits, strict=True):
         largest[repeated_name(group[0])] = max(largest[repeated_name(group[0])], outliers.num_outliers)
     counts = [largest[repeated_name(group[0])] for group in groups]
     return [
         outliers if outliers.num_outliers == count else find(index, count)
-        for index, (outliers, count) in enumerate(zip(found, counts, strict=True))
+        for index, (outliers, count) in enumerate(zip(splits, counts, strict=True))
     ]
 
 
 def _detector(name: str, config: QARVDConfig) -> str:
-    """Of the weights. The reference implementation looks for outliers inside the numbered blocks only."""
+    """Name the detector that looks at the weights of a layer."""
     in_block = any(part.isdigit() for part in name.split("."))
-    if config.reference_compat and not in_block:
+    if not in_block and not config.recipe.outliers_outside_blocks:
         return "none"
-    return "mad_zscore" if config.resolved_outlier_detector == "input" else config.resolved_outlier_detector
+    return "mad_zscore" if config.recipe.detector == "input" else config.recipe.detector
 
 
 def stored_split(layer: LinearQParams) -> OutlierSet:
-    """The outlier set that a layer was quantized with."""
+    """Return the outlier set that a layer was quantized with."""
     return OutlierSet(layer.channel_order, layer.description.num_outliers, 0.0)
 
 
@@ -93,20 +92,20 @@ def input_extents(
     config: QARVDConfig,
     processes: Processes,
 ) -> list[Extent]:
-    """Watch one set of rollouts: what every channel of every group's input extends to."""
-    found: list[Extent | None] = [None] * len(groups)
+    """Observe one set of rollouts: smallest and largest value of every channel of every group's input."""
+    extents: list[Extent | None] = [None] * len(groups)
 
     def observe(index: int, x: Tensor, info: PassInfo) -> None:
-        found[index] = _joined(found[index], x.detach().flatten(0, -2).to(torch.float32).aminmax(dim=0))
+        extents[index] = _joined(extents[index], x.detach().flatten(0, -2).to(torch.float32).aminmax(dim=0))
 
     with torch.no_grad(), InputCapture(linears, groups, observe) as capture:
         run(capture.on_pass)
     if capture.ran or processes.count == 1:  # of many processes some may have had no prompt
         capture.check(range(config.calibration_chunks))
-    everywhere: list[Extent | None] = [None] * len(groups)
-    for seen in processes.gather([extent and tuple(each.cpu() for each in extent) for extent in found]):
-        everywhere = [_joined(mine, other) for mine, other in zip(everywhere, seen, strict=True)]
-    return everywhere
+    joined: list[Extent | None] = [None] * len(groups)
+    for others in processes.gather([extent and (extent[0].cpu(), extent[1].cpu()) for extent in extents]):
+        joined = [_joined(a, b) for a, b in zip(joined, others, strict=True)]
+    return joined
 
 
 def _joined(a: Extent | None, b: Extent | None) -> Extent | None:

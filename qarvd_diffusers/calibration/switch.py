@@ -1,4 +1,4 @@
-"""`QuantizationSwitch`: quantized Linears in some passes, float ones in the others."""
+"""Use quantized Linears in some passes and float ones in the others: `QuantizationSwitch`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..quantization.model import base_layer_name, unwrapped
 
 
 class QuantizationSwitch:
-    """Context manager in which a transformer's Linears can be exchanged between two passes; it starts and ends float.
+    """Exchange a transformer's Linears between two passes, inside a `with`; it starts and ends float.
 
     Args:
         transformer: float model.
@@ -32,7 +32,7 @@ class QuantizationSwitch:
         self._kept = {}
 
     def set(self, on: bool) -> None:
-        """Quantized from now on, or float."""
+        """Switch to quantized or to float Linears."""
         if on == self._on:
             return
         leaving, coming = (self._kept, self._layers) if on else (self._layers, self._kept)

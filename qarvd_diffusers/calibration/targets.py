@@ -1,4 +1,4 @@
-"""Which Linears of a transformer are quantized, and which of them read the same tensor."""
+"""Select the Linears of a transformer to quantize, and group those that read the same tensor."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..config import QARVDConfig, named_by
 from ..quantization.linear import QARVDLinear
 from ..quantization.model import unwrapped
 
-# Outside the blocks, only what embeds the text is quantized: the rest is small, and the whole video depends on it.
+# Outside the blocks, only the text embedding is quantized: the rest is small, and the whole video depends on it.
 KEEP_FLOAT = ("time_embedder", "time_proj", "image_embedder", "patch_embedding", "norm_out", "proj_out")
 _TEXT_EMBEDDING = "text_embedder"
 
 
 def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str, nn.Linear]:
-    """The Linears that `config` quantizes, by name and in module order.
+    """Select the Linears that `config` quantizes, by name and in module order.
 
     That is every Linear but those of `KEEP_FLOAT` (time embedding, output head and the like) and of
     `config.modules_to_not_convert`.
@@ -57,7 +57,7 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
 
 
 def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear of the model itself by name; adapters neither count nor show in the names, nor does `torch.compile`.
+    """Find every Linear of the model by name; adapters do not count, and names omit them and `torch.compile`.
 
     Raises:
         ValueError: a part of the model is wrapped by `torch.compile`.
@@ -70,28 +70,28 @@ def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
             "its compile() method, or the model's compile_repeated_blocks(), instead"
         )
     wrappers = {name for name, module in transformer.named_modules() if hasattr(module, "base_layer")}
-    found = {}
+    linears = {}
     for name, module in transformer.named_modules():
         owner = next((wrapper for wrapper in wrappers if name.startswith(f"{wrapper}.")), None)
         if isinstance(module, nn.Linear) and owner is None:
-            found[name] = module
+            linears[name] = module
         elif isinstance(module, nn.Linear) and name == f"{owner}.base_layer":
-            found[owner] = module
-    return found
+            linears[owner] = module
+    return linears
 
 
 def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConfig) -> list[tuple[str, ...]]:
     """Partition layer names into those that read one tensor: q, k and v of self-attention, k and v of cross-attention.
 
     Every group shares its outlier channels and its activation quantizer, so that a kernel quantizes the tensor once.
-    Without `config.tie_inputs`, or under `reference_compat` (the reference ties nothing), every layer stands alone.
+    Where the recipe does not tie inputs, every layer is a group of its own.
 
     Raises:
         ValueError: `config.module_bits` gives layers of one group different bits.
     """
     names = list(names)
     leader = {name: name for name in names}
-    if config.tie_inputs and not config.reference_compat:
+    if config.recipe.tie_inputs:
         for path, module in transformer.named_modules():
             for attributes in _tied_attributes(module):
                 tied = [name for name in (f"{path}.{a}".lstrip(".") for a in attributes) if name in leader]
@@ -110,21 +110,21 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
 
 
 def skips_rounding(name: str, config: QARVDConfig) -> bool:
-    """Whether a layer is rounded to nearest whatever `config.rounding` says."""
+    """Tell whether a layer is rounded to nearest whatever `config.rounding` says."""
     return any(named_by(name, pattern) for pattern in config.resolved_rounding_skips)
 
 
 def prompt_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of `names` that read the prompt alone: text embedding and the K/V of cross-attention.
+    """Select the names that read the prompt alone: text embedding and the K/V of cross-attention.
 
-    What they compute is cached in the first pass of a rollout and read in every later one: it belongs to no chunk.
+    Their output is cached in the first pass of a rollout and read in every later one: it belongs to no chunk.
     """
-    found = {name for name in names if named_by(name, _TEXT_EMBEDDING)}
-    return found | _in_cross_attention(transformer, names, ("to_k", "to_v", "add_k_proj", "add_v_proj"))
+    embedding = {name for name in names if named_by(name, _TEXT_EMBEDDING)}
+    return embedding | _in_cross_attention(transformer, names, ("to_k", "to_v", "add_k_proj", "add_v_proj"))
 
 
 def word_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
-    """`prompt_linears`, and what reads the output of cross-attention: weighted means of the values of the prompt's words."""
+    """Select `prompt_linears` and the layers that read the output of cross-attention: weighted means of prompt values."""
     return prompt_linears(transformer, names) | _in_cross_attention(transformer, names, ("to_out.0",))
 
 
@@ -138,14 +138,14 @@ def _in_cross_attention(transformer: nn.Module, names: Iterable[str], attributes
 
 
 def repeated_name(name: str) -> str:
-    """The name with its first number, that of the block, left out: equal for the same layer of every block."""
+    """Replace the first number of a name, that of the block: the result is equal for the same layer of every block."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return name if number is None else ".".join([*parts[:number], "*", *parts[number + 1 :]])
 
 
 def _tied_attributes(module: nn.Module) -> list[tuple[str, ...]]:
-    """Names of projections that read one tensor, in diffusers' attention modules."""
+    """Name the projections that read one tensor, in diffusers' attention modules."""
     query, key = getattr(module, "to_q", None), getattr(module, "to_k", None)
     if not _is_linear(query) or not _is_linear(key):
         return []
@@ -157,5 +157,5 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 
 def _reads_prompt(attention: nn.Module) -> bool:
-    """Whether K and V of a diffusers attention module come from the prompt."""
+    """Tell whether K and V of a diffusers attention module come from the prompt."""
     return getattr(attention, "is_cross_attention", attention.to_q.in_features != attention.to_k.in_features)

@@ -1,4 +1,4 @@
-"""Weights to integers: outlier channels first, a range per output row and group, rounding to nearest."""
+"""Quantize weights to integers: outlier channels first, a range per output row and group, rounding to nearest."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from .grid import WeightGrid
 from .outliers import OutlierSet
 from .ranges import search_rows
 
-SLAB = (
-    1 << 24
-)  # weights that are looked at together: float32 copies of a whole layer would outweigh a block of the model
+# Weights that are processed together: float32 copies of a whole layer would be larger than a block of the model.
+SLAB = 1 << 24
 
 
 def quantize_weight(
@@ -23,7 +22,7 @@ def quantize_weight(
     Args:
         weight: float `[N, K]`, finite.
         outliers: its outlier channels.
-        config: scheme, bits of the layer, percentiles and `reference_compat` (zero-points free instead of clamped).
+        config: scheme, bits of the layer, percentiles, and whether zero-points are clamped.
         name: of the layer.
 
     Returns:
@@ -38,16 +37,16 @@ def quantize_weight(
 def _quantize_rows(weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str) -> tuple[Tensor, WeightGrid]:
     scheme = config.scheme_of(name)
     permuted = weight.to(torch.float32)[:, outliers.channel_order.long()]
-    found = [
+    qparams = [
         search_rows(
             group,
             scheme.weight_bits,
             config.percentiles,
             symmetric=scheme.symmetric_weights,
-            clamp=not config.reference_compat,
+            clamp=config.recipe.clamp_zero_points,
         )
         for group in permuted.tensor_split([outliers.num_outliers], dim=1)
     ]
-    scale, zero_point = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    scale, zero_point = (torch.cat(values, dim=1) for values in zip(*qparams, strict=True))
     grid = WeightGrid(scale, zero_point, outliers.num_outliers, scheme.weight_bits)
     return grid.quantize(permuted).to(torch.uint8), grid

@@ -1,4 +1,4 @@
-"""One bar over all that a calibration does, with a total and the time that is left."""
+"""Show one progress bar over all steps of a calibration, with a total and the remaining time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .calibrate import Progress, Work
 
 
 class WorkBar(tqdm):
-    """Counts the steps of a calibration, which are of several kinds, each of its own duration.
+    """Count the steps of a calibration, which are of several kinds with different durations.
 
-    The time that is left is what every kind took so far, times how many of it are left; of a kind that is still to come, what
-    all steps took on average.
+    The remaining time is the mean time per step of each kind so far, times the steps left; a kind that has not begun counts
+    with the mean over all steps.
     """
 
     def __init__(self, totals: Mapping[str, int], also: Progress | None = None, **options: Any) -> None:
         """
         Args:
             totals: steps by kind.
-            also: told what is being done, how many steps are done, and how many there are.
+            also: called with the current work, the steps done and the number of steps.
             **options: of tqdm.
         """
         self._totals, self._also = totals, also
@@ -32,7 +32,7 @@ class WorkBar(tqdm):
         super().__init__(total=sum(totals.values()), unit="step", **options)
 
     def advance(self, kind: str, text: str) -> None:
-        """One more step of a kind is done; `text` says what is being done."""
+        """Count one more step of a kind; `text` describes the current work."""
         now = time.perf_counter()
         self._seconds[kind] += now - self._last
         self._done[kind] += 1
@@ -44,7 +44,7 @@ class WorkBar(tqdm):
 
     @property
     def seconds_left(self) -> float | None:
-        """None before the first step."""
+        """Estimate the remaining time; None before the first step."""
         if not self._done:
             return None
         mean = self._seconds.total() / self._done.total()
@@ -55,7 +55,7 @@ class WorkBar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What tqdm shows; it takes the time that is left from the rate."""
+        """Values that tqdm shows; it computes the remaining time from the rate."""
         values = super().format_dict
         if seconds := self.seconds_left:
             values["rate"] = (self.total - self.n) / seconds or None
@@ -63,10 +63,10 @@ class WorkBar(tqdm):
 
 
 def work_totals(work: Work, passes: int, passes_of_share: int) -> dict[str, int]:
-    """Steps by kind, for `WorkBar`.
+    """Count steps by kind, for `WorkBar`.
 
     Args:
-        work: what there is to do.
+        work: of the calibration.
         passes: of the transformer in one set of rollouts.
         passes_of_share: of this process's share of it.
     """

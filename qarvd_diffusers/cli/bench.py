@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .common import table, whole
@@ -62,6 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench.shapes import CACHED_FRAMES, SHAPES, WINDOW_FRAMES
     from ..bench.transformer import bench_passes
     from ..bench.vae import bench_vae
+    from ..files.atomic import atomic_file
     from .info import environment
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,9 +81,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if shape == SHAPES["1.3b"]:
             result["bars"] = judge(result)
         if args.out:
-            partial = Path(f"{args.out}.partial")
-            partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
-            os.replace(partial, args.out)
+            with atomic_file(args.out) as temporary:
+                temporary.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
     done: list[dict[str, Any]] = []
 

@@ -130,8 +130,7 @@ def layer_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 def read_prompts(path: str | None) -> tuple[str, ...] | None:
     """One prompt per line, `#` starts a comment; None if no file was named."""
-    from ..config import parse_prompts
-    from ..files.text import read_text
+    from ..files.text import parse_prompts, read_text
 
     return None if path is None else parse_prompts(read_text(path).splitlines(), path)
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from qarvd_kernels import unpack_weight
+
 from ..config import QARVDConfig
 from ..files.atomic import atomic_directory, atomic_file
 from ..files.safetensors import TensorSpec, write_shards, write_tensors
 from ..models.single_file_header import SingleFileHeader, comfyui_metadata, read_single_file
 from ..quantization.model import quantized_linears, unwrapped
-from ..quantization.packing import unpack
 from ..rollout.config import RolloutConfig
 from .convert import STEM, folder_tensors
 from .folder import copy_base_components, write_pipeline
@@ -166,7 +167,8 @@ def _one_grid(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
     if count in (0, layer.in_features):
         group = int(count == 0)
         codes = (
-            unpack(layer.weight_packed, layer.weight_bits).to(torch.int16) - layer.weight_zero_point[:, group, None]
+            unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)
+            - layer.weight_zero_point[:, group, None]
         )
         if codes.min() >= -128 and codes.max() <= 127:
             plain = torch.empty_like(codes, dtype=torch.int8)

@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when the block ends, and vanishes when the block raises.
+    """Yield a folder to write into, which becomes `path` when the block ends and is removed when the block raises.
 
     If `path` exists already its files are replaced one by one (each replacement is atomic) and others are left alone.
+
+    Raises:
+        FileExistsError: `path` is a file.
     """
     path = Path(path)
     if path.is_file():
@@ -38,32 +43,32 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file name next to `path` that replaces `path` when the block ends and vanishes when it raises."""
+def atomic_file(path: str | os.PathLike[str], remedy: str | None = None) -> Iterator[Path]:
+    """Yield a temporary file name, which replaces `path` when the block ends and is removed when the block raises.
+
+    Args:
+        path: the file; folders are made.
+        remedy: what to do if the file cannot be written. None leaves errors as they are, for blocks that also read.
+
+    Raises:
+        OSError: the disk is full, or `path` cannot be written; the message names path and remedy.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if remedy is None:
+            raise
+        raise OSError(f"{path} could not be written ({error}): {remedy}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(value: Any, path: str | os.PathLike[str]) -> Path:
-    """Write one JSON file, whole or not at all; folders are made.
-
-    Raises:
-        OSError: the disk is full, or the path cannot be written; named.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write one JSON file atomically; see `atomic_file`."""
+    with atomic_file(path, "free some space and run again, it continues") as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error}): free some space and run again, it continues") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return Path(path)

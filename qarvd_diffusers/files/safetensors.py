@@ -1,4 +1,4 @@
-"""safetensors files written tensor by tensor, so that a file of any size takes the memory of its largest tensor."""
+"""Write safetensors files tensor by tensor: a file of any size takes the memory of its largest tensor."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ _ALIGNMENT = 8  # of the first tensor; larger elements come first, so all are al
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor that need not be in memory."""
+    """Describe shape and dtype of a tensor that need not be in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """Describe a tensor."""
         return cls(tuple(tensor.shape), tensor.dtype)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -51,12 +53,12 @@ def write_tensors(
     fetch: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file; every tensor is fetched when its turn comes and not kept.
+    """Write a safetensors file; each tensor is fetched when it is written, and not kept.
 
     Args:
-        path: the file; it is half-written until this returns, so give a temporary name.
-        specs: what the file will hold.
-        fetch: name -> tensor on any device; called once for each, in the order of the file.
+        path: the file; it is incomplete until this returns: pass a temporary name (`atomic_file`).
+        specs: the tensors by name.
+        fetch: name -> tensor on any device; called once per name, in the order of the file.
         metadata: texts for the header.
 
     Raises:
@@ -80,14 +82,14 @@ def write_tensors(
             tensor = fetch(name)
             if TensorSpec.of(tensor) != specs[name]:
                 raise ValueError(f"{name} is {TensorSpec.of(tensor)}, expected {specs[name]}")
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Texts in the header of a safetensors file.
+    """Read the texts in the header of a safetensors file.
 
     Raises:
-        ValueError: it is truncated or no safetensors file.
+        ValueError: the file is truncated, or not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -105,9 +107,9 @@ def write_shards(
     """Write groups of tensors as the shards of one model with its index, named as diffusers names them.
 
     Args:
-        folder: where to.
+        folder: where the shards go; made if absent.
         stem: `diffusion_pytorch_model`.
-        groups: what each shard holds; one group makes one file without an index.
+        groups: the tensors of each shard; a single group makes one file without an index.
         fetch: as in `write_tensors`.
     """
     folder.mkdir(parents=True, exist_ok=True)

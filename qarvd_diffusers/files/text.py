@@ -1,14 +1,16 @@
-"""Text files that users hand in (prompts, JSON), as any editor on any system may have saved them."""
+"""Read text files of users (prompts, JSON), as any editor on any system may have saved them."""
 
 from __future__ import annotations
 
 import codecs
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from ..config import INVISIBLE
+# Byte order mark and zero-width space, for `str.translate`: invisible in an editor, and yet tokens of a prompt.
+INVISIBLE = dict.fromkeys((0xFEFF, 0x200B))
 
-# The mark of UTF-32 begins with that of UTF-16.
+# UTF-32 first: its mark begins with that of UTF-16.
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -21,15 +23,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """Read a UTF-8 text file, without the characters that no editor shows, such as a byte order mark.
 
     Raises:
-        OSError: the file cannot be read; named.
-        ValueError: it is in another encoding; file, encoding (where its first bytes tell) and remedy are named.
+        OSError: the file cannot be read; the message names it.
+        ValueError: it is in another encoding; the message gives file, encoding (where the first bytes tell) and remedy.
     """
     data = Path(path).read_bytes()
-    found = next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)
-    if found is None and b"\0" in data:
-        found = "UTF-16 without a byte order mark, or no text at all"
-    if found is not None:
-        raise ValueError(f"{path} is {found}, expected UTF-8: save it as UTF-8 in your editor")
+    encoding = next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)
+    if encoding is None and b"\0" in data:
+        encoding = "UTF-16 without a byte order mark, or no text at all"
+    if encoding is not None:
+        raise ValueError(f"{path} is {encoding}, expected UTF-8: save it as UTF-8 in your editor")
     try:
         return data.decode("utf-8").translate(INVISIBLE)
     except UnicodeDecodeError as error:
@@ -37,3 +39,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
             f"{path} is not UTF-8 (byte {error.start} is {data[error.start]:#04x}, as in Windows or Latin encodings): "
             "save it as UTF-8 in your editor"
         ) from error
+
+
+def parse_prompts(lines: Iterable[str], source: str) -> tuple[str, ...]:
+    """Return the non-empty, stripped lines that do not start with `#`.
+
+    Raises:
+        ValueError: there is none; the message names `source`.
+    """
+    stripped = (line.translate(INVISIBLE).strip() for line in lines)
+    prompts = tuple(line for line in stripped if line and not line.startswith("#"))
+    if not prompts:
+        raise ValueError(f"{source} contains no prompt: one prompt per line is expected")
+    return prompts

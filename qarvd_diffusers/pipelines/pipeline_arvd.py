@@ -16,7 +16,8 @@ from diffusers.utils import is_ftfy_available, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..config import INVISIBLE, QARVDConfig
+from ..config import QARVDConfig
+from ..files.text import INVISIBLE
 from ..kv_cache.cache import KVCache
 from ..memory.plan import apply_choice, choose
 from ..memory.shapes import ModelShapes

@@ -12,9 +12,8 @@ from diffusers import PipelineQuantizationConfig
 from ..calibration.pipeline import calibrate_pipeline, require_float
 from ..config import QARVDConfig
 from ..quantization.adapters import adapter_scales
-from ..quantization.install import apply
 from ..quantization.result import CalibrationResult
-from ..quantizer import attach
+from ..quantizer import install
 
 if TYPE_CHECKING:
     from ..rollout.host import PipelineHost
@@ -63,11 +62,11 @@ def check_stored_config(stored: QARVDConfig, wanted: QARVDConfig) -> None:
 def quantize_pipeline(pipe: PipelineHost, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
     """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
     require_float(pipe)
-    apply(pipe.transformer, result or calibrate_pipeline(pipe, config))
+    result = result or calibrate_pipeline(pipe, config)
     hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
     adapters = adapter_scales(pipe.transformer) if config.needs_calibration else {}
     config = config.replace(base_model=config.base_model or hub_id, calibration_adapters=adapters or None)
-    attach(pipe.transformer, config)
+    install(pipe.transformer, result, config)
 
 
 def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:

@@ -1,1 +1,1 @@
-"""One quantized layer: affine maths, bit layout, `QARVDLinear`, and putting it into a model."""
+"""Quantize one layer: affine arithmetic, bit packing, `QARVDLinear`, installing into a model and removal."""

@@ -1,7 +1,7 @@
-"""Pure tensor functions of affine quantization: `value = (code - zero_point) * scale`, code in `[0, 2**bits - 1]`.
+"""Quantize and dequantize by affine maps, in pure tensor functions: `value = (code - zero_point) * scale`, code in `[0, 2**bits - 1]`.
 
-Everything here is float32 in, float32 out, and finite for finite input. Whoever calls knows the layer's name, so the
-callers raise the error about a NaN or an infinity.
+All functions take and return float32, and are finite for finite input. Callers raise the errors about NaN or infinity, since
+they know the name of the layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SORT_BLOCK = 2**22
 def affine_qparams(
     low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False, clamp: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point of the range `[low, high]`.
+    """Compute scale and zero-point of the range `[low, high]`.
 
     Args:
         low, high: float32, any equal shapes, low <= high.
@@ -51,22 +51,22 @@ def _asymmetric(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Codes of x, as floats: `clamp(round(x / scale) + zero_point, 0, 2**bits - 1)`, ties to even."""
+    """Compute the codes of x, as floats: `clamp(round(x / scale) + zero_point, 0, 2**bits - 1)`, ties to even."""
     return torch.clamp(torch.round(x / scale) + zero_point, 0, 2**bits - 1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """`(codes - zero_point) * scale`."""
+    """Compute `(codes - zero_point) * scale`."""
     return (codes - zero_point) * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """x rounded to the grid: `dequantize(quantize(x))`."""
+    """Round x to the grid: `dequantize(quantize(x))`."""
     return dequantize(quantize(x, scale, zero_point, bits), scale, zero_point)
 
 
 def row_quantiles(x: Tensor, q: float) -> Tensor:
-    """Quantile of every row, linear between the two nearest columns: sorted float32 `[rows, columns]` -> `[rows, 1]`.
+    """Compute a quantile of every row, linear between the two nearest columns: sorted float32 `[rows, columns]` -> `[rows, 1]`.
 
     The rank is computed in float64 from q rounded to float32, as torch >= 2.15 does and older versions do not: the same
     weights give the same ranges under every torch.
@@ -78,24 +78,24 @@ def row_quantiles(x: Tensor, q: float) -> Tensor:
 
 
 def percentile_ranges(x: Tensor, percentiles: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
-    """For every percentile p the range `[quantile(row, 1 - p), quantile(row, p)]` of every row.
+    """Compute for every percentile p the range `[quantile(row, 1 - p), quantile(row, p)]` of every row.
 
     Args:
         x: float32 `[rows, columns]`, at least one column.
         percentiles: numbers in (0.5, 1].
 
     Returns:
-        one `(low, high)` pair per percentile, each `[rows, 1]`.
+        One `(low, high)` pair per percentile, each `[rows, 1]`.
     """
     points = [q for p in percentiles for q in (1 - p, p)]
-    found = []
+    quantiles = []
     for rows in x.split(max(1, SORT_BLOCK // x.shape[1])):
         ordered = rows.sort(dim=1).values
-        found.append(torch.cat([row_quantiles(ordered, q) for q in points], dim=1))
-    columns = torch.cat(found).split(1, dim=1)
+        quantiles.append(torch.cat([row_quantiles(ordered, q) for q in points], dim=1))
+    columns = torch.cat(quantiles).split(1, dim=1)
     return list(zip(columns[0::2], columns[1::2], strict=True))
 
 
 def mean_squared_error(x: Tensor, y: Tensor) -> Tensor:
-    """Per row: `[rows, columns]` twice -> `[rows, 1]`."""
+    """Compute the mean squared error per row: `[rows, columns]` twice -> `[rows, 1]`."""
     return (x - y).square().mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Put quantized Linears into a model, and take them out again."""
+"""Put quantized Linears into a model, and replace them by float ones again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def apply(transformer: nn.Module, result: CalibrationResult) -> None:
 
 
 def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[str, QARVDLinear]:
-    """The quantized Linears that `apply` puts into a transformer, by name; the transformer is left as it was.
+    """Build the quantized Linears that `apply` puts into a transformer, by name; the transformer does not change.
 
     Raises:
-        ValueError: a layer is absent, quantized already, or of another size; named.
+        ValueError: a layer is absent, quantized already, or of another size; the message names it.
     """
     quantized = {}
     for name, qparams in result.layers.items():
@@ -41,7 +41,7 @@ def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[
 
 
 def dequantize(transformer: nn.Module) -> None:
-    """Replace every QARVDLinear by the float Linear of its de-quantized weight, in place."""
+    """Replace every QARVDLinear by the float Linear of its dequantized weight, in place."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, QARVDLinear):
             linear = nn.Linear(

@@ -1,4 +1,4 @@
-"""`QARVDLinear`: a linear layer on packed integer weights, in place of `nn.Linear`."""
+"""Compute a linear layer on packed integer weights, in place of `nn.Linear`: `QARVDLinear`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,31 @@ class QARVDLinear(nn.Linear):
     Parameters are those of `LinearQParams`, all without gradient, and `bias`. Conversions such as `.to(torch.bfloat16)` or
     `.half()` change the bias, and so the dtype of the layer, but never the precision of scales, codes or zero-points.
     A subclass of `nn.Linear`, so that adapters (PEFT) and offloading treat it as one; gradients flow through to the input
-    as if the layer were the float layer of its de-quantized weight (straight-through).
+    as if the layer were the float layer of its dequantized weight (straight-through).
 
-    Build it with `empty` (to be filled by a loader) or `from_float`.
+    `from_float` builds a complete layer. The constructor leaves the parameters without values, for a loader to fill; on the
+    meta device they take no memory.
+
+    Args:
+        in_features, out_features, bias, device: as in `nn.Linear`.
+        description: outlier count, bits and kind of activation.
+        dtype: of bias and dequantized weight; None takes torch's default.
 
     Attributes:
-        revision: grows whenever parameters are assigned, loaded or laid out anew; moving them to a device is not counted.
+        revision: incremented whenever parameters are assigned, loaded or reordered, but not when they move to a device.
+
+    Raises:
+        ValueError: an odd number of input channels for 4 bits, or more outliers than channels.
     """
 
     revision = 0
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_zero_point: nn.Parameter
+    channel_order: nn.Parameter
+    input_scale: Any  # a parameter with static activations, else None
+    input_zero_point: Any
+    _row_order: Tensor
 
     def __init__(
         self,
@@ -65,35 +81,14 @@ class QARVDLinear(nn.Linear):
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
 
     @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        description: QuantizedModule,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> QARVDLinear:
-        """A layer whose parameters have no values yet; on the meta device it takes no memory.
-
-        Args:
-            description: outlier count, bits and kind of activation.
-            dtype: dtype of bias and de-quantized weight; None takes torch's default.
-
-        Raises:
-            ValueError: an odd number of input channels for 4 bits, or more outliers than channels.
-        """
-        return cls(in_features, out_features, bias, description, device, dtype)
-
-    @classmethod
     def from_float(cls, linear: nn.Linear, qparams: LinearQParams) -> QARVDLinear:
-        """The quantized counterpart of `linear`, on its device, with its bias and dtype.
+        """Build the quantized counterpart of `linear`, on its device, with its bias and dtype.
 
         Raises:
             ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or zero-points so far out that
                 integer sums could overflow.
         """
-        layer = cls.empty(
+        layer = cls(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
@@ -101,17 +96,17 @@ class QARVDLinear(nn.Linear):
             device="meta",
             dtype=linear.weight.dtype,
         )
-        given, device = qparams.tensors(), linear.weight.device
+        tensors, device = qparams.tensors(), linear.weight.device
         for name, (shape, kind) in stored_tensors(
             linear.in_features, linear.out_features, qparams.description
         ).items():
-            tensor = given.pop(name, None)
+            tensor = tensors.pop(name, None)
             if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != kind:
                 got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ValueError(f"{name} is {got}, expected {kind} {shape}")
             setattr(layer, name, _frozen(tensor.detach().to(device, copy=True)))  # tied layers share theirs
-        if given:
-            raise ValueError(f"{sorted(given)} have no place in a layer with {qparams.description}")
+        if tensors:
+            raise ValueError(f"{sorted(tensors)} have no place in a layer with {qparams.description}")
         if linear.bias is not None:
             layer.bias = _frozen(linear.bias.detach().clone())
         layer._check_sums()
@@ -123,16 +118,19 @@ class QARVDLinear(nn.Linear):
             accumulator(width, zero_point, self.weight_zero_point[:, group], self.weight_bits)
 
     def store_rows_in(self, order: Tensor | None) -> None:
-        """Keep the output channels in another order in memory; result, `weight` and state dict stay what they are.
+        """Store the output channels in another order; output, `weight` and state dict keep the natural order.
 
-        For kernels that hand their output on in the order of the next layer (`channel_order`).
+        For kernels that write their output in the channel order of the next layer.
 
         Args:
             order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural order.
         """
         if order is None and not self._is_reordered:
             return
-        with torch.inference_mode(False), torch.no_grad():  # parameters stay ordinary tensors, whoever asks
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # in inference mode, parameters would become inference tensors
             if self._is_reordered:
                 self._permute_rows(self._row_order.argsort())
             self._row_order = _natural_order() if order is None else order.detach().clone()
@@ -151,19 +149,19 @@ class QARVDLinear(nn.Linear):
                 tensor.data = _take(tensor.data, order)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        # Not copies in natural order: offloading puts what it reads here back into the layer, and must leave no order behind.
+        # In place, not as reordered copies: offloading puts what it reads here back into the layer.
         self.store_rows_in(None)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         if self._row_order.is_meta:
-            self._row_order = _natural_order()  # the parameters are gone, too: nothing to put back
+            self._row_order = _natural_order()  # the parameters are on the meta device, too: nothing to reorder
         self.store_rows_in(None)
         self._forget()
         super()._load_from_state_dict(*args)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Behind every assignment of a parameter, which may bring other values or rows in another order."""
+        """Drop what was computed from the parameters; every assignment of a parameter comes through here."""
         self._forget()
         super().register_parameter(name, param)
 
@@ -174,7 +172,7 @@ class QARVDLinear(nn.Linear):
 
     @property
     def description(self) -> QuantizedModule:
-        """What the checkpoint's config says of this layer."""
+        """Description of this layer in a checkpoint's config."""
         return QuantizedModule(self.num_outliers, self.weight_bits, self.activation)
 
     @property
@@ -183,15 +181,15 @@ class QARVDLinear(nn.Linear):
         return self._dtype if self.bias is None else self.bias.dtype
 
     @property
-    def weight(self) -> Tensor:
-        """The de-quantized weight `[N, K]` in original channel order, computed on every use; refuses to be written to.
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight `[N, K]` in original channel order, computed on every use; read-only.
 
-        Merging an adapter writes to the weight of its base layer; into a copy it would go, and be lost.
+        Merging an adapter writes to the weight of its base layer: written to a copy, the merge would be lost.
         """
         return DequantizedWeight(self)
 
     def dequantized(self) -> Tensor:
-        """The weight as an ordinary tensor `[N, K]`, in original channel order and in the layer's dtype."""
+        """Compute the weight as an ordinary tensor `[N, K]`, in original channel order and in the layer's dtype."""
         return self._in_natural_order(self._stored_weight(), 0)
 
     def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
@@ -209,7 +207,7 @@ class QARVDLinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., K]` -> `[..., N]` in the dtype of x."""
+        """Compute `[..., K]` -> `[..., N]` in the dtype of x."""
         if torch.is_grad_enabled() and x.requires_grad:
             return _StraightThrough.apply(x, self)
         return self._in_natural_order(self._compute(x), -1)
@@ -272,7 +270,7 @@ class QARVDLinear(nn.Linear):
         return super()._apply(keep_dtype, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> QARVDLinear:
-        """Refuses True: packed integers cannot be trained."""
+        """Raise an error for True: packed integers cannot be trained."""
         if requires_grad:
             raise ValueError(
                 "QARVDLinear is frozen: its packed integer weights take no gradient. Train an adapter on it (LoRA), or the "
@@ -281,10 +279,11 @@ class QARVDLinear(nn.Linear):
         return super().requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Refused: random codes make no layer."""
+        """Raise an error: there is no random initialization."""
         raise RuntimeError("QARVDLinear has no random initialization: load it, or build it with from_float")
 
     def extra_repr(self) -> str:
+        """Describe the layer for `repr`."""
         activation = {"static": "int8 static", "dynamic": "int8 dynamic", "none": "float"}[self.activation]
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -297,17 +296,17 @@ PER_ROW = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
 
 
 def _natural_order() -> Tensor:
-    """Stands for "not reordered"; real even where all else is built on the meta device."""
+    """Stand for "not reordered", with a tensor that is real even where all else is built on the meta device."""
     return torch.empty(0, dtype=torch.int32, device="cpu")
 
 
 def _take(tensor: Tensor, order: Tensor, dim: int = 0) -> Tensor:
-    """`tensor` in another order, wherever the two lie: offloading may have moved one of them."""
+    """Reorder a tensor; offloading may have moved `order` to another device."""
     return tensor.index_select(dim, order.to(tensor.device))
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward of the quantized layer, backward of the float layer of its de-quantized weight."""
+    """Forward of the quantized layer, backward of the float layer of its dequantized weight."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: QARVDLinear) -> Tensor:

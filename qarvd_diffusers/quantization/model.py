@@ -1,4 +1,4 @@
-"""What is on disk: packed tensors in safetensors under strict keys, folders that appear whole or not at all."""
+"""Check and describe the quantized Linears of a model, and load their stored tensors under strict keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMED = 5  # names shown in an error before it says how many more there are
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QARVDLinear]:
-    """Every quantized Linear by its name in `model`; neither a LoRA layer around it nor `torch.compile` shows in the name."""
+    """Find every quantized Linear, by its name without the parts that LoRA layers or `torch.compile` add."""
     return {
         name.removesuffix(".base_layer"): module
         for name, module in unwrapped(model).named_modules()
@@ -24,11 +24,8 @@ def quantized_linears(model: nn.Module) -> dict[str, QARVDLinear]:
 
 
 def describe_modules(model: nn.Module) -> dict[str, QuantizedModule]:
-    """What `config.json` must say of each quantized Linear so that `install_empty_modules` can rebuild it."""
-    return {
-        name: QuantizedModule(module.num_outliers, module.weight_bits, module.activation)
-        for name, module in quantized_linears(model).items()
-    }
+    """Describe each quantized Linear for `config.json`, from which `install_empty_modules` rebuilds it."""
+    return {name: module.description for name, module in quantized_linears(model).items()}
 
 
 def install_empty_modules(model: nn.Module, modules: Mapping[str, QuantizedModule]) -> None:
@@ -47,7 +44,7 @@ def install_empty_modules(model: nn.Module, modules: Mapping[str, QuantizedModul
                 f"config.json lists the quantized module {name!r}, but this {type(model).__name__} has no such Linear: "
                 "the config belongs to another architecture or size."
             )
-        empty = QARVDLinear.empty(
+        empty = QARVDLinear(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -59,7 +56,11 @@ def install_empty_modules(model: nn.Module, modules: Mapping[str, QuantizedModul
 
 
 def check_keys(model: nn.Module, loaded_keys: list[str], source: str) -> None:
-    """Refuse a checkpoint whose tensors are not exactly those of `model`, naming what is missing and what is surplus."""
+    """Check that a checkpoint has exactly the tensors of `model`.
+
+    Raises:
+        ValueError: tensors are missing or unexpected; the message names them.
+    """
     expected, loaded = set(model.state_dict()), set(loaded_keys)
     faults = [
         f"{len(names)} {kind} ({', '.join(sorted(names)[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
@@ -76,7 +77,7 @@ def check_keys(model: nn.Module, loaded_keys: list[str], source: str) -> None:
 def assign_stored_tensor(
     model: nn.Module, name: str, stored: torch.Tensor, device: torch.device | str, dtype: torch.dtype | None
 ) -> None:
-    """Put a stored tensor into its quantized module: bits unchanged, except the bias, which takes the model's dtype.
+    """Put a stored tensor into its quantized module, unchanged except for the bias, which takes the model's dtype.
 
     Raises:
         ValueError: the stored dtype is not the one of the empty parameter.
@@ -94,7 +95,11 @@ def assign_stored_tensor(
 
 
 def check_loaded(model: nn.Module, source: str) -> None:
-    """Refuse a model with tensors that no file supplied; they would fail at the first forward without a name."""
+    """Check that a file supplied every tensor; a missing one would fail at the first forward, without its name.
+
+    Raises:
+        ValueError: tensors are missing; the message names the first.
+    """
     absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if absent:
         raise ValueError(
@@ -104,9 +109,9 @@ def check_loaded(model: nn.Module, source: str) -> None:
 
 
 def align_float_tensors(model: nn.Module) -> None:
-    """Copy float parameters that a file mapping left at odd addresses: the CPU's matrix product rounds differently there.
+    """Copy float parameters that a file mapping left unaligned: CPU matrix products round differently there.
 
-    Without it a reloaded model would equal the saved one in every stored bit and yet differ in its last output bits.
+    Otherwise the outputs of a saved and a reloaded model would differ in their last bits.
     """
     for module in model.modules():
         if not isinstance(module, QARVDLinear):
@@ -116,7 +121,7 @@ def align_float_tensors(model: nn.Module) -> None:
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of a model as stored.
+    """Count the bytes of a model as stored.
 
     Returns:
         `quantized`: the quantized Linears with scales, zero-points, order and bias; `bfloat16`: the same layers as
@@ -134,10 +139,10 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile` has put it into a wrapper that shows in the name of every layer."""
+    """Return the model inside the wrapper of `torch.compile`, which would show in the name of every layer."""
     return getattr(model, "_orig_mod", model)
 
 
 def base_layer_name(model: nn.Module, name: str) -> str:
-    """Where the layer called `name` really is: adapters (PEFT) put it into a module of their own, as `base_layer`."""
+    """Return the name under which a layer is stored: adapters (PEFT) wrap it, and keep it as `base_layer`."""
     return f"{name}.base_layer" if hasattr(unwrapped(model).get_submodule(name), "base_layer") else name

@@ -1,8 +1,8 @@
-"""Bit layout of stored weight codes.
+"""Pack weight codes into the bit layout that is stored; `qarvd_kernels.unpack_weight` is the inverse.
 
 8 bits: one code per byte with its top bit flipped, so that the byte read as int8 is `code - 128`: the operand of an integer
-matrix product, needing neither copy nor conversion. 4 bits: two neighbouring input channels per byte, the even channel in the low nibble. An odd
-number of channels has no 4-bit layout and is refused: padding would make the shape on disk depend on the scheme twice.
+matrix product, without copy or conversion. 4 bits: two neighbouring input channels per byte, the even channel in the low
+nibble. An odd number of channels raises an error for 4 bits: with padding the stored shape would not tell the layer's size.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qarvd_kernels import unpack_weight
-
 BITS = (4, 8)
 
 
 def packed_columns(in_features: int, bits: int) -> int:
-    """Bytes per output row.
+    """Count the bytes per output row.
 
     Raises:
-        ValueError: bits is not 4 or 8, or an odd number of channels is to be packed to 4 bits.
+        ValueError: bits is not 4 or 8, or it is 4 and the number of channels is odd.
     """
     if bits not in BITS:
         raise ValueError(f"weight codes of {bits} bits are not supported, expected one of {BITS}")
@@ -32,7 +30,7 @@ def packed_columns(in_features: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes `[N, K]`, each below `2**bits` -> uint8 `[N, K * bits / 8]`.
+    """Pack uint8 codes `[N, K]`, each below `2**bits`, to uint8 `[N, K * bits / 8]`.
 
     Raises:
         ValueError: wrong dtype, a code out of range, or a K that does not fit (see `packed_columns`).
@@ -45,8 +43,3 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"a code of {int(codes.max())} does not fit 4 bits, expected 0 to 15")
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def unpack(weight_packed: Tensor, bits: int) -> Tensor:
-    """uint8 `[N, K * bits / 8]` -> uint8 codes `[N, K]`; the inverse of `pack`."""
-    return unpack_weight(weight_packed, bits)

@@ -1,4 +1,4 @@
-"""What quantization decides about one Linear: `LinearQParams`, and the tensors that are stored of it."""
+"""Hold what quantization decides about one Linear (`LinearQParams`), and specify the tensors that are stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .packing import packed_columns
 
 @dataclass(frozen=True, eq=False)
 class LinearQParams:
-    """Everything quantization decides about one Linear with K input and N output channels; group 0 holds the outliers.
+    """Hold everything that quantization decides about one Linear with K input and N output channels; group 0 holds the outliers.
 
     Attributes:
         weight_packed: uint8 `[N, K * bits / 8]`, permuted channel order, see `packing`.
@@ -36,12 +36,12 @@ class LinearQParams:
     description: QuantizedModule
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, absent ones left out."""
+        """Return the tensors by name, without absent ones."""
         named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "description"}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The de-quantized weight `[N, K]` in original channel order."""
+        """Compute the dequantized weight `[N, K]` in original channel order."""
         return ops.dequantize_weight(
             self.weight_packed,
             self.weight_scale,
@@ -56,7 +56,7 @@ class LinearQParams:
 def stored_tensors(
     in_features: int, out_features: int, description: QuantizedModule
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor of `LinearQParams` for a layer of this size."""
+    """Give shape and dtype of every tensor of `LinearQParams` for a layer of this size."""
     specs = {
         "weight_packed": ((out_features, packed_columns(in_features, description.weight_bits)), torch.uint8),
         "weight_scale": ((out_features, 2), torch.float32),

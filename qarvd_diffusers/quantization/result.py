@@ -1,4 +1,4 @@
-"""`CalibrationResult`: all that calibration decides, as a value and as one safetensors file."""
+"""Hold all that calibration decides, as a value and as one safetensors file: `CalibrationResult`."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PACKED_FORMAT, QARVDConfig, QuantizedModule
+from ..files.atomic import atomic_file
 from .qparams import LinearQParams, stored_tensors
 
 FORMAT = f"qarvd-calibration-{PACKED_FORMAT}"
-METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results shall be equal files
+METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results must be equal files
 
-
-# Counted up when the same config comes to mean other numbers, so that a cached result of before is not taken for its own.
-# 2: layers that read what cross-attention found are not split by their inputs.
+# Incremented when the same config gives other numbers than before, so that older cached results are not used.
+# 2: layers that read the output of cross-attention are not split by their inputs.
 REVISION = 2
 
 
 def config_hash(config: QARVDConfig) -> str:
-    """Hash of the fields that decide a calibration's outcome (the text encoder's do not)."""
+    """Hash the fields that decide the outcome of a calibration (the text encoder's do not)."""
     values = config.replace(modules=None, text_encoder=None, calibration_adapters=None).to_dict()
     del values["format"]  # without modules there is none
     return hashlib.blake2b(
@@ -37,7 +38,7 @@ def config_hash(config: QARVDConfig) -> str:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationResult:
-    """Quantizer parameters and integer weights of every quantized Linear.
+    """Hold quantizer parameters and integer weights of every quantized Linear.
 
     Attributes:
         layers: by module name.
@@ -48,34 +49,25 @@ class CalibrationResult:
     config_hash: str
 
     def modules(self) -> dict[str, QuantizedModule]:
-        """What a checkpoint's config says of each layer."""
+        """Describe each layer for a checkpoint's config."""
         return {name: layer.description for name, layer in self.layers.items()}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file, whole or not at all; folders are made.
+        """Write one safetensors file atomically; folders are made.
 
         Raises:
-            OSError: the disk is full, or the path cannot be written; named.
+            OSError: the disk is full, or the path cannot be written; the message names it.
         """
-        path = Path(path)
         tensors = {
             f"{name}.{key}": tensor.contiguous().cpu()
             for name, layer in self.layers.items()
             for key, tensor in layer.tensors().items()
         }
-        described = {name: dataclasses.asdict(description) for name, description in self.modules().items()}
-        described = {"format": FORMAT, "config_hash": self.config_hash, "layers": described}
-        metadata = {METADATA: json.dumps(described)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(_unshared(tensors), temporary, metadata)
-            os.replace(temporary, path)
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written ({error}): free some space and calibrate again") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        layers = {name: dataclasses.asdict(description) for name, description in self.modules().items()}
+        described = {"format": FORMAT, "config_hash": self.config_hash, "layers": layers}
+        with atomic_file(path, "free some space and calibrate again") as temporary:
+            save_file(_unshared(tensors), temporary, {METADATA: json.dumps(described)})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: QARVDConfig | None = None) -> CalibrationResult:
@@ -83,12 +75,12 @@ class CalibrationResult:
 
         Args:
             path: the file.
-            config: refuse a result made with another config; None skips the question.
+            config: raise an error for a result of another config; None accepts any.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: truncated, of another format, made with another config, or with a missing, surplus, misshapen or
-                mistyped tensor; file and tensor are named.
+            ValueError: truncated, of another format or config, or with a missing, unexpected, wrong-shape or wrong-dtype
+                tensor; the message names file and tensor.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such calibration result")
@@ -97,7 +89,7 @@ class CalibrationResult:
                 metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is truncated or no safetensors file ({error}): calibrate again") from error
+            raise ValueError(f"{path} is truncated or not a safetensors file ({error}): calibrate again") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}: calibrate again")
         if config is not None and metadata["config_hash"] != config_hash(config):
@@ -118,20 +110,17 @@ def _layer(path: object, name: str, description: QuantizedModule, tensors: dict[
         sizes = tensors[f"{prefix}channel_order"].numel(), tensors[f"{prefix}weight_scale"].shape[0]
     except KeyError as error:
         raise ValueError(f"{path} lacks the tensor {error}: calibrate again") from None
-    found: dict[str, Tensor | None] = {"input_scale": None, "input_zero_point": None}
+    fields: dict[str, Any] = {"input_scale": None, "input_zero_point": None}
     for key, (shape, dtype) in stored_tensors(*sizes, description).items():
         tensor = tensors.pop(prefix + key, None)
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
             got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"{path}: {prefix}{key} is {got}, expected {dtype} {shape}: calibrate again")
-        found[key] = tensor
-    return LinearQParams(description=description, **found)
+        fields[key] = tensor
+    return LinearQParams(description=description, **fields)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied layers share tensors, which safetensors refuses to write twice."""
-    seen: set[int] = set()
-    return {
-        key: tensor.clone() if tensor.data_ptr() in seen or seen.add(tensor.data_ptr()) else tensor
-        for key, tensor in tensors.items()
-    }
+    """Copy tensors that tied layers share, which safetensors does not write twice."""
+    first = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
+    return {key: tensor if first[tensor.data_ptr()] == key else tensor.clone() for key, tensor in tensors.items()}

@@ -167,7 +167,7 @@ def test_a_folder_of_another_calibration_is_refused_and_stays(tmp_path):
 
     assert same(calibrate(make_wan(), never, config_of(), folder=ResumeFolder(tmp_path / "a", "one")), result)
     (tmp_path / "a" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest.json is no manifest"):
+    with pytest.raises(ValueError, match=r"manifest.json is not the manifest"):
         ResumeFolder(tmp_path / "a", "one")
 
 

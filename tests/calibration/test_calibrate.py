@@ -213,7 +213,7 @@ Q = "blocks.0.attn1.to_q"
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is truncated or no safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is truncated or not a safetensors file"),
         (damage(lambda t, m: t.pop(f"{Q}.input_scale")), f"{Q}.input_scale is missing"),
         (damage(lambda t, m: t.pop(f"{Q}.channel_order")), f"lacks the tensor '{Q}.channel_order'"),
         (damage(lambda t, m: t.update(extra=torch.zeros(1))), "unexpected tensors ['extra']"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from qarvd_diffusers.calibration.outliers import find_outliers
 from qarvd_diffusers.calibration.ranges import RangeHistogram, search_rows, search_samples
+from qarvd_diffusers.config import Recipe
 from qarvd_diffusers.quantization import affine as P
 
 GOLDEN = Path(os.environ.get("QARVD_GOLDEN_DIR", Path(__file__).parents[1] / "data" / "golden"))
@@ -28,7 +29,7 @@ CASES = sorted(inputs_info["cases"])
 @pytest.mark.parametrize("method", ("mad_zscore", "iqr"))
 def test_outliers(name, method):
     weight, want = weights[f"{name}.weight"], weights_info["matrices"][name][method]
-    found = find_outliers([weight], method, alignment=32, reference_compat=True)
+    found = find_outliers([weight], method, alignment=32, recipe=Recipe.reference())
     assert found.num_outliers == want["n_outlier"]
     assert found.threshold == pytest.approx(want["threshold"], rel=1e-4)
     assert torch.equal(found.channel_order.sort().values, torch.arange(weight.shape[1], dtype=torch.int32))
@@ -66,7 +67,7 @@ def test_weight_ranges(name, bits):
         check_values(got, weights[f"{key}.single.dequant"], scale, decided)
         compared = True
     if f"{key}.dual.dequant" in weights:
-        found = find_outliers([x], "mad_zscore", alignment=32, reference_compat=True)
+        found = find_outliers([x], "mad_zscore", alignment=32, recipe=Recipe.reference())
         want, order = weights[f"{key}.dual.dequant"], found.channel_order.long()
         parts = (("outlier", order[: found.num_outliers]), ("normal", order[found.num_outliers :]))
         for group, columns in parts:

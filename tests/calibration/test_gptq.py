@@ -10,10 +10,9 @@ from test_adaround import C4, golden_folder, problem, reconstruction_loss
 
 from qarvd_diffusers.calibration.gptq import (
     compensate,
-    compensated_codes,
-    damped,
+    dampen_hessian,
     descended_codes,
-    output_error,
+    gptq_codes,
     refitted_grid,
 )
 from qarvd_diffusers.calibration.grid import WeightGrid
@@ -32,6 +31,12 @@ def layer(rows=8, columns=12, num_outliers=4, bits=4, seed=0):
     return weight, x.T @ x, grid
 
 
+def output_error(weight, values, hessian):
+    """Squared output error per row, `[N]`."""
+    error = weight - values
+    return ((error @ hessian) * error).sum(1)
+
+
 def test_output_error_is_what_it_says():
     weight, _, grid = layer()
     x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
@@ -43,10 +48,10 @@ def test_output_error_is_what_it_says():
 @pytest.mark.parametrize("num_outliers", (0, 4, 6))
 def test_every_step_lowers_the_error(num_outliers):
     weight, moments, grid = layer(num_outliers=num_outliers)
-    moments = damped(moments)
+    moments = dampen_hessian(moments)
     codes = grid.quantize(weight)
     errors = [output_error(weight, grid.dequantize(codes), moments)]
-    codes = compensated_codes(weight, moments, grid)
+    codes = gptq_codes(weight, moments, grid)
     assert output_error(weight, grid.dequantize(codes), moments).sum() < 0.8 * errors[0].sum()
     errors = [output_error(weight, grid.dequantize(codes), moments)]
     for _ in range(3):
@@ -61,12 +66,12 @@ def test_every_step_lowers_the_error(num_outliers):
 def test_close_to_the_best_codes_there_are():
     """Four columns of two bits: all 256 combinations are tried. On average little is lost, and nothing beats the best."""
     weight, moments, grid = layer(rows=40, columns=4, num_outliers=0, bits=2)
-    moments = damped(moments)
+    moments = dampen_hessian(moments)
     every = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.float32)
     values = (every[None] - grid.zero_point[:, 1, None, None]) * grid.scale[:, 1, None, None]
     errors = weight[:, None] - values
     best = ((errors @ moments) * errors).sum(2).amin(1)
-    codes = descended_codes(compensated_codes(weight, moments, grid), weight, moments, grid)
+    codes = descended_codes(gptq_codes(weight, moments, grid), weight, moments, grid)
     got = output_error(weight, grid.dequantize(codes), moments)
     assert bool((got >= best * 0.999).all())
     assert got.sum() < 1.5 * best.sum()
@@ -74,7 +79,7 @@ def test_close_to_the_best_codes_there_are():
 
 def test_uncorrelated_inputs_leave_nearest_rounding():
     weight, _, grid = layer()
-    codes = compensated_codes(weight, torch.eye(12), grid)
+    codes = gptq_codes(weight, torch.eye(12), grid)
     assert torch.equal(codes, grid.quantize(weight))
     assert torch.equal(descended_codes(codes, weight, torch.eye(12), grid), codes)
 

@@ -103,7 +103,7 @@ def test_measuring_goes_on_where_it_was_interrupted(tiny_pipeline, tmp_path, mon
     assert layer_errors(tiny_pipeline, public, PROMPTS) == errors and len(rollouts) == 36
     (file,) = (tmp_path / "cache" / "layer_errors").iterdir()
     file.write_text("[1]")
-    with pytest.raises(ValueError, match=f"{file.name} holds no errors of layers"):
+    with pytest.raises(ValueError, match=f"{file.name} is not a file of layer errors"):
         layer_errors(tiny_pipeline, public, PROMPTS)
     file.unlink()
     assert layer_errors(tiny_pipeline, public, PROMPTS) == errors and len(rollouts) == 36 + 34

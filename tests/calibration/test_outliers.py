@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qarvd_diffusers.calibration.outliers import aligned_count, column_norms, find_outliers, quietest_split
+from qarvd_diffusers.calibration.outliers import aligned_count, column_norms, find_outliers, min_noise_split
 
 
 def planted(columns=96, outliers=(5, 40, 41), gain=8.0, spread=0.05):
@@ -65,12 +65,12 @@ def noise(weight, low, high, channels, num_outliers):
 
 
 @pytest.mark.parametrize("alignment", (1, 4, 64))
-def test_the_quietest_split(alignment):
+def test_the_min_noise_split(alignment):
     """No split by magnitude or by norm is quieter, and one is found where there is something to gain."""
     g = torch.Generator().manual_seed(0)
     weight, high = planted(columns=32, outliers=(5, 20)), torch.rand(32, generator=g).exp()
     high[[3, 9]], low = 40.0, -torch.rand(32, generator=g)
-    found = quietest_split([weight], low, high, alignment)
+    found = min_noise_split([weight], low, high, alignment)
     assert sorted(found.channel_order.tolist()) == list(range(32))
     assert found.num_outliers == 16 if alignment == 64 else found.num_outliers % alignment == 0
     got = noise(weight, low, high, found.channel_order.long(), found.num_outliers)
@@ -83,8 +83,8 @@ def test_the_quietest_split(alignment):
         assert {3, 9} <= set(found.channel_order[: found.num_outliers].tolist())
 
 
-def test_the_quietest_split_of_channels_that_are_alike():
-    found = quietest_split([torch.ones(8, 32)], -torch.ones(32), torch.ones(32), 4)
+def test_the_min_noise_split_of_channels_that_are_alike():
+    found = min_noise_split([torch.ones(8, 32)], -torch.ones(32), torch.ones(32), 4)
     assert found.num_outliers == 0 and found.channel_order.tolist() == list(range(32))
-    assert quietest_split([torch.ones(8, 32)], -torch.ones(32), torch.ones(32), 4, at_least=5).num_outliers == 8
-    assert quietest_split([torch.zeros(8, 32)], torch.zeros(32), torch.zeros(32), 4).num_outliers == 0
+    assert min_noise_split([torch.ones(8, 32)], -torch.ones(32), torch.ones(32), 4, at_least=5).num_outliers == 8
+    assert min_noise_split([torch.zeros(8, 32)], torch.zeros(32), torch.zeros(32), 4).num_outliers == 0

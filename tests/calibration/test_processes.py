@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
-from qarvd_diffusers.calibration.processes import ALONE, Processes
+from qarvd_diffusers.calibration.processes import SINGLE_PROCESS, Processes
 
 PROMPTS = ("a red circle", "a blue square moves left", "a green circle stays")
 CALIBRATION = {
@@ -113,10 +113,12 @@ def test_a_lost_process_is_named():
 
 def test_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert Processes.launched() is ALONE and ALONE.is_main
-    assert ALONE.share([1, 2]) == [1, 2] and ALONE.gather(3) == [3] and ALONE.from_main(4) == 4
-    ALONE.require_same(5, "anything")
-    ALONE.close()
+    assert Processes.launched() is SINGLE_PROCESS and SINGLE_PROCESS.is_main
+    assert (
+        SINGLE_PROCESS.share([1, 2]) == [1, 2] and SINGLE_PROCESS.gather(3) == [3] and SINGLE_PROCESS.from_main(4) == 4
+    )
+    SINGLE_PROCESS.require_same(5, "anything")
+    SINGLE_PROCESS.close()
 
 
 def test_shares_are_consecutive_and_whole():

@@ -83,7 +83,7 @@ def test_file_round_trip(tmp_path):
 def test_damaged_files_are_refused(tmp_path, damage):
     path = result(diagonal(1.0, 0.5, 0.1)).save(tmp_path / "x.json")
     path.write_text(damage(path.read_text()))
-    with pytest.raises(ValueError, match=r"x.json is no sensitivity file \(.*delete it and measure again"):
+    with pytest.raises(ValueError, match=r"x.json is not a sensitivity file \(.*delete it and measure again"):
         SensitivityResult.load(path)
     with pytest.raises(FileNotFoundError, match=r"absent.json: no such sensitivity file"):
         SensitivityResult.load(tmp_path / "absent.json")

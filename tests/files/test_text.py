@@ -2,8 +2,7 @@
 
 import pytest
 
-from qarvd_diffusers.config import parse_prompts
-from qarvd_diffusers.files.text import read_text
+from qarvd_diffusers.files.text import parse_prompts, read_text
 from qarvd_diffusers.pipelines.pipeline_arvd import clean_prompt
 
 LINES = "# comment\r\na red circle\r\n\u200ba blue\u200b square\r\n"

@@ -204,7 +204,7 @@ def test_a_cache_is_not_needed(tiny_pipeline, tmp_path, monkeypatch, caplog):
     (kept,) = (tmp_path / "cache" / "calibration").iterdir()
     kept.write_bytes(kept.read_bytes()[:-10])
     results = [tiny_pipeline.calibrate(config()).layers]
-    assert f"A kept calibration is not used: {kept}" in caplog.text
+    assert f"A cached calibration is not used: {kept}" in caplog.text
     monkeypatch.setenv("QARVD_CACHE", str(kept / "below a file"))
     results.append(tiny_pipeline.calibrate(config()).layers)
     assert "Set QARVD_CACHE" in caplog.text and "below a file cannot be written to" in caplog.text

@@ -20,7 +20,7 @@ from qarvd_diffusers.quantization.qparams import LinearQParams
 def qparams_of(linear, scheme, x=None, alignment=8, **options):
     """Quantize one layer; the activation quantizer spans the range of x exactly."""
     config = QARVDConfig(scheme, **{"outlier_alignment": alignment, "outlier_detector": "mad_zscore", **options})
-    outliers = find_outliers([linear.weight], config.outlier_detector, alignment, config.reference_compat)
+    outliers = find_outliers([linear.weight], config.outlier_detector, alignment, config.recipe)
     count = outliers.num_outliers
     quantizer = (None, None)
     if config.resolved_scheme.needs_calibration:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qarvd_diffusers.quantization.packing import pack, packed_columns, unpack
+from qarvd_diffusers.quantization.packing import pack, packed_columns
+from qarvd_kernels import unpack_weight
 
 
 def test_four_bits_low_nibble_first():
@@ -11,14 +12,14 @@ def test_four_bits_low_nibble_first():
     packed = pack(codes, 4)
     assert packed.shape == (256, 1)
     assert torch.equal(packed[:, 0].int(), codes[:, 0].int() + 16 * codes[:, 1].int())
-    assert torch.equal(unpack(packed, 4), codes)
+    assert torch.equal(unpack_weight(packed, 4), codes)
 
 
 def test_eight_bits_are_the_signed_operand():
     codes = torch.arange(256, dtype=torch.uint8).reshape(4, 64)
     packed = pack(codes, 8)
     assert torch.equal(packed.view(torch.int8).int(), codes.int() - 128)
-    assert torch.equal(unpack(packed, 8), codes)
+    assert torch.equal(unpack_weight(packed, 8), codes)
 
 
 def test_odd_channels_have_no_four_bit_layout():
