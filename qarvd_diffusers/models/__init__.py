@@ -1,4 +1,4 @@
-"""The causal transformer, its K/V cache, and the values in which family members differ."""
+"""Provide the causal Wan transformer; its K/V cache and rollout values are re-exported."""
 
 from ..kv_cache.cache import KVCache, KVLayerCache
 from ..rollout.config import CausalFields
