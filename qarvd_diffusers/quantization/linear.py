@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,6 @@ from .qparams import LinearQParams, stored_tensors
 logger = logging.getLogger(__name__)
 
 
-class _Folded(NamedTuple):
-    """The constants of `qarvd_kernels.PreparedLinear`; all None for a layer that it refuses."""
-
-    num_outliers: int | None = None
-    ratio: Tensor | None = None
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    row_sum_scale: Tensor | None = None
-
-    def lies_on(self, device: torch.device) -> bool:
-        return self.scale is None or self.scale.device == device
 
 
 class QARVDLinear(nn.Linear):
@@ -67,7 +56,8 @@ class QARVDLinear(nn.Linear):
         self._dtype = dtype or torch.get_default_dtype()
         # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their order.
         self.register_buffer("_row_order", _natural_order(), persistent=False)
-        self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
+        # Constants of the compiled kernels, or why the layer has none; computed at the first call on a GPU.
+        self._prepared: ops.PreparedLinear | str | None = None
         # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
         bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
         self.register_parameter("bias", bias_tensor)
@@ -181,7 +171,7 @@ class QARVDLinear(nn.Linear):
 
     def _forget(self) -> None:
         """Give up what was computed from parameters that now change."""
-        self._folded = None
+        self._prepared = None
         self.revision += 1
 
     @property
@@ -238,51 +228,42 @@ class QARVDLinear(nn.Linear):
             return ops.dual_scale_linear_dynamic(codes, scale, *weight, *layout)
         quantizer = (self.input_scale, self.input_zero_point)
         codes = ops.quantize_static(x, self.channel_order, self.num_outliers, *quantizer)
-        folded = self._fold(x)
-        if folded is not None:
-            return self._compute_folded(codes.reshape(-1, self.in_features), folded, x)
+        prepared = self._prepared_for(x)
+        if prepared is not None:
+            product = prepared(codes.reshape(-1, self.in_features), self.weight_packed, x.dtype)
+            return product.reshape(*x.shape[:-1], self.out_features)
         return ops.dual_scale_linear_static(codes, *weight, *quantizer, *layout)
 
-    def _fold(self, x: Tensor) -> _Folded | None:
-        """What the compiled integer product reads beside the weight; None where it does not run.
+    def _prepared_for(self, x: Tensor) -> ops.PreparedLinear | None:
+        """Return the constants of the compiled integer product; None where that does not run.
 
-        Folding reads tensor values, which tracing cannot: a layer that is compiled before its first call does without.
+        Preparing reads tensor values, which tracing cannot: a layer compiled before its first call runs without them.
         """
         if x.dtype == torch.float64 or not self._kernels_run(x.device):
             return None
-        folded = self._folded if self._folded is not None and self._folded.lies_on(x.device) else None
-        if folded is None and not torch.compiler.is_compiling():
-            folded = self._folded = self._fold_constants()
-        return folded if folded is not None and folded.ratio is not None else None
+        prepared = self._prepared
+        if isinstance(prepared, ops.PreparedLinear) and prepared.device != x.device:
+            prepared = None
+        if prepared is None and not torch.compiler.is_compiling():
+            prepared = self._prepared = self._prepare()
+        return prepared if isinstance(prepared, ops.PreparedLinear) else None
 
     @staticmethod
     def _kernels_run(device: torch.device) -> bool:
         return device.type == "cuda" and ops.accelerated(device)
 
-    def _fold_constants(self) -> _Folded:
+    def _prepare(self) -> ops.PreparedLinear | str:
         weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
         quantizer = (self.input_scale, self.input_zero_point)
         try:
-            prepared = ops.prepare_linear(*weight, *quantizer, self.bias, self.weight_bits, self.num_outliers)
-        except ops.LayerRefused as refusal:
-            logger.info("a layer %s stays on the unprepared operators: %s", tuple(self.weight_packed.shape), refusal)
-            return _Folded()
-        # Not the weight: offloading may move it between calls, and nothing here must keep it on the GPU.
-        return _Folded(*(getattr(prepared, name) for name in _Folded._fields))
-
-    def _compute_folded(self, codes: Tensor, folded: _Folded, x: Tensor) -> Tensor:
-        if self.weight_bits == 8:
-            operand = self.weight_packed.view(torch.int8)
-        else:
-            operand = torch.empty((self.out_features, self.in_features), dtype=torch.int8, device=x.device)
-            ops.expand_int4(self.weight_packed, self.weight_zero_point, self.num_outliers, operand)
-        sums = None if folded.row_sum_scale is None else ops.row_sums(codes, folded.num_outliers)
-        constants = (folded.num_outliers, folded.ratio, folded.scale, folded.bias, sums, folded.row_sum_scale)
-        return ops.dual_scale_gemm(codes, operand, *constants, x.dtype).reshape(*x.shape[:-1], self.out_features)
+            return ops.prepare_linear(*weight, *quantizer, self.bias, self.weight_bits, self.num_outliers)
+        except ops.LayerRefused as error:
+            logger.info("a layer %s stays on the unprepared operators: %s", tuple(self.weight_packed.shape), error)
+            return str(error)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QARVDLinear:
         # Module.to(dtype), half() and layerwise casting all come through here, and would cast the scales.
-        self._folded = None
+        self._prepared = None
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -10,11 +10,7 @@ from kernel_inputs import quantizer
 import qarvd_kernels as ops
 
 # What compiled and exported programs refer to; `(!)` marks an argument that is written to.
-SCHEMAS = (
-    re.sub(
-        r"\n +",
-        " ",
-        """
+TEXT = """
 qk_norm_rope_append(Tensor qkv, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, Tensor sin, Tensor(!)
     key_cache, Tensor(!) value_cache, Tensor? query_scale, Tensor? key_scale, Tensor? value_scale, SymInt start) ->
     Tensor
@@ -51,11 +47,8 @@ quantize_static(Tensor x, Tensor channel_order, SymInt num_outliers, Tensor inpu
     -> Tensor
 quantize_dynamic(Tensor x, Tensor channel_order, SymInt num_outliers) -> (Tensor, Tensor)
 row_sums(Tensor a, SymInt num_outliers) -> Tensor
-""",
-    )
-    .strip()
-    .splitlines()
-)
+"""
+SCHEMAS = re.sub(r"\n +", " ", TEXT).strip().splitlines()
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.partition("(")[0])

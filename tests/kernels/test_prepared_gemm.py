@@ -20,23 +20,27 @@ def test_prepared_layer_matches_float64(shape, bits, symmetric):
     assert (prepared.row_sum_scale is None) == (symmetric or bits == 4)
     assert prepared.num_outliers == (outliers if 0 < outliers < k else 0)
     want = linear_reference(a, layer)
-    got = prepared(a, torch.float32)
+    got = prepared(a, layer[0], torch.float32)
     # one rounding of the outlier sum: half a unit of the other group's scale at most
     allowed = 0.51 * prepared.scale.double() * (prepared.num_outliers > 0) + 1e-5 * (want.abs().max() if m else 1)
     assert got.shape == (m, n) and got.dtype == torch.float32
     assert bool(((got - want).abs() <= allowed).all())
-    assert prepared(a, torch.bfloat16).dtype == torch.bfloat16
+    assert prepared(a, layer[0], torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bits", (4, 8))
-def test_prepared_layer_shares_the_weight(bits):
+def test_prepared_layer_keeps_no_weight(bits):
     layer = stored_layer(8, 32, bits, 16)
     prepared = ops.prepare_linear(*layer)
-    assert prepared.weight_packed.data_ptr() == layer[0].data_ptr()
+    kept = [value for value in vars(prepared).values() if isinstance(value, torch.Tensor)]
+    assert all(tensor.dtype != torch.uint8 and tensor.numel() <= 16 for tensor in kept)
+    a = activation(3, 32)
+    moved, want = layer[0].clone(), prepared(a, layer[0], torch.float32)
+    assert torch.equal(prepared(a, moved, torch.float32), want)
     scratch = torch.full((1000,), 77, dtype=torch.int8)
-    operand = prepared.operand(scratch)
+    operand = prepared.operand(layer[0], scratch)
     assert operand.data_ptr() == (layer[0] if bits == 8 else scratch).data_ptr()
-    assert torch.equal(operand, prepared.operand())
+    assert torch.equal(operand, prepared.operand(layer[0]))
     codes = ops.unpack_weight(layer[0], bits).double()
     zero_point = torch.cat([layer[2][:, :1].expand(-1, 16), layer[2][:, 1:].expand(-1, 16)], dim=1)
     assert torch.equal(operand.double(), codes - zero_point)
@@ -49,7 +53,10 @@ def test_zero_points_outside_the_code_range():
         layer[4] = torch.tensor([-80, 400], dtype=torch.int32)
         a = activation(9, 32)
         want, prepared = linear_reference(a, layer), ops.prepare_linear(*layer)
-        assert float((prepared(a, torch.float32) - want).abs().max()) < 0.51 * float(prepared.scale.max()) + 1e-3
+        assert (
+            float((prepared(a, layer[0], torch.float32) - want).abs().max())
+            < 0.51 * float(prepared.scale.max()) + 1e-3
+        )
 
 
 def test_rescale_is_the_written_integer_formula():
@@ -69,8 +76,8 @@ def test_gelu_epilogue(symmetric):
     layer, a = stored_layer(24, 64, 8, 32, symmetric), activation(33, 64)
     prepared = ops.prepare_linear(*layer)
     scale, zero_point = torch.tensor([0.2, 0.05]), torch.tensor([30, 4], dtype=torch.int32)
-    got = ops.dual_scale_gemm_gelu(*prepared.gemm_arguments(a), scale, zero_point, 8)
-    y = F.gelu(prepared(a, torch.float32).double(), approximate="tanh")
+    got = ops.dual_scale_gemm_gelu(*prepared.gemm_arguments(a, layer[0]), scale, zero_point, 8)
+    y = F.gelu(prepared(a, layer[0], torch.float32).double(), approximate="tanh")
     group = (torch.arange(24) >= 8).long()
     exact = (y / scale.double()[group] + zero_point[group]).clamp(0, 255) - 128
     assert got.dtype == torch.int8 and float((got.double() - exact).abs().max()) < 0.501
@@ -82,8 +89,8 @@ def test_residual_epilogue(gated):
     prepared = ops.prepare_linear(*layer)
     residual = torch.randn(6, 24, generator=generator(3)).bfloat16()
     gate = torch.randn(3, 24, generator=generator(4)) if gated else None
-    got = ops.dual_scale_gemm_residual(*prepared.gemm_arguments(a), residual, gate)
-    y = prepared(a, torch.float32) * (gate.repeat_interleave(2, 0) if gated else 1)
+    got = ops.dual_scale_gemm_residual(*prepared.gemm_arguments(a, layer[0]), residual, gate)
+    y = prepared(a, layer[0], torch.float32) * (gate.repeat_interleave(2, 0) if gated else 1)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), residual.double() + y.double(), rtol=8e-3, atol=1e-3)
 
@@ -103,7 +110,7 @@ def test_overflow_is_refused_by_name():
 def calls():
     layer, a = stored_layer(24, 64, 8, 32, symmetric=False), activation(6, 64)
     prepared = ops.prepare_linear(*layer)
-    first = prepared.gemm_arguments(a)
+    first = prepared.gemm_arguments(a, layer[0])
     plain = (*first[:6], None, None)
     four = stored_layer(24, 64, 4, 32)
     return [
@@ -140,7 +147,8 @@ def test_row_sums():
     ],
 )
 def test_bad_arguments_are_named(position, value, message):
-    arguments = [*ops.prepare_linear(*stored_layer(24, 64, 8, 32)).gemm_arguments(activation(6, 64)), torch.float32]
+    layer, a = stored_layer(24, 64, 8, 32), activation(6, 64)
+    arguments = [*ops.prepare_linear(*layer).gemm_arguments(a, layer[0]), torch.float32]
     arguments[position] = value
     with pytest.raises(ValueError, match=message):
         ops.dual_scale_gemm(*arguments)

@@ -51,7 +51,7 @@ def test_integer_sums_are_bit_equal(shape, bits, on_device, triton_module):
     m, k, n, outliers = shape
     layer, a = stored_layer(n, k, bits, outliers), activation(m, k)
     prepared = ops.prepare_linear(*layer)
-    arguments = (*prepared.gemm_arguments(a)[:6], None, None, torch.int32)
+    arguments = (*prepared.gemm_arguments(a, layer[0])[:6], None, None, torch.int32)
     got = on_device(triton_module("gemm").dual_scale_gemm, arguments)
     assert torch.equal(got, gemm_reference.dual_scale_gemm(*arguments))
 
@@ -62,7 +62,7 @@ def test_epilogues(shape, symmetric, on_device, triton_module):
     m, k, n, outliers = shape
     gemm = triton_module("gemm")
     layer, a = stored_layer(n, k, 8, outliers, symmetric), activation(m, k)
-    first = ops.prepare_linear(*layer).gemm_arguments(a)
+    first = ops.prepare_linear(*layer).gemm_arguments(a, layer[0])
     want = gemm_reference.dual_scale_gemm(*first, torch.float32)
     got = on_device(gemm.dual_scale_gemm, (*first, torch.float32))
     torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6 * float(want.abs().max()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops.arguments import Product
 from .ops.gemm import dual_scale_gemm, expand_int4
 from .ops.quantize import row_sums
 from .reference.groups import CODE_OFFSET, group_slices
@@ -19,24 +20,26 @@ class LayerRefused(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class PreparedLinear:
-    """A static int8 layer with everything constant folded; shares its weight with the stored layer.
+    """Folded constants of a static int8 layer.
+
+    Every call is passed the weight, so that offloading can move it between calls.
 
     Attributes:
-        weight_packed: uint8 `[N, K * bits / 8]`, the stored tensor itself.
-        weight_zero_point: int16 `[N, 2]`, the stored tensor itself, for `expand_int4`; groups as stored.
+        in_features: K.
         bits: 4 or 8.
         stored_outliers: size of group 0 as stored, for `expand_int4`.
+        weight_zero_point: int16 `[N, 2]` for `expand_int4`; None for 8 bits.
         num_outliers: size of group 0 in the matrix product; 0 if either group is empty.
         ratio: float32 `[N]`.
         scale: float32 `[N]`.
         bias: float32 `[N]`.
-        row_sum_scale: float32 `[2, N]`, or None if nothing is left of the weight zero-points (the usual case).
+        row_sum_scale: float32 `[2, N]`, or None if the weight zero-points leave no remainder (the usual case).
     """
 
-    weight_packed: Tensor
-    weight_zero_point: Tensor
+    in_features: int
     bits: int
     stored_outliers: int
+    weight_zero_point: Tensor | None
     num_outliers: int
     ratio: Tensor
     scale: Tensor
@@ -44,46 +47,50 @@ class PreparedLinear:
     row_sum_scale: Tensor | None
 
     @property
-    def in_features(self) -> int:
-        """K."""
-        return self.weight_packed.shape[1] * 8 // self.bits
-
-    @property
     def out_features(self) -> int:
         """N."""
-        return self.weight_packed.shape[0]
+        return self.scale.shape[0]
 
-    def operand(self, scratch: Tensor | None = None) -> Tensor:
-        """The weight as int8 `[N, K]`: the stored bytes of 8-bit codes; 4-bit codes are expanded.
+    @property
+    def device(self) -> torch.device:
+        """Device of the constants."""
+        return self.scale.device
+
+    def operand(self, weight_packed: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """Return the weight as int8 `[N, K]`: a view of 8-bit codes; 4-bit codes are expanded.
 
         Args:
-            scratch: int8, contiguous, of at least N * K elements, overwritten for 4-bit codes. It is one layer's operand
-                until the next layer on the same stream takes it. None allocates.
+            weight_packed: uint8 `[N, K * bits / 8]`, as stored.
+            scratch: int8, contiguous, of at least N * K elements, overwritten for 4-bit codes. It holds one layer's
+                operand until the next layer on the same stream overwrites it. None allocates.
         """
         if self.bits == 8:
-            return self.weight_packed.view(torch.int8)
+            return weight_packed.view(torch.int8)
         shape = (self.out_features, self.in_features)
         if scratch is None:
-            out = torch.empty(shape, dtype=torch.int8, device=self.weight_packed.device)
+            out = torch.empty(shape, dtype=torch.int8, device=weight_packed.device)
         else:
             out = scratch.view(-1)[: shape[0] * shape[1]].view(shape)
-        expand_int4(self.weight_packed, self.weight_zero_point, self.stored_outliers, out)
+        expand_int4(weight_packed, self.weight_zero_point, self.stored_outliers, out)
         return out
 
-    def gemm_arguments(self, a: Tensor, scratch: Tensor | None = None) -> tuple:
-        """What every `dual_scale_gemm*` takes first: `(a, weight, ..., row_sum_scale)`.
+    def gemm_arguments(self, a: Tensor, weight_packed: Tensor, scratch: Tensor | None = None) -> Product:
+        """Return the first arguments of every `dual_scale_gemm*`.
 
         Args:
             a: int8 `[M, K]` of `quantize_static` or a fused producer, in the layer's stored channel order.
+            weight_packed: as in `operand`.
             scratch: as in `operand`.
         """
         sums = None if self.row_sum_scale is None else row_sums(a, self.num_outliers)
-        weight = self.operand(scratch)
-        return a, weight, self.num_outliers, self.ratio, self.scale, self.bias, sums, self.row_sum_scale
+        weight = self.operand(weight_packed, scratch)
+        return Product(a, weight, self.num_outliers, self.ratio, self.scale, self.bias, sums, self.row_sum_scale)
 
-    def __call__(self, a: Tensor, out_dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
-        """`[M, N]` in `out_dtype`, equal to `dual_scale_linear_static` up to one rounding of the outlier sum."""
-        return dual_scale_gemm(*self.gemm_arguments(a, scratch), out_dtype)
+    def __call__(
+        self, a: Tensor, weight_packed: Tensor, out_dtype: torch.dtype, scratch: Tensor | None = None
+    ) -> Tensor:
+        """Compute `[M, N]` in `out_dtype`: `dual_scale_linear_static` up to one rounding of the outlier sum."""
+        return dual_scale_gemm(*self.gemm_arguments(a, weight_packed, scratch), out_dtype)
 
 
 @torch.no_grad()
@@ -97,14 +104,15 @@ def prepare_linear(
     bits: int,
     num_outliers: int,
 ) -> PreparedLinear:
-    """Fold scales, zero-points and bias of a layer with static activations. Reads tensor values: call it at load.
+    """Fold scales, zero-points and bias of a layer with static activations; reads tensor values.
 
-    With a' = code - 128, zA' = zA - 128, operand w' and remainder r of the weight zero-point (`integer_weight`), exactly
+    With a' = code - 128, zA' = zA - 128, operand w' and remainder r of the weight zero-point (`integer_weight`),
+    exactly
 
         y = bias + sum_g sA_g sW_g[n] * (S_a'w' - r_g[n] * sum_k a' - zA'_g * (sum_k w' - K_g r_g[n]))
 
-    and everything without a' is one float32 number per output channel. Layers that share their input quantizer and channel
-    order (q, k and v) may be concatenated along N before.
+    and everything without a' is one float32 number per output channel. Layers that share their input quantizer and
+    channel order (q, k and v) may be concatenated along N before.
 
     Args:
         weight_packed: uint8 `[N, K * bits / 8]`.
@@ -138,10 +146,10 @@ def prepare_linear(
         split, scale, ratio, used = num_outliers, combined[1], combined[0] / combined[1], remainder
     _check_sums(ratio, split, operand.shape[1], bits)
     return PreparedLinear(
-        weight_packed.detach(),
-        weight_zero_point.detach(),
+        operand.shape[1],
         bits,
         num_outliers,
+        weight_zero_point.detach() if bits == 4 else None,
         split,
         ratio.float().contiguous(),
         scale.float().contiguous(),
@@ -151,12 +159,13 @@ def prepare_linear(
 
 
 def _check_sums(ratio: Tensor, num_outliers: int, in_features: int, bits: int) -> None:
-    """Refuse a layer whose re-scaled outlier sum plus normal sum could leave int32."""
+    """Raise LayerRefused if the rescaled outlier sum plus the normal sum could overflow int32."""
     step = CODE_OFFSET * (CODE_OFFSET if bits == 8 else 15)
     largest = float(ratio.max()) if ratio.numel() else 1.0
     reach = num_outliers * step * max(largest, 1.0) + (in_features - num_outliers) * step
     if not reach < 2**31:  # also where a scale of zero made the ratio infinite or not a number
         raise LayerRefused(
             f"the largest integer sum of this layer is {num_outliers} * {step} * {largest:.4g} + "
-            f"{in_features - num_outliers} * {step}, expected less than 2**31; it runs on the unprepared operators instead"
+            f"{in_features - num_outliers} * {step}, expected less than 2**31; "
+            "it runs on the unprepared operators instead"
         )

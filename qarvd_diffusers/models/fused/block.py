@@ -48,11 +48,11 @@ class Workspace:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
-    def room(self, prepared: ops.PreparedLinear) -> Tensor | None:
+    def room(self, packed: Tensor, bits: int) -> Tensor | None:
         """An int8 buffer that holds the expanded weight until the next call; None for 8 bits, which need none."""
-        if prepared.bits == 8:
+        if bits == 8:
             return None
-        device, size = prepared.weight_packed.device, prepared.in_features * prepared.out_features
+        device, size = packed.device, packed.numel() * 8 // bits
         if self._buffer is None or self._buffer.numel() < size or self._buffer.device != device:
             self._buffer = torch.empty(size, dtype=torch.int8, device=device)
         return self._buffer
@@ -71,18 +71,22 @@ class IntegerProduct:
         self.quantizer = Quantizer.of(first)
         self._workspace = workspace
         quantizer = (first.input_scale, first.input_zero_point)
+        self._packed = packed.detach()
         self._prepared = ops.prepare_linear(
             packed, scale, zero_point, *quantizer, bias, first.weight_bits, first.num_outliers
         )
 
     def __call__(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """int8 `[M, K]` -> `[M, N]` in `dtype`."""
-        return self._prepared(codes, dtype, self._workspace.room(self._prepared))
+        return self._prepared(codes, self._packed, dtype, self._room())
 
     def gelu(self, codes: Tensor, then: Quantizer) -> Tensor:
         """int8 `[M, K]` -> int8 `[M, N]`, codes of the tanh-GELU of the product for the layer that `then` belongs to."""
-        arguments = self._prepared.gemm_arguments(codes, self._workspace.room(self._prepared))
+        arguments = self._prepared.gemm_arguments(codes, self._packed, self._room())
         return ops.dual_scale_gemm_gelu(*arguments, then.input_scale, then.input_zero_point, then.num_outliers)
+
+    def _room(self) -> Tensor | None:
+        return self._workspace.room(self._packed, self._prepared.bits)
 
 
 def _stored_together(layers: Sequence[QARVDLinear], name: str) -> Tensor | None:

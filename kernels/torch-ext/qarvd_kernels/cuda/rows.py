@@ -43,21 +43,21 @@ def _unsupported_arguments(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any) -> tuple[Tensor | None, Tensor]:
+def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple) -> tuple[Tensor | None, Tensor]:
     """Return the sum in the dtype of x if there is a y, and int8 codes in the shape of x.
 
     Args:
         arguments: the fields of `Norm` (or `NO_NORM`), then those of `InputQuantizer`.
     """
-    *tables, eps, order, outliers, scale, zero_point = arguments
+    weight, norm_bias, scale, shift, eps, order, outliers, input_scale, zero_point = arguments
     total = None if y is None else torch.empty_like(x)
     codes = torch.empty_like(x, dtype=torch.int8)
     channels, device = x.shape[-1], x.get_device()
     rows = x.numel() // channels
-    wide = [_aligned(t) for t in (x, y, gate, *tables, order)]
+    wide = [_aligned(t) for t in (x, y, gate, weight, norm_bias, scale, shift, order)]
     code = _function()(
         *[None if t is None else t.data_ptr() for t in wide],
-        scale.data_ptr(),
+        input_scale.data_ptr(),
         zero_point.data_ptr(),
         None if total is None else total.data_ptr(),
         codes.data_ptr(),
@@ -65,7 +65,7 @@ def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any) ->
         channels,
         outliers,
         1 if gate is None else rows // gate.shape[0],
-        1 if tables[2] is None else rows // tables[2].shape[0],
+        1 if scale is None else rows // scale.shape[0],
         _NO_EPS if eps is None else eps,
         _HALF[x.dtype],
         device,

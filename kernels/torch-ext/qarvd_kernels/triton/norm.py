@@ -122,35 +122,35 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 8) if block <= 2048 else 4 if block <= 8192 else 16
 
 
-def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, *arguments: Any) -> tuple[Tensor | None, Tensor]:
+def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple) -> tuple[Tensor | None, Tensor]:
     """Return the sum in the dtype of x if there is a y, and int8 codes.
 
     Args:
         arguments: the fields of `Norm`, then those of `InputQuantizer`.
     """
-    *tables, eps, channel_order, num_outliers, input_scale, input_zero_point = arguments
+    weight, norm_bias, scale, shift, eps, channel_order, num_outliers, input_scale, input_zero_point = arguments
     total = None if y is None else torch.empty_like(x)
     codes = torch.empty_like(x, dtype=torch.int8)
     (rows, columns), block = x.shape, _block(x.shape[1])
     _norm_quantize(
         (rows, 1, 1),
-        (x, y, gate, *tables, channel_order, input_scale, input_zero_point, total, codes),
-        (eps, _rows_per(gate, rows), _rows_per(tables[2], rows)),
+        (x, y, gate, weight, norm_bias, scale, shift, channel_order, input_scale, input_zero_point, total, codes),
+        (eps, _rows_per(gate, rows), _rows_per(scale, rows)),
         (columns, num_outliers, block),
         (_warps(block), 1),
-        (x.dtype, None if y is None else y.dtype, gate is None, tables[0] is None, tables[2] is None),
+        (x.dtype, None if y is None else y.dtype, gate is None, weight is None, scale is None),
     )
     return total, codes
 
 
 def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
     """Normalize and quantize float `[M, C]` to int8 `[M, C]`, permuted."""
-    return _launch(x, None, None, *arguments)[1]
+    return _launch(x, None, None, arguments)[1]
 
 
 def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the gated sum in the dtype of x, and int8 codes `[M, C]` of its norm."""
-    return _launch(x, y, gate, *arguments)
+    return _launch(x, y, gate, arguments)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
