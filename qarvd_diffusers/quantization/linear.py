@@ -19,8 +19,6 @@ from .qparams import LinearQParams, stored_tensors
 logger = logging.getLogger(__name__)
 
 
-
-
 class QARVDLinear(nn.Linear):
     """A frozen linear layer with packed 4- or 8-bit weights, dual scales and (static or dynamic) int8 activations.
 

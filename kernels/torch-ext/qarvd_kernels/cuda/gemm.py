@@ -48,6 +48,12 @@ def dual_scale_gemm(*arguments: Any) -> Tensor:
     return _launch(product, out_dtype)
 
 
+def dual_scale_gemm_out(*arguments: Any) -> None:
+    """Write `dual_scale_gemm` in the dtype of `out` to `out`."""
+    *product, out = arguments
+    _launch(product, out.dtype, out=out)
+
+
 def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
     """Return int8 `[M, N]`: GELU and static quantization of the product."""
     *product, out_scale, out_zero_point, out_outliers = arguments
@@ -83,11 +89,21 @@ def _launch(
     dtype: torch.dtype,
     quantizer: tuple[int | None, int | None, int] = (None, None, 0),
     sums: tuple[int | None, int | None, int] = (None, None, 1),
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Compute a product (the fields of `Product`) in `dtype`; `quantizer` and `sums` as in src/gemm.cu."""
+    """Compute a product in `dtype`.
+
+    Args:
+        product: the fields of `Product`.
+        dtype: of the result.
+        quantizer: as in src/gemm.cu.
+        sums: as in src/gemm.cu.
+        out: `[M, N]` to write the result to; None allocates.
+    """
     a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
     (m, k), n, device = a.shape, weight.shape[0], a.get_device()
-    out = torch.empty((m, n), dtype=dtype, device=a.device)
+    if out is None:
+        out = torch.empty((m, n), dtype=dtype, device=a.device)
     if a.stride(1) != 1 or a.stride(0) % _ALIGNMENT or a.data_ptr() % _ALIGNMENT:
         a = a.clone(memory_format=torch.contiguous_format)
     code = _functions()[0](
@@ -175,7 +191,18 @@ def _unsupported_gemm(arguments: Mapping[str, Any]) -> str | None:
     for name, size, multiple in sizes:
         if size % multiple:
             return f"{name} is {size}, expected a multiple of {multiple}"
-    names = ("weight", "ratio", "scale", "bias", "row_sums", "row_sum_scale", "out_scale", "out_zero_point", "gate")
+    names = (
+        "weight",
+        "ratio",
+        "scale",
+        "bias",
+        "row_sums",
+        "row_sum_scale",
+        "out",
+        "out_scale",
+        "out_zero_point",
+        "gate",
+    )
     return _unsupported_layout(arguments, names)
 
 
