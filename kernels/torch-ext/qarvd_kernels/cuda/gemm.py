@@ -157,11 +157,13 @@ def _balanced(m: int, n: int, processors: int) -> tuple[int, int, int]:
 
 @cache
 def _tuned() -> dict[str, list[int]]:
+    """Read the measured tiles: `"NxK"` -> rows, columns and bytes of a K block."""
     return json.loads(_TUNED.read_text(encoding="utf-8"))["tiles"]
 
 
 @cache
 def _functions() -> tuple[Any, Any]:
+    """Return the C functions of the product and of the int4 expansion, with their argument types."""
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     gemm, expand = library().qarvd_gemm, library().qarvd_expand_int4
     gemm.argtypes = [pointer, long, pointer, *[integer] * 4, *[pointer] * 6, integer, pointer, pointer, integer]
@@ -175,10 +177,12 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if its address is not aligned."""
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _unsupported_gemm(arguments: Mapping[str, Any]) -> str | None:
+    """Return why a product cannot run here, or None."""
     a, weight = arguments["a"], arguments["weight"]
     if a.numel() == 0 or weight.numel() == 0:
         return "an empty tensor"
@@ -207,6 +211,7 @@ def _unsupported_gemm(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _unsupported_expand(arguments: Mapping[str, Any]) -> str | None:
+    """Return why an int4 expansion cannot run here, or None."""
     for name, size in (("K", arguments["out"].shape[1]), ("num_outliers", arguments["num_outliers"])):
         if size % _ALIGNMENT:
             return f"{name} is {size}, expected a multiple of {_ALIGNMENT}"
@@ -216,6 +221,7 @@ def _unsupported_expand(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _unsupported_layout(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """Return which of these tensors is not contiguous or not aligned, or None."""
     for name in names:
         tensor = arguments.get(name)
         if tensor is not None and not tensor.is_contiguous():

@@ -31,6 +31,7 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
 
 
 def _unsupported_arguments(operator: str, arguments: Mapping[str, Any]) -> str | None:
+    """Return why a call cannot run here, or None."""
     x = arguments["x"]
     if operator.endswith("_") and not x.is_contiguous():
         return "x is not contiguous"
@@ -86,11 +87,13 @@ def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, t
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor, or a copy if its address is not aligned."""
     return tensor if tensor is None or tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 @cache
 def _function() -> Any:
+    """Return the C function with its argument types."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     function = library().qarvd_rows
     function.argtypes = [*[pointer] * 12, *[integer] * 5, ctypes.c_float, *[integer] * 2, pointer]

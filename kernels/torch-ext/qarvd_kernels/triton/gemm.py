@@ -141,6 +141,7 @@ def dual_scale_gemm_kernel(
     BLOCK_K: tl.constexpr,
     STRIPE: tl.constexpr,
 ):
+    """Compute one tile of a dual-scale product, with its epilogue."""
     first, m, n = _tile(rows, N, BLOCK_M, BLOCK_N, STRIPE)
     # Rows past the end repeat the last one and are not stored. Scalars hold the large products: offsets fit 32 bits.
     row, column = tl.minimum(m, rows - first - 1), n % N
@@ -161,6 +162,7 @@ def dual_scale_gemm_kernel(
 
 @triton.jit
 def expand_int4_kernel(packed, zero_point, out, BYTES: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Expand a part of one row of a 4-bit weight."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     byte = tl.load(packed + row * BYTES + at, mask=at < BYTES, other=0).to(tl.int8, bitcast=True)

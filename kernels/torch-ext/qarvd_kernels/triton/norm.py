@@ -76,6 +76,7 @@ def norm_quantize_kernel(
     OUTLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the sum and the codes of one row; total may be x."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < C
@@ -100,6 +101,7 @@ def norm_quantize_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_gate"])
 def add_gated_kernel(x, y, gate, total, rows_per_gate, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a part of one row of the sum; total may be x."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < C
@@ -113,6 +115,7 @@ _add_gated = Launcher(add_gated_kernel)
 
 
 def _rows_per(table: Tensor | None, rows: int) -> int:
+    """Return how many rows share a row of the table; 1 without a table."""
     return 1 if table is None else rows // table.shape[0]
 
 
