@@ -1,4 +1,4 @@
-"""The causal transformer, its K/V cache, and the config of a rollout."""
+"""Provide the causal Wan transformer; its K/V cache and rollout values are re-exported."""
 
 from typing import Any
 

@@ -1,25 +1,34 @@
-"""What a causal pass needs in place of stock parts: a float64 timestep sinusoid, RoPE with an offset, attention over a cache.
+"""Replace stock parts in causal passes: a float64 timestep sinusoid, RoPE with an offset, attention over a cache.
 
-`CausalWanTransformer3DModel` installs them once, and binds cache, offset and split to them for the length of a pass. Unbound
-they compute exactly what the stock parts compute.
+`CausalWanTransformer3DModel` installs the parts once; `bind` hands them cache, offset and split for one pass. Unbound
+parts compute exactly what the stock parts compute.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
+from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 from torch import nn
 
+from ..kv_cache.cache import KVCache
 from ..kv_cache.layer import KVLayerCache
 from .context_parallel import TokenSplit
 
 
 class CausalTimesteps(Timesteps):
-    """Timestep sinusoid that can be computed in float64.
+    """Embed timesteps as sinusoids, in float64 if asked to.
 
-    The causal Wan models were trained with a float64 sinusoid; the stock float32 one moves their output by up to 3e-5.
+    The causal Wan models were trained with a float64 sinusoid. The stock float32 one changes their output by up to
+    3e-5.
+
+    Attributes:
+        float64: whether to compute in float64; False outside of cached passes.
     """
 
     def __init__(self, stock: Timesteps) -> None:
@@ -27,7 +36,7 @@ class CausalTimesteps(Timesteps):
         self.float64 = False
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`[N]` timesteps -> `[N, num_channels]` float32."""
+        """Embed timesteps `[N]`; return float32 `[N, num_channels]`."""
         if not self.float64 or timesteps.device.type == "mps":  # MPS has no float64
             return super().forward(timesteps)
         half = self.num_channels // 2
@@ -40,12 +49,16 @@ class CausalTimesteps(Timesteps):
 
 
 class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
-    """Wan's 3D RoPE whose first frame sits at `frame_offset`; takes over the tables of a stock module.
+    """Compute Wan's 3D RoPE from the position `frame_offset` on; uses the tables of a stock module.
 
-    With a `cache_start` bound it is a third output; with `window_frames` bound too, the table of all frames in the window is
-    a fourth and a fifth: earlier frames count from 0, the pass has its own positions. With a `split` bound, cos and sin are those
-    of its own tokens. The stock forward hands RoPE through to every block untouched, and of
-    all values that reach a block only its arguments may change between passes without recompiling it.
+    What a block needs to know of a pass is returned with cos and sin: the stock forward passes RoPE's result on to
+    every block, and a compiled block is not recompiled if only its arguments change.
+
+    Attributes:
+        frame_offset: position of the first latent frame.
+        cache_start: token at which the pass writes its K/V, or None outside of cached passes.
+        window_frames: latent frames in the window, if keys are stored before RoPE, else None.
+        split: this process's share of the tokens, or None.
     """
 
     def __init__(self, stock: WanRotaryPosEmbed) -> None:
@@ -60,19 +73,24 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         self.split: TokenSplit | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> tuple:
-        """Latents `[B, C, F, H, W]` -> cos and sin, each `[1, tokens, 1, head_dim]`, and what is bound.
+        """Return cos and sin of the positions of latents `[B, C, F, H, W]`, and what a cached pass needs beside them.
+
+        Returns:
+            cos and sin, each `[1, tokens, 1, head_dim]`, of the own tokens of `split`. If `cache_start` is set, it is
+            the third value. If `window_frames` is set too, cos and sin of all frames in the window follow: earlier
+            frames count from 0, those of the pass have their own positions.
 
         Raises:
-            ValueError: if a position lies beyond the table.
+            ValueError: a position is beyond the end of the table.
         """
         sizes = [size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True)]
         starts = [self.frame_offset // self.patch_size[0], 0, 0]
         for axis, start, size in zip(("frame", "row", "column"), starts, sizes, strict=True):
             if start + size > self.max_seq_len:
                 raise ValueError(
-                    f"{axis} position {start + size - 1} lies beyond the RoPE table of rope_max_seq_len = "
-                    f"{self.max_seq_len} positions: choose a smaller picture or local_attention_frames, or load the "
-                    "transformer with a larger rope_max_seq_len in its config"
+                    f"{axis} position {start + size - 1} is beyond the end of the RoPE table, which has "
+                    f"rope_max_seq_len = {self.max_seq_len} positions: use a smaller picture or fewer "
+                    "local_attention_frames, or load the transformer with a larger rope_max_seq_len in its config"
                 )
         present = self._table(self.freqs_cos, starts, sizes), self._table(self.freqs_sin, starts, sizes)
         tables = present if self.split is None else tuple(self.split.own(table) for table in present)
@@ -85,17 +103,18 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         )
         return (*tables, self.cache_start, *window)
 
-    def turn(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin, `[t_dim / 2]` each, of the angles by which `frames` positions differ."""
+    def rotation(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, float32 `[t_dim / 2]` each, of the angles between positions that are `frames` apart."""
         times, rest = divmod(frames, self.max_seq_len - 1)
         rows = [self.max_seq_len - 1, rest]
         cos, sin = (table[rows, : self.t_dim].cpu().double() for table in (self.freqs_cos, self.freqs_sin))
-        last, turned = torch.complex(cos[:, 0::2], sin[:, 1::2])
-        turned = turned * last**times
+        last, rotation = torch.complex(cos[:, 0::2], sin[:, 1::2])
+        rotation = rotation * last**times
         device = self.freqs_cos.device
-        return turned.real.float().to(device), turned.imag.float().to(device)
+        return rotation.real.float().to(device), rotation.imag.float().to(device)
 
     def _table(self, freqs: torch.Tensor, starts: list[int], sizes: list[int]) -> torch.Tensor:
+        """Return `[1, tokens, 1, head_dim]`: `freqs` at the positions of a box of frames, rows and columns."""
         parts = []
         for axis, part in enumerate(freqs.split([self.t_dim, self.h_dim, self.w_dim], dim=1)):
             view = [1, 1, 1, part.shape[1]]
@@ -105,7 +124,13 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
 
 
 def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to interleaved pairs of `[B, tokens, heads, head_dim]`; `cos`, `sin` as from `WanRotaryPosEmbed`."""
+    """Apply RoPE to the interleaved pairs of `[B, tokens, heads, head_dim]`.
+
+    Args:
+        hidden_states: queries or keys.
+        cos: `[1, tokens, 1, head_dim]` of `WanRotaryPosEmbed`.
+        sin: likewise.
+    """
     first, second = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
@@ -113,9 +138,12 @@ def rotate(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 
 class CausalWanAttnProcessor(WanAttnProcessor):
-    """Wan attention over the K/V of a bound `KVLayerCache`; the stock processor while none is bound.
+    """Run Wan attention over the K/V of the bound cache; without one, behave like the stock processor.
 
-    With a `split` bound, tokens are those of this process, and self-attention exchanges them for all tokens of its heads.
+    Attributes:
+        cache: K/V of the block, or None outside of cached passes.
+        split: this process's share of the tokens, or None. Self-attention exchanges it for all tokens of its own
+            heads.
     """
 
     def __init__(self) -> None:
@@ -131,6 +159,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
+        """Attend as in `WanAttnProcessor`; `rotary_emb` is what `CausalWanRotaryPosEmbed` returned."""
         if self.cache is None or attn.add_k_proj is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is None:
@@ -162,6 +191,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
     def _project_self(
         attn: WanAttention, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return normalized q and k, and v, each `[B, tokens, heads, head_dim]`."""
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -171,8 +201,8 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         return query, key, value
 
     def text(self, attn: WanAttention, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-attention K/V `[B, text_tokens, heads, head_dim]`: the cached ones, or projected and cached now."""
-        # Cached tensors would carry a graph that the first backward frees: with gradients they are computed anew.
+        """Return cross-attention K/V, each `[B, text_tokens, heads, head_dim]`; they are projected once and cached."""
+        # With gradients they are not cached: they would carry an autograd graph that the first backward frees.
         cached = None if torch.is_grad_enabled() else self.cache.get_text()
         if cached is not None:
             return cached
@@ -185,3 +215,99 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         if not torch.is_grad_enabled():
             self.cache.store_text(key, value)
         return key, value
+
+
+@contextmanager
+def bind(
+    transformer: WanTransformer3DModel,
+    kv_cache: KVCache | None,
+    frame_offset: int,
+    latents: torch.Tensor,
+    split: TokenSplit | None,
+) -> Iterator[None]:
+    """Bind cache, frame offset and split to the installed parts of a transformer for the duration of one pass.
+
+    Args:
+        transformer: has the parts of this module.
+        kv_cache: is made ready for the pass; None binds the offset alone.
+        frame_offset: absolute index of the first latent frame.
+        latents: `[B, C, F, H, W]`.
+        split: how the tokens are divided among processes, or None.
+
+    Raises:
+        ValueError: the cache and the transformer, or the cache and the pass, do not fit together.
+    """
+    unbound = [None] * len(transformer.blocks)
+    layers, place = unbound, (frame_offset, None, None)
+    if kv_cache is not None:
+        _check_bindable(transformer, kv_cache)
+        layers, place = kv_cache.layers, _begin_pass(transformer, kv_cache, frame_offset, latents, split)
+    hooks = []
+    if split is not None:  # every process computes what comes before and after the blocks for all tokens
+        hooks.append(transformer.patch_embedding.register_forward_hook(split.own_patches))
+        hooks.append(transformer.proj_out.register_forward_hook(split.gathered))
+    try:
+        _set_parts(transformer, layers, place, split)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _set_parts(transformer, unbound, (0, None, None), None)
+
+
+def tokens_per_frame(transformer: WanTransformer3DModel, latents: torch.Tensor) -> int:
+    """Return how many tokens one latent frame of `[B, C, F, H, W]` has."""
+    _, p_h, p_w = transformer.config.patch_size
+    return (latents.shape[3] // p_h) * (latents.shape[4] // p_w)
+
+
+def _begin_pass(
+    transformer: WanTransformer3DModel,
+    kv_cache: KVCache,
+    frame_offset: int,
+    latents: torch.Tensor,
+    split: TokenSplit | None,
+) -> tuple[int, int, int | None]:
+    """Make room in the cache; return the `frame_offset`, `cache_start` and `window_frames` to bind to RoPE."""
+    rope, config = transformer.rope, transformer.config
+    heads = config.num_attention_heads // (1 if split is None else split.parallel.size)
+    frames, tokens = latents.shape[2] // config.patch_size[0], tokens_per_frame(transformer, latents)
+    start = kv_cache.begin_pass(frame_offset, frames, tokens, (heads, config.attention_head_dim), latents)
+    if kv_cache.rope_mode == "window":
+        window = len(kv_cache.frames)
+        return window - frames + kv_cache.shift, start, window
+    return kv_cache.reindex(frames, rope.max_seq_len, rope.rotation), start, None
+
+
+def _set_parts(
+    transformer: WanTransformer3DModel,
+    layers: Sequence[KVLayerCache | None],
+    place: tuple[int, int | None, int | None],
+    split: TokenSplit | None,
+) -> None:
+    rope = transformer.rope
+    rope.frame_offset, rope.cache_start, rope.window_frames = place
+    rope.split = split
+    transformer.condition_embedder.timesteps_proj.float64 = rope.cache_start is not None
+    for block, layer in zip(transformer.blocks, layers, strict=True):
+        for processor in (block.attn1.processor, block.attn2.processor):
+            processor.cache, processor.split = layer, split
+
+
+def _check_bindable(transformer: WanTransformer3DModel, kv_cache: KVCache) -> None:
+    """Raise a ValueError if no pass of the transformer can use the cache."""
+    blocks = transformer.blocks
+    if len(kv_cache.layers) != len(blocks):
+        raise ValueError(f"kv_cache has {len(kv_cache.layers)} layers, the transformer has {len(blocks)} blocks")
+    processors = [processor for block in blocks for processor in (block.attn1.processor, block.attn2.processor)]
+    foreign = {type(p).__name__ for p in processors if not isinstance(p, CausalWanAttnProcessor)}
+    if foreign:
+        raise ValueError(
+            f"attention processors {sorted(foreign)} cannot read a kv_cache; "
+            "restore them with transformer.set_attn_processor(CausalWanAttnProcessor())"
+        )
+    if torch.is_grad_enabled() and transformer.gradient_checkpointing:
+        raise ValueError(
+            "gradient checkpointing recomputes blocks after the kv_cache has changed: call "
+            "disable_gradient_checkpointing(), or run without kv_cache"
+        )

@@ -1,4 +1,4 @@
-"""The header by which one safetensors file tells all that a folder's JSON files tell."""
+"""Read and write the header of a single safetensors file, which replaces the JSON files of a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERSION = 1
 
 
 def comfyui_metadata(transformer: Mapping[str, Any]) -> dict[str, str]:
-    """How ComfyUI tells a causal Wan model from an ordinary one, and what shapes of tensors do not tell it.
+    """Return the metadata by which ComfyUI recognizes a causal Wan model, and sizes that tensor shapes do not show.
 
     Args:
         transformer: arguments of `WanTransformer3DModel`.
@@ -31,7 +31,7 @@ def comfyui_metadata(transformer: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class SingleFileHeader:
-    """What a single file says of itself.
+    """Describe the model in a single file.
 
     Attributes:
         transformer: arguments of `WanTransformer3DModel`.
@@ -44,7 +44,7 @@ class SingleFileHeader:
     pipeline: Mapping[str, Any]
 
     def to_metadata(self) -> dict[str, str]:
-        """Texts for the header of a safetensors file."""
+        """Return the metadata for the header of a safetensors file."""
         config = None if self.quantization is None else self.quantization.to_dict()
         values = {
             "version": VERSION,
@@ -56,10 +56,10 @@ class SingleFileHeader:
 
 
 def read_single_file(path: str | os.PathLike[str]) -> SingleFileHeader | None:
-    """The header of a single file; None if it is a safetensors file without ours.
+    """Read the header of a single file; return None for a safetensors file that Q-ARVD did not write.
 
     Raises:
-        ValueError: the file is truncated, its header damaged, or of a newer version.
+        ValueError: the file is truncated, or its header is damaged or of a newer version.
     """
     text = read_metadata(path).get(METADATA)
     if text is None:

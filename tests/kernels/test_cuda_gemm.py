@@ -191,7 +191,14 @@ def test_without_a_place_to_write(monkeypatch, tmp_path, small_sources):
 
 
 def test_refuses_other_devices():
-    for operator in ("dual_scale_gemm", "dual_scale_gemm_gelu", "dual_scale_gemm_residual", "expand_int4"):
+    names = (
+        "dual_scale_gemm",
+        "dual_scale_gemm_out",
+        "dual_scale_gemm_gelu",
+        "dual_scale_gemm_residual",
+        "expand_int4",
+    )
+    for operator in names:
         assert "needs an NVIDIA GPU" in gemm.unsupported_reason(operator, torch.device("cpu"), None)
 
 
@@ -220,6 +227,8 @@ def test_refuses_what_is_not_contiguous():
         "num_outliers": 16,
     }
     assert gemm._unsupported_gemm(arguments) == "weight is not contiguous"
+    arguments["weight"], arguments["out"] = torch.empty(32, 64, dtype=torch.int8), torch.empty(32, 7).t()
+    assert gemm._unsupported_gemm(arguments) == "out is not contiguous"
 
 
 # ---- on the GPU
@@ -286,6 +295,9 @@ class TestOnGPU:
         poison(m, n, dtype=dtype)
         got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, dtype)
         assert relative_error(got, y) <= tolerance
+        out = torch.full_like(got, 7)
+        gemm.dual_scale_gemm_out(a, weight, outliers, ratio, scale, bias, None, None, out)
+        assert torch.equal(out, got)
 
         sums = torch.stack([a[:, :outliers].sum(1), a[:, outliers:].sum(1)], 1).to(torch.int32)
         sum_scale = torch.randn(2, n, device="cuda") / k

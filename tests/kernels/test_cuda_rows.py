@@ -31,8 +31,14 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(hopper_reason() is not None, reason=s
 )
 def test_refuses_other_rows(channels, dtypes, reason):
     x, y = (None if dtype is None else torch.empty(2, channels, dtype=dtype) for dtype in dtypes)
-    got = rows._unsupported_arguments({"x": x, "y": y})
+    got = rows._unsupported_arguments("add_norm_quantize", {"x": x, "y": y})
     assert got is None if reason is None else got.startswith(reason)
+
+
+def test_refuses_to_write_to_what_is_not_contiguous():
+    x = torch.empty(1536, 1536, dtype=torch.bfloat16).T
+    assert rows._unsupported_arguments("add_norm_quantize_", {"x": x}) == "x is not contiguous"
+    assert rows._unsupported_arguments("add_norm_quantize", {"x": x}) is None
 
 
 def test_refuses_other_devices():
@@ -80,6 +86,9 @@ class TestOnGPU:
             total = x.double() + y.double() * (1 if gate is None else gate.double().repeat_interleave(m // groups, 0))
             got, codes = norm.add_norm_quantize(*on_gpu((x, y, gate, *tables, 1e-6, *order)))
             torch.testing.assert_close(got.cpu().double(), total, rtol=2**-8, atol=1e-5)
+            in_place = x.cuda()
+            again = norm.add_norm_quantize_(in_place, *on_gpu((y, gate, *tables, 1e-6, *order)))
+            assert torch.equal(in_place, got) and torch.equal(again, codes)
         assert_codes(codes.cpu(), codes_reference(norm_reference(total, *tables, 1e-6), *order)[0], slack=4e-3)
 
     def test_quantize_static(self, m, c, outliers, groups, dtype):
@@ -100,6 +109,14 @@ class TestMoreOnGPU:
         got = quantize.quantize_static(x, *on_gpu(order))
         assert_codes(got.cpu(), codes_reference(x.cpu(), *order)[0])
 
+    def test_sums_in_place_that_start_anywhere(self):
+        held = torch.randn(9 * 512, device="cuda", dtype=torch.bfloat16)
+        x, y, before = held[3 : 3 + 8 * 512].view(8, 512), torch.randn_like(held)[: 8 * 512].view(8, 512), held.clone()
+        arguments = (*[None] * 4, 1e-6, *on_gpu(quantizer(512, 16)))
+        total, codes = norm.add_norm_quantize(x, y, None, *arguments)
+        assert torch.equal(norm.add_norm_quantize_(x, y, None, *arguments), codes) and torch.equal(x, total)
+        assert torch.equal(held[:3], before[:3]) and torch.equal(held[3 + 8 * 512 :], before[3 + 8 * 512 :])
+
     def test_follows_a_kernel_that_is_still_running(self):
         """The launch overlaps the end of the kernel before it, and must not read what that one has yet to write."""
         order = on_gpu(quantizer(1536, 128))
@@ -111,3 +128,7 @@ class TestMoreOnGPU:
             total, second = norm.add_norm_quantize(total, x, None, *tables, 1e-6, *order)
             want = (first, second) if want is None else want
             assert torch.equal(first, want[0]) and torch.equal(second, want[1])
+            stream = x.clone()
+            for codes in want:
+                assert torch.equal(norm.add_norm_quantize_(stream, x, None, *tables, 1e-6, *order), codes)
+            assert torch.equal(stream, total)

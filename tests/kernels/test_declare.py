@@ -22,6 +22,8 @@ rms_norm_silu(Tensor x, Tensor? bias, Tensor weight, Tensor? past, SymInt lead) 
 add_bias(Tensor(!) total, Tensor x, Tensor bias) -> ()
 dual_scale_gemm(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
     row_sums, Tensor? row_sum_scale, ScalarType out_dtype) -> Tensor
+dual_scale_gemm_out(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
+    row_sums, Tensor? row_sum_scale, Tensor(!) out) -> ()
 dual_scale_gemm_gelu(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
     row_sums, Tensor? row_sum_scale, Tensor out_scale, Tensor out_zero_point, SymInt out_outliers) -> Tensor
 dual_scale_gemm_residual(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias,
@@ -42,7 +44,10 @@ norm_quantize(Tensor x, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor
 add_norm_quantize(Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor?
     shift, float eps, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) ->
     (Tensor, Tensor)
+add_norm_quantize_(Tensor(!) x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor?
+    shift, float eps, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) -> Tensor
 add_gated(Tensor x, Tensor y, Tensor? gate) -> Tensor
+add_gated_(Tensor(!) x, Tensor y, Tensor? gate) -> ()
 quantize_static(Tensor x, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point)
     -> Tensor
 quantize_dynamic(Tensor x, Tensor channel_order, SymInt num_outliers) -> (Tensor, Tensor)

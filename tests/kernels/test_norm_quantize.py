@@ -34,6 +34,11 @@ def test_add_norm_quantize(affine, modulated, gated, dtype):
     torch.testing.assert_close(total.double(), want, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
     assert_codes(codes, codes_reference(norm_reference(want, *tables, 1e-6), *order)[0])
     assert torch.equal(ops.add_gated(x, y, gate), total)
+    for in_place, result in ((x.clone(), total), (x.clone().T.contiguous().T, total)):  # whatever the strides
+        assert torch.equal(ops.add_norm_quantize_(in_place, y, gate, *tables, 1e-6, *order), codes)
+        assert torch.equal(in_place, result)
+    in_place = x.clone()
+    assert ops.add_gated_(in_place, y, gate) is None and torch.equal(in_place, total)
 
 
 def test_constant_rows_have_no_variance():
@@ -49,7 +54,9 @@ def calls():
         (ops.norm_quantize, (x, *tables, 1e-6, *order)),
         (ops.norm_quantize, (x, None, None, None, None, 1e-6, *order)),
         (ops.add_norm_quantize, (x, x.clone(), torch.randn(2, 32), *tables, 1e-6, *order)),
+        (ops.add_norm_quantize_, (x.clone(), x, torch.randn(2, 32), *tables, 1e-6, *order)),
         (ops.add_gated, (x, x.clone(), None)),
+        (ops.add_gated_, (x.clone(), x, None)),
         (ops.quantize_static, (x, *order)),
     ]
 

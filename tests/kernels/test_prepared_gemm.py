@@ -71,6 +71,32 @@ def test_rescale_is_the_written_integer_formula():
     assert torch.equal(ops.dual_scale_gemm(*arguments, torch.float32), want.float())
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.int32))
+@pytest.mark.parametrize("bits", (4, 8))
+def test_a_product_can_be_written_to_a_tensor(dtype, bits):
+    """Also to a part of one, whatever its strides; what lies around it stays as it was."""
+    layer, a = stored_layer(24, 64, bits, 32, symmetric=False), activation(6, 64)
+    prepared = ops.prepare_linear(*layer)
+    want, held = prepared(a, layer[0], dtype), torch.full((6, 40), 7, dtype=dtype)
+    for out in (torch.empty(6, 24, dtype=dtype), held[:, 8:32]):
+        assert prepared(a, layer[0], dtype, out=out) is out
+        assert torch.equal(out, want)
+    assert bool((held[:, :8] == 7).all() and (held[:, 32:] == 7).all())
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.empty(6, 23), r"shape of out is \(6, 23\), expected \(6, 24\)"),
+        (torch.empty(6, 24, dtype=torch.int8), "dtype of out is torch.int8, expected bfloat16"),
+    ],
+)
+def test_a_tensor_that_cannot_hold_the_product_is_named(out, message):
+    layer, a = stored_layer(24, 64, 8, 32), activation(6, 64)
+    with pytest.raises(ValueError, match=message):
+        ops.prepare_linear(*layer)(a, layer[0], torch.float32, out=out)
+
+
 @pytest.mark.parametrize("symmetric", (True, False))
 def test_gelu_epilogue(symmetric):
     layer, a = stored_layer(24, 64, 8, 32, symmetric), activation(33, 64)
@@ -116,6 +142,7 @@ def calls():
     return [
         (ops.dual_scale_gemm, (*first, torch.bfloat16)),
         (ops.dual_scale_gemm, (*plain, torch.int32)),
+        (ops.dual_scale_gemm_out, (*first, torch.empty(6, 24, dtype=torch.bfloat16))),
         (ops.dual_scale_gemm_gelu, (*plain, torch.ones(2), torch.zeros(2, dtype=torch.int32), 8)),
         (ops.dual_scale_gemm_residual, (*plain, torch.randn(6, 24), torch.randn(3, 24))),
         (ops.row_sums, (a, 32)),

@@ -69,6 +69,9 @@ def test_epilogues(shape, symmetric, on_device, triton_module):
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
     half = on_device(gemm.dual_scale_gemm, (*first, dtype))
     torch.testing.assert_close(half, got.to(dtype), rtol=0, atol=0)
+    out = torch.full((m, n), 7, dtype=dtype)
+    on_device(gemm.dual_scale_gemm_out, (*first, out))
+    assert torch.equal(out, half)
 
     scale, zero_point = torch.tensor([0.2, 0.05]), torch.tensor([30, 4], dtype=torch.int32)
     got = on_device(gemm.dual_scale_gemm_gelu, (*first, scale, zero_point, 8))
@@ -125,7 +128,26 @@ def test_norms(affine, modulated, added, shape, on_device, triton_module):
         got, codes = on_device(norm.add_norm_quantize, (x, y, gate, *tables, 1e-6, *order))
         torch.testing.assert_close(got.double(), total, rtol=1e-6, atol=1e-6)
         assert torch.equal(on_device(norm.add_gated, (x, y, gate)), got)
+        in_place = x.clone()
+        assert torch.equal(on_device(norm.add_norm_quantize_, (in_place, y, gate, *tables, 1e-6, *order)), codes)
+        assert torch.equal(in_place, got)
+        on_device(norm.add_gated_, (x, y, gate))
+        assert torch.equal(x, got)
     assert_codes(codes, codes_reference(norm_reference(total, *tables, 1e-6), *order)[0])
+
+
+def test_results_that_are_not_contiguous_are_not_supported(on_device, triton_module):
+    """Copies would lose what is written to them."""
+    layer, a, x = stored_layer(16, 64, 8, 32), activation(7, 64), torch.randn(7, 64)
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    first = ops.prepare_linear(*layer).gemm_arguments(a, layer[0])
+    reason = triton_module("gemm").unsupported_reason
+    for out, want in ((torch.empty(7, 16), None), (torch.empty(16, 7).T, "out is not contiguous")):
+        assert reason("dual_scale_gemm_out", device, {**first._asdict(), "out": out}) == want
+    reason = triton_module("norm").unsupported_reason
+    for operator in ("add_norm_quantize_", "add_gated_"):
+        assert reason(operator, device, {"x": x}) is None
+        assert reason(operator, device, {"x": x.T}) == "x is not contiguous"
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.int8, torch.float8_e4m3fn))

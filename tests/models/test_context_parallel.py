@@ -194,5 +194,5 @@ def test_one_process_is_told_to_start_several():
 
 
 def test_heads_must_be_divisible():
-    with pytest.raises(ValueError, match="2 attention heads cannot be shared out between 3 processes"):
+    with pytest.raises(ValueError, match="2 attention heads cannot be divided among 3 processes"):
         build(None).enable_parallelism(config=ContextParallelConfig(ulysses_degree=3))

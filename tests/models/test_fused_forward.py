@@ -19,7 +19,7 @@ from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.conversion.families import PRESETS
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
-from qarvd_diffusers.models.fused.cuda_graphs import CapturedStretches, CaptureError
+from qarvd_diffusers.models.fused.cuda_graphs import CapturedSegments, CaptureError
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.quantization.install import apply
 from qarvd_diffusers.quantization.linear import QARVDLinear
@@ -392,7 +392,7 @@ def test_graphs_replay_the_same_pass(scheme, storage):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_stretch_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog):
+def test_a_segment_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog):
     model, shape = wide_model()
     model.fused_pass = True
     runner = PassRunner(model, shape)
@@ -401,7 +401,7 @@ def test_a_stretch_that_cannot_be_captured_runs_without_a_graph(monkeypatch, cap
     def refuse(self, index):
         raise CaptureError("no room")
 
-    monkeypatch.setattr(CapturedStretches, "_capture", refuse)
+    monkeypatch.setattr(CapturedSegments, "_capture", refuse)
     assert torch.equal(runner(0), expected)
     assert "kernel by kernel" in caplog.text and "no room" in caplog.text
     assert torch.equal(runner(0), expected)

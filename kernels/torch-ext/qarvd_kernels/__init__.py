@@ -15,7 +15,13 @@ from .attention_backends import attention, tokens_innermost
 from .declare import OPERATORS as _OPERATORS
 from .ops.attention import attention_fp8, attention_int8, qk_norm_rope_append
 from .ops.channel_norm import add_bias, rms_norm_silu
-from .ops.gemm import dual_scale_gemm, dual_scale_gemm_gelu, dual_scale_gemm_residual, expand_int4
+from .ops.gemm import (
+    dual_scale_gemm,
+    dual_scale_gemm_gelu,
+    dual_scale_gemm_out,
+    dual_scale_gemm_residual,
+    expand_int4,
+)
 from .ops.linear import (
     dequantize_weight,
     dual_scale_linear_dynamic,
@@ -23,7 +29,7 @@ from .ops.linear import (
     unpack_weight,
     weight_only_linear,
 )
-from .ops.norm import add_gated, add_norm_quantize, norm_quantize
+from .ops.norm import add_gated, add_gated_, add_norm_quantize, add_norm_quantize_, norm_quantize
 from .ops.quantize import quantize_dynamic, quantize_static, row_sums
 from .prepare import LayerRefused, PreparedLinear, prepare_linear
 
@@ -59,13 +65,16 @@ __all__ = [
     "accelerated",
     "add_bias",
     "add_gated",
+    "add_gated_",
     "add_norm_quantize",
+    "add_norm_quantize_",
     "attention",
     "attention_fp8",
     "attention_int8",
     "dequantize_weight",
     "dual_scale_gemm",
     "dual_scale_gemm_gelu",
+    "dual_scale_gemm_out",
     "dual_scale_gemm_residual",
     "dual_scale_linear_dynamic",
     "dual_scale_linear_static",

@@ -39,6 +39,7 @@ def operator(mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Call
     """
 
     def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Define the operator, and return what calls it."""
         name, module = function.__name__, function.__module__.rpartition(".")[2]
         shape_function = _ungrouped(function)
         LIBRARY.define(name + _schema(shape_function, mutates), tags=(torch.Tag.pt2_compliant_tag,))
@@ -49,7 +50,8 @@ def operator(mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Call
         overload = getattr(torch.ops.qarvd, name).default
 
         @wraps(shape_function)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
+            """Call the operator, through torch's dispatcher where that has something to do."""
             # Only tracing and autograd need torch's dispatcher; otherwise it costs as much as a kernel launch.
             if kwargs or type(args[0]) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return overload(*args, **kwargs)
@@ -75,6 +77,7 @@ def _ungrouped(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        """Gather the fields into groups, and call `function`."""
         values = iter(signature.bind(*args, **kwargs).arguments.values())
         return function(
             *[hint(*islice(values, len(hint._fields))) if _is_group(hint) else next(values) for hint in hints.values()]
@@ -85,6 +88,7 @@ def _ungrouped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_group(hint: Any) -> bool:
+    """Return whether an annotation is a group of arguments."""
     return hasattr(hint, "_fields")
 
 

@@ -80,6 +80,7 @@ def _load(backend: str, theme: str) -> ModuleType | str:
 def _unsupported_reason(
     backend: str, operator: str, theme: str, device: torch.device, arguments: Mapping[str, Any] | None
 ) -> str | None:
+    """Return why a backend does not run an operator, or None."""
     if backend == "reference":
         return None
     if forced() not in (None, backend):
@@ -157,6 +158,7 @@ class Dispatched:
         return function(*args)
 
     def _remember(self, signature: tuple, args: tuple) -> Callable[..., Any]:
+        """Check a new signature, choose its implementation and cache it."""
         self.shape_function(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
         devices = {str(t.device) for t in tensors}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops.arguments import Product
-from .ops.gemm import dual_scale_gemm, expand_int4
+from .ops.gemm import dual_scale_gemm, dual_scale_gemm_out, expand_int4
 from .ops.quantize import row_sums
 from .reference.groups import CODE_OFFSET, group_slices
 from .reference.linear import integer_weight
@@ -87,10 +87,27 @@ class PreparedLinear:
         return Product(a, weight, self.num_outliers, self.ratio, self.scale, self.bias, sums, self.row_sum_scale)
 
     def __call__(
-        self, a: Tensor, weight_packed: Tensor, out_dtype: torch.dtype, scratch: Tensor | None = None
+        self,
+        a: Tensor,
+        weight_packed: Tensor,
+        out_dtype: torch.dtype,
+        scratch: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Compute `[M, N]` in `out_dtype`: `dual_scale_linear_static` up to one rounding of the outlier sum."""
-        return dual_scale_gemm(*self.gemm_arguments(a, weight_packed, scratch), out_dtype)
+        """Compute `[M, N]` in `out_dtype`: `dual_scale_linear_static` up to one rounding of the outlier sum.
+
+        Args:
+            a: as in `gemm_arguments`.
+            weight_packed: as in `operand`.
+            out_dtype: bfloat16, float16, float32, or int32 for the sum before the epilogue.
+            scratch: as in `operand`.
+            out: `[M, N]`, to write the result to, in its own dtype; None allocates.
+        """
+        arguments = self.gemm_arguments(a, weight_packed, scratch)
+        if out is None:
+            return dual_scale_gemm(*arguments, out_dtype)
+        dual_scale_gemm_out(*arguments, out)
+        return out
 
 
 @torch.no_grad()

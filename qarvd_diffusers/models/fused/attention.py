@@ -1,4 +1,4 @@
-"""Attention of a fused pass: K/V are written straight into the cache, in its own dtype, and read from it as they lie."""
+"""Run attention in the fused forward: K/V are written to the cache in its dtype and read from it as stored."""
 
 from __future__ import annotations
 
@@ -16,21 +16,28 @@ _FP8 = torch.float8_e4m3fn
 
 
 class CachedSelfAttention:
-    """Norm, RoPE, storing of K/V and attention, between the q/k/v projection and the output projection of a block."""
+    """Run what is between the q/k/v projection and the output projection of a block: norm, RoPE, the cache, attention.
+
+    Args:
+        attn: self-attention of the block.
+    """
 
     def __init__(self, attn: WanAttention) -> None:
         self._attn = attn
         self._norms = attn.norm_q.weight.detach().float(), attn.norm_k.weight.detach().float(), attn.norm_q.eps
-        # A normed and rotated query cannot exceed this, so that its float8 codes never saturate, whatever the data.
+        # No value of a normalized and rotated query can exceed this bound, so that its float8 codes never saturate.
         channels = self._norms[0].numel()
         bound = channels**0.5 * self._norms[0].abs().unflatten(0, (attn.heads, -1)).amax(1)
         self._query_scale = (bound / torch.finfo(_FP8).max).clamp(min=1e-6)
 
     def __call__(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
-        """Attend from a projection `[B, tokens, 3 C]`, whose K/V go into `cache` from token `start` on.
+        """Store K/V and attend.
 
         Args:
+            qkv: `[B, tokens, 3 C]`.
+            cache: K/V of the block.
             rotary: cos and sin, float32 `[tokens, head_dim / 2]`.
+            start: token of the cache at which the K/V of `qkv` start.
 
         Returns:
             `[B, tokens, heads, head_dim]`.
@@ -39,7 +46,7 @@ class CachedSelfAttention:
         return self.attend(query, cache, start + query.shape[1])
 
     def store(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
-        """The first half: store K/V, return the query `[B, tokens, heads, head_dim]` in the dtype that `attend` wants."""
+        """Store K/V; return the query `[B, tokens, heads, head_dim]` in the dtype that `attend` expects."""
         if self._attn.processor.split is not None:
             return self._store_split(qkv, cache, rotary, start)
         key_scale = value_scale = None
@@ -52,7 +59,7 @@ class CachedSelfAttention:
         return ops.qk_norm_rope_append(qkv, *self._norms, *rotary, cache.key, cache.value, *scales, start)
 
     def _store_split(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
-        """As `store`, of this process's tokens; what is stored and returned are all tokens of its heads."""
+        """Store K/V of this process's tokens as K/V of all tokens of its heads; return the query likewise."""
         split = self._attn.processor.split
         query, key, value = split.to_heads(*self._norm_rope(qkv, rotary))
         cache.write(key, value, start)
@@ -61,7 +68,7 @@ class CachedSelfAttention:
         return encode(query, split.own_heads(self._query_scale), _FP8)
 
     def _norm_rope(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v `[B, tokens, heads, head_dim]`, not stored anywhere."""
+        """Return normalized and rotated q and k, and v, each `[B, tokens, heads, head_dim]`, without storing them."""
         heads = self._attn.heads
         shape = (*qkv.shape[:2], heads, qkv.shape[2] // (3 * heads))
         key, value = (torch.empty(shape, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
@@ -69,11 +76,12 @@ class CachedSelfAttention:
         return query, key, value
 
     def _fit_scales(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor]) -> None:
+        """Set the scales of an 8-bit cache from the K/V of its first chunk."""
         _, key, value = self._norm_rope(qkv, rotary)
         cache.fit_scales(key, value)
 
     def attend(self, query: Tensor, cache: KVLayerCache, stop: int) -> Tensor:
-        """The second half: attention of the query to the first `stop` tokens."""
+        """Attend with the result of `store` to the first `stop` tokens; return `[B, tokens, heads, head_dim]`."""
         split = self._attn.processor.split
         attended = self._attend(
             query, cache, stop, self._query_scale if split is None else split.own_heads(self._query_scale)
@@ -81,6 +89,7 @@ class CachedSelfAttention:
         return attended if split is None else split.to_tokens(attended)
 
     def _attend(self, query: Tensor, cache: KVLayerCache, stop: int, query_scale: Tensor) -> Tensor:
+        """Call the attention operator for the dtype of the cache."""
         scales = (cache.key_scale, cache.value_scale)
         if cache.key.dtype == _FP8:
             return ops.attention_fp8(query, cache.key, cache.value, query_scale, *scales, stop)
@@ -91,8 +100,10 @@ class CachedSelfAttention:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attn: WanAttention) -> Tensor:
-    """Attention of `[B, tokens, heads, head_dim]` to `[B, keys, heads, head_dim]` with the backend that the user chose
-    for the model, else the fastest one."""
+    """Attend from `[B, tokens, heads, head_dim]` to `[B, keys, heads, head_dim]`.
+
+    Runs on the backend that the user chose for the model, else on the fastest one.
+    """
     backend = attn.processor._attention_backend
     if backend is None and query.is_cuda:
         return ops.attention(query, key.to(query.dtype), value.to(query.dtype))

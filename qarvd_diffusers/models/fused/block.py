@@ -1,8 +1,9 @@
-"""`FusedBlock`: an integer transformer block in which nothing is quantized by a step of its own.
+"""Run a transformer block on integer kernels, with quantization fused into the kernels that compute the values.
 
-Every linear layer gets its codes from the kernel that computes its input: the residual sum and norm in front of it, or the
-GELU in the epilogue of the layer before it. What is computed is the float graph of `WanTransformerBlock` with quantized
-linear layers; only, norm and GELU are quantized from float32, without being rounded to the model's dtype in between.
+Every linear layer reads the codes that another kernel writes: that of the residual sum and norm before it, or the GELU
+in the epilogue of the layer before it. The block computes what `WanTransformerBlock` does with quantized linear
+layers, except that the results of norms and GELU are quantized from float32, without being rounded to the model's
+dtype first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .attention import CachedSelfAttention, attend
 
 
 class Quantizer(NamedTuple):
-    """How the codes of an activation are made: the last arguments of `quantize_static` and its fused relatives."""
+    """Hold the static quantizer of a layer's input: the last arguments of `quantize_static` and of fused operators."""
 
     channel_order: Tensor
     num_outliers: int
@@ -32,24 +33,24 @@ class Quantizer(NamedTuple):
 
     @classmethod
     def of(cls, layer: QARVDLinear) -> Quantizer:
+        """Return the quantizer of a layer with static activations."""
         return cls(layer.channel_order, layer.num_outliers, layer.input_scale, layer.input_zero_point)
 
     def equals(self, other: Quantizer) -> bool:
-        """Whether both make the same codes; looks at the values."""
-        pairs = list(zip(self, other, strict=True))
+        """Return whether both give the same codes; compares tensor values."""
         return self.num_outliers == other.num_outliers and all(
-            torch.equal(mine, theirs) for mine, theirs in pairs if isinstance(mine, Tensor)
+            torch.equal(a, b) for a, b in zip(self, other, strict=True) if isinstance(a, Tensor)
         )
 
 
 class Workspace:
-    """Room for one expanded 4-bit weight, shared by all layers: small enough to stay in the GPU's cache."""
+    """Hold one expanded 4-bit weight at a time, for all layers in turn; it is small enough for the GPU's L2 cache."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
-    def room(self, packed: Tensor, bits: int) -> Tensor | None:
-        """An int8 buffer that holds the expanded weight until the next call; None for 8 bits, which need none."""
+    def get(self, packed: Tensor, bits: int) -> Tensor | None:
+        """Return an int8 buffer for the expanded weight, valid until the next call; None for 8-bit weights."""
         if bits == 8:
             return None
         device, size = packed.device, packed.numel() * 8 // bits
@@ -59,15 +60,15 @@ class Workspace:
 
 
 class IntegerProduct:
-    """Codes `[M, K]` -> `[M, N]`: one layer, or several that read the same codes, as one matrix product.
+    """Multiply codes by the weights of one layer, or of several layers that read the same codes.
 
-    Several layers are stored one behind the other from now on and their parameters become views of that: no weight is held
-    twice. A 4-bit weight is expanded for each product, into the workspace.
+    The parameters of several layers are concatenated, and become views of the result, so that no weight is held twice.
+    A 4-bit weight is expanded into the workspace for every product.
     """
 
     def __init__(self, layers: Sequence[QARVDLinear], workspace: Workspace) -> None:
         first = layers[0]
-        packed, scale, zero_point, bias = (_stored_together(layers, name) for name in PER_ROW)
+        packed, scale, zero_point, bias = (_concatenated(layers, name) for name in PER_ROW)
         self.quantizer = Quantizer.of(first)
         self._workspace = workspace
         quantizer = (first.input_scale, first.input_zero_point)
@@ -76,40 +77,51 @@ class IntegerProduct:
             packed, scale, zero_point, *quantizer, bias, first.weight_bits, first.num_outliers
         )
 
-    def __call__(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """int8 `[M, K]` -> `[M, N]` in `dtype`."""
-        return self._prepared(codes, self._packed, dtype, self._room())
+    def __call__(self, codes: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Multiply int8 `[M, K]`.
 
-    def gelu(self, codes: Tensor, then: Quantizer) -> Tensor:
-        """int8 `[M, K]` -> int8 `[M, N]`, codes of the tanh-GELU of the product for the layer that `then` belongs to."""
-        arguments = self._prepared.gemm_arguments(codes, self._packed, self._room())
-        return ops.dual_scale_gemm_gelu(*arguments, then.input_scale, then.input_zero_point, then.num_outliers)
+        Args:
+            codes: of `quantizer`.
+            dtype: of the result.
+            out: `[M, N]` in `dtype`, contiguous, to write the result to; None allocates.
 
-    def _room(self) -> Tensor | None:
-        return self._workspace.room(self._packed, self._prepared.bits)
+        Returns:
+            `[M, N]` in `dtype`.
+        """
+        return self._prepared(codes, self._packed, dtype, self._scratch(), out)
+
+    def gelu(self, codes: Tensor, next_quantizer: Quantizer) -> Tensor:
+        """Multiply int8 `[M, K]`; return the tanh-GELU of the product as codes int8 `[M, N]` of the next layer."""
+        arguments = self._prepared.gemm_arguments(codes, self._packed, self._scratch())
+        _, outliers, scale, zero_point = next_quantizer
+        return ops.dual_scale_gemm_gelu(*arguments, scale, zero_point, outliers)
+
+    def _scratch(self) -> Tensor | None:
+        return self._workspace.get(self._packed, self._prepared.bits)
 
 
-def _stored_together(layers: Sequence[QARVDLinear], name: str) -> Tensor | None:
+def _concatenated(layers: Sequence[QARVDLinear], name: str) -> Tensor | None:
+    """Concatenate a parameter of several layers, each of which becomes a view of the result."""
     tensors = [getattr(layer, name) for layer in layers]
     if tensors[0] is None or len(tensors) == 1:
         return tensors[0]
-    together = torch.cat([tensor.detach() for tensor in tensors])
-    parts = together.split([tensor.shape[0] for tensor in tensors])
+    result = torch.cat([tensor.detach() for tensor in tensors])
+    parts = result.split([tensor.shape[0] for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.data = part
-    return together
+    return result
 
 
 @dataclass
 class PassState:
-    """What one pass carries from block to block.
+    """Carry the residual stream of one pass from block to block.
 
-    The residual stream is `hidden + gate * pending`: the sum is left to the kernel that needs it next.
+    The residual stream is `hidden + gate * pending`: the kernel that needs the sum next computes it.
 
     Attributes:
-        hidden: `[B * tokens, C]` in the model's dtype.
+        hidden: `[B * tokens, C]` in the model's dtype, contiguous; updated in place.
         batch: B.
-        pending: `[B * tokens, C]`, output of the branch that is still to be added, or None.
+        pending: `[B * tokens, C]`, output of a branch that is still to be added, or None.
         gate: float32 `[groups, C]` of `pending`, or None for 1; consecutive rows share a group.
     """
 
@@ -125,29 +137,31 @@ class PassState:
         affine: tuple[Tensor, Tensor] | None = None,
         modulation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Codes int8 `[B * tokens, C]` of the normed residual stream, which is summed up on the way.
+        """Add what is pending and normalize the residual stream; return its codes int8 `[B * tokens, C]`.
 
         Args:
+            quantizer: of the next layer.
+            eps: added to the variance.
             affine: weight and bias of the norm, float32 `[C]`.
             modulation: scale and shift, float32 `[groups, C]`.
         """
         arguments = (*(affine or (None, None)), *(modulation or (None, None)), eps, *quantizer)
         if self.pending is None:
             return ops.norm_quantize(self.hidden, *arguments)
-        self.hidden, codes = ops.add_norm_quantize(self.hidden, self.pending, self.gate, *arguments)
+        codes = ops.add_norm_quantize_(self.hidden, self.pending, self.gate, *arguments)
         self.pending = self.gate = None
         return codes
 
     def summed(self) -> Tensor:
-        """The residual stream `[B * tokens, C]`."""
+        """Add what is pending; return the residual stream `[B * tokens, C]`."""
         if self.pending is not None:
-            self.hidden = ops.add_gated(self.hidden, self.pending, self.gate)
+            ops.add_gated_(self.hidden, self.pending, self.gate)
             self.pending = self.gate = None
         return self.hidden
 
 
 class FusedBlock:
-    """One transformer block on integer products; valid while its parameters stay where they are."""
+    """Run one transformer block on integer products; valid as long as its parameters are not moved."""
 
     def __init__(self, block: WanTransformerBlock, workspace: Workspace) -> None:
         def product(*layers: QARVDLinear) -> IntegerProduct:
@@ -159,41 +173,52 @@ class FusedBlock:
         self._attn_out, self._text_q, self._text_out = (
             product(layer) for layer in (attn1.to_out[0], attn2.to_q, attn2.to_out[0])
         )
-        up.store_rows_in(down.channel_order)  # the GELU's codes come out in the order in which `down` reads them
+        up.store_rows_in(down.channel_order)  # so that GELU writes codes in the channel order of `down`
         self._up, self._down = product(up), product(down)
         self._attention = CachedSelfAttention(attn1)
         plain = isinstance(block.norm2, nn.Identity)
         self._norm2 = None if plain else (block.norm2.weight.float(), block.norm2.bias.float())
 
-    def project(self, state: PassState, modulation: Tensor) -> Tensor:
-        """q, k and v of the modulated residual stream, `[B, tokens, 3 C]`; `modulation` is float32 `[6, groups, C]`."""
+    def project(self, state: PassState, modulation: Tensor, out: Tensor | None = None) -> Tensor:
+        """Project the modulated residual stream to q, k and v.
+
+        Args:
+            state: state of the pass.
+            modulation: float32 `[6, groups, C]`.
+            out: `[B, tokens, 3 C]` to write the result to; None allocates.
+
+        Returns:
+            `[B, tokens, 3 C]`.
+        """
         shift, scale = modulation[:2]
+        rows = None if out is None else out.flatten(0, 1)
+        whole = rows if len(self._qkv) == 1 else None  # a product cannot write to a range of columns
         parts = []
         for product in self._qkv:
             codes = state.normed(product.quantizer, self._block.norm1.eps, modulation=(scale, shift))
-            parts.append(product(codes, state.hidden.dtype))
-        qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            parts.append(product(codes, state.hidden.dtype, whole))
+        qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1, out=rows)
         return qkv.view(state.batch, -1, qkv.shape[1])
 
     def attend(
         self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int, store_only: bool
     ) -> Tensor | None:
-        """Store K/V from token `start` on and attend to all that is stored; see `CachedSelfAttention`."""
+        """Store K/V from token `start` on, and attend unless `store_only`; see `CachedSelfAttention`."""
         query = self._attention.store(qkv, cache, rotary, start)
         return None if store_only else self._attention.attend(query, cache, start + query.shape[1])
 
     def text(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-attention K/V of the prompt: those in the bound cache, else projected from `[B, text_tokens, C]`."""
+        """Return cross-attention K/V of the prompt, from the bound cache or projected from `[B, text_tokens, C]`."""
         attn = self._block.attn2
         return attn.processor.text(attn, embeddings)
 
     @property
     def text_backend(self) -> object:
-        """The attention backend that the user chose for the prompt, or None."""
+        """Attention backend that the user chose for cross-attention, or None."""
         return self._block.attn2.processor._attention_backend
 
     def finish(self, state: PassState, attended: Tensor, text: tuple[Tensor, Tensor], modulation: Tensor) -> None:
-        """All that follows self-attention, whose output is `[B, tokens, heads, head_dim]`."""
+        """Run everything after self-attention, whose output `attended` is `[B, tokens, heads, head_dim]`."""
         gate, shift, scale, ffn_gate = modulation[2:]
         self._branch(state, self._attn_out, attended, gate)
         self._branch(state, self._text_out, self._attend_text(state, text), None)
@@ -203,11 +228,12 @@ class FusedBlock:
 
     @staticmethod
     def _branch(state: PassState, product: IntegerProduct, hidden: Tensor, gate: Tensor | None) -> None:
-        """Project attention output `[B, tokens, heads, head_dim]`; the residual sum is left pending."""
+        """Project attention output `[B, tokens, heads, head_dim]`; the residual sum stays pending."""
         codes = ops.quantize_static(hidden.reshape(state.hidden.shape), *product.quantizer)
         state.pending, state.gate = product(codes, state.hidden.dtype), gate
 
     def _attend_text(self, state: PassState, text: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the output of cross-attention, `[B, tokens, heads, head_dim]`."""
         attn = self._block.attn2
         if self._norm2 is None:
             codes = ops.quantize_static(state.summed(), *self._text_q.quantizer)
@@ -219,7 +245,7 @@ class FusedBlock:
 
 
 def _runs(layers: Sequence[QARVDLinear]) -> list[list[QARVDLinear]]:
-    """Neighbouring layers that read the same codes at the same weight bits, together."""
+    """Group neighbouring layers that read the same codes and have the same weight bits."""
     runs = [[layers[0]]]
     for layer in layers[1:]:
         last = runs[-1][-1]

@@ -1,8 +1,8 @@
-"""What a fused pass computes between its self-attentions, launched piece by piece or as CUDA graphs.
+"""CUDA-graph segments between self-attention calls.
 
-These stretches are the same in every pass of one shape: a dozen kernels each, that a graph launches at once. Attention and
-the storing of K/V stay outside, because they change with the cache; so one set of graphs serves every chunk, stream and
-prompt, whatever the length, window or storage of the cache.
+A segment is the part of a pass between two self-attention calls: about a dozen kernels, the same in every pass of one
+shape, which a CUDA graph launches at once. Attention and the storing of K/V depend on the cache and stay outside. One
+set of graphs therefore serves every chunk, stream and prompt, for any length, window and storage type of the cache.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 from .block import FusedBlock, PassState
 
 logger = logging.getLogger(__name__)
-_MOST_KINDS = 2  # of passes that keep their graphs; each holds the activations of a stretch
+_MAX_KINDS = 2  # kinds of passes that keep their graphs; each holds the activations of one segment
 
 
 @dataclass
-class Stretches:
-    """The stretches of one pass: number `i` lies between the self-attentions of blocks `i - 1` and `i`.
+class ForwardSegments:
+    """Run the segments of one pass: number `i` lies between the self-attention calls of blocks `i - 1` and `i`.
 
     Attributes:
-        blocks: of the model.
-        state: of the pass; after the last stretch it holds the output of the blocks.
+        blocks: blocks of the model.
+        state: state of the pass; after the last segment it holds the output of the blocks.
         modulation: float32 `[blocks, 6, groups, C]`.
-        texts: cross-attention K/V of the prompt for every block.
+        texts: cross-attention K/V of the prompt, for every block.
     """
 
     blocks: Sequence[FusedBlock]
@@ -36,141 +36,132 @@ class Stretches:
     modulation: Tensor
     texts: Sequence[tuple[Tensor, Tensor]]
 
-    def __call__(self, index: int, attended: Tensor | None) -> Tensor | None:
-        """Finish block `index - 1` with its attention's output `[B, tokens, heads, head_dim]`; project q, k and v of the next.
+    def __call__(self, index: int, attended: Tensor | None, out: Tensor | None = None) -> Tensor | None:
+        """Finish block `index - 1` with the output of its self-attention, and project q, k and v of block `index`.
+
+        Args:
+            index: number of the segment, 0 to the number of blocks.
+            attended: `[B, tokens, heads, head_dim]`; None for segment 0.
+            out: `[B, tokens, 3 C]` to write q, k and v to; None allocates.
 
         Returns:
-            `[B, tokens, 3 C]`, valid until the next call; None after the last block.
+            q, k and v `[B, tokens, 3 C]`; None after the last block.
         """
         if index > 0:
-            before = index - 1
-            self.blocks[before].finish(self.state, attended, self.texts[before], self.modulation[before])
-        return self.blocks[index].project(self.state, self.modulation[index]) if index < len(self.blocks) else None
-
-    @property
-    def output_shape(self) -> tuple[int, int, int]:
-        """`[B, tokens, 3 C]` of q, k and v."""
-        rows, channels = self.state.hidden.shape
-        return self.state.batch, rows // self.state.batch, 3 * channels
+            last = index - 1
+            self.blocks[last].finish(self.state, attended, self.texts[last], self.modulation[last])
+        if index == len(self.blocks):
+            return None
+        return self.blocks[index].project(self.state, self.modulation[index], out)
 
     def kind(self) -> tuple:
-        """What graphs of this pass depend on, besides the model itself."""
+        """Return everything that graphs of this pass depend on, besides the model itself."""
         hidden, (key, value) = self.state.hidden, self.texts[0]
         backends = tuple(block.text_backend for block in self.blocks)
         return self.state.batch, hidden.shape, hidden.dtype, self.modulation.shape, key.shape, value.dtype, backends
 
 
 class CaptureError(RuntimeError):
-    """A stretch could not become a graph."""
+    """Raised if a segment cannot be captured as a CUDA graph."""
 
 
-class CapturedStretches:
-    """Stretches as CUDA graphs, captured one by one when first called.
+class CapturedSegments:
+    """Run the segments of one kind of pass as CUDA graphs; each is captured the first time it is called.
 
-    Whatever crosses the border of a graph (inputs, the residual stream, q/k/v) lies in buffers that were allocated outside of
-    every capture. What is allocated while capturing is freed before the capture ends: memory of a graph must not be freed or
-    read outside of it, which torch's own allocator forgives and `cudaMallocAsync` does not.
+    Whatever enters or leaves a graph (inputs, the residual stream, q/k/v) is in buffers that were allocated outside of
+    every capture, and that the kernels read and write directly. What is allocated while capturing is freed before the
+    capture ends: memory of a graph must not be freed or read outside of it. The native allocator of torch tolerates
+    that, `cudaMallocAsync` does not.
+
+    Args:
+        like: a pass of this kind.
     """
 
-    def __init__(self, like: Stretches) -> None:
-        with torch.inference_mode(False):  # buffers are written in every mode
+    def __init__(self, like: ForwardSegments) -> None:
+        with torch.inference_mode(False):  # buffers are written to in every mode
             state = PassState(torch.empty_like(like.state.hidden), like.state.batch)
             texts = [tuple(torch.empty_like(part) for part in pair) for pair in like.texts]
-            self._inputs = Stretches(like.blocks, state, torch.empty_like(like.modulation), texts)
-        self._hidden = state.hidden
-        self._output: Tensor | None = None  # of every stretch but the last; they have one shape
-        self._held_texts: list[tuple[Tensor, Tensor]] | None = None
+            self._inputs = ForwardSegments(like.blocks, state, torch.empty_like(like.modulation), texts)
+            rows, channels = state.hidden.shape
+            self._projected = state.hidden.new_empty(state.batch, rows // state.batch, 3 * channels)
+        self._loaded_texts: list[tuple[Tensor, Tensor]] | None = None
         self._attended: Tensor | None = None
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(state.hidden.device)
 
-    def load(self, given: Stretches) -> CapturedStretches:
-        """Take over the inputs of a pass."""
-        self._hidden.copy_(given.state.hidden)
-        self._inputs.modulation.copy_(given.modulation)
-        held = self._held_texts
-        if held is None or any(new[0] is not old[0] for new, old in zip(given.texts, held, strict=True)):
-            for buffers, tensors in zip(self._inputs.texts, given.texts, strict=True):
+    def load(self, segments: ForwardSegments) -> CapturedSegments:
+        """Copy the inputs of a pass to the buffers."""
+        self.state.hidden.copy_(segments.state.hidden)
+        self._inputs.modulation.copy_(segments.modulation)
+        loaded = self._loaded_texts
+        if loaded is None or any(new[0] is not old[0] for new, old in zip(segments.texts, loaded, strict=True)):
+            for buffers, tensors in zip(self._inputs.texts, segments.texts, strict=True):
                 for buffer, tensor in zip(buffers, tensors, strict=True):
                     buffer.copy_(tensor)
-            self._held_texts = list(given.texts)
+            self._loaded_texts = list(segments.texts)
         return self
 
     @property
     def state(self) -> PassState:
-        """Of the pass, after its last stretch."""
-        return PassState(self._hidden, self._inputs.state.batch)
+        """State of the pass; after the last segment it holds the output of the blocks."""
+        return self._inputs.state
 
     def __call__(self, index: int, attended: Tensor | None) -> Tensor | None:
-        """As `Stretches`."""
+        """Run a segment as `ForwardSegments` does; the result is valid until the next call."""
         if attended is not None:
-            self._attended = self._filled(self._attended, attended)
+            if self._attended is None:
+                with torch.inference_mode(False):
+                    self._attended = torch.empty_like(attended)
+            self._attended.copy_(attended)
         if index == len(self._graphs):
             self._graphs.append(self._capture(index))
         self._graphs[index].replay()
-        return self._output if index < len(self._inputs.blocks) else None
-
-    @staticmethod
-    def _filled(buffer: Tensor | None, tensor: Tensor) -> Tensor:
-        if buffer is None:
-            with torch.inference_mode(False):
-                buffer = torch.empty_like(tensor)
-        return buffer.copy_(tensor)
+        return self._projected if index < len(self._inputs.blocks) else None
 
     def _capture(self, index: int) -> torch.cuda.CUDAGraph:
-        if self._output is None and index < len(self._inputs.blocks):
-            with torch.inference_mode(False):
-                self._output = self._hidden.new_empty(self._inputs.output_shape)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             try:
-                # Other threads (a decoder, a user interface) may go on allocating.
+                # Other threads (a decoder, a user interface) may allocate meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    self._run(index)
+                    self._inputs(index, self._attended, self._projected)
+                    self.state.summed()
                 finally:
                     graph.capture_end()
             except RuntimeError as error:
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
         return graph
 
-    def _run(self, index: int) -> None:
-        """Run a stretch from the buffers into the buffers."""
-        output = self._inputs(index, self._attended)
-        if output is not None:
-            self._output.copy_(output)
-        state = self._inputs.state
-        if state.summed() is not self._hidden:
-            self._hidden.copy_(state.hidden)
-            state.hidden = self._hidden
-
 
 class GraphStore:
-    """Graphs by kind of pass. A kind runs once without, so that everything is compiled and allocated before the capture."""
+    """Keep graphs by kind of pass.
+
+    The first pass of a kind runs without graphs, so that everything is compiled and allocated before the capture.
+    """
 
     def __init__(self) -> None:
-        self._captured: dict[tuple, CapturedStretches | None] = {}
-        self._refused = False
+        self._captured: dict[tuple, CapturedSegments | None] = {}
+        self._disabled = False
 
-    def of(self, given: Stretches) -> Stretches | CapturedStretches:
-        """The stretches to run: graphs, where they can be had."""
-        hidden = given.state.hidden
-        if self._refused or not hidden.is_cuda or torch.cuda.is_current_stream_capturing():
-            return given
-        kind = given.kind()
+    def choose(self, segments: ForwardSegments) -> ForwardSegments | CapturedSegments:
+        """Return what runs a pass: its graphs if there are any, else `segments` itself."""
+        if self._disabled or not segments.state.hidden.is_cuda or torch.cuda.is_current_stream_capturing():
+            return segments
+        kind = segments.kind()
         if kind not in self._captured:
-            if len(self._captured) == _MOST_KINDS:
+            if len(self._captured) == _MAX_KINDS:
                 del self._captured[next(iter(self._captured))]
             self._captured[kind] = None
-            return given
+            return segments
         if self._captured[kind] is None:
-            self._captured[kind] = CapturedStretches(given)
-        return self._captured[kind].load(given)
+            self._captured[kind] = CapturedSegments(segments)
+        return self._captured[kind].load(segments)
 
-    def refuse(self, error: CaptureError) -> None:
-        """Go on without graphs."""
+    def disable(self, error: CaptureError) -> None:
+        """Run every further pass without graphs, and say why."""
         logger.warning("Transformer passes are launched kernel by kernel, not as CUDA graphs: %s", error)
-        self._refused = True
+        self._disabled = True
         self._captured.clear()

@@ -1,4 +1,4 @@
-"""`FusedPass`: a cached pass of a quantized Wan transformer on fused integer kernels, in place of the stock forward."""
+"""Run cached passes of a quantized Wan transformer on fused integer kernels instead of the stock forward."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import qarvd_kernels as ops
 from ...kv_cache.cache import KVCache
 from ...quantization.linear import QARVDLinear
 from .block import FusedBlock, PassState, Workspace
-from .cuda_graphs import CapturedStretches, CaptureError, GraphStore, Stretches
+from .cuda_graphs import CapturedSegments, CaptureError, ForwardSegments, GraphStore
 
 
 class FusedPass:
-    """The cached forward of a transformer whose blocks hold nothing but static `QARVDLinear`s.
+    """Run the fused forward of a transformer whose blocks have only `QARVDLinear` layers with static activations.
 
-    Building it lays the weights out for the kernels, in place; `fits` tells whether they still lie that way. On a GPU the
-    second pass of a kind captures CUDA graphs, which the later ones replay (see `stretches`).
+    The constructor rearranges the weights for the kernels, in place; `fits` checks that they are still where they
+    were. On a GPU the second pass of a kind captures CUDA graphs, which later passes replay (see `cuda_graphs`).
 
     Attributes:
-        cuda_graphs: whether that is allowed.
+        cuda_graphs: whether CUDA graphs may be used.
 
     Raises:
-        ValueError: with the reason, if the transformer cannot run like this (see `refusal`).
-        LayerRefused: if the integer sums of a layer could overflow the kernels' accumulators.
+        ValueError: the transformer cannot take the fused forward; see `refusal`.
+        LayerRefused: the integer sums of a layer could overflow the kernels' accumulators.
     """
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         reason = refusal(transformer)
         if reason is not None:
-            raise ValueError(f"no fused pass: {reason}")
+            raise ValueError(f"this transformer cannot take the fused forward: {reason}")
         workspace = Workspace()
         self.cuda_graphs = True
         self._graphs = GraphStore()
@@ -41,10 +41,10 @@ class FusedPass:
         self._placement = _placement(transformer)
 
     def __deepcopy__(self, memo: dict) -> FusedPass:
-        return self  # the copied model's weights lie elsewhere: `fits` will refuse it there
+        return self  # the weights of the copied model have other addresses, so that `fits` is False for it
 
     def fits(self, transformer: WanTransformer3DModel) -> bool:
-        """Whether this still is the transformer: no weight moved, no layer replaced, no hook added. Asked before each pass."""
+        """Return whether no weight was moved, no layer replaced and no hook added; called before each pass."""
         return _placement(transformer) == self._placement and not any(map(_is_hooked, self._modules))
 
     def __call__(
@@ -56,38 +56,39 @@ class FusedPass:
         kv_cache: KVCache,
         cache_only: bool,
     ) -> Tensor | None:
-        """Flow `[B, C, F, H, W]` of a pass that is bound to `kv_cache`.
+        """Run one pass that is bound to `kv_cache`.
 
         Args:
-            transformer: the one this was built for.
+            transformer: the one that this was built for.
             latents: `[B, C, F, H, W]`.
-            timestep: `[B]` or `[B, G]`, one for each of G equal groups of tokens, such as frames.
+            timestep: `[B]` or `[B, G]`, one value for each of G equal groups of tokens, such as frames.
             text: embeddings `[B, text_tokens, text_dim]`.
             kv_cache: bound to the attention processors of `transformer`.
-            cache_only: the caller wants K/V in the cache and nothing else; nothing that only the flow needs is computed.
+            cache_only: compute K/V only, and nothing that only the flow needs.
 
         Returns:
-            The flow, or None if `cache_only`.
+            The flow `[B, C, F, H, W]`, or None if `cache_only`.
         """
-        given, embedding = self._stretches(transformer, latents, timestep, text, kv_cache)
+        segments, embedding = self._segments(transformer, latents, timestep, text, kv_cache)
         cos, sin, start = transformer.rope(latents)
         place = (cos[0, :, 0, 0::2].float().contiguous(), sin[0, :, 0, 1::2].float().contiguous()), start
         try:
-            state = self._run(self._graphs.of(given) if self.cuda_graphs else given, kv_cache, place, cache_only)
+            chosen = self._graphs.choose(segments) if self.cuda_graphs else segments
+            state = self._run(chosen, kv_cache, place, cache_only)
         except CaptureError as error:
-            self._graphs.refuse(error)
-            state = self._run(given, kv_cache, place, cache_only)
+            self._graphs.disable(error)
+            state = self._run(segments, kv_cache, place, cache_only)
         return None if state is None else self._head(transformer, state.summed(), embedding, latents.shape)
 
-    def _stretches(
+    def _segments(
         self,
         transformer: WanTransformer3DModel,
         latents: Tensor,
         timestep: Tensor,
         text: Tensor,
         kv_cache: KVCache,
-    ) -> tuple[Stretches, Tensor]:
-        """What lies between the self-attentions of this pass, and the embedding of its timestep `[groups, C]`."""
+    ) -> tuple[ForwardSegments, Tensor]:
+        """Compute what comes before the blocks; return the segments and the timestep embedding `[groups, C]`."""
         embedder = transformer.condition_embedder
         if kv_cache.layers[0].get_text() is None:
             text = embedder.text_embedder(text)
@@ -97,27 +98,40 @@ class FusedPass:
         modulation = embedder.time_proj(embedder.act_fn(embedding)).unflatten(1, (6, -1)).float()
         modulation = self._tables[:, :, None] + modulation.transpose(0, 1).contiguous()
         state = PassState(hidden.reshape(-1, hidden.shape[2]).contiguous(), latents.shape[0])
-        return Stretches(self._blocks, state, modulation, [block.text(text) for block in self._blocks]), embedding
+        return ForwardSegments(
+            self._blocks, state, modulation, [block.text(text) for block in self._blocks]
+        ), embedding
 
     def _run(
         self,
-        stretches: Stretches | CapturedStretches,
+        segments: ForwardSegments | CapturedSegments,
         kv_cache: KVCache,
         place: tuple[tuple[Tensor, Tensor], int],
         cache_only: bool,
     ) -> PassState | None:
-        """All blocks; `place` is RoPE's cos and sin and the token at which this pass's K/V start."""
+        """Run all blocks.
+
+        Args:
+            segments: what runs between the self-attention calls.
+            kv_cache: where K/V are stored.
+            place: cos and sin of RoPE, and the token at which the K/V of this pass start.
+            cache_only: stop once the last block's K/V are stored.
+
+        Returns:
+            The state after the last block, or None if `cache_only`.
+        """
         attended, last = None, len(self._blocks) - 1
         for index, (block, layer) in enumerate(zip(self._blocks, kv_cache.layers, strict=True)):
-            qkv = stretches(index, attended)
+            qkv = segments(index, attended)
             attended = block.attend(qkv, layer, *place, store_only=cache_only and index == last)
         if cache_only:
             return None
-        stretches(last + 1, attended)
-        return stretches.state
+        segments(last + 1, attended)
+        return segments.state
 
     @staticmethod
     def _head(transformer: WanTransformer3DModel, hidden: Tensor, embedding: Tensor, shape: torch.Size) -> Tensor:
+        """Return the flow, of `shape` `[B, C, F, H, W]`, from the output of the blocks `[B * tokens, C]`."""
         shift, scale = (transformer.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
         grouped = hidden.view(embedding.shape[0], -1, hidden.shape[1])
         normed = (transformer.norm_out(grouped.float()) * (1 + scale) + shift).type_as(hidden)
@@ -136,17 +150,17 @@ def _fused_block(index: int, block: nn.Module, workspace: Workspace) -> FusedBlo
 
 
 def _linears(transformer: WanTransformer3DModel) -> list[nn.Module]:
-    """The layers that a fused block multiplies with itself."""
-    found = []
+    """Return the layers whose products are part of a fused block."""
+    layers: list[nn.Module] = []
     for block in transformer.blocks:
         first, second = block.attn1, block.attn2
-        found += [first.to_q, first.to_k, first.to_v, first.to_out[0], second.to_q, second.to_out[0]]
-        found += [block.ffn.net[0].proj, block.ffn.net[2]]
-    return found
+        layers += [first.to_q, first.to_k, first.to_v, first.to_out[0], second.to_q, second.to_out[0]]
+        layers += [block.ffn.net[0].proj, block.ffn.net[2]]
+    return layers
 
 
 def _placement(transformer: WanTransformer3DModel) -> list[tuple]:
-    """Where everything lies that a fused pass was built from."""
+    """Return the addresses of everything that a `FusedPass` is built from, and the types of its layers."""
     if transformer.training or hasattr(transformer, "lora_differences"):
         return []
     # An adapter wraps its layer, and has no packed weight of its own.
@@ -158,7 +172,7 @@ def _placement(transformer: WanTransformer3DModel) -> list[tuple]:
 
 
 def _copied(block: nn.Module) -> list[Tensor]:
-    """Parameters beside those of the linear layers that a fused block keeps in float32."""
+    """Return the parameters of which a fused block keeps float32 copies."""
     norms = [block.attn1.norm_q, block.attn1.norm_k, block.norm2]
     return [
         block.scale_shift_table,
@@ -167,7 +181,7 @@ def _copied(block: nn.Module) -> list[Tensor]:
 
 
 def refusal(transformer: WanTransformer3DModel) -> str | None:
-    """Why this transformer has to take the stock forward; None if it need not."""
+    """Return why a transformer cannot take the fused forward, or None if it can."""
     for block in transformer.blocks:
         if block.attn1.fused_projections or block.attn2.fused_projections:
             return "q, k and v were fused before quantization"
@@ -176,15 +190,15 @@ def refusal(transformer: WanTransformer3DModel) -> str | None:
     if transformer.training:
         return "the model is in training mode"
     if hasattr(transformer, "lora_differences"):
-        return "an adapter adds to parameters of which a fused pass holds copies"
+        return "an adapter adds to parameters that the fused forward has copies of"
     for layer in _linears(transformer):
         if type(layer) is not QARVDLinear:
-            return f"a block holds a {type(layer).__name__} (an adapter, or a layer kept in float)"
+            return f"a block has a {type(layer).__name__} (an adapter, or a layer that was not quantized)"
         if layer.activation != "static":
-            return f"the scheme has {layer.activation} activations, fused kernels need static ones"
+            return f"the scheme has {layer.activation} activations; the fused kernels support static scales only"
     for module in transformer.blocks.modules():
         if _is_hooked(module):
-            return f"a {type(module).__name__} has a hook (offloading, or a measurement)"
+            return f"a {type(module).__name__} has a hook (offloading, or capturing of activations)"
     return None
 
 

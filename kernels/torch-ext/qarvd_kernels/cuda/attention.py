@@ -30,6 +30,7 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
 
 
 def _unsupported_layout(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Return what these tensors have that the kernel does not support, or None."""
     heads, head_dim = query.shape[2:]
     if head_dim != HEAD_DIM:
         return f"heads of {head_dim} channels, expected {HEAD_DIM}"
@@ -37,7 +38,7 @@ def _unsupported_layout(query: Tensor, key: Tensor, value: Tensor) -> str | None
         return "an empty tensor"
     room = value.stride(3)
     if value.stride() != (heads * head_dim * room, 1, head_dim * room, room):
-        return "the values do not lie with tokens innermost (a K/V cache in float8 allocates them so)"
+        return "the values are not stored with tokens innermost (a float8 K/V cache allocates them so)"
     if room > MAX_ROOM:
         return f"room for {room} tokens, at most {MAX_ROOM} can be counted"
     if room % ROOM_MULTIPLE or key.stride() != (room * heads * head_dim, heads * head_dim, head_dim, 1):
@@ -89,6 +90,7 @@ def attention_fp8(
 
 @cache
 def _function(device: int) -> tuple[Any, int]:
+    """Return the C function with its argument types, and the size of its workspace on a device."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     function, workspace = library().qarvd_attention_fp8, library().qarvd_attention_fp8_workspace
     function.argtypes = [

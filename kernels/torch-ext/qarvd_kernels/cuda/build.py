@@ -47,11 +47,11 @@ def find_nvcc() -> Path:
         BuildError: there is none.
     """
     home = os.environ.get("CUDA_HOME")
-    found = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if not os.access(found, os.X_OK):
+    nvcc = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.access(nvcc, os.X_OK):
         place = f"in CUDA_HOME={home}" if home else "on the PATH or in /usr/local/cuda"
         raise BuildError(f"no nvcc {place}; install the CUDA toolkit {_dotted(MINIMUM_NVCC)} or later")
-    return Path(found)
+    return Path(nvcc)
 
 
 def nvcc_version(nvcc: Path) -> str:
@@ -98,6 +98,7 @@ def build() -> Path:
 
 @cache
 def _load() -> ctypes.CDLL | BuildError:
+    """Build and load the library once per process; return it, or the error."""
     try:
         path = build()
         try:
@@ -138,6 +139,7 @@ def _dotted(version: tuple) -> str:
 
 
 def _is_whole(library: Path) -> bool:
+    """Return whether a library ends with the digest of its content."""
     try:
         content = library.read_bytes()
     except OSError:
@@ -147,6 +149,7 @@ def _is_whole(library: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock among processes; it is released with the file or with the process."""
     import fcntl
 
     with open(path, "a") as file:
@@ -155,10 +158,11 @@ def _locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             logger.warning("Another process is compiling the CUDA kernels: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # freed with the file, or with the process
+        yield
 
 
 def _compile(nvcc: Path, target: Path) -> None:
+    """Compile the sources and append a digest to the library."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = Path(folder) / target.name
         command = [nvcc, *FLAGS, *sorted(SOURCES.glob("*.cu")), "-o", output]

@@ -48,6 +48,12 @@ def dual_scale_gemm(*arguments: Any) -> Tensor:
     return _launch(product, out_dtype)
 
 
+def dual_scale_gemm_out(*arguments: Any) -> None:
+    """Write `dual_scale_gemm` in the dtype of `out` to `out`."""
+    *product, out = arguments
+    _launch(product, out.dtype, out=out)
+
+
 def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:
     """Return int8 `[M, N]`: GELU and static quantization of the product."""
     *product, out_scale, out_zero_point, out_outliers = arguments
@@ -83,11 +89,21 @@ def _launch(
     dtype: torch.dtype,
     quantizer: tuple[int | None, int | None, int] = (None, None, 0),
     sums: tuple[int | None, int | None, int] = (None, None, 1),
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Compute a product (the fields of `Product`) in `dtype`; `quantizer` and `sums` as in src/gemm.cu."""
+    """Compute a product in `dtype`.
+
+    Args:
+        product: the fields of `Product`.
+        dtype: of the result.
+        quantizer: as in src/gemm.cu.
+        sums: as in src/gemm.cu.
+        out: `[M, N]` to write the result to; None allocates.
+    """
     a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
     (m, k), n, device = a.shape, weight.shape[0], a.get_device()
-    out = torch.empty((m, n), dtype=dtype, device=a.device)
+    if out is None:
+        out = torch.empty((m, n), dtype=dtype, device=a.device)
     if a.stride(1) != 1 or a.stride(0) % _ALIGNMENT or a.data_ptr() % _ALIGNMENT:
         a = a.clone(memory_format=torch.contiguous_format)
     code = _functions()[0](
@@ -141,11 +157,13 @@ def _balanced(m: int, n: int, processors: int) -> tuple[int, int, int]:
 
 @cache
 def _tuned() -> dict[str, list[int]]:
+    """Read the measured tiles: `"NxK"` -> rows, columns and bytes of a K block."""
     return json.loads(_TUNED.read_text(encoding="utf-8"))["tiles"]
 
 
 @cache
 def _functions() -> tuple[Any, Any]:
+    """Return the C functions of the product and of the int4 expansion, with their argument types."""
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     gemm, expand = library().qarvd_gemm, library().qarvd_expand_int4
     gemm.argtypes = [pointer, long, pointer, *[integer] * 4, *[pointer] * 6, integer, pointer, pointer, integer]
@@ -159,10 +177,12 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if its address is not aligned."""
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _unsupported_gemm(arguments: Mapping[str, Any]) -> str | None:
+    """Return why a product cannot run here, or None."""
     a, weight = arguments["a"], arguments["weight"]
     if a.numel() == 0 or weight.numel() == 0:
         return "an empty tensor"
@@ -175,11 +195,23 @@ def _unsupported_gemm(arguments: Mapping[str, Any]) -> str | None:
     for name, size, multiple in sizes:
         if size % multiple:
             return f"{name} is {size}, expected a multiple of {multiple}"
-    names = ("weight", "ratio", "scale", "bias", "row_sums", "row_sum_scale", "out_scale", "out_zero_point", "gate")
+    names = (
+        "weight",
+        "ratio",
+        "scale",
+        "bias",
+        "row_sums",
+        "row_sum_scale",
+        "out",
+        "out_scale",
+        "out_zero_point",
+        "gate",
+    )
     return _unsupported_layout(arguments, names)
 
 
 def _unsupported_expand(arguments: Mapping[str, Any]) -> str | None:
+    """Return why an int4 expansion cannot run here, or None."""
     for name, size in (("K", arguments["out"].shape[1]), ("num_outliers", arguments["num_outliers"])):
         if size % _ALIGNMENT:
             return f"{name} is {size}, expected a multiple of {_ALIGNMENT}"
@@ -189,6 +221,7 @@ def _unsupported_expand(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _unsupported_layout(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """Return which of these tensors is not contiguous or not aligned, or None."""
     for name in names:
         tensor = arguments.get(name)
         if tensor is not None and not tensor.is_contiguous():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .rows import launch, unsupported_reason  # noqa: F401  (`unsupported_reason` is looked up here)
@@ -11,9 +12,15 @@ from .rows import launch, unsupported_reason  # noqa: F401  (`unsupported_reason
 
 def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
     """Normalize and quantize 16-bit `[M, C]` to int8 `[M, C]`, permuted."""
-    return launch(x, None, None, arguments)[1]
+    return launch(x, None, None, arguments)
 
 
 def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the gated sum in the dtype of x, and int8 codes `[M, C]` of its norm."""
-    return launch(x, y, gate, arguments)
+    total = torch.empty_like(x)
+    return total, launch(x, y, gate, arguments, total)
+
+
+def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> Tensor:
+    """Replace x by the gated sum, and return int8 codes `[M, C]` of its norm."""
+    return launch(x, y, gate, arguments, total=x)

@@ -11,4 +11,4 @@ from .rows import NO_NORM, launch, unsupported_reason  # noqa: F401  (`unsupport
 
 def quantize_static(x: Tensor, *quantizer: Any) -> Tensor:
     """Quantize 16-bit `[..., K]` to int8 `[..., K]`, permuted."""
-    return launch(x, None, None, (*NO_NORM, *quantizer))[1]
+    return launch(x, None, None, (*NO_NORM, *quantizer))

@@ -26,12 +26,15 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
     """Return why the operator cannot run here, or None; see `dispatch`."""
     reason = unsupported_device(device)
     if reason is None and arguments is not None:
-        reason = _unsupported_arguments(arguments)
+        reason = _unsupported_arguments(operator, arguments)
     return reason or unavailable_reason()
 
 
-def _unsupported_arguments(arguments: Mapping[str, Any]) -> str | None:
+def _unsupported_arguments(operator: str, arguments: Mapping[str, Any]) -> str | None:
+    """Return why a call cannot run here, or None."""
     x = arguments["x"]
+    if operator.endswith("_") and not x.is_contiguous():
+        return "x is not contiguous"
     if x.numel() == 0:
         return "an empty tensor"
     if x.shape[-1] % _CHANNELS or x.shape[-1] > _MAX_CHANNELS:
@@ -43,23 +46,28 @@ def _unsupported_arguments(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple) -> tuple[Tensor | None, Tensor]:
-    """Return the sum in the dtype of x if there is a y, and int8 codes in the shape of x.
+def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, total: Tensor | None = None) -> Tensor:
+    """Write `x + gate * y` to `total` if there is a y; return int8 codes in the shape of x.
 
     Args:
+        x: 16-bit `[..., C]`, contiguous.
+        y: likewise, or None.
+        gate: float32 `[G, C]` or None.
         arguments: the fields of `Norm` (or `NO_NORM`), then those of `InputQuantizer`.
+        total: like x, or None without y. It may be x itself: the thread that writes an element of the sum is the only
+            one that reads this element of x and y, and it has read it before.
     """
     weight, norm_bias, scale, shift, eps, order, outliers, input_scale, zero_point = arguments
-    total = None if y is None else torch.empty_like(x)
     codes = torch.empty_like(x, dtype=torch.int8)
     channels, device = x.shape[-1], x.get_device()
     rows = x.numel() // channels
     wide = [_aligned(t) for t in (x, y, gate, weight, norm_bias, scale, shift, order)]
+    written = _aligned(total)
     code = _function()(
         *[None if t is None else t.data_ptr() for t in wide],
         input_scale.data_ptr(),
         zero_point.data_ptr(),
-        None if total is None else total.data_ptr(),
+        None if written is None else written.data_ptr(),
         codes.data_ptr(),
         rows,
         channels,
@@ -73,15 +81,19 @@ def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple) -
     )
     if code:
         raise RuntimeError(f"qarvd_kernels: codes of {rows} x {channels} activations failed: {message(code)}")
-    return total, codes
+    if written is not total:
+        total.copy_(written)
+    return codes
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor, or a copy if its address is not aligned."""
     return tensor if tensor is None or tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 @cache
 def _function() -> Any:
+    """Return the C function with its argument types."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     function = library().qarvd_rows
     function.argtypes = [*[pointer] * 12, *[integer] * 5, ctypes.c_float, *[integer] * 2, pointer]

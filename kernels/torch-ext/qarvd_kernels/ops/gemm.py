@@ -36,6 +36,25 @@ def dual_scale_gemm(product: Product, out_dtype: torch.dtype) -> Tensor:
     return torch.empty(product.shape, dtype=out_dtype, device=product.a.device)
 
 
+@operator(mutates=["out"])
+def dual_scale_gemm_out(product: Product, out: Tensor) -> None:
+    """Write the result of `dual_scale_gemm` to `out`.
+
+    Args:
+        product: as in `dual_scale_gemm`.
+        out: `[M, N]` in one of the dtypes of `dual_scale_gemm`, overwritten. Compiled implementations need it
+            contiguous.
+
+    Raises:
+        ValueError: a shape, dtype or count does not fit.
+    """
+    checks.dual_scale_gemm(*product)
+    checks.require(
+        out.dtype in checks.GEMM_DTYPES, "dtype of out", out.dtype, "bfloat16, float16, float32 or (raw sums) int32"
+    )
+    checks.tensor("out", out, product.shape, out.dtype)
+
+
 @operator()
 def dual_scale_gemm_gelu(product: Product, out_scale: Tensor, out_zero_point: Tensor, out_outliers: int) -> Tensor:
     """Compute `dual_scale_gemm`, then GELU (tanh form) and the static quantizer of the next layer.

@@ -95,7 +95,7 @@ def dequantize_weight(
 def weight_only_linear(
     x: Tensor, weight: StoredWeight, channel_order: Tensor, bias: Tensor | None, bits: Constant, num_outliers: int
 ) -> Tensor:
-    """Apply a linear layer with the de-quantized weight to a float activation `[..., K]` (original channel order).
+    """Apply a linear layer with the dequantized weight to a float activation `[..., K]` (original channel order).
 
     Returns:
         `[..., N]` in the dtype of x.

@@ -58,6 +58,26 @@ def add_norm_quantize(
     )
 
 
+@operator(mutates=["x"])
+def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, quantizer: InputQuantizer) -> Tensor:
+    """Replace x by the gated residual sum of `add_norm_quantize`, and return the codes of its norm.
+
+    Args:
+        x: float `[M, C]`, overwritten. Compiled implementations need it contiguous.
+        y: as in `add_norm_quantize`; so are the other arguments.
+
+    Returns:
+        int8 `[M, C]` in stored order.
+
+    Raises:
+        ValueError: a shape, dtype or count does not fit.
+    """
+    checks.residual(x, y, gate)
+    checks.normalization(x, *norm[:4])
+    quantizer.check(x)
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
 @operator()
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """Compute `x + gate[g] * y` in float32; arguments as in `add_norm_quantize`.
@@ -70,3 +90,13 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """
     checks.residual(x, y, gate)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@operator(mutates=["x"])
+def add_gated_(x: Tensor, y: Tensor, gate: Tensor | None) -> None:
+    """Replace x by `add_gated`; arguments as in `add_norm_quantize_`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    checks.residual(x, y, gate)

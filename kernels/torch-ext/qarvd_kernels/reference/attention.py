@@ -80,6 +80,6 @@ def attention_fp8(
     value_scale: Tensor,
     length: int,
 ) -> Tensor:
-    """Return bfloat16 `[B, T, H, D]`: 16-bit attention on the de-quantized tensors."""
+    """Return bfloat16 `[B, T, H, D]`: 16-bit attention on the dequantized tensors."""
     pairs = ((query, query_scale), (key[:, :length], key_scale), (value[:, :length], value_scale))
     return attention(*((x.float() * per_channel(scale)).to(torch.bfloat16) for x, scale in pairs)).contiguous()

@@ -32,9 +32,15 @@ def _scaled(product: Product) -> Tensor:
 def dual_scale_gemm(*arguments: Any) -> Tensor:
     """Return `[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
     *product, out_dtype = arguments
-    if out_dtype == torch.int32:
-        return accumulate(*product[:4])
-    return _scaled(Product(*product)).to(out_dtype)
+    out = torch.empty(Product(*product).shape, dtype=out_dtype, device=product[0].device)
+    dual_scale_gemm_out(*product, out)
+    return out
+
+
+def dual_scale_gemm_out(*arguments: Any) -> None:
+    """Write `dual_scale_gemm` in the dtype of `out` to `out`."""
+    *product, out = arguments
+    out.copy_(accumulate(*product[:4]) if out.dtype == torch.int32 else _scaled(Product(*product)))
 
 
 def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:

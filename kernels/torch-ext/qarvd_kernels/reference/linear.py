@@ -130,7 +130,7 @@ def weight_only_linear(
     bits: int,
     num_outliers: int,
 ) -> Tensor:
-    """Multiply float `[..., K]` by the de-quantized weight and add the bias; return `[..., N]` in the dtype of x."""
+    """Multiply float `[..., K]` by the dequantized weight and add the bias; return `[..., N]` in the dtype of x."""
     weight = dequantize_weight(
         weight_packed, weight_scale, weight_zero_point, channel_order, bits, num_outliers, x.dtype
     )

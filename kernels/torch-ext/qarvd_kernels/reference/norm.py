@@ -39,10 +39,22 @@ def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
 
 def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the gated sum in the dtype of x, and int8 codes `[M, C]` of its norm."""
+    total = x.clone()
+    return total, add_norm_quantize_(total, y, gate, *arguments)
+
+
+def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> Tensor:
+    """Replace x by the gated sum; return int8 codes `[M, C]` of its norm, which is taken before rounding to x."""
     total = _sum(x, y, gate)
-    return total.to(x.dtype), norm_quantize(total, *arguments)
+    x.copy_(total)
+    return norm_quantize(total, *arguments)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """Compute `x + gate * y` in the dtype of x."""
     return _sum(x, y, gate).to(x.dtype)
+
+
+def add_gated_(x: Tensor, y: Tensor, gate: Tensor | None) -> None:
+    """Replace x by `x + gate * y`."""
+    x.copy_(_sum(x, y, gate))

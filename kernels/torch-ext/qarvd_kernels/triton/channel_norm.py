@@ -35,6 +35,7 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
 def rms_norm_silu_kernel(
     x, bias, weight, past, out, new_rows, old_rows, zero_rows, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
+    """Normalize `ROWS` positions, or copy them from `past`, or write zeros."""
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
@@ -61,6 +62,7 @@ def rms_norm_silu_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def add_bias_kernel(total, x, bias, rows, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Add x and bias to `ROWS` positions of `total`, in place."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = channel < C

@@ -32,8 +32,10 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
     reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
+    if "out" in arguments and not arguments["out"].is_contiguous():
+        return "out is not contiguous"
     if operator == "expand_int4":
-        return None if arguments["out"].is_contiguous() else "out is not contiguous"
+        return None
     for name, size in (("K", arguments["a"].shape[1]), ("num_outliers", arguments["num_outliers"])):
         if size % _MULTIPLE:
             return f"{name} is {size}, expected a multiple of {_MULTIPLE}"
@@ -139,6 +141,7 @@ def dual_scale_gemm_kernel(
     BLOCK_K: tl.constexpr,
     STRIPE: tl.constexpr,
 ):
+    """Compute one tile of a dual-scale product, with its epilogue."""
     first, m, n = _tile(rows, N, BLOCK_M, BLOCK_N, STRIPE)
     # Rows past the end repeat the last one and are not stored. Scalars hold the large products: offsets fit 32 bits.
     row, column = tl.minimum(m, rows - first - 1), n % N
@@ -159,6 +162,7 @@ def dual_scale_gemm_kernel(
 
 @triton.jit
 def expand_int4_kernel(packed, zero_point, out, BYTES: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Expand a part of one row of a 4-bit weight."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     byte = tl.load(packed + row * BYTES + at, mask=at < BYTES, other=0).to(tl.int8, bitcast=True)
@@ -180,11 +184,13 @@ def _launch(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     quantizer: tuple[Tensor | None, Tensor | None, int] = (None, None, 0),
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Compute a product (the fields of `Product`) in `dtype`."""
+    """Compute a product (the fields of `Product`) in `dtype`; write it to `out`, or to a new tensor."""
     a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
     (m, k), n = a.shape, weight.shape[0]
-    out = torch.empty((m, n), dtype=dtype, device=a.device)
+    if out is None:
+        out = torch.empty((m, n), dtype=dtype, device=a.device)
     out_scale, out_zero_point, out_outliers = quantizer
     block_m, block_n, block_k, stripe, warps, stages = gemm_config(a.get_device(), m, n, k, epilogue == _RESIDUAL)
     _gemm(
@@ -202,6 +208,12 @@ def dual_scale_gemm(*arguments: Any) -> Tensor:
     """Return `[M, N]` in `out_dtype`; int32 is the sum before the epilogue."""
     *product, out_dtype = arguments
     return _launch(product, out_dtype, _PLAIN)
+
+
+def dual_scale_gemm_out(*arguments: Any) -> None:
+    """Write `dual_scale_gemm` in the dtype of `out` to `out`."""
+    *product, out = arguments
+    _launch(product, out.dtype, _PLAIN, out=out)
 
 
 def dual_scale_gemm_gelu(*arguments: Any) -> Tensor:

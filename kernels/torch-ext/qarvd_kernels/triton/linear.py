@@ -1,4 +1,4 @@
-"""De-quantize weights, for layers with floating-point activations."""
+"""Dequantize weights, for layers with floating-point activations."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def dequantize_weight_kernel(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Dequantize a part of one row of a weight into original channel order."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < K
@@ -82,7 +83,7 @@ def weight_only_linear(
     bits: int,
     num_outliers: int,
 ) -> Tensor:
-    """Multiply float `[..., K]` by the de-quantized weight, which exists only until cuBLAS has read it."""
+    """Multiply float `[..., K]` by the dequantized weight, which exists only until cuBLAS has read it."""
     stored = (weight_packed, weight_scale, weight_zero_point, channel_order)
     weight = dequantize_weight(*stored, bits, num_outliers, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

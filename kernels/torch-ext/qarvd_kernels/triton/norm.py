@@ -24,7 +24,9 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
     if reason or arguments is None:
         return reason
     columns = arguments["x"].shape[1]
-    if operator != "add_gated" and columns > _LARGEST_ROW:
+    if operator.endswith("_") and not arguments["x"].is_contiguous():
+        return "x is not contiguous"
+    if not operator.startswith("add_gated") and columns > _LARGEST_ROW:
         return f"rows of {columns} channels do not fit the registers of one program ({_LARGEST_ROW})"
     return None
 
@@ -74,6 +76,7 @@ def norm_quantize_kernel(
     OUTLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the sum and the codes of one row; total may be x."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < C
@@ -98,6 +101,7 @@ def norm_quantize_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_gate"])
 def add_gated_kernel(x, y, gate, total, rows_per_gate, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a part of one row of the sum; total may be x."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < C
@@ -111,6 +115,7 @@ _add_gated = Launcher(add_gated_kernel)
 
 
 def _rows_per(table: Tensor | None, rows: int) -> int:
+    """Return how many rows share a row of the table; 1 without a table."""
     return 1 if table is None else rows // table.shape[0]
 
 
@@ -122,14 +127,17 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 8) if block <= 2048 else 4 if block <= 8192 else 16
 
 
-def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple) -> tuple[Tensor | None, Tensor]:
-    """Return the sum in the dtype of x if there is a y, and int8 codes.
+def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, total: Tensor | None = None) -> Tensor:
+    """Write `x + gate * y` to `total` if there is a y; return int8 codes in the shape of x.
 
     Args:
+        x: float `[M, C]`, contiguous.
+        y: likewise, or None.
+        gate: float32 `[G, C]` or None.
         arguments: the fields of `Norm`, then those of `InputQuantizer`.
+        total: like x, or None without y. It may be x itself: a program reads a row of x and y before it writes it.
     """
     weight, norm_bias, scale, shift, eps, channel_order, num_outliers, input_scale, input_zero_point = arguments
-    total = None if y is None else torch.empty_like(x)
     codes = torch.empty_like(x, dtype=torch.int8)
     (rows, columns), block = x.shape, _block(x.shape[1])
     _norm_quantize(
@@ -140,24 +148,41 @@ def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple) 
         (_warps(block), 1),
         (x.dtype, None if y is None else y.dtype, gate is None, weight is None, scale is None),
     )
-    return total, codes
+    return codes
 
 
 def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
     """Normalize and quantize float `[M, C]` to int8 `[M, C]`, permuted."""
-    return _launch(x, None, None, arguments)[1]
+    return _launch(x, None, None, arguments)
 
 
 def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the gated sum in the dtype of x, and int8 codes `[M, C]` of its norm."""
-    return _launch(x, y, gate, arguments)
+    total = torch.empty_like(x)
+    return total, _launch(x, y, gate, arguments, total)
+
+
+def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> Tensor:
+    """Replace x by the gated sum, and return int8 codes `[M, C]` of its norm."""
+    return _launch(x, y, gate, arguments, total=x)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """Compute `x + gate * y` in the dtype of x."""
-    (rows, columns), total = x.shape, torch.empty_like(x)
+    total = torch.empty_like(x)
+    _launch_add(x, y, gate, total)
+    return total
+
+
+def add_gated_(x: Tensor, y: Tensor, gate: Tensor | None) -> None:
+    """Replace x by `x + gate * y`."""
+    _launch_add(x, y, gate, total=x)
+
+
+def _launch_add(x: Tensor, y: Tensor, gate: Tensor | None, total: Tensor) -> None:
+    """Write `x + gate * y` to `total`, which may be x."""
+    rows, columns = x.shape
     block = min(_block(columns), _ADD_BLOCK)
     grid = (rows, triton.cdiv(columns, block), 1)
     kind = (x.dtype, y.dtype, gate is None)
     _add_gated(grid, (x, y, gate, total), (_rows_per(gate, rows),), (columns, block), (4, 1), kind)
-    return total

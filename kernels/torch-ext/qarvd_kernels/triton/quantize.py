@@ -33,6 +33,7 @@ def quantize_static_kernel(
     OUTLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Quantize two rows per program, in stored channel order."""
     # A zero unknown to the compiler assigns channels to lanes one by one: the gather below is then nearly contiguous.
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK) + zero
     order = tl.load(channel_order + channel, mask=channel < K, other=0)
@@ -49,6 +50,7 @@ def quantize_static_kernel(
 
 @triton.jit
 def row_sums_kernel(a, sums, K: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the two channel groups of one row."""
     row = tl.program_id(0).to(tl.int64)
     outlier = tl.zeros([BLOCK], tl.int32)
     normal = tl.zeros([BLOCK], tl.int32)
