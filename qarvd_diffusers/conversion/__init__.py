@@ -3,7 +3,6 @@
 from .checkpoint import LORA_NESTINGS, load_checkpoint, open_checkpoint
 from .convert import convert_checkpoint, export_checkpoint
 from .detect import Detected, detect_checkpoint
-from .folder import PIPELINE_STUB
 from .from_disk import quantize_folder
 from .lora import LoraLayer, check_fit, merge_lora, read_lora, to_peft
 from .names import to_diffusers_keys, to_original_keys
@@ -12,7 +11,6 @@ from .single_file import export_int8_tensorwise, folder_to_single_file, save_sin
 
 __all__ = [
     "LORA_NESTINGS",
-    "PIPELINE_STUB",
     "Detected",
     "LoraLayer",
     "check_fit",

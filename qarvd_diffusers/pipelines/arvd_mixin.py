@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
+from ..conversion.folder import PORTABLE_CLASSES
 from ..quantization.model import quantized_linears, unwrapped
 from ..rollout.streamable import StreamableMixin
-from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .quantizable import QuantizableMixin
-
-# In memory -> on disk. A saved pipeline names stock classes only, so that plain diffusers can load its components.
-_PORTABLE_NAMES = {
-    "CausalWanTransformer3DModel": ("diffusers", "WanTransformer3DModel"),
-    "FewStepRenoiseScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-    "ChunkUniPCScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-}
-_OWN_SCHEDULERS = (FewStepRenoiseScheduler, ChunkUniPCScheduler)
 
 
 class ARVDMixin(StreamableMixin, QuantizableMixin):
@@ -57,7 +47,7 @@ class ARVDMixin(StreamableMixin, QuantizableMixin):
     def register_to_config(self, **kwargs: Any) -> None:
         """Record components under the stock class names they are saved as."""
         portable = {
-            name: _PORTABLE_NAMES.get(value[1], value) if isinstance(value, tuple) and len(value) == 2 else value
+            name: PORTABLE_CLASSES.get(value[1], value) if isinstance(value, tuple) and len(value) == 2 else value
             for name, value in kwargs.items()
         }
         super().register_to_config(**portable)
@@ -67,10 +57,3 @@ class ARVDMixin(StreamableMixin, QuantizableMixin):
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    def write_portable_parts(self, folder: Path) -> None:
-        """See `QuantizableMixin.write_portable_parts`; a scheduler of ours is described to stock classes by one of theirs."""
-        super().write_portable_parts(folder)
-        if isinstance(getattr(self, "scheduler", None), _OWN_SCHEDULERS):
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=self.causal_fields.timestep_shift)
-            scheduler.save_pretrained(folder / "scheduler")

@@ -1,18 +1,12 @@
-"""`QuantizableMixin`: `from_pretrained(..., quantization_config=...)`, `calibrate`, `quantize` and publishing."""
+"""`QuantizableMixin`: `from_pretrained(..., quantization_config=...)`, `calibrate`, `quantize`, saving and publishing."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
 from ..calibration.calibrate import Progress
 from ..calibration.measure_sensitivity import measure_sensitivity
@@ -20,19 +14,15 @@ from ..calibration.mixed_precision import choose_bits
 from ..calibration.pipeline import calibrate_pipeline
 from ..calibration.sensitivity import SensitivityResult
 from ..config import QARVDConfig
-from ..files.atomic import atomic_directory, atomic_file
-from ..hub.model_card import CARD_FILE, is_non_commercial, model_card, stated_licence
-from ..quantization.model import stored_bytes
+from ..conversion.folder import FEW_STEP_SCHEDULERS, write_portable_parts
+from ..files.atomic import atomic_directory
+from ..hub import publish
 from ..quantization.result import CalibrationResult
 from .arguments import loading_arguments
 from .quantization import check_stored_config, quantize_pipeline, quantize_text_encoder, split_config
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-logger = logging.getLogger(__name__)
-
-REPORT_FILE = "fidelity.json"
 
 
 class QuantizableMixin:
@@ -181,18 +171,17 @@ class QuantizableMixin:
         Raises:
             ValueError: for `safe_serialization=False`.
         """
-        publish = {
+        upload = {
             name: kwargs.pop(name)
             for name in ("repo_id", "private", "token", "commit_message", "create_pr")
             if name in kwargs
         }
-        if not push_to_hub and publish:
-            raise ValueError(f"{sorted(publish)} need push_to_hub=True")
+        if not push_to_hub and upload:
+            raise ValueError(f"{sorted(upload)} need push_to_hub=True")
         with atomic_directory(save_directory) as folder:
-            self._write(folder, report, publish.get("repo_id"), **kwargs)
+            self._write(folder, report, upload.get("repo_id"), **kwargs)
         if push_to_hub:
-            publish.setdefault("repo_id", Path(save_directory).name)
-            self._upload(Path(save_directory), **publish)
+            self._upload(Path(save_directory), **{"repo_id": Path(save_directory).name, **upload})
 
     def push_to_hub(
         self,
@@ -220,129 +209,40 @@ class QuantizableMixin:
         """
         with tempfile.TemporaryDirectory() as temporary:
             self._write(Path(temporary), report, repo_id, **kwargs)
-            return self._upload(Path(temporary), repo_id, private, token, commit_message, create_pr)
+            options = {"private": private, "token": token, "create_pr": create_pr}
+            return self._upload(Path(temporary), repo_id, commit_message, **options)
 
     def _write(self, folder: Path, report: Mapping[str, Any] | None, repo_id: str | None, **kwargs: Any) -> None:
         if not kwargs.pop("safe_serialization", True):
-            raise ValueError("safe_serialization=False writes pickles, which from_pretrained refuses: leave it out")
+            raise ValueError(
+                "safe_serialization=False writes pickles, which from_pretrained does not load: leave it out"
+            )
         super().save_pretrained(folder, **kwargs)
         self.write_portable_parts(folder)
-        _forget_local_paths(folder)
-        config = self.quantization
-        if config is None:
-            _copy_card(self.source, folder)
-            return
-        if config.text_encoder == "int8" and self.text_encoder is not None:
-            _copy_float_files(self.text_encoder.name_or_path, folder / "text_encoder")
-        self.write_card(folder, report or self._stored_report(), repo_id)
+        publish.complete_folder(self, folder, report, repo_id)
+
+    def _upload(self, folder: Path, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
+        return publish.upload(
+            folder, repo_id, commit_message=commit_message or f"Upload {type(self).__name__}", **options
+        )
 
     def write_portable_parts(self, folder: Path) -> None:
-        """Add what the portable layout has beyond `DiffusionPipeline.save_pretrained`."""
-        module, _, name = self.import_path().rpartition(".")
-        (folder / "pipeline.py").write_text(f"from {module} import {name}\n", encoding="utf-8")
+        """Add what the portable layout has beyond `DiffusionPipeline.save_pretrained`; see `conversion.folder`."""
+        scheduler = getattr(self, "scheduler", None)
+        shift = scheduler.config["timestep_shift"] if isinstance(scheduler, FEW_STEP_SCHEDULERS) else None
+        write_portable_parts(folder, self.import_path(), shift)
 
     def write_card(
         self, folder: str | os.PathLike[str], report: Mapping[str, Any] | None = None, repo_id: str | None = None
     ) -> None:
-        """Write the model card of the quantized pipeline, and the report it shows, into a folder.
+        """Write the model card of the quantized pipeline, and the report that it shows, into a folder.
 
         Args:
-            folder: a folder this pipeline was, or is being, saved into.
-            report: what `evaluate` returned; None says that nothing was measured.
-            repo_id: where the card will live on the Hub.
+            folder: a folder that this pipeline is saved in.
+            report: what `evaluate` returned; with None, the card says that nothing was measured.
+            repo_id: Hub repository of the card; None writes a placeholder.
+
+        Raises:
+            ValueError: if the pipeline is float.
         """
-        config = self.quantization
-        if config is None:
-            raise ValueError("write_card describes a quantized pipeline, this one is float")
-        licence = _licence(self.source, config.base_model if repo_id else None)
-        sizes = stored_bytes(self.transformer)
-        card = model_card(config, sizes, report, config.base_model, licence, repo_id, self.import_path())
-        texts = {CARD_FILE: str(card)}
-        if report is not None:
-            texts[REPORT_FILE] = json.dumps(report, indent=2)
-        for name, text in texts.items():
-            with atomic_file(Path(folder) / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-
-    def _stored_report(self) -> dict[str, Any] | None:
-        """The report saved beside the checkpoint this pipeline was loaded from."""
-        path = Path(self.source or "") / REPORT_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def _upload(
-        self,
-        folder: Path,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        _flag_licence(folder, repo_id)
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            create_pr=create_pr,
-        )
-        return commit.commit_url
-
-
-def _forget_local_paths(folder: Path) -> None:
-    """diffusers notes in every component's config where it was loaded from; a published folder should not tell."""
-    for path in folder.glob("*/*config.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _copy_card(source: str | None, target: Path) -> None:
-    """A float model keeps the card of the folder it came from, and its licence with it."""
-    card = Path(source or "") / CARD_FILE
-    if source and card.is_file():
-        shutil.copyfile(card, target / CARD_FILE)
-
-
-def _copy_float_files(source: str, target: Path) -> None:
-    """Store an int8 text encoder as the float files it was quantized from: stock classes load those, and bits agree."""
-    if not Path(source).is_dir():
-        raise ValueError(
-            f"The int8 text encoder was loaded from {source!r}, which is no folder, and cannot be stored as int8. Load the "
-            "pipeline from a folder or the Hub, or without text_encoder='int8'."
-        )
-    shutil.rmtree(target)
-    shutil.copytree(source, target)
-
-
-def _licence(*models: str | None) -> str | None:
-    """Licence stated by the first of several folders, files or Hub models that states one; None without card or network."""
-    for model in filter(None, models):
-        path = Path(model)
-        if path.exists():
-            licence = stated_licence(path.parent if path.is_file() else path)
-        else:
-            try:
-                licence = ModelCard.load(model).data.license
-            except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-                licence = None
-        if licence is not None:
-            return licence
-    return None
-
-
-def _flag_licence(folder: Path, repo_id: str) -> None:
-    """Say before an upload what its licence is not, or forbids."""
-    licence = _licence(str(folder))
-    if licence is None:
-        logger.warning(
-            "No licence is known of what is uploaded to %s: state it in README.md. Weights inherit the base model's.",
-            repo_id,
-        )
-    elif is_non_commercial(licence):
-        logger.warning(
-            "What is uploaded to %s is licensed %s: non-commercial. Quantized weights inherit that; the model card says so.",
-            repo_id,
-            licence,
-        )
+        publish.write_card(self, folder, report, repo_id)
