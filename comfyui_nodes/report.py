@@ -20,7 +20,7 @@ def describe(handle: PipelineHandle) -> str:
     pipe = handle.pipe
     config, transformer = pipe.quantization, pipe.transformer
     layers = library().quantized_linears(transformer)
-    fields = pipe.causal_fields
+    fields = pipe.rollout_config
     lines = [f"{handle.name}: {type(pipe).__name__}, {transformer.config.num_layers} blocks"]
     if config is None:
         stored = library().stored_bytes(transformer)["total"]

@@ -65,7 +65,7 @@ class Watch:
 
     def __init__(self, run: Run, pipe: Any, fps: float, preview: str) -> None:
         self._run, self._preview = run, preview
-        fields = pipe.causal_fields
+        fields = pipe.rollout_config
         passes = sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in range(run.total))
         self._bar = comfy.utils.ProgressBar(passes, node_id=run.node_id)
         self._feed = ChunkFeed(run, fps) if preview == "video" else None

@@ -74,7 +74,11 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         )
         for source in reversed(new):
             module.__dict__.update(
-                {key: value for key, value in vars(importlib.import_module(source)).items() if key[:2] != "__"}
+                {
+                    key: value
+                    for key, value in vars(importlib.import_module(source)).items()
+                    if key[:2] != "__" or key == "__getattr__"
+                }
             )
 
 

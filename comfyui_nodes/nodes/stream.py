@@ -204,7 +204,7 @@ class QARVDStreamGenerate(io.ComfyNode):
         """Run the model; `settings` are num_chunks, seed, size in pixels, kv_cache."""
         num_chunks, seed, size, kv_cache = settings
         embeds = _prompt_embeds(pipeline, positive)
-        frames = pipe.causal_fields.num_frames_per_chunk * (num_chunks + 1)
+        frames = pipe.rollout_config.num_frames_per_chunk * (num_chunks + 1)
         pipeline.load("transformer", "vae", memory=_working_bytes(pipe, size, frames))
         beginning, before = _start(pipeline, size, **start), start.get("state")
         generator = torch.Generator("cpu").manual_seed(seed % 2**63)
@@ -309,11 +309,11 @@ def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> dic
     elif value.model != pipeline.name:
         logger.warning("the state is of %s, %s goes on with it", value.model, pipeline.name)
     try:
-        pipe.causal_fields.context_pieces(latents.shape[2])
+        pipe.rollout_config.context_pieces(latents.shape[2])
     except ValueError as error:
         raise NodeError(
             f"{named[0]} has {latents.shape[2]} latent frames, which do not split into chunks.",
-            f"Give a multiple of {pipe.causal_fields.num_frames_per_chunk} latent frames.",
+            f"Give a multiple of {pipe.rollout_config.num_frames_per_chunk} latent frames.",
         ) from error
     expected = (size[1] // pipe.vae_scale_factor_spatial, size[0] // pipe.vae_scale_factor_spatial)
     if tuple(latents.shape[-2:]) != expected:
@@ -334,4 +334,4 @@ def _working_bytes(pipe: Any, size: tuple[int, int], frames: int) -> int:
     width = config.num_attention_heads * config.attention_head_dim
     hidden = tokens * width * pipe.transformer.dtype.itemsize
     cached = 2 * config.num_layers * hidden * (frames if window == -1 else window)
-    return cached + ACTIVATION_CHUNKS * hidden * pipe.causal_fields.num_frames_per_chunk
+    return cached + ACTIVATION_CHUNKS * hidden * pipe.rollout_config.num_frames_per_chunk

@@ -80,7 +80,7 @@ def measure_sensitivity(
     processes = Processes.launched()
     measured = describe_measurement(pipe, config, prompts, num_chunks, seed, result)
     processes.require_same(measured, "model, config, prompts or settings")
-    frames = tuple(count for _, _, count in pipe.causal_fields.chunks(num_chunks))
+    frames = tuple(count for _, _, count in pipe.rollout_config.chunks(num_chunks))
     state = SensitivityResult(measured, len(prompts), frames)
     if processes.is_main and path is not None and Path(path).exists():
         state = SensitivityResult.load(path, partial=True)

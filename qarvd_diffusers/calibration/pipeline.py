@@ -128,7 +128,7 @@ def calibrate_pipeline(
     folder = None if parts is None else ResumeFolder(parts, fingerprint)
     rollouts = list(enumerate(embeds))
     share = processes.share(rollouts)
-    passes = sum(sum(pipe.causal_fields.passes(chunk).values()) for chunk in range(config.calibration_chunks))
+    passes = sum(sum(pipe.rollout_config.passes(chunk).values()) for chunk in range(config.calibration_chunks))
     work = plan_work(pipe.transformer, config, folder, processes)
     totals = work_totals(work, passes * len(rollouts), passes * len(share))
     hidden = _hidden(pipe)

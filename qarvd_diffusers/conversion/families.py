@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..rollout.config import CausalFields
+from ..rollout.config import RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Preset:
         lacks: mechanisms that its roll-out needs and that do not exist here; such a model is refused.
     """
 
-    fields: CausalFields
+    fields: RolloutConfig
     network: str = "1.3B"
     source: str = ""
     weights: str = "generator_ema"
@@ -77,26 +77,26 @@ _FOUR_STEPS = (1000, 750, 500, 250)
 _JOINT = "a sampler that denoises several chunks at different noise levels jointly"
 
 _FRAMEWISE = Preset(
-    CausalFields(num_frames_per_chunk=1),
+    RolloutConfig(num_frames_per_chunk=1),
     source="zhuhz22/Causal-Forcing: framewise/causal_forcing.pt",
     file_names=("framewise", "causal_forcing-framewise", "causal_forcing_framewise"),
     licence="apache-2.0",
 )
 
 
-def _few_steps(*steps: int) -> CausalFields:
+def _few_steps(*steps: int) -> RolloutConfig:
     return dataclasses.replace(_FRAMEWISE.fields, denoising_timesteps=steps, first_chunk_timesteps=_FOUR_STEPS)
 
 
 PRESETS: dict[str, Preset] = {
     "self-forcing": Preset(
-        CausalFields(),
+        RolloutConfig(),
         source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt",
         file_names=("self_forcing", "self-forcing", "selfforcing"),
         licence="apache-2.0",
     ),
     "causal-forcing": Preset(
-        CausalFields(),
+        RolloutConfig(),
         source="zhuhz22/Causal-Forcing: chunkwise/causal_forcing.pt",
         weights="generator",
         file_names=("causal_forcing", "causal-forcing", "chunkwise/causal_forcing"),
@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
         file_names=("framewise-1step", "causal-forcing++/framewise-1step"),
     ),
     "longlive": Preset(
-        CausalFields(local_attention_frames=12, sink_frames=3, on_prompt_switch="recache"),
+        RolloutConfig(local_attention_frames=12, sink_frames=3, on_prompt_switch="recache"),
         source="Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt and models/lora.pt",
         weights="generator",
         file_names=("longlive",),
@@ -122,7 +122,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "causvid": Preset(
         # The released list ends in 0, which its sampler drops.
-        CausalFields(denoising_timesteps=(1000, 757, 522), warp_timesteps=False, timestep_shift=8.0),
+        RolloutConfig(denoising_timesteps=(1000, 757, 522), warp_timesteps=False, timestep_shift=8.0),
         source="tianweiy/CausVid: autoregressive_checkpoint/model.pt",
         weights="generator",
         file_names=("causvid", "autoregressive_checkpoint"),
@@ -130,14 +130,14 @@ PRESETS: dict[str, Preset] = {
     ),
     "krea": Preset(
         # The last step is a pass at timestep 0: it must not be dropped.
-        CausalFields(denoising_timesteps=(*_FOUR_STEPS, 0), local_attention_frames=6, context_mode="rebuild"),
+        RolloutConfig(denoising_timesteps=(*_FOUR_STEPS, 0), local_attention_frames=6, context_mode="rebuild"),
         network="14B",
         source="krea/krea-realtime-video",
         file_names=("krea",),
         licence="cc-by-nc-sa-4.0",
     ),
     "longlive-2": Preset(
-        CausalFields(
+        RolloutConfig(
             num_frames_per_chunk=8,
             # 1000 * linspace(0.999, 0, 5) without its end; the shift makes 999, 937, 833 and 624 of them.
             denoising_timesteps=(999, 749.25, 499.5, 249.75),
@@ -159,25 +159,25 @@ PRESETS: dict[str, Preset] = {
     ),
     "infinity-rope": Preset(
         # A cut puts the chunk, in slots 3 to 5 of the window, at 45 to 47.
-        CausalFields(local_attention_frames=6, sink_frames=1, rope_mode="window", shot_rope_offset=42),
+        RolloutConfig(local_attention_frames=6, sink_frames=1, rope_mode="window", shot_rope_offset=42),
         source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt, used as it is",
         file_names=("infinity-rope", "infinity_rope"),
         licence="apache-2.0",
     ),
     "reward-forcing": Preset(
-        CausalFields(local_attention_frames=9, sink_frames=3, rope_mode="window", sink_ema=0.999),
+        RolloutConfig(local_attention_frames=9, sink_frames=3, rope_mode="window", sink_ema=0.999),
         source="JaydenLu666/Reward-Forcing-T2V-1.3B",
         file_names=("reward-forcing", "reward_forcing", "rewardforcing"),
         licence="apache-2.0",
     ),
     "rolling-forcing": Preset(
-        CausalFields(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),
+        RolloutConfig(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),
         source="TencentARC/RollingForcing",
         file_names=("rolling_forcing", "rolling-forcing", "rollingforcing"),
         lacks=(_JOINT,),
     ),
     "causal-forcing-long": Preset(
-        CausalFields(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),
+        RolloutConfig(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),
         source="zhuhz22/Causal-Forcing: chunkwise/longvideo.pt",
         weights="generator",
         file_names=("longvideo", "chunkwise/longvideo"),

@@ -20,12 +20,12 @@ from ..files.safetensors import TensorSpec, write_shards, write_tensors
 from ..models.single_file_header import SingleFileHeader, comfyui_metadata, read_single_file
 from ..quantization.model import quantized_linears, unwrapped
 from ..quantization.packing import unpack
-from ..rollout.config import CausalFields
+from ..rollout.config import RolloutConfig
 from .convert import STEM, folder_tensors
 from .folder import copy_base_components, write_pipeline
 from .names import to_diffusers_keys, to_original_keys
 
-_PIPELINE_FIELDS = (*CausalFields.names(), "height", "width", "max_sequence_length", "fps")
+_PIPELINE_FIELDS = (*RolloutConfig.names(), "height", "width", "max_sequence_length", "fps")
 
 
 def pipeline_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def save_single_file(transformer: nn.Module, pipeline: Mapping[str, Any], path: 
 
     Args:
         transformer: a `CausalWanTransformer3DModel` or stock Wan transformer without adapters.
-        pipeline: the pipeline's config, or just the values of `CausalFields`.
+        pipeline: the pipeline's config, or just the values of `RolloutConfig`.
         path: ends in `.safetensors`; appears when it is complete.
 
     Raises:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, UMT5EncoderModel
 from ..calibration.targets import quantizable_linears
 from ..config import QARVDConfig, QuantizedModule
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from ..rollout.config import CausalFields
+from ..rollout.config import RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class ModelShapes:
         return cls(str(name), index, **parts)
 
     @property
-    def fields(self) -> CausalFields:
-        return CausalFields.from_config(self.index)
+    def fields(self) -> RolloutConfig:
+        return RolloutConfig.from_config(self.index)
 
     @property
     def quantization(self) -> QARVDConfig | None:

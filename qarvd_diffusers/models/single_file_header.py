@@ -36,7 +36,7 @@ class SingleFileHeader:
     Attributes:
         transformer: arguments of `WanTransformer3DModel`.
         quantization: config of a quantized model, or None.
-        pipeline: values of the pipeline's config: those of `CausalFields`, sizes, fps.
+        pipeline: values of the pipeline's config: those of `RolloutConfig`, sizes, fps.
     """
 
     transformer: Mapping[str, Any]

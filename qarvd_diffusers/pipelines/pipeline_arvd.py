@@ -21,7 +21,7 @@ from ..kv_cache.cache import KVCache
 from ..memory.plan import apply_choice, choose
 from ..memory.shapes import ModelShapes
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
-from ..rollout.config import CausalFields
+from ..rollout.config import RolloutConfig
 from ..rollout.inputs import StreamInputs, check_generator, resolve_num_chunks, whole_number
 from ..rollout.output import ARVDPipelineOutput, concatenate
 from ..rollout.video_start import Picture, encode_pixels, fit_length, start_pixels
@@ -73,7 +73,7 @@ def clean_prompt(text: str) -> str:
 class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Autoregressive video generation with a causal Wan transformer (Self-Forcing and its family).
 
-    One class serves the family: members differ in the config fields of `CausalFields`. A stock `WanTransformer3DModel` is
+    One class serves the family: members differ in the config fields of `RolloutConfig`. A stock `WanTransformer3DModel` is
     upgraded to `CausalWanTransformer3DModel` sharing all its parameters, a stock scheduler is replaced by the
     one that the config tells. Distilled models need no guidance: there is no negative prompt.
 
@@ -87,7 +87,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         num_frames_per_chunk, denoising_timesteps, first_chunk_timesteps, warp_timesteps, timestep_shift, context_noise,
             local_attention_frames, sink_frames, independent_first_frame, on_prompt_switch, global_sink, rope_mode,
             sink_ema, shot_rope_offset, shot_prefix, pin_shots, context_mode, keep_first_frame, clamped_start, sampler: see
-            `CausalFields`.
+            `RolloutConfig`.
         height: pixels of a frame when a call does not say.
         width: see `height`.
         max_sequence_length: text tokens when a call does not say.
@@ -135,7 +135,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         fps: int = 16,
     ) -> None:
         super().__init__()
-        fields = CausalFields(
+        fields = RolloutConfig(
             num_frames_per_chunk=num_frames_per_chunk,
             denoising_timesteps=tuple(denoising_timesteps),
             first_chunk_timesteps=first_chunk_timesteps,
@@ -218,9 +218,9 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
                     "The scheduler %s is replaced by %s, built from the pipeline's config: flow_shift or shift is its "
                     "timestep_shift, the steps are its denoising_timesteps; pass them to from_pretrained.",
                     type(value).__name__,
-                    _SAMPLERS[self.causal_fields.sampler].__name__,
+                    _SAMPLERS[self.rollout_config.sampler].__name__,
                 )
-            return _sampler(value, self.causal_fields)
+            return _sampler(value, self.rollout_config)
         if name == "vae" and (value is not None or not hasattr(self, "video_processor")):
             config = getattr(value, "config", None)
             self.vae_scale_factor_temporal = getattr(config, "scale_factor_temporal", 4)
@@ -300,7 +300,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             raise ValueError("the pipeline has no vae: ask for output_type='latent'")
         if output_type != "latent":
             self.make_decoder()  # raises where streaming decode cannot work
-        if self.causal_fields.reencodes and self.vae is None:
+        if self.rollout_config.reencodes and self.vae is None:
             raise ValueError(
                 "this model encodes decoded frames anew and the pipeline has no vae: load one, or load the model with "
                 "keep_first_frame=True"
@@ -311,7 +311,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             initial_latents = self.encode_start(image, video, height, width, batch)
         start = latents if latents is not None else initial_latents
         shape = (batch, self.transformer.config.in_channels, *self._latent_size(height, width, start))
-        fields, given = self.causal_fields, initial_latents
+        fields, given = self.rollout_config, initial_latents
         num_chunks = resolve_num_chunks(
             fields,
             0 if given is None or given.ndim != 5 else fields.context_frames(given.shape[2]),
@@ -354,7 +354,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             raise ValueError(
                 f"{len(pixels)} starts for a batch of {batch}: give one, or one per sample; a clip is video="
             )
-        pixels = fit_length(pixels, self.causal_fields, self.vae_scale_factor_temporal)
+        pixels = fit_length(pixels, self.rollout_config, self.vae_scale_factor_temporal)
         self.align_modules()
         return self.encode_frames(pixels).expand(batch, -1, -1, -1, -1)
 
@@ -405,7 +405,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
 
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:
         """See `ARVDMixin.make_cache`."""
-        fields, layers = self.causal_fields, self.transformer.config.num_layers
+        fields, layers = self.rollout_config, self.transformer.config.num_layers
         window = (fields.local_attention_frames, fields.sink_frames)
         return KVCache(layers, *window, num_frames, storage, fields.rope_mode, fields.sink_ema)
 
@@ -475,7 +475,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
 _SAMPLERS = {"renoise": FewStepRenoiseScheduler, "unipc": ChunkUniPCScheduler}
 
 
-def _sampler(scheduler: SchedulerMixin | None, fields: CausalFields) -> FewStepRenoiseScheduler | ChunkUniPCScheduler:
+def _sampler(scheduler: SchedulerMixin | None, fields: RolloutConfig) -> FewStepRenoiseScheduler | ChunkUniPCScheduler:
     """The given scheduler if it is of our kind and agrees with the pipeline's fields, else one built from the fields."""
     names = ("denoising_timesteps", "first_chunk_timesteps", "warp_timesteps", "timestep_shift")
     wanted = _SAMPLERS[fields.sampler](**{name: getattr(fields, name) for name in names})

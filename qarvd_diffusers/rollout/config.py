@@ -1,9 +1,10 @@
-"""`CausalFields`: the few values in which the members of the causal Wan family differ."""
+"""Define `RolloutConfig`: the values in which the members of the causal Wan family differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ SAMPLERS = ("renoise", "unipc")
 
 
 @dataclass(frozen=True)
-class CausalFields:
+class RolloutConfig:
     """How a causal video model rolls out; stored in the pipeline config, checked at construction.
 
     Attributes:
@@ -136,7 +137,7 @@ class CausalFields:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> CausalFields:
+    def from_config(cls, config: Mapping[str, Any]) -> RolloutConfig:
         """Take the fields out of a larger mapping such as a pipeline config; absent ones keep their defaults."""
         return cls(**{name: config[name] for name in cls.names() if name in config})
 
@@ -220,3 +221,10 @@ class CausalFields:
                 f"chunk has {first}, every other has {self.num_frames_per_chunk}"
             )
         return chunks + 1
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CausalFields":  # the name of version 0.1
+        warnings.warn("CausalFields was renamed: use RolloutConfig instead", DeprecationWarning, stacklevel=2)
+        return RolloutConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .chunk_loop import ChunkLoop
-from .config import CausalFields
+from .config import RolloutConfig
 from .decode_queue import Decoder
 from .inputs import StreamInputs
 
@@ -43,7 +43,7 @@ class StreamHost(Protocol):
     def _execution_device(self) -> torch.device: ...
 
     @property
-    def causal_fields(self) -> CausalFields: ...
+    def rollout_config(self) -> RolloutConfig: ...
 
     def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop: ...
 

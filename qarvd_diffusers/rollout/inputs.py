@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .config import CausalFields
+from .config import RolloutConfig
 
 
 @dataclass
@@ -28,7 +28,7 @@ class StreamInputs:
         generator: source of the noise that is drawn.
     """
 
-    fields: CausalFields
+    fields: RolloutConfig
     shape: tuple[int, int, int, int]
     num_chunks: int | None = None
     latents: torch.Tensor | None = None
@@ -172,7 +172,7 @@ def whole_number(name: str, value: Any, expected: str) -> int:
 
 
 def resolve_num_chunks(
-    fields: CausalFields,
+    fields: RolloutConfig,
     context_frames: int,
     *,
     num_chunks: int | None,

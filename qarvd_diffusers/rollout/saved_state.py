@@ -18,7 +18,7 @@ from ..files.hashing import hash_tensors
 from ..quantization.adapters import layer_scales
 from ..quantization.model import quantized_linears
 from .chunk_loop import ChunkLoop
-from .config import CausalFields
+from .config import RolloutConfig
 from .decode_queue import Decoder
 from .inputs import StreamInputs
 from .pass_info import PassInfo
@@ -37,7 +37,7 @@ def fingerprint(pipe: StreamHost) -> dict[str, str]:
     Of each tensor a few values are looked at. Those of a quantized layer are compared without regard to their order, which
     the layout for a kernel may change.
     """
-    hashes = {"causal fields": hashlib.blake2b(json.dumps(pipe.causal_fields.to_dict()).encode(), digest_size=8)}
+    hashes = {"causal fields": hashlib.blake2b(json.dumps(pipe.rollout_config.to_dict()).encode(), digest_size=8)}
     for name in ("transformer", "vae"):
         model = getattr(pipe, name, None)
         if model is None:
@@ -243,7 +243,7 @@ class SavedStream:
             tensors[f"renoise.{index}"] for index in range(sum(name.startswith("renoise.") for name in tensors))
         ]
         return StreamInputs(
-            CausalFields.from_config(self.facts["fields"]),
+            RolloutConfig.from_config(self.facts["fields"]),
             tuple(facts["shape"]),
             facts["num_chunks"],
             tensors.get("latents"),

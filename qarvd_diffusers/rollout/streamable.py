@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ..kv_cache.storage import check_storage
 from ..quantization.model import align_float_tensors
 from .arguments import check_cache_maker, check_scheduler, start_arguments
 from .chunk_loop import ChunkLoop
-from .config import CausalFields
+from .config import RolloutConfig
 from .decode_queue import Decoder, check_decoder
 from .generate import run_stream
 from .inputs import StreamInputs, check_tensors
@@ -37,7 +38,7 @@ class StreamableMixin(ABC):
     """Stream from a causal `DiffusionPipeline`; put it (through `ARVDMixin`) before `DiffusionPipeline` among the bases.
 
     The host pipeline has a `transformer`, a `scheduler` (of `schedulers/`, or with the same `set_timesteps` and `step`), a `video_processor`, the fields of
-    `CausalFields` in its config, and implements the contract: `encode_prompt`, `check_stream_inputs`, `run_pass`,
+    `RolloutConfig` in its config, and implements the contract: `encode_prompt`, `check_stream_inputs`, `run_pass`,
     `make_cache` and `make_decoder`.
 
     A stream owns all of its state (K/V cache, scheduler copy, decoder memory): any number of streams can be interleaved
@@ -96,14 +97,20 @@ class StreamableMixin(ABC):
         """A decoder for one stream."""
 
     def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `[B, 3, F, height, width]` in [-1, 1] -> normalized latents; needed where `CausalFields.reencodes`."""
+        """Pixels `[B, 3, F, height, width]` in [-1, 1] -> normalized latents; needed where `RolloutConfig.reencodes`."""
         raise NotImplementedError(f"{type(self).__name__} cannot encode frames")
 
     @property
-    def causal_fields(self) -> CausalFields:
+    def rollout_config(self) -> RolloutConfig:
         """How the model rolls out; raises ValueError for a `window` that cannot hold sink and chunk."""
-        fields = CausalFields.from_config(self.config)
+        fields = RolloutConfig.from_config(self.config)
         return fields if self.window is None else dataclasses.replace(fields, local_attention_frames=self.window)
+
+    @property
+    def causal_fields(self) -> RolloutConfig:
+        """Return `rollout_config`; the name of version 0.1."""
+        warnings.warn("causal_fields was renamed: use rollout_config instead", DeprecationWarning, stacklevel=2)
+        return self.rollout_config
 
     def stream(
         self,
@@ -176,11 +183,11 @@ class StreamableMixin(ABC):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
             )
-        if overlap_decoding and self.causal_fields.reencodes:
+        if overlap_decoding and self.rollout_config.reencodes:
             raise ValueError(
                 "overlap_decoding cannot be combined with a model whose next chunk needs the decoded frames of the last"
             )
-        steps = len(self.causal_fields.denoising_timesteps)
+        steps = len(self.rollout_config.denoising_timesteps)
         start = start_arguments(type(self).__name__, start, self.check_stream_inputs, self.stream, steps)
         check_scheduler(self.scheduler)
         storage = check_storage(kv_cache or self.kv_cache)

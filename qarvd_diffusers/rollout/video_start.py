@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
-from .config import CausalFields
+from .config import RolloutConfig
 
 Picture = PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 """A PIL image of any mode but F, the file of one, an array `[H, W, C]` or a tensor `[C, H, W]` (the other order too where
@@ -215,7 +215,7 @@ def _fit(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.interpolate(middle, size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
-def fit_length(pixels: torch.Tensor, fields: CausalFields, temporal_scale: int) -> torch.Tensor:
+def fit_length(pixels: torch.Tensor, fields: RolloutConfig, temporal_scale: int) -> torch.Tensor:
     """The last frames of `[B, 3, F, H, W]` that make a start of whole chunks (or, clamped, frames); a single picture stands still for the shortest start.
 
     Raises:

@@ -145,7 +145,7 @@ def test_single_files_and_rollouts(server):
         (
             "ours.safetensors",
             "as saved",
-            f"steps {', '.join(f'{t:g}' for t in pipe.causal_fields.denoising_timesteps)}",
+            f"steps {', '.join(f'{t:g}' for t in pipe.rollout_config.denoising_timesteps)}",
         ),
         ("ours.safetensors", "infinity-rope", "attention over 6 latent frames, 1 of them a sink"),
         ("tiny_self_forcing.safetensors", "as saved", "attention over all latent frames"),

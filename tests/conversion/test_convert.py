@@ -139,7 +139,7 @@ def test_convert_with_a_base(tiny_pipeline, original, tmp_path):
     torch.save({"generator_ema": original}, tmp_path / "checkpoint.pt")
     out = convert_checkpoint(tmp_path / "checkpoint.pt", tmp_path / "out", "causvid", base=tmp_path / "base")
     pipe = ARVDPipeline.from_pretrained(out)
-    assert pipe.causal_fields.denoising_timesteps == (1000, 757, 522)
+    assert pipe.rollout_config.denoising_timesteps == (1000, 757, 522)
     assert pipe.scheduler.config.timestep_shift == 8.0
     assert_equal(dict(pipe.transformer.state_dict()), dict(tiny_pipeline.transformer.state_dict()))
     assert pipe("a red circle", num_chunks=1, height=32, width=48).frames.shape == (1, 9, 32, 48, 3)

@@ -203,7 +203,7 @@ def test_lora_that_ships_with_a_base(tiny_pipeline, original, tmp_path):
     torch.save({"generator_lora": as_file(lora, "longlive")}, source.with_name("lora.pt"))
     out = convert_checkpoint(source, tmp_path / "out", "auto", num_attention_heads=2)
     pipe, tensors = loaded(out)
-    assert pipe.causal_fields == PRESETS["longlive"].fields
+    assert pipe.rollout_config == PRESETS["longlive"].fields
     plain = tiny_pipeline.transformer.state_dict()
     for name, layer in lora.items():
         want, _ = merge_lora(plain[f"{name}.weight"], None, layer)
@@ -244,7 +244,7 @@ def test_golden_members_convert_both_ways(golden_family, tmp_path, member):
     heads = golden.original_config()["num_heads"]
     out = convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", family, lora="none", num_attention_heads=heads)
     pipe = ARVDPipeline.from_pretrained(out)
-    assert pipe.causal_fields == PRESETS[family].fields
+    assert pipe.rollout_config == PRESETS[family].fields
     assert (pipe.config.height, pipe.config.fps) == ((704, 24) if family == "longlive-2" else (480, 16))
     convert_module.export_checkpoint(out, tmp_path / "back.safetensors")
     back = open_checkpoint(tmp_path / "back.safetensors").shards[0].load()

@@ -45,7 +45,7 @@ class ToyPipeline(ARVDMixin, DiffusionPipeline):
         return prompt_embeds if prompt_embeds is not None else torch.full((1, 1, 1), float(len(prompt)))
 
     def check_stream_inputs(self, *, num_chunks, generator, **rest) -> StreamInputs:
-        return StreamInputs(self.causal_fields, (1, 4, 2, 2), num_chunks, generator=generator)
+        return StreamInputs(self.rollout_config, (1, 4, 2, 2), num_chunks, generator=generator)
 
     def run_pass(self, latents, timestep, prompt_embeds, *, kv_cache, frame_offset, cache_only=False):
         past = [chunk for offset, chunk in kv_cache.chunks.items() if offset < frame_offset]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qarvd_diffusers.conversion.families import PRESETS
-from qarvd_diffusers.models import CausalFields
+from qarvd_diffusers.models import RolloutConfig
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.schedulers import FewStepRenoiseScheduler
 
@@ -163,7 +163,7 @@ def test_causal_forcing(golden_family, name):
 def test_causvid(golden_family, name):
     golden = golden_family("causvid")
     data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
-    fields: CausalFields = PRESETS["causvid"].fields
+    fields: RolloutConfig = PRESETS["causvid"].fields
     if "warped" in name:
         fields = dataclasses.replace(fields, denoising_timesteps=FOUR_STEPS, warp_timesteps=True)
     initial = inputs["start_latents"] if "start_latents" in name else None

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from qarvd_diffusers.models import CausalFields
+from qarvd_diffusers.models import RolloutConfig
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 
 STRICT = 1e-5
@@ -78,7 +78,7 @@ def replay(golden, inputs, fields, frames, switches, hows=()):
 def test_longlive(golden_family, name, switches):
     golden = golden_family("longlive")
     data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
-    fields = CausalFields(
+    fields = RolloutConfig(
         local_attention_frames=12, sink_frames=3, on_prompt_switch="recache", global_sink="no_global_sink" not in name
     )
     got = replay(golden, inputs, fields, data["latents"].shape[2], switches)
@@ -98,7 +98,7 @@ def test_a_prompt_reached_over_several_chunks(tiny_pipeline, tmp_path):
         return {}
 
     old, new = tiny_pipeline.encode_prompt([PROMPT, OTHER]).split(1)
-    steps = len(tiny_pipeline.causal_fields.denoising_timesteps)
+    steps = len(tiny_pipeline.rollout_config.denoising_timesteps)
     options = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": ("prompt_embeds",)}
     noise = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     stream = tiny_pipeline.stream(PROMPT, num_chunks=6, **noise, **options)

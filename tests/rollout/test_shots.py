@@ -11,7 +11,7 @@ from diffusers import UniPCMultistepScheduler
 from tiny_wan import make_wan22_vae
 
 from qarvd_diffusers.conversion.families import PRESETS
-from qarvd_diffusers.models import CausalFields, KVCache
+from qarvd_diffusers.models import KVCache, RolloutConfig
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 
@@ -103,7 +103,7 @@ def test_sampler_is_part_of_the_config(tiny_pipeline, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = ARVDPipeline.from_pretrained(tmp_path)
     assert isinstance(loaded.scheduler, ChunkUniPCScheduler)
-    assert loaded.causal_fields == FIELDS
+    assert loaded.rollout_config == FIELDS
     with pytest.raises(ValueError, match=r"disagree on \['denoising_timesteps', 'sampler'\]"):
         ARVDPipeline(**components, scheduler=FewStepRenoiseScheduler(), **FIELDS.to_dict())
 
@@ -130,7 +130,7 @@ def test_pins_and_positions():
 
 
 def test_a_cut_survives_saving(tiny_pipeline, tmp_path):
-    fields = CausalFields(local_attention_frames=12, sink_frames=3, shot_rope_offset=5, pin_shots=True)
+    fields = RolloutConfig(local_attention_frames=12, sink_frames=3, shot_rope_offset=5, pin_shots=True)
     pipe = ARVDPipeline(tiny_pipeline.transformer, **fields.to_dict())
     pipe.set_progress_bar_config(disable=True)
     first, second = torch.randn(2, 1, 12, 16, generator=torch.Generator().manual_seed(1))
@@ -210,6 +210,6 @@ def test_pictures_of_the_5b_vae(tiny_pipeline):
 )
 def test_settings_that_cannot_be(fields, match):
     with pytest.raises(ValueError, match=match):
-        CausalFields(**fields)
+        RolloutConfig(**fields)
     with pytest.raises(ValueError, match="positive number of latent frames"):
         dataclasses.replace(FIELDS, shot_rope_offset=-8)

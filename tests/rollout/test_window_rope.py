@@ -9,7 +9,7 @@ import torch
 from test_prompt_switch import STRICT, replay
 
 from qarvd_diffusers.conversion.families import PRESETS
-from qarvd_diffusers.models import CausalFields, KVCache
+from qarvd_diffusers.models import KVCache, RolloutConfig
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 
 LONGLIVE = dataclasses.replace(PRESETS["longlive"].fields, rope_mode="window")
@@ -97,6 +97,6 @@ def test_average_of_evicted_frames():
 )
 def test_settings_that_cannot_average(fields):
     with pytest.raises(ValueError, match=r"sink_ema is .* sink_frames equals num_frames_per_chunk"):
-        CausalFields(**fields)
+        RolloutConfig(**fields)
     with pytest.raises(ValueError, match="rope_mode is 'slot', expected one of absolute, window"):
-        CausalFields(rope_mode="slot")
+        RolloutConfig(rope_mode="slot")
