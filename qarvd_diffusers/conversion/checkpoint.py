@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .layout import StateDict, choose, is_network, own_keys, state_dicts, tensor
 
 logger = logging.getLogger(__name__)
 
+STEM = "diffusion_pytorch_model"  # of the weight files in a diffusers folder
 NESTINGS = ("generator_ema", "generator", "model")
 LORA_NESTINGS = ("generator_lora", "generator_ema_lora", "lora", "model")
 _SAMPLES = 16  # values per tensor that tell one model from another
@@ -120,6 +121,22 @@ def load_checkpoint(
     for reason in checkpoint.reasons:
         logger.warning("%s: %s", path, reason)
     return {key: tensor for shard in checkpoint.shards for key, tensor in shard.load().items()}
+
+
+def folder_tensors(path: Path) -> tuple[dict[str, TensorSpec], Callable[[str], torch.Tensor]]:
+    """Return the specs of all tensors in a safetensors file or folder of shards, and a function that maps one of them."""
+    checkpoint = open_checkpoint(path, nestings=())
+    loaded = {shard.path: shard for shard in checkpoint.shards}
+    where = {key: shard.path for shard in checkpoint.shards for key in shard.specs}
+    tensors: dict[Path, dict[str, torch.Tensor]] = {}
+
+    def fetch(name: str) -> torch.Tensor:
+        if where[name] not in tensors:
+            tensors.clear()
+            tensors[where[name]] = loaded[where[name]].load()
+        return tensors[where[name]][name]
+
+    return checkpoint.specs, fetch
 
 
 def _check_shards(path: Path, shards: Sequence[Shard]) -> None:

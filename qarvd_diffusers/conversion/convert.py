@@ -1,31 +1,29 @@
-"""Original checkpoints of causal Wan models <-> diffusers folders, exact in both directions, in bounded memory."""
+"""Convert original checkpoints of causal Wan models to diffusers folders, exactly and in bounded memory."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..files.atomic import atomic_directory, atomic_file
-from ..files.safetensors import TensorSpec, read_metadata, write_shards, write_tensors
+from ..files.atomic import atomic_directory
+from ..files.safetensors import TensorSpec, read_metadata, write_shards
 from ..hub.model_card import converted_card
 from ..models import CausalWanTransformer3DModel
-from .checkpoint import LORA_NESTINGS, Checkpoint, open_checkpoint
+from .checkpoint import LORA_NESTINGS, STEM, Checkpoint, open_checkpoint
 from .detect import Detected, detect_checkpoint
 from .float8 import check_formats, find_scales, is_float8, scaled, without_scales
 from .folder import base_config, copy_base_components, write_pipeline
 from .lora import LoraLayer, check_fit, merge_lora, read_lora
-from .names import to_diffusers_keys, to_original_keys
+from .names import to_diffusers_keys
 from .network import empty_transformer, infer_config
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 10_000_000_000  # what diffusers writes into one file
-STEM = "diffusion_pytorch_model"
 
 
 def convert_checkpoint(
@@ -47,7 +45,7 @@ def convert_checkpoint(
     Args:
         src: original checkpoint, a file or a folder of shards; see `open_checkpoint`.
         out_dir: folder to create; must not exist yet. It appears only when complete.
-        family: key of `PRESETS`, which decides how the model rolls out, or `auto`: by the file's size and name.
+        family: key of `FAMILIES`, which decides how the model rolls out, or `auto`: by the file's size and name.
         base: local diffusers folder of the bidirectional model, which lends VAE, text encoder, tokenizer and the
             transformer config; None writes the transformer and scheduler alone.
         weights: which nested state dict to take; None takes the one the family is meant to use.
@@ -78,10 +76,10 @@ def convert_checkpoint(
     for reason in found.reasons:
         logger.info("%s: %s", src, reason)
     with atomic_directory(out_dir) as folder:
-        write_pipeline(folder, found.preset.pipeline_config(), copy_base_components(base, folder))
+        write_pipeline(folder, found.release.pipeline_config(), copy_base_components(base, folder))
         model.save_config(folder / "transformer")
         _write_transformer(folder / "transformer", found.checkpoint, tensors)
-        card = converted_card(found.family, found.preset.source, found.licence)
+        card = converted_card(found.family, found.release.source, found.licence)
         (folder / "README.md").write_text(str(card), encoding="utf-8")
     return out_dir
 
@@ -92,9 +90,9 @@ def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLa
         return {}
     path = lora or found.lora
     if path is None:
-        if found.preset.has_lora:
+        if found.release.has_lora:
             raise ValueError(
-                f"{found.family} is released as a base and a LoRA ({found.preset.source}): pass the LoRA file with lora=, "
+                f"{found.family} is released as a base and a LoRA ({found.release.source}): pass the LoRA file with lora=, "
                 "put it beside the checkpoint as lora.pt, or pass lora='none' to convert the base alone"
             )
         return {}
@@ -183,44 +181,3 @@ def _write_transformer(folder: Path, checkpoint: Checkpoint, tensors: _Tensors) 
             groups[-1][name] = spec
             size += spec.nbytes
     write_shards(folder, STEM, groups, tensors)
-
-
-def export_checkpoint(folder: str | Path, out: str | Path) -> Path:
-    """Write the float transformer of a diffusers folder as one safetensors file under original names (`model.` prefix).
-
-    Raises:
-        ValueError: the folder has no transformer, or a quantized one, or `out` does not end in `.safetensors`.
-    """
-    folder, out = Path(folder), Path(out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: expected a file name that ends in .safetensors")
-    config = folder / "transformer" / "config.json"
-    if not config.is_file() or not list(config.parent.glob("*.safetensors")):
-        raise ValueError(
-            f"{config.parent} has no config.json or no safetensors: expected a diffusers folder of a Wan model"
-        )
-    if json.loads(config.read_text(encoding="utf-8")).get("quantization_config") is not None:
-        raise ValueError(f"{folder} is quantized: the original layout holds float weights; export the float model")
-    specs, fetch = folder_tensors(config.parent)
-    original = to_original_keys({name: name for name in specs})
-    with atomic_file(out) as temporary:
-        write_tensors(
-            temporary, {key: specs[name] for key, name in original.items()}, lambda key: fetch(original[key])
-        )
-    return out
-
-
-def folder_tensors(folder: Path) -> tuple[dict[str, TensorSpec], Callable[[str], torch.Tensor]]:
-    """What a folder of safetensors shards holds, and a function that maps a tensor from them."""
-    checkpoint = open_checkpoint(folder, nestings=())
-    loaded = {shard.path: shard for shard in checkpoint.shards}
-    where = {key: shard.path for shard in checkpoint.shards for key in shard.specs}
-    tensors: dict[Path, dict[str, torch.Tensor]] = {}
-
-    def fetch(name: str) -> torch.Tensor:
-        if where[name] not in tensors:
-            tensors.clear()
-            tensors[where[name]] = loaded[where[name]].load()
-        return tensors[where[name]][name]
-
-    return checkpoint.specs, fetch

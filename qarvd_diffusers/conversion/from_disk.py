@@ -26,7 +26,7 @@ from ..hub.model_card import CARD_FILE, model_card, stated_licence
 from ..models import CausalWanTransformer3DModel
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams, stored_tensors
-from .convert import STEM, folder_tensors
+from .checkpoint import STEM, folder_tensors
 from .float8 import is_float8
 from .network import load_transformer_config
 

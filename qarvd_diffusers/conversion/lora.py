@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .names import common_prefix, diffusers_module, is_linear, weight_name
+from .names import common_prefix, diffusers_module, is_linear
 
 logger = logging.getLogger(__name__)
 
@@ -280,54 +279,3 @@ def merge_lora(
     if bias is None:
         raise ValueError("the LoRA adds a bias to a layer without one: it was made for another model")
     return merged, (bias.float() + layer.bias.float() * scale).to(bias.dtype)
-
-
-def to_peft(lora: Mapping[str, LoraLayer], prefix: str = "transformer.") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and `LoraConfig` arguments, both with keys behind `prefix`, as diffusers' `load_lora_adapter` takes them.
-
-    Ranks and alphas are told layer by layer, so that nothing is left to be guessed. What PEFT has no layer for stands
-    behind `DIFFERENCES`, under the name of the parameter that it is added to.
-    """
-    pairs = {name: _one_pair(layer) for name, layer in lora.items() if is_linear(name)}
-    pairs = {name: layer for name, layer in pairs.items() if layer.down is not None}
-    if any(
-        layer.bias is not None for layer in pairs.values()
-    ):  # PEFT knows biases of all layers of an adapter, or none
-        pairs = {
-            name: layer if layer.bias is not None else replace(layer, bias=layer.up.new_zeros(layer.up.shape[0]))
-            for name, layer in pairs.items()
-        }
-    tensors = {}
-    for name, layer in pairs.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = layer.down
-        tensors[f"{prefix}{name}.lora_B.weight"] = layer.up
-        if layer.bias is not None:
-            tensors[f"{prefix}{name}.lora_B.bias"] = layer.bias / layer.scale if layer.scale else layer.bias
-    for name, layer in lora.items():
-        if name not in pairs:
-            found = {weight_name(name): layer.delta(), f"{name}.bias": layer.bias}
-            tensors |= {f"{prefix}{DIFFERENCES}.{key}": tensor for key, tensor in found.items() if tensor is not None}
-    alphas = {name: layer.rank if layer.alpha is None else layer.alpha for name, layer in pairs.items()}
-    rank, alpha = next(((layer.rank, alphas[name]) for name, layer in pairs.items()), (1, 1))
-    config = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{name}": layer.rank for name, layer in pairs.items() if layer.rank != rank},
-        "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
-        "target_modules": list(pairs),
-        "lora_bias": any(layer.bias is not None for layer in pairs.values()),
-    }
-    return tensors, {f"{prefix}{key}": value for key, value in config.items()}
-
-
-def _one_pair(layer: LoraLayer) -> LoraLayer:
-    """The same with its difference written as two more factors, one of which is the identity: exact at full rank."""
-    if layer.diff is None:
-        return layer
-    diff = layer.diff.flatten(1)
-    diff = diff.float() if layer.down is not None or diff.dtype.itemsize == 1 else diff
-    one = torch.eye(min(diff.shape), dtype=diff.dtype, device=diff.device)
-    down, up = (diff, one) if diff.shape[0] < diff.shape[1] else (one, diff)
-    if layer.down is not None:
-        down, up = torch.cat([layer.down.float(), down]), torch.cat([layer.up.float() * layer.scale, up], dim=1)
-    return replace(layer, down=down, up=up, alpha=None, diff=None)

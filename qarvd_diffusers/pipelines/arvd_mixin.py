@@ -1,4 +1,4 @@
-"""`ARVDMixin`: what makes a causal video pipeline streamable and quantizable."""
+"""Define `ARVDMixin`, which makes a causal video pipeline streamable and quantizable."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .quantizable import QuantizableMixin
 
 
 class ARVDMixin(StreamableMixin, QuantizableMixin):
-    """Streaming and quantization for a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
+    """Add streaming and quantization to a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
 
-    What the pipeline has to bring along is the contract of `StreamableMixin`.
+    The pipeline implements the contract of `StreamableMixin`.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a component or another attribute; constructors and loaders come through here too.
+        """Set a component or another attribute, also from constructors and loaders.
 
-        What `torch.compile` wrapped is taken out of its wrapper and compiled in place, as by its own `compile`: a layer
-        goes by one name, whether the model is compiled or not.
+        A module wrapped by `torch.compile` is unwrapped and compiled in place, as by its own `compile` method, so that
+        layers have the same names whether the model is compiled or not.
         """
         plain = unwrapped(value) if isinstance(value, torch.nn.Module) else value
         fitted = self.fit_component(name, plain)
@@ -32,12 +32,12 @@ class ARVDMixin(StreamableMixin, QuantizableMixin):
         super().__setattr__(name, fitted)
 
     def fit_component(self, name: str, value: Any) -> Any:
-        """What becomes of a value that is assigned to `name`; a pipeline may replace or refuse components here."""
+        """Return the value to store for `name`; a pipeline may replace components here, or raise an error."""
         return value
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers."""
-        # Weights wait in the state dict, which has their rows in natural order, and come back from there.
+        """Offload as diffusers does."""
+        # Offloaded weights come from the state dict, which has their rows in natural order.
         for layer in quantized_linears(self.transformer).values():
             layer.store_rows_in(None)
         super().enable_sequential_cpu_offload(*args, **kwargs)

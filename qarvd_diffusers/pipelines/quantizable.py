@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 
 class QuantizableMixin:
-    """What makes a streaming `DiffusionPipeline` with a `transformer` quantizable, loadable and publishable.
+    """Add quantization, loading, saving and publishing to a streaming `DiffusionPipeline` with a `transformer`.
 
     Put it (through `ARVDMixin`) before `DiffusionPipeline` among the bases.
 
     Attributes:
-        source: folder or Hub id the pipeline was loaded from, or None.
+        source: folder, file or Hub id that the pipeline was loaded from, or None.
     """
 
     source: str | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Load a pipeline; a float one is calibrated and quantized if `quantization_config` asks for it.
+        """Load a pipeline; with `quantization_config`, calibrate and quantize a float one.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id, float or quantized.
@@ -47,15 +47,15 @@ class QuantizableMixin:
                 the GPU if there is one, shows its progress, and is cached by content.
 
         Raises:
-            ValueError: the repository is quantized with another config, or `quantization_config` names a component the
-                pipeline does not have.
-            OSError: a file is missing, truncated or damaged; named.
+            ValueError: if the repository is quantized with another config, or `quantization_config` names a component that
+                the pipeline does not have.
+            OSError: if a file is missing, truncated or damaged; the message names the file.
         """
         kwargs = loading_arguments(cls, kwargs)
         config, rest = split_config(kwargs.pop("quantization_config", None))
         if rest is not None:
             kwargs["quantization_config"] = rest
-        kwargs.setdefault("use_safetensors", True)  # otherwise a missing file falls back to pickled weights
+        kwargs.setdefault("use_safetensors", True)  # by default, diffusers falls back to pickled weights
         try:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
@@ -70,13 +70,13 @@ class QuantizableMixin:
         return pipe
 
     def quantize_on_loading(self, config: QARVDConfig | None) -> None:
-        """What is left to do once the parts are loaded: quantize what is float, if it is asked for.
+        """Quantize the loaded components that are to be quantized and are still float.
 
         Args:
-            config: what the caller asked for.
+            config: the config that the caller passed.
 
         Raises:
-            ValueError: the transformer is quantized with another config.
+            ValueError: if the transformer is quantized with another config.
         """
         stored = self.quantization
         if stored is not None and config is not None:
@@ -88,13 +88,13 @@ class QuantizableMixin:
 
     @classmethod
     def import_path(cls) -> str:
-        """Where users import this class from, dotted."""
+        """Return the dotted name that users import this class by."""
         module = cls.__module__
         return f"{module.partition('.')[0] if module.startswith('qarvd_diffusers.') else module}.{cls.__name__}"
 
     @property
     def quantization(self) -> QARVDConfig | None:
-        """The config the transformer is quantized with, or None if it is float."""
+        """The config that the transformer is quantized with, None if it is float."""
         config = self.transformer.config.get("quantization_config")
         if config is None or isinstance(config, QARVDConfig):
             return config
@@ -107,44 +107,39 @@ class QuantizableMixin:
         resume: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> CalibrationResult:
-        """Find integer weights and quantizer parameters for `config`; the pipeline stays float.
+        """Compute integer weights and quantizer parameters for `config`; the pipeline stays float.
 
-        Args:
-            config: scheme, prompts and options.
-            use_cache: reuse and keep the result under a hash of the weights, the config and the prompts.
-            resume: folder for finished parts: an interrupted calibration with the same folder goes on where it stopped,
-                to the same result. None keeps them in the cache, or nowhere without `use_cache`.
-            progress: called with a text, the steps done and how many there are in all, at least once per transformer pass;
-                what it raises ends the calibration and comes out here.
+        Arguments and errors are those of `calibration.pipeline.calibrate_pipeline`. The result is cached under a hash of
+        the weights, the config and the prompts.
         """
         return calibrate_pipeline(self, config, use_cache, resume, progress)
 
     def measure_sensitivity(self, config: QARVDConfig, prompts: Sequence[str], **options: Any) -> SensitivityResult:
-        """How much the error of the whole video grows when one chunk is generated quantized; the pipeline stays float.
+        """Measure the error of the whole video caused by quantizing one chunk; the pipeline stays float.
 
         Args:
             config: scheme and calibration of the quantized passes.
-            prompts: one rollout of every kind each.
-            **options: `num_chunks`, `seed`, `result`, `path` of `pipelines.sensitivity.measure_sensitivity`.
+            prompts: each is rolled out once per measured chunk, and once in float.
+            **options: `num_chunks`, `seed`, `result`, `path` of `calibration.measure_sensitivity.measure_sensitivity`.
         """
         return measure_sensitivity(self, config, prompts, **options)
 
     def choose_bits(self, config: QARVDConfig, budget: float = 0.1, **options: Any) -> QARVDConfig:
-        """The config with 8 bits for the layers of a 4-bit scheme that cost most; the pipeline stays float.
+        """Return a config with 8 bits for the most sensitive layers of a 4-bit scheme; the pipeline stays float.
 
         Args:
-            config: a scheme of 4-bit weights.
-            budget: share of the weights that may get 8 bits.
-            **options: `prompts`, `num_chunks`, `seed` of `pipelines.mixed_bits.choose_bits`.
+            config: a scheme with 4-bit weights.
+            budget: largest share of the weights that gets 8 bits.
+            **options: `prompts`, `num_chunks`, `seed` of `calibration.mixed_precision.choose_bits`.
         """
         return choose_bits(self, config, budget, **options)
 
     def quantize(self, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
-        """Quantize the transformer in place, and the text encoder if the config says so.
+        """Quantize the transformer in place, and the text encoder if `config.text_encoder` is set.
 
         Args:
             config: scheme, prompts and options.
-            result: what `calibrate(config)` returned; None calibrates now.
+            result: what `calibrate(config)` returned; None calibrates first.
         """
         quantize_pipeline(self, config, result)
         if config.text_encoder == "int8":
@@ -157,14 +152,14 @@ class QuantizableMixin:
         report: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save in the portable layout; the folder appears when all of it has been written.
+        """Save in the portable layout; the folder appears when it is complete.
 
         Stock diffusers classes load every component after `import qarvd_diffusers`. A quantized pipeline gets a model
         card. An int8 text encoder is stored in float, as it was loaded, and quantized again when loading.
 
         Args:
-            save_directory: folder to write; files of the same names in it are replaced, others stay.
-            push_to_hub: upload afterwards; `kwargs` are then those of `push_to_hub` too.
+            save_directory: folder to write; files of the same names are replaced, others are kept.
+            push_to_hub: upload afterwards; `kwargs` may then include those of `push_to_hub`.
             report: what `evaluate` returned, for the model card.
             **kwargs: `variant`, `max_shard_size` as in `DiffusionPipeline.save_pretrained`.
 
@@ -193,19 +188,10 @@ class QuantizableMixin:
         create_pr: bool = False,
         **kwargs: Any,
     ) -> str:
-        """Publish to the Hub: safetensors, portable layout, a card with the measured report.
-
-        Args:
-            repo_id: `user/name`; created if it does not exist.
-            report: what `evaluate` returned, for the model card.
-            private: of a new repository.
-            token: Hub token; None takes the logged-in one.
-            commit_message: of the upload.
-            create_pr: open a pull request instead of committing.
-            **kwargs: as in `save_pretrained`.
+        """Save in the portable layout and upload to the Hub; see `save_pretrained` and `hub.publish.upload`.
 
         Returns:
-            Address of the commit.
+            URL of the commit.
         """
         with tempfile.TemporaryDirectory() as temporary:
             self._write(Path(temporary), report, repo_id, **kwargs)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qarvd_diffusers.conversion import (
     convert_checkpoint,
     export_checkpoint,
+    folder_to_single_file,
     infer_config,
     load_checkpoint,
     to_diffusers_keys,
@@ -156,7 +157,7 @@ def test_convert_without_a_base(original, tmp_path):
     assert pipe.vae is None and pipe.transformer.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="no text encoder"):
         pipe("a red circle")
-    with pytest.raises(ValueError, match="ask for output_type='latent'"):
+    with pytest.raises(ValueError, match="pass output_type='latent'"):
         pipe(prompt_embeds=torch.zeros(1, 12, 16))
 
 
@@ -203,11 +204,12 @@ def test_folder_back_to_one_file_is_exact(tmp_path):
     original = to_original_keys(model.bfloat16().state_dict())
     save_file(original, tmp_path / "wan.safetensors")
     convert_checkpoint(tmp_path / "wan.safetensors", tmp_path / "folder", num_attention_heads=2)
-    export_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
+    with pytest.warns(DeprecationWarning, match='folder_to_single_file\\(folder, out, prefix="model."\\)'):
+        export_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == original.keys()
     assert all(torch.equal(back[key], original[key]) and back[key].dtype == original[key].dtype for key in original)
     with pytest.raises(ValueError, match=r"out\.pt"):
-        export_checkpoint(tmp_path / "folder", tmp_path / "out.pt")
+        folder_to_single_file(tmp_path / "folder", tmp_path / "out.pt")
     with pytest.raises(ValueError, match="no safetensors"):
-        export_checkpoint(tmp_path, tmp_path / "out.safetensors")
+        folder_to_single_file(tmp_path, tmp_path / "out.safetensors")

@@ -60,7 +60,7 @@ def test_scales_are_multiplied_in(original, tmp_path, prefix, spelling, dtype, r
     file, truth = scaled_file(original, spelling, dtype, rows)
     save_file({prefix + key: value for key, value in file.items()}, tmp_path / "scaled.safetensors")
     found = detect_checkpoint(tmp_path / "scaled.safetensors", "self-forcing")
-    assert any("multiplied out in float32" in reason for reason in found.reasons)
+    assert any("multiplied in float32" in reason for reason in found.reasons)
     for name, cast in (("bf16", torch.bfloat16), ("none", None), ("fp32", torch.float32)):
         convert_checkpoint(tmp_path / "scaled.safetensors", tmp_path / name, num_attention_heads=2, dtype=cast)
         tensors = load_file(tmp_path / name / WEIGHTS)
