@@ -1,4 +1,4 @@
-"""Reading checkpoint files: memory-mapped, shard by shard, never unpickled, whatever the nesting."""
+"""Read checkpoint files of any nesting: memory-mapped, shard by shard, never unpickled."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 STEM = "diffusion_pytorch_model"  # of the weight files in a diffusers folder
 NESTINGS = ("generator_ema", "generator", "model")
 LORA_NESTINGS = ("generator_lora", "generator_ema_lora", "lora", "model")
-_SAMPLES = 16  # values per tensor that tell one model from another
+_SAMPLES = 16  # values per tensor that are compared to tell whether two files hold the same weights
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One file of a checkpoint.
+    """Describe one file of a checkpoint.
 
     Attributes:
         path: the file.
-        weights: the nested state dict that was chosen, None for a flat file.
+        weights: name of the chosen nested state dict, None for a flat file.
         specs: key -> shape and dtype of its tensors.
     """
 
@@ -41,21 +41,21 @@ class Shard:
     specs: Mapping[str, TensorSpec]
 
     def load(self) -> dict[str, torch.Tensor]:
-        """The tensors, mapped from the file: memory is taken as they are read, and given back with the last of them."""
+        """Return the tensors, mapped from the file: memory is taken as they are read, and freed with the last of them."""
         content = _contents(self.path)[self.weights]
         return {key: content[key] for key in self.specs}
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint whose tensors have not been read.
+    """Describe a checkpoint whose tensors have not been read.
 
     Attributes:
         path: file, or folder of shards.
-        weights: the nested state dict that was chosen, None for flat files.
-        found: all nested state dicts in it; where some are Wan networks, these.
+        weights: name of the chosen nested state dict, None for flat files.
+        found: names of its nested state dicts; only of the Wan networks, if there are any.
         shards: its files, in order.
-        reasons: what was left out, in words.
+        reasons: sentences that say what was left out.
     """
 
     path: Path
@@ -66,30 +66,30 @@ class Checkpoint:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor."""
+        """Map every key to its shape and dtype."""
         return {key: spec for shard in self.shards for key, spec in shard.specs.items()}
 
 
 class NoStateDict(ValueError):
-    """A file that can be read does not hold what is looked for; beside others in a folder it may be left out."""
+    """Report a readable file without the expected state dict; one among others in a folder is left out."""
 
 
 def open_checkpoint(path: str | Path, weights: str | None = None, nestings: Sequence[str] = NESTINGS) -> Checkpoint:
-    """Look into a checkpoint: a file, or a folder of shards (with or without an index).
+    """Open a checkpoint, a file or a folder of shards (with or without an index), without reading its tensors.
 
-    Of a folder without an index, hidden files are left out and, where some files hold a Wan network, all others: adapters, a
-    VAE, a text encoder. Of the same weights in two formats the safetensors are taken.
+    In a folder without an index, hidden files are left out. If some files hold a Wan network, so are all others: adapters,
+    a VAE, a text encoder. If the same weights exist in two formats, the safetensors files are used.
 
     Args:
         path: `.pt`, `.pth`, `.bin` (opened with `weights_only=True`, nothing is unpickled) or `.safetensors`, or a folder of
             them.
-        weights: which nested state dict to take (`generator`, `generator.model`); None takes the first of `nestings` that is
+        weights: nested state dict to use (`generator`, `generator.model`); None takes the first of `nestings` that is
             present, or the only one that is a Wan network, or the file itself if it is flat.
-        nestings: names under which training code stores a state dict, the preferred ones first.
+        nestings: names under which training code stores a state dict, in order of preference.
 
     Raises:
-        ValueError: for another suffix, an unreadable or truncated file, one without tensors, a missing shard, shards of
-            different nesting or with the same key; names the file.
+        ValueError: for another suffix, an unreadable or truncated file, one without tensors, a missing shard, or shards of
+            different nesting or with a common key; the message names the file.
     """
     path = Path(path)
     files, reasons = _files(path)
@@ -104,7 +104,7 @@ def open_checkpoint(path: str | Path, weights: str | None = None, nestings: Sequ
     if refused is not None and not networks:
         raise refused
     if networks and path.is_dir():
-        reasons += [f"left out: {each.shard.path.name}, no Wan network" for each in opened if each not in networks]
+        reasons += [f"left out: {each.shard.path.name}, not a Wan network" for each in opened if each not in networks]
         opened = networks
     opened, twice = _one_format(opened)
     reasons += [*twice, *(reason for each in opened for reason in each.reasons)]
@@ -116,7 +116,7 @@ def open_checkpoint(path: str | Path, weights: str | None = None, nestings: Sequ
 def load_checkpoint(
     path: str | Path, weights: str | None = None, nestings: Sequence[str] = NESTINGS
 ) -> dict[str, torch.Tensor]:
-    """The state dict of a checkpoint, memory-mapped where the format allows; arguments and errors of `open_checkpoint`."""
+    """Load the state dict of a checkpoint, memory-mapped if the format allows; see `open_checkpoint` for arguments."""
     checkpoint = open_checkpoint(path, weights, nestings)
     for reason in checkpoint.reasons:
         logger.warning("%s: %s", path, reason)
@@ -144,7 +144,7 @@ def _check_shards(path: Path, shards: Sequence[Shard]) -> None:
         listed = ", ".join(f"{shard.path.name}: {shard.weights or 'flat'}" for shard in shards)
         raise ValueError(
             f"{path}: the shards hold different weights ({listed}); averaged (EMA) and plain weights must not be mixed: "
-            "name one with weights=, or remove the shards of the other"
+            "select one with weights=, or remove the shards of the other"
         )
     seen: dict[str, Path] = {}
     for shard in shards:
@@ -155,7 +155,7 @@ def _check_shards(path: Path, shards: Sequence[Shard]) -> None:
 
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:
-    """Files that may hold tensors, and in words which were passed over."""
+    """List the files that may hold tensors, and sentences that say which were left out."""
     if path.is_file():
         return [path], []
     if not path.is_dir():
@@ -214,7 +214,7 @@ def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> _Opened:
 
 
 def _one_format(opened: list[_Opened]) -> tuple[list[_Opened], list[str]]:
-    """Without the pickles whose tensors are in the safetensors too, and in words which these are."""
+    """Leave out pickles whose tensors are in safetensors files too; return sentences that name them."""
     safe = [each for each in opened if each.shard.path.suffix == ".safetensors"]
     others = [each for each in opened if each not in safe]
     specs = [{key: spec for each in part for key, spec in each.shard.specs.items()} for part in (safe, others)]
@@ -233,7 +233,7 @@ def _samples(shard: Shard) -> dict[str, torch.Tensor]:
 
 
 def _contents(path: Path) -> dict[str | None, StateDict]:
-    """All state dicts in a file by name; None is the flat one."""
+    """Return all state dicts in a file by name; None is the name of a flat one."""
     content = _read(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
@@ -250,8 +250,8 @@ def _read(path: Path) -> Any:
     except Exception as error:  # pickle errors: torch raises its own class for anything but plain tensors
         objects = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise NoStateDict(
-            f"{path}: holds more than plain tensors ({objects[1] if objects else type(error).__name__}), which are never unpickled "
-            "here; save just the state dict with torch.save, or use safetensors. For a file whose origin you trust: "
+            f"{path}: holds more than plain tensors ({objects[1] if objects else type(error).__name__}), which are never "
+            "unpickled here; save only the state dict with torch.save, or use safetensors. For a file whose origin you trust: "
             f"torch.save(torch.load({path.name!r}, weights_only=False)[STATE_DICT], 'weights.pt')"
         ) from error
 

@@ -29,7 +29,11 @@ PORTABLE_CLASSES = {
 
 
 def base_config(base: str | Path) -> dict[str, Any]:
-    """The transformer's config in a diffusers folder."""
+    """Read the transformer's config in a diffusers folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
     path = Path(base) / "transformer" / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: base must be a local diffusers folder of a Wan model")
@@ -37,7 +41,11 @@ def base_config(base: str | Path) -> dict[str, Any]:
 
 
 def copy_base_components(base: str | Path | None, folder: Path) -> dict[str, list[str | None]]:
-    """Copy what a causal model shares with its base; return their `model_index.json` entries."""
+    """Copy the components that a causal model shares with its base, and return their `model_index.json` entries.
+
+    Raises:
+        ValueError: if the base lacks one of them.
+    """
     names = ("vae", "text_encoder", "tokenizer")
     if base is None:
         return {name: [None, None] for name in names}
@@ -50,7 +58,7 @@ def copy_base_components(base: str | Path | None, folder: Path) -> dict[str, lis
             raise ValueError(
                 f"{base} has no component {name!r}: base must be a complete diffusers folder of a Wan model"
             )
-        shutil.copytree(Path(base) / name, folder / name)  # follows links: a hub cache holds links to blobs
+        shutil.copytree(Path(base) / name, folder / name)  # follows links: the Hub cache contains links to blobs
     return {name: index[name] for name in names}
 
 

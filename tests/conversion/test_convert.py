@@ -56,7 +56,7 @@ def test_config_from_shapes(golden):
     config = infer_config(full_size)
     assert (config["num_attention_heads"], config["attention_head_dim"], config["num_layers"]) == (12, 128, 30)
     narrow = {"patch_embedding.weight": torch.empty(96, 16, 1, 2, 2)}
-    with pytest.raises(ValueError, match="no multiple of head size 128: pass num_attention_heads"):
+    with pytest.raises(ValueError, match="not a multiple of head size 128: pass num_attention_heads"):
         infer_config(narrow)
 
 
@@ -165,7 +165,7 @@ def test_convert_without_a_base(original, tmp_path):
     ("change", "message"),
     [
         (lambda s: s.pop("model.blocks.1.ffn.2.bias"), r"missing \['blocks.1.ffn.net.2.bias'\] \(1 in all\)"),
-        (lambda s: s.update({"model.blocks.0.lora.weight": torch.zeros(1)}), "keys of a original Wan|no keys of"),
+        (lambda s: s.update({"model.blocks.0.lora.weight": torch.zeros(1)}), "do not belong to an original Wan"),
         (
             lambda s: s.update({"model.blocks.0.self_attn.q.bias": torch.zeros(3)}),
             r"attn1.to_q.bias: \(3,\), expected",
