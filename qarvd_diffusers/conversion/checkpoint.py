@@ -41,7 +41,7 @@ class Shard:
     specs: Mapping[str, TensorSpec]
 
     def load(self) -> dict[str, torch.Tensor]:
-        """Return the tensors, mapped from the file: memory is taken as they are read, and freed with the last of them."""
+        """Map the tensors from the file: memory is taken as they are read, and freed with the last of them."""
         content = _contents(self.path)[self.weights]
         return {key: content[key] for key in self.specs}
 
@@ -77,19 +77,19 @@ class NoStateDict(ValueError):
 def open_checkpoint(path: str | Path, weights: str | None = None, nestings: Sequence[str] = NESTINGS) -> Checkpoint:
     """Open a checkpoint, a file or a folder of shards (with or without an index), without reading its tensors.
 
-    In a folder without an index, hidden files are left out. If some files hold a Wan network, so are all others: adapters,
-    a VAE, a text encoder. If the same weights exist in two formats, the safetensors files are used.
+    In a folder without an index, hidden files are left out. If some files hold a Wan network, so are all others:
+    adapters, a VAE, a text encoder. If the same weights exist in two formats, the safetensors files are used.
 
     Args:
-        path: `.pt`, `.pth`, `.bin` (opened with `weights_only=True`, nothing is unpickled) or `.safetensors`, or a folder of
-            them.
+        path: `.pt`, `.pth`, `.bin` (opened with `weights_only=True`, nothing is unpickled) or `.safetensors`, or a
+            folder of them.
         weights: nested state dict to use (`generator`, `generator.model`); None takes the first of `nestings` that is
             present, or the only one that is a Wan network, or the file itself if it is flat.
         nestings: names under which training code stores a state dict, in order of preference.
 
     Raises:
-        ValueError: for another suffix, an unreadable or truncated file, one without tensors, a missing shard, or shards of
-            different nesting or with a common key; the message names the file.
+        ValueError: for another suffix, an unreadable or truncated file, one without tensors, a missing shard, or
+            shards of different nesting or with a common key; the message names the file.
     """
     path = Path(path)
     files, reasons = _files(path)
@@ -124,7 +124,7 @@ def load_checkpoint(
 
 
 def folder_tensors(path: Path) -> tuple[dict[str, TensorSpec], Callable[[str], torch.Tensor]]:
-    """Return the specs of all tensors in a safetensors file or folder of shards, and a function that maps one of them."""
+    """Return the specs of all tensors in a safetensors file or folder, and a function that maps one of them."""
     checkpoint = open_checkpoint(path, nestings=())
     loaded = {shard.path: shard for shard in checkpoint.shards}
     where = {key: shard.path for shard in checkpoint.shards for key in shard.specs}
@@ -143,8 +143,8 @@ def _check_shards(path: Path, shards: Sequence[Shard]) -> None:
     if len({shard.weights for shard in shards}) > 1:
         listed = ", ".join(f"{shard.path.name}: {shard.weights or 'flat'}" for shard in shards)
         raise ValueError(
-            f"{path}: the shards hold different weights ({listed}); averaged (EMA) and plain weights must not be mixed: "
-            "select one with weights=, or remove the shards of the other"
+            f"{path}: the shards hold different weights ({listed}); averaged (EMA) and plain weights must not be "
+            "mixed: select one with weights=, or remove the shards of the other"
         )
     seen: dict[str, Path] = {}
     for shard in shards:
@@ -250,9 +250,9 @@ def _read(path: Path) -> Any:
     except Exception as error:  # pickle errors: torch raises its own class for anything but plain tensors
         objects = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise NoStateDict(
-            f"{path}: holds more than plain tensors ({objects[1] if objects else type(error).__name__}), which are never "
-            "unpickled here; save only the state dict with torch.save, or use safetensors. For a file whose origin you trust: "
-            f"torch.save(torch.load({path.name!r}, weights_only=False)[STATE_DICT], 'weights.pt')"
+            f"{path}: holds more than plain tensors ({objects[1] if objects else type(error).__name__}), which are "
+            "never unpickled here; save only the state dict with torch.save, or use safetensors. For a file whose "
+            f"origin you trust: torch.save(torch.load({path.name!r}, weights_only=False)[STATE_DICT], 'weights.pt')"
         ) from error
 
 

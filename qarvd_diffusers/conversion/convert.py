@@ -39,8 +39,8 @@ def convert_checkpoint(
 ) -> Path:
     """Write an original checkpoint as a diffusers folder in the portable layout (stock class names only).
 
-    Everything is checked before the first byte is written. Tensors are then copied one by one from the mapped file, which
-    takes the memory of the largest tensor.
+    Everything is checked before the first byte is written. Tensors are then copied one by one from the mapped file,
+    which takes the memory of the largest tensor.
 
     Args:
         src: original checkpoint, a file or a folder of shards; see `open_checkpoint`.
@@ -49,18 +49,18 @@ def convert_checkpoint(
         base: local diffusers folder of the bidirectional model, which provides VAE, text encoder, tokenizer and the
             transformer's config; None writes only transformer and scheduler.
         weights: nested state dict to use; None takes the family's `weights`.
-        lora: LoRA file to merge, in any layout that `read_lora` supports; None merges `lora.pt` next to the checkpoint if
-            the family's release consists of both, `"none"` merges nothing.
+        lora: LoRA file to merge, in any layout that `read_lora` supports; None merges `lora.pt` next to the checkpoint
+            if the family's release consists of both, `"none"` merges nothing.
         num_attention_heads: see `infer_config`; not needed with `base`.
-        dtype: cast the weights, except those that the model keeps in float32; None keeps the stored dtypes, except that
-            8-bit weights with scales or a merged LoRA become bfloat16.
+        dtype: cast the weights, except those that the model keeps in float32; None keeps the stored dtypes, except
+            that 8-bit weights with scales or a merged LoRA become bfloat16.
 
     Returns:
         `out_dir`.
 
     Raises:
-        ValueError: for an unknown family or one that cannot run, a checkpoint or LoRA that does not fit, or a base folder
-            without a required component.
+        ValueError: for an unknown family or one that cannot run, a checkpoint or LoRA that does not fit, or a base
+            folder without a required component.
         FileExistsError: if `out_dir` exists.
     """
     out_dir = Path(out_dir)
@@ -92,8 +92,8 @@ def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLa
     if path is None:
         if found.release.has_lora:
             raise ValueError(
-                f"{found.family} is released as a base and a LoRA ({found.release.source}): pass the LoRA file with lora=, "
-                "put it next to the checkpoint as lora.pt, or pass lora='none' to convert only the base"
+                f"{found.family} is released as a base and a LoRA ({found.release.source}): pass the LoRA file with "
+                "lora=, put it next to the checkpoint as lora.pt, or pass lora='none' to convert only the base"
             )
         return {}
     weights = (found.checkpoint.weights or "generator").partition(".")[0]
@@ -103,8 +103,8 @@ def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLa
     chosen = (file.weights or "").partition(".")[0]
     if chosen.startswith("generator") and chosen != f"{weights}_lora":
         raise ValueError(
-            f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain weights "
-            "must not be mixed; select the others with weights="
+            f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain "
+            "weights must not be mixed; select the others with weights="
         )
     tensors = {key: tensor for shard in file.shards for key, tensor in shard.load().items()}
     adapters = read_lora(tensors, str(path))

@@ -136,9 +136,9 @@ def _family_of(src: Path, network: str | None) -> tuple[str, str]:
         _, _, family, text = max(matches)
         return family, f"family: {family}, by {text!r} in its path"
     raise ValueError(
-        f"{src}: the family cannot be determined: all families, and bidirectional models, have the same tensors, and neither "
-        f"file nor folder has a known name. Found: {network or 'a size that was not released'}. Pass the family: "
-        f"{', '.join(_families(network) or available())}"
+        f"{src}: the family cannot be determined: all families, and bidirectional models, have the same tensors, and "
+        f"neither file nor folder has a known name. Found: {network or 'a size that was not released'}. Pass the "
+        f"family: {', '.join(_families(network) or available())}"
     )
 
 

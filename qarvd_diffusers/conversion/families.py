@@ -1,7 +1,7 @@
 """List the released model families: how each rolls out, how its files are recognized, and what some still need.
 
-The values are those of the released inference configurations. Everything that differs between families is in this table;
-no other code depends on a model's name.
+The values are those of the released inference configurations. Everything that differs between families is in this
+table; no other code depends on a model's name.
 """
 
 from __future__ import annotations

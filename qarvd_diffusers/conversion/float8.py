@@ -1,4 +1,4 @@
-"""Read 8-bit weights as ComfyUI stores them: codes with a scale, `scale_weight` in older files, `weight_scale` in newer."""
+"""Read 8-bit weights as ComfyUI stores them: codes with a `scale_weight`, or in newer files a `weight_scale`."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def find_scales(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
             raise ValueError(f"{name} scales a weight that is {stored}, expected one of 8 bits: use the bfloat16 file")
         if spec.shape not in ((), (1,), (1, 1), (weight.shape[0],), (weight.shape[0], 1)):
             raise ValueError(
-                f"{name} is {spec.shape} for a weight {weight.shape}, expected one scale, or one per output channel: scales of "
-                "blocks are not supported, use the bfloat16 file"
+                f"{name} is {spec.shape} for a weight {weight.shape}, expected one scale, or one per output channel: "
+                "scales of blocks are not supported, use the bfloat16 file"
             )
         scales[f"{module}.weight"] = name
     return scales

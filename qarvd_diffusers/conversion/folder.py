@@ -1,7 +1,7 @@
 """Write the parts of a diffusers folder in the portable layout, except the transformer.
 
-The portable layout names only stock classes, so that plain diffusers loads every component. `pipeline.py` names the class
-that runs them together.
+The portable layout names only stock classes, so that plain diffusers loads every component. `pipeline.py` names the
+class that runs them together.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def quantize_folder(
 ) -> dict[str, int]:
     """Quantize the transformer of a diffusers folder, with a scheme that needs no data, without loading it.
 
-    The result is bit-identical to that of `from_pretrained(src, quantization_config=config)`. One block is in memory at a
-    time, and every block becomes a shard.
+    The result is bit-identical to that of `from_pretrained(src, quantization_config=config)`. One block is in memory
+    at a time, and every block becomes a shard.
 
     Args:
         src: diffusers folder of a float model, with a transformer of any diffusers class.
@@ -57,8 +57,9 @@ def quantize_folder(
     src, out_dir = Path(src), Path(out_dir)
     if config.needs_calibration:
         raise ValueError(
-            f"scheme {config.scheme} with rounding {config.resolved_rounding!r} has to run the model and cannot work from disk: "
-            "use w8a8_dynamic, w8a16 or w4a16 with rounding='nearest', or load the pipeline and call quantize"
+            f"scheme {config.scheme} with rounding {config.resolved_rounding!r} has to run the model and cannot work "
+            "from disk: use w8a8_dynamic, w8a16 or w4a16 with rounding='nearest', or load the pipeline and call "
+            "quantize"
         )
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")

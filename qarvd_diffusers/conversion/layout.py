@@ -21,8 +21,8 @@ StateDict = Mapping[str, Any]
 def state_dicts(content: StateDict) -> dict[str | None, StateDict]:
     """Return all state dicts in a file's content by name (`generator`, `generator.model`), None for top-level entries.
 
-    Keys of one dict that begin with `generator.` or `generator_ema.` count as state dicts too, as do several networks with
-    different prefixes. Entries that are not tensors are kept.
+    Keys of one dict that begin with `generator.` or `generator_ema.` count as state dicts too, as do several networks
+    with different prefixes. Entries that are not tensors are kept.
     """
     found: dict[str | None, StateDict] = {}
     _collect(content, None, found)
@@ -104,8 +104,8 @@ def tensors_of(state_dict: StateDict) -> list[str]:
 def own_keys(state_dict: StateDict) -> tuple[list[str], list[str]]:
     """List the keys of a state dict to read, and sentences that say what is left out.
 
-    Left out are entries that are not tensors. In a network, so are buffers and counters, and keys without the prefix that
-    all parameters have. Other unknown keys are kept, so that the error for them names them.
+    Left out are entries that are not tensors. In a network, so are buffers and counters, and keys without the prefix
+    that all parameters have. Other unknown keys are kept, so that the error for them names them.
     """
     keys, reasons = tensors_of(state_dict), []
     if others := [str(key) for key in state_dict if key not in set(keys)]:

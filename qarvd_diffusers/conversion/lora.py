@@ -40,7 +40,7 @@ _IMAGE = re.compile(r"[kv]_img|img_emb|image_embedder|add_[kv]_proj")
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """Hold what is added to a module: `alpha / rank * up @ down` or a difference to its weight, a difference to its bias.
+    """Hold what is added to a module: `alpha / rank * up @ down`, and differences of weight and bias.
 
     Attributes:
         down: `[rank, K]` with K inputs (in a convolution, those of a whole kernel), None without factors.
@@ -67,7 +67,7 @@ class LoraLayer:
         return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
 
     def delta(self) -> Tensor | None:
-        """Return the total addition to the weight, float32 `[N, K]` or of the shape of `diff`; None if there is none."""
+        """Return the total addition to the weight, float32 `[N, K]` or shaped like `diff`; None if there is none."""
         if self.down is None:
             return None if self.diff is None else self.diff.float()
         product = (self.up.float() @ self.down.float()) * self.scale
@@ -89,13 +89,13 @@ def read_lora(state_dict: Mapping[str, Tensor], source: str = "the LoRA") -> dic
     number and size.
 
     Args:
-        state_dict: original Wan, diffusers, PEFT, kohya or ComfyUI names: pairs of factors, `.alpha`, and differences of
-            weights, biases and modulation (`.diff`, `.diff_b`, `.diff_m`).
+        state_dict: original Wan, diffusers, PEFT, kohya or ComfyUI names: pairs of factors, `.alpha`, and differences
+            of weights, biases and modulation (`.diff`, `.diff_b`, `.diff_m`).
         source: name of the file in errors.
 
     Raises:
-        ValueError: for another kind of adapter, half a pair, factors of different ranks, values that are not finite, or a
-            file of which more than a small part does not belong to Wan's modules.
+        ValueError: for another kind of adapter, half a pair, factors of different ranks, values that are not finite,
+            or a file of which more than a small part does not belong to Wan's modules.
     """
     find = _module_finder(state_dict)
     parts: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
@@ -134,8 +134,8 @@ def _check_tensor(key: str, tensor: Tensor, source: str) -> None:
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if mark in key), None)
     if kind is not None:
         raise ValueError(
-            f"{source}: {key!r} belongs to {kind}, which is more than a product of two factors and is not supported; export "
-            "it as a plain LoRA"
+            f"{source}: {key!r} belongs to {kind}, which is more than a product of two factors and is not supported; "
+            "export it as a plain LoRA"
         )
     if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
         raise ValueError(f"{source}: {key!r} holds NaN or infinity: the file is damaged, or its training diverged")
@@ -160,8 +160,8 @@ def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
     factors = [name for name in ("down", "up") if name in parts]
     if len(factors) == 1 or "down_bias" in parts or (not factors and not {"diff", "diff_b"} & parts.keys()):
         raise ValueError(
-            f"{source}: {module} has {sorted(parts)}, expected the pair of down (A) and up (B), or a difference: the file is "
-            "truncated or edited"
+            f"{source}: {module} has {sorted(parts)}, expected the pair of down (A) and up (B), or a difference: the "
+            "file is truncated or edited"
         )
     # Some exporters add hundreds of zero differences; without them, nothing needs to be added.
     nonzero = {name: parts[name] for name in ("diff", "diff_b") if name in parts and bool(parts[name].float().any())}
@@ -172,8 +172,8 @@ def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
         down, up = parts["down"], parts["up"]
         if not _is_pair(down, up):
             raise ValueError(
-                f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, in] and "
-                "[out, rank] of one rank: their ranks differ"
+                f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, "
+                "in] and [out, rank] of one rank: their ranks differ"
             )
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         layer = replace(layer, down=down.flatten(1), up=up.flatten(1), alpha=alpha)
@@ -204,9 +204,9 @@ def _leave_out(strange: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str,
     if size > _LARGEST_LEFT_OUT * applied:
         kind = "an image-to-video" if any(map(_IMAGE.search, other)) else "another kind of"
         raise ValueError(
-            f"{source}: {count} tensors of size {size:.3g} belong to modules that this model family does not have (first: "
-            f"{first}), and {len(layers)} of size {applied:.3g} to modules that it has: the LoRA was made for {kind} model, and "
-            "would not work here"
+            f"{source}: {count} tensors of size {size:.3g} belong to modules that this model family does not have "
+            f"(first: {first}), and {len(layers)} of size {applied:.3g} to modules that it has: the LoRA was made for "
+            f"{kind} model, and would not work here"
         )
     groups = [f"{len(text)} of a text encoder, which is not adapted here"] if text else []
     groups += (
@@ -233,7 +233,8 @@ def check_fit(lora: Mapping[str, LoraLayer], sizes: Mapping[str, tuple[int, ...]
 
     Args:
         lora: from `read_lora`.
-        sizes: shape of every weight by the name of its module (`(out, in)` of a Linear), of other parameters by their own.
+        sizes: shape of every weight by the name of its module (`(out, in)` of a Linear), of other parameters by their
+            own.
         source: name of the file in errors.
 
     Raises:

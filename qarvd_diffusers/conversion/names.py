@@ -83,7 +83,7 @@ def original_names(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def to_diffusers_keys(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Rename the keys of an original state dict, with any prefix and training wrappers, to `WanTransformer3DModel` keys.
+    """Rename original keys, with any prefix and training wrappers, to `WanTransformer3DModel` keys.
 
     Values are passed through: tensors, including those of quantized layers, or stand-ins for them.
 
@@ -106,11 +106,15 @@ def _explain_unknown(keys: Iterable[str], unknown: list[str]) -> str:
     """Say what a state dict with unknown keys is, and the remedy."""
     if sum(bool(_DIFFUSERS_ONLY.search(key)) for key in keys) > len(unknown) / 2:
         return (
-            f"these are diffusers names already (first: {unknown[:3]}), and only original names are converted: save the file as "
-            "FOLDER/transformer/diffusion_pytorch_model.safetensors next to its config.json, and load FOLDER"
+            f"these are diffusers names already (first: {unknown[:3]}), and only original names are converted: save "
+            "the file as FOLDER/transformer/diffusion_pytorch_model.safetensors next to its config.json, and load "
+            "FOLDER"
         )
     if sum(bool(_ADAPTER.search(key)) for key in unknown) > len(unknown) / 2:
-        return f"{len(unknown)} keys do not belong to an original Wan transformer: {unknown[:3]}; this is an adapter: pass it with lora="
+        return (
+            f"{len(unknown)} keys do not belong to an original Wan transformer: {unknown[:3]}; this is an adapter: "
+            "pass it with lora="
+        )
     kind = next((kind for kind, mark in _OTHER_WAN.items() if any(map(mark.search, unknown))), None)
     return f"{len(unknown)} keys do not belong to an original Wan transformer: {unknown[:5]}; " + (
         f"this is {kind}, which is not supported"
@@ -130,8 +134,8 @@ def to_original_keys(state_dict: Mapping[str, T], prefix: str = "model.") -> dic
     names = {key: _rename(key, top, block) for key in state_dict}
     if unknown := [key for key, name in names.items() if name is None]:
         raise ValueError(
-            f"{len(unknown)} keys do not belong to a diffusers Wan transformer: {unknown[:5]}; unload or merge adapters, and leave "
-            "out other networks, before writing original names"
+            f"{len(unknown)} keys do not belong to a diffusers Wan transformer: {unknown[:5]}; unload or merge "
+            "adapters, and leave out other networks, before writing original names"
         )
     return {prefix + name: state_dict[key] for key, name in names.items()}
 
@@ -144,7 +148,8 @@ def _spellings(table: Mapping[str, str]) -> dict[str, str]:
 
 _TOP_SPELLINGS, _BLOCK_SPELLINGS = _spellings(_TOP), _spellings(_BLOCK)
 _ADAPTER_PREFIX = re.compile(
-    r"((base_model\.model|generator|transformer|diffusion_model|model|module|pipe|dit)\.|lora_(unet|transformer)_+|lycoris_)+"
+    r"((base_model\.model|generator|transformer|diffusion_model|model|module|pipe|dit)\.|"
+    r"lora_(unet|transformer)_+|lycoris_)+"
 )
 _NO_LINEAR = ("patch_embedding", "norm2", "norm_q", "norm_k", "scale_shift_table")
 
@@ -152,8 +157,8 @@ _NO_LINEAR = ("patch_embedding", "norm2", "norm_q", "norm_k", "scale_shift_table
 def diffusers_module(name: str) -> str | None:
     """Return the diffusers name of a module or bare parameter that an adapter file calls `name`, None if Wan has none.
 
-    Known spellings are original names and diffusers names with the prefixes of PEFT, ComfyUI, DiffSynth and diffusers, and
-    those of kohya, which have underscores instead of dots.
+    Known spellings are original names and diffusers names with the prefixes of PEFT, ComfyUI, DiffSynth and diffusers,
+    and those of kohya, which have underscores instead of dots.
     """
     name = without_wrappers(name)
     name = name[prefix.end() :] if (prefix := _ADAPTER_PREFIX.match(name)) else name

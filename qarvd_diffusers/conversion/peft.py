@@ -14,7 +14,7 @@ from .names import is_linear, weight_name
 
 
 def to_peft(lora: Mapping[str, LoraLayer], prefix: str = "transformer.") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a state dict and `LoraConfig` arguments for diffusers' `load_lora_adapter`, with `prefix` before every key.
+    """Return a state dict and `LoraConfig` arguments for diffusers' `load_lora_adapter`, all keys with a prefix.
 
     Ranks and alphas are listed per layer, so PEFT infers nothing. Differences of parameters that PEFT has no layer for
     follow `DIFFERENCES` in the key, under the name of the parameter.

@@ -1,8 +1,8 @@
 """Write one safetensors file that diffusers and ComfyUI both load, and turn it into a folder again.
 
 Tensors have original Wan names. A header holds what the JSON files of a folder hold. The tensors of a quantized Linear
-follow its original name: `blocks.0.self_attn.q.weight_packed`, `.weight_scale` and so on. Folder and file hold the same
-tensors, bit for bit.
+follow its original name: `blocks.0.self_attn.q.weight_packed`, `.weight_scale` and so on. Folder and file hold the
+same tensors, bit for bit.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def save_single_file(transformer: nn.Module, pipeline: Mapping[str, Any], path: 
 def folder_to_single_file(folder: str | Path, out: str | Path, prefix: str = "") -> Path:
     """Write the transformer of a diffusers folder, float or quantized, as one safetensors file under original names.
 
-    Tensors are copied one by one. `from_single_file` reads the file if it has no prefix and `model_index.json` says how
-    the model rolls out; another float model is written without a header.
+    Tensors are copied one by one. `from_single_file` reads the file if it has no prefix and `model_index.json` says
+    how the model rolls out; another float model is written without a header.
 
     Args:
         folder: diffusers folder of a Wan model.
@@ -69,8 +69,8 @@ def folder_to_single_file(folder: str | Path, out: str | Path, prefix: str = "")
         prefix: put before every name; the original training code expects `model.`.
 
     Raises:
-        ValueError: if `folder` is not a diffusers folder of a Wan model, if it is quantized and there is a prefix, or for
-            another suffix of `out`.
+        ValueError: if `folder` is not a diffusers folder of a Wan model, if it is quantized and there is a prefix, or
+            for another suffix of `out`.
     """
     folder = Path(folder)
     path, index = folder / "transformer" / "config.json", folder / "model_index.json"
@@ -192,7 +192,7 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
 
 
 def _one_grid(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Return int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether the product is exact."""
+    """Return int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether it is exact."""
     order, count = layer.channel_order.long(), layer.num_outliers
     if count in (0, layer.in_features):
         group = int(count == 0)
@@ -213,8 +213,8 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
     lost = [f"{exact} of {len(layers)} layers keep their integer weights exactly."]
     if exact < len(layers):
         lost.append(
-            f"{len(layers) - exact} layers were rounded again to one symmetric int8 grid per output channel: the separate scale "
-            "of the outlier channels, zero-points and learned rounding are lost there."
+            f"{len(layers) - exact} layers were rounded again to one symmetric int8 grid per output channel: the "
+            "separate scale of the outlier channels, zero-points and learned rounding are lost there."
         )
     if any(layer.weight_bits == 4 for layer in layers.values()):
         lost.append("4-bit storage is lost: the format takes 8 bits per weight.")

@@ -124,7 +124,7 @@ def _loading(pipeline: str, source: str) -> str:
         lines = f'from {module} import {name}\n\npipe = {name}.from_pretrained("{source}")\n```\n'
     if module.split(".")[0] == "diffusers":
         return lines  # a stock pipeline generates whole videos
-    return f'{lines}\n`for chunk in pipe.stream("a prompt")` yields `chunk.frames`, chunk by chunk, as they are generated.\n'
+    return f'{lines}\n`for chunk in pipe.stream("a prompt")` yields `chunk.frames` as they are generated.\n'
 
 
 def model_card(
@@ -170,8 +170,9 @@ def model_card(
 # {(repo_id or "Autoregressive video diffusion model").split("/")[-1]} ({config.scheme})
 
 {f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "An autoregressive video diffusion model"}
-quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)): {scheme.weight_bits}-bit weights{_exceptions(config)},
-{activations} activations, and a separate scale for outlier channels.
+quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)):
+{scheme.weight_bits}-bit weights{_exceptions(config)}, {activations} activations,
+and a separate scale for outlier channels.
 
 ```python
 import qarvd_diffusers  # registers the quantization method; pip install -e . in a clone of the Q-ARVD repository

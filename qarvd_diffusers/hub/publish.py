@@ -49,8 +49,8 @@ def complete_folder(
 ) -> None:
     """Turn what `DiffusionPipeline.save_pretrained` wrote into a folder that can be published.
 
-    Removes local paths. A float model keeps the model card of its source. A quantized one gets a new card, and the float
-    files of an int8 text encoder: stock classes load these, and they are quantized to the same bits again.
+    Removes local paths. A float model keeps the model card of its source. A quantized one gets a new card, and the
+    float files of an int8 text encoder: stock classes load these, and they are quantized to the same bits again.
 
     Args:
         pipe: the saved pipeline.
@@ -125,14 +125,14 @@ def upload(
     licence = find_licence(str(folder))
     if licence is None:
         logger.warning(
-            "No licence is known for the weights uploaded to %s: state it in README.md. Quantized weights inherit the licence "
-            "of the base model.",
+            "No licence is known for the weights uploaded to %s: state it in README.md. Quantized weights inherit the "
+            "licence of the base model.",
             repo_id,
         )
     elif is_non_commercial(licence):
         logger.warning(
-            "The weights uploaded to %s are licensed %s: non-commercial. Quantized weights inherit the licence; the model "
-            "card says so.",
+            "The weights uploaded to %s are licensed %s: non-commercial. Quantized weights inherit the licence; the "
+            "model card says so.",
             repo_id,
             licence,
         )
@@ -179,8 +179,8 @@ def _copy_float_files(source: str, target: Path) -> None:
     """Replace an int8 text encoder by the float files that it was quantized from."""
     if not Path(source).is_dir():
         raise ValueError(
-            f"the int8 text encoder was loaded from {source!r}, which is not a folder, and cannot be stored as int8: load the "
-            "pipeline from a folder or the Hub, or without text_encoder='int8'"
+            f"the int8 text encoder was loaded from {source!r}, which is not a folder, and cannot be stored as int8: "
+            "load the pipeline from a folder or the Hub, or without text_encoder='int8'"
         )
     shutil.rmtree(target)
     shutil.copytree(source, target)

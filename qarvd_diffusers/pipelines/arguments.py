@@ -70,6 +70,6 @@ def require_wan(owner: type[DiffusionPipeline], source: str | os.PathLike, argum
     if isinstance(kind, type) and not issubclass(kind, WanTransformer3DModel):
         pipeline = index.get("_class_name", "its own pipeline class")
         raise ValueError(
-            f"{source} has a {name}, {owner.__name__} runs a WanTransformer3DModel: load it with {pipeline}, and quantize its "
-            f"transformer with {name}.from_pretrained(..., quantization_config=QARVDConfig(...))"
+            f"{source} has a {name}, {owner.__name__} runs a WanTransformer3DModel: load it with {pipeline}, and "
+            f"quantize its transformer with {name}.from_pretrained(..., quantization_config=QARVDConfig(...))"
         )

@@ -14,9 +14,9 @@ from .quantizable import QuantizableMixin
 
 
 class ARVDMixin(StreamableMixin, QuantizableMixin):
-    """Add streaming and quantization to a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
+    """Add streaming and quantization to a causal `DiffusionPipeline`.
 
-    The pipeline implements the contract of `StreamableMixin`.
+    Put it before `DiffusionPipeline` among the bases. The pipeline implements the contract of `StreamableMixin`.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -78,7 +78,7 @@ def fit_scheduler(
 def latent_size(
     pipe: DiffusionPipeline, height: int | None, width: int | None, latents: torch.Tensor | None
 ) -> tuple[int, int]:
-    """Return latent height and width for pixels, for latents `[B, C, F, h, w]`, or by default for the pipeline's config.
+    """Return latent height and width of pixels, of latents `[B, C, F, h, w]`, or of the pipeline's config.
 
     Raises:
         ValueError: if pixels and latents disagree, or the size is not a multiple of a token's.
@@ -106,8 +106,8 @@ def plan_memory(source: str | os.PathLike, memory: str, options: dict[str, Any])
     Args:
         source: folder or Hub id of the model.
         memory: size, or `"max"`; see `memory.plan.choose`.
-        options: arguments of the loader. `height` and `width` are removed; `dtype` and, for a float model that only fits
-            quantized, `quantization_config` are added.
+        options: arguments of the loader. `height` and `width` are removed; `dtype` and, for a float model that only
+            fits quantized, `quantization_config` are added.
 
     Raises:
         ValueError: if nothing fits.

@@ -1,4 +1,4 @@
-"""Load LoRA into `ARVDPipeline` by diffusers' own methods, from every common file layout, also for quantized models."""
+"""Load LoRA files of every common layout into `ARVDPipeline`, float or quantized, by diffusers' own methods."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from ..conversion.peft import with_bias_pairs
 class LoraMixin(WanLoraLoaderMixin):
     """Add `load_lora_weights`, `set_adapters`, `unload_lora_weights` and related methods of diffusers pipelines.
 
-    A quantized layer keeps its integer weights, and the adapter's float products are added to its output: adapters can be
-    combined, scaled and removed. Differences of norms, modulation and patch embedding are added to these parameters, which
-    are float in every model, and subtracted when the adapter is removed. Fusing into integer weights raises an error.
+    A quantized layer keeps its integer weights, and the adapter's float products are added to its output: adapters can
+    be combined, scaled and removed. Differences of norms, modulation and patch embedding are added to these
+    parameters, which are float in every model, and subtracted when the adapter is removed. Fusing into integer weights
+    raises an error.
     """
 
     @classmethod
@@ -35,8 +36,9 @@ class LoraMixin(WanLoraLoaderMixin):
         """Return the tensors of a LoRA under diffusers names, and on request its ranks and alphas.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a state dict, a folder or Hub id (see diffusers), or a `.safetensors`,
-                `.pt`, `.pth` or `.bin` file (`weights_only=True`); original Wan, diffusers, PEFT, kohya or ComfyUI names.
+            pretrained_model_name_or_path_or_dict: a state dict, a folder or Hub id (see diffusers), or a
+                `.safetensors`, `.pt`, `.pth` or `.bin` file (`weights_only=True`); original Wan, diffusers, PEFT,
+                kohya or ComfyUI names.
             **kwargs: those of diffusers; `return_lora_metadata` adds the `LoraConfig` arguments to the result.
 
         Raises:
@@ -72,8 +74,8 @@ class LoraMixin(WanLoraLoaderMixin):
         """Add an adapter to a transformer; arguments as in diffusers.
 
         Raises:
-            ValueError: if it was made for other layers or another size, its name cannot be that of a module, or parameters
-                that it adds to are offloaded; the model is not changed then.
+            ValueError: if it was made for other layers or another size, its name cannot be that of a module, or
+                parameters that it adds to are offloaded; the model is not changed then.
         """
         from ..models.lora_differences import add_differences  # imports PEFT
 
@@ -100,8 +102,8 @@ def _free_name(transformer: nn.Module) -> str:
 def _checked_name(name: str) -> str:
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(
-            f"adapter_name is {name!r}: PyTorch stores an adapter as a module of that name, which must not be empty, contain a "
-            "dot or be a method of a dictionary; use letters, digits and underscores"
+            f"adapter_name is {name!r}: PyTorch stores an adapter as a module of that name, which must not be empty, "
+            "contain a dot or be a method of a dictionary; use letters, digits and underscores"
         )
     return name
 
@@ -119,8 +121,8 @@ def _check_not_offloaded(transformer: nn.Module, differences: Mapping[str, torch
     away = [name for name in differences if transformer.get_parameter(name).is_meta]
     if away:
         raise ValueError(
-            f"the adapter adds to {len(away)} parameters that are offloaded to the meta device (first: {away[0]}): load it before "
-            "enable_sequential_cpu_offload(), or use enable_group_offload()"
+            f"the adapter adds to {len(away)} parameters that are offloaded to the meta device (first: {away[0]}): "
+            "load it before enable_sequential_cpu_offload(), or use enable_group_offload()"
         )
 
 

@@ -54,8 +54,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Generate video autoregressively with a causal Wan transformer (Self-Forcing and related models).
 
     Models of the family differ only in the values of `RolloutConfig`. A stock `WanTransformer3DModel` is upgraded to a
-    `CausalWanTransformer3DModel` that shares all its parameters. A stock scheduler is replaced by the one that the config
-    describes. Distilled models need no guidance, so there is no negative prompt.
+    `CausalWanTransformer3DModel` that shares all its parameters. A stock scheduler is replaced by the one that the
+    config describes. Distilled models need no guidance, so there is no negative prompt.
 
     Args:
         transformer: the causal transformer, or a stock Wan transformer.
@@ -133,9 +133,10 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: folder or Hub id, float or quantized.
-            memory: `"8GB"`, `"12GB"`, `"16GB"` or any other size. The bits of the K/V cache, the offloading of the text
-                encoder, the window and, for a float model without `quantization_config`, a data-free scheme are chosen to
-                fit (see `memory.plan.choose`), and the pipeline is moved to the GPU if there is one. `"max"` only moves it.
+            memory: `"8GB"`, `"12GB"`, `"16GB"` or any other size. The bits of the K/V cache, the offloading of the
+                text encoder, the window and, for a float model without `quantization_config`, a data-free scheme are
+                chosen to fit (see `memory.plan.choose`), and the pipeline is moved to the GPU if there is one. `"max"`
+                only moves it.
             **kwargs: those of `QuantizableMixin.from_pretrained`; `height` and `width` plan for another picture size.
 
         Raises:
@@ -276,11 +277,11 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         """Encode a picture or a clip as initial latents `[B, C, F, h, w]`.
 
         Args:
-            image: a picture, or one per sample; see `Picture` for the types. If the model has no single first frame, it is
-                repeated for one chunk.
+            image: a picture, or one per sample; see `Picture` for the types. If the model has no single first frame,
+                it is repeated for one chunk.
             video: a clip, or one per sample; its longest end of whole chunks is used.
-            height: pixels; each picture is cropped to the aspect ratio around its centre and resized. None takes that of
-                the pipeline's config.
+            height: pixels; each picture is cropped to the aspect ratio around its centre and resized. None takes that
+                of the pipeline's config.
             width: see `height`.
             batch: number of samples; a single start is used for all.
 
@@ -361,8 +362,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     ) -> ARVDPipelineOutput | tuple:
         """Generate a whole video: the concatenated chunks of `stream`, after the frames of the start.
 
-        Arguments are those of `stream`, including `image` and `video` (see `encode_start`). If none of them determines a
-        length, 7 chunks are generated.
+        Arguments are those of `stream`, including `image` and `video` (see `encode_start`). If none of them determines
+        a length, 7 chunks are generated.
 
         Examples:
 

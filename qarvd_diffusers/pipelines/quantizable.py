@@ -1,4 +1,4 @@
-"""`QuantizableMixin`: `from_pretrained(..., quantization_config=...)`, `calibrate`, `quantize`, saving and publishing."""
+"""Define `QuantizableMixin`: loading, calibrating, quantizing, saving and publishing a pipeline."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class QuantizableMixin:
                 the GPU if there is one, shows its progress, and is cached by content.
 
         Raises:
-            ValueError: if the repository is quantized with another config, or `quantization_config` names a component that
-                the pipeline does not have.
+            ValueError: if the repository is quantized with another config, or `quantization_config` names a component
+                that the pipeline does not have.
             OSError: if a file is missing, truncated or damaged; the message names the file.
         """
         kwargs = loading_arguments(cls, kwargs)
@@ -109,8 +109,8 @@ class QuantizableMixin:
     ) -> CalibrationResult:
         """Compute integer weights and quantizer parameters for `config`; the pipeline stays float.
 
-        Arguments and errors are those of `calibration.pipeline.calibrate_pipeline`. The result is cached under a hash of
-        the weights, the config and the prompts.
+        Arguments and errors are those of `calibration.pipeline.calibrate_pipeline`. The result is cached under a hash
+        of the weights, the config and the prompts.
         """
         return calibrate_pipeline(self, config, use_cache, resume, progress)
 

@@ -34,11 +34,11 @@ class SingleFileMixin:
 
         Args:
             path: the file, float or quantized.
-            base: diffusers folder or Hub id of a Wan model that provides VAE, text encoder and tokenizer; None takes them
-                from `kwargs`, if they are passed.
-            **kwargs: `dtype`, also one per component; components by name (`vae`, `text_encoder`, `tokenizer`); values of the
-                config to replace; `quantization_config`; with a `base`, other arguments of `from_pretrained`, which apply
-                to the base's components.
+            base: diffusers folder or Hub id of a Wan model that provides VAE, text encoder and tokenizer; None takes
+                them from `kwargs`, if they are passed.
+            **kwargs: `dtype`, also one per component; components by name (`vae`, `text_encoder`, `tokenizer`); values
+                of the config to replace; `quantization_config`; with a `base`, other arguments of `from_pretrained`,
+                which apply to the base's components.
 
         Raises:
             ValueError: if the file has no header of Q-ARVD, is truncated or disagrees with its header, or for an
@@ -48,8 +48,8 @@ class SingleFileMixin:
         kwargs = loading_arguments(cls, kwargs)
         if kwargs.pop("device_map", None) is not None:
             raise ValueError(
-                "device_map is not supported for a single file, which is loaded as a whole: leave it out, and call to() or "
-                "enable_model_cpu_offload() afterwards"
+                "device_map is not supported for a single file, which is loaded as a whole: leave it out, and call "
+                "to() or enable_model_cpu_offload() afterwards"
             )
         header = read_single_file(path)
         if header is None:
