@@ -140,6 +140,7 @@ def folder_tensors(path: Path) -> tuple[dict[str, TensorSpec], Callable[[str], t
 
 
 def _check_shards(path: Path, shards: Sequence[Shard]) -> None:
+    """Raise ValueError if shards hold different weights or have keys in common."""
     if len({shard.weights for shard in shards}) > 1:
         listed = ", ".join(f"{shard.path.name}: {shard.weights or 'flat'}" for shard in shards)
         raise ValueError(
@@ -165,27 +166,37 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
     reasons = [f"left out: {hidden[:5]} ({len(hidden)} in all), hidden files"] if hidden else []
     files = [file for file in files if file.name not in hidden]
     indexes = sorted(index for index in path.glob("*.index.json") if not index.name.startswith("."))
-    for index in sorted(indexes, key=lambda index: ".safetensors" not in index.name)[:1]:
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(listed - {file.name for file in files})
-        if missing:
-            raise ValueError(f"{path}: {index.name} lists {missing}, which are missing: download them")
-        if others := [file.name for file in files if file.name not in listed]:
+    if indexes:
+        index = min(indexes, key=lambda index: ".safetensors" not in index.name)
+        listed = _listed(index, files)
+        if others := [file.name for file in files if file not in listed]:
             reasons.append(f"left out: {others[:5]} ({len(others)} in all), which {index.name} does not list")
-        files = [file for file in files if file.name in listed]
+        files = listed
     if not files:
         raise ValueError(f"{path}: holds no {', '.join(_LOADERS)} files")
     return files, reasons
 
 
+def _listed(index: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the files that an index lists; raise ValueError if one is missing."""
+    listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = sorted(listed - {file.name for file in files})
+    if missing:
+        raise ValueError(f"{index.parent}: {index.name} lists {missing}, which are missing: download them")
+    return [file for file in files if file.name in listed]
+
+
 @dataclass(frozen=True, eq=False)
 class _Opened:
+    """Hold an opened file, the names of its state dicts and sentences that say what was left out."""
+
     shard: Shard
     found: tuple[str, ...]
     reasons: tuple[str, ...]
 
 
 def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> _Opened:
+    """Open one file and choose a state dict in it."""
     contents = _contents(path)
     names = [name for name in contents if name is not None]
     try:
@@ -228,6 +239,7 @@ def _one_format(opened: list[_Opened]) -> tuple[list[_Opened], list[str]]:
 
 
 def _samples(shard: Shard) -> dict[str, torch.Tensor]:
+    """Return a few values of every tensor."""
     flat = {key: tensor.flatten() for key, tensor in shard.load().items()}
     return {key: tensor[:: max(1, len(tensor) // _SAMPLES)].float() for key, tensor in flat.items()}
 
@@ -241,6 +253,7 @@ def _contents(path: Path) -> dict[str | None, StateDict]:
 
 
 def _read(path: Path) -> Any:
+    """Read a file by its suffix; raise ValueError if it is damaged, or would have to be unpickled."""
     if path.suffix not in _LOADERS:
         raise ValueError(f"{path}: unknown checkpoint format {path.suffix!r}, expected {', '.join(_LOADERS)}")
     try:

@@ -163,6 +163,7 @@ class _Tensors:
 
 
 def _write_transformer(folder: Path, checkpoint: Checkpoint, tensors: _Tensors) -> None:
+    """Write the weights as shards of at most `SHARD_BYTES`."""
     parameters = without_scales(to_diffusers_keys(checkpoint.specs))
     stored = [
         {name: parameters[name] for name in to_diffusers_keys(shard.specs) if name in parameters}

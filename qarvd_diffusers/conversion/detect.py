@@ -78,11 +78,7 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
         family, why = _family_of(src, network)
         reasons.append(why)
     release = find_family(family)
-    if network is not None and network != release.network:
-        raise ValueError(
-            f"{src} is a {network} network, the family {family!r} is {release.network}. Families of this size: "
-            f"{', '.join(_families(network)) or 'none that runs'}"
-        )
+    _check_size(src, network, family)
     checkpoint = first
     if weights is None and {"generator", "generator_ema"} <= {name.partition(".")[0] for name in first.found}:
         checkpoint = open_checkpoint(src, None, (release.weights, *NESTINGS))
@@ -93,16 +89,31 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
     reasons += checkpoint.reasons
     if scaled := len(checkpoint.specs) - len(specs):
         reasons.append(f"8-bit weights with scales ({scaled} tensors): multiplied in float32")
-    beside = src if src.is_dir() else src.parent
-    lora = next((beside / name for name in _LORA_FILES if (beside / name).is_file()), None)
+    folder = src if src.is_dir() else src.parent
     # The card is next to the file, or in the root of its repository.
-    licence = stated_licence(beside) or stated_licence(beside.parent) or release.licence
+    licence = stated_licence(folder) or stated_licence(folder.parent) or release.licence
     reasons.append(f"licence: {licence or 'not known'}{' (non-commercial)' if is_non_commercial(licence) else ''}")
-    lora = lora if release.has_lora else None
+    lora = _lora_in(folder) if release.has_lora else None
     return Detected(family, release, network, checkpoint, specs, lora, licence, tuple(reasons))
 
 
+def _check_size(src: Path, network: str | None, family: str) -> None:
+    """Raise ValueError if a family has another size than the file."""
+    expected = FAMILIES[family].network
+    if network not in (None, expected):
+        raise ValueError(
+            f"{src} is a {network} network, the family {family!r} is {expected}. Families of this size: "
+            f"{', '.join(_families(network)) or 'none that can run'}"
+        )
+
+
+def _lora_in(folder: Path) -> Path | None:
+    """Return the LoRA file of a release in a folder, None if there is none."""
+    return next((folder / name for name in _LORA_FILES if (folder / name).is_file()), None)
+
+
 def _diffusers_specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """Return the specs of a checkpoint's parameters under diffusers names, without scales of 8-bit weights."""
     try:
         specs = to_diffusers_keys(checkpoint.specs)
         find_scales(specs)
@@ -124,6 +135,7 @@ def network_of(specs: Mapping[str, TensorSpec]) -> str | None:
 
 
 def _family_of(src: Path, network: str | None) -> tuple[str, str]:
+    """Return the family by the names of file and folders, and a sentence that says why."""
     path = "/".join(src.absolute().parts[-_SHOWN_PARTS:]).lower()
     # A match nearest to the end of the path is the most specific; among those the longest.
     matches = [

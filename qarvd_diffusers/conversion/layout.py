@@ -30,6 +30,7 @@ def state_dicts(content: StateDict) -> dict[str | None, StateDict]:
 
 
 def _collect(content: StateDict, name: str | None, found: dict[str | None, StateDict]) -> None:
+    """Add a mapping's own entries to `found`, and those of the mappings in it under dotted names."""
     nested = {key: value for key, value in content.items() if isinstance(value, Mapping)}
     flat = {key: _as_tensor(key, value) for key, value in content.items() if key not in nested}
     if any(isinstance(value, torch.Tensor) for value in flat.values()) or not (nested or name):
@@ -46,6 +47,7 @@ def _as_tensor(key: Any, value: Any) -> Any:
 
 
 def _by_prefix(owner: str | None, state_dict: StateDict) -> dict[str | None, StateDict]:
+    """Split a state dict whose keys have the prefixes of several networks."""
     names = original_names(key for key in state_dict if isinstance(key, str))
     networks = {prefix for prefix, name in names.values() if _IN_BLOCKS.match(name)}
     firsts = {prefix.partition(".")[0] for prefix in networks} - {""} if len(networks) > 1 else set()
@@ -80,11 +82,7 @@ def choose(found: Mapping[str | None, StateDict], weights: str | None, nestings:
     """
     names = [name for name in found if name is not None]
     if weights is not None:
-        exact = [name for name in names if name == weights]
-        matches = exact or [name for name in names if name.startswith(f"{weights}.") or name.endswith(f".{weights}")]
-        if len(matches) != 1:
-            raise KeyError(f"has no state dict {weights!r}; it holds {names or 'flat tensors'}")
-        return matches[0]
+        return _requested(names, weights)
     preferred = (name for wish in nestings for name in names if name == wish or name.startswith(f"{wish}."))
     if (chosen := next(preferred, None)) is not None:
         return chosen
@@ -94,6 +92,15 @@ def choose(found: Mapping[str | None, StateDict], weights: str | None, nestings:
     if networks:
         return networks[0]
     return None if None in found or len(names) != 1 else names[0]
+
+
+def _requested(names: Sequence[str], weights: str) -> str:
+    """Return the one of several names that is requested by itself, its first or its last part."""
+    exact = [name for name in names if name == weights]
+    matches = exact or [name for name in names if name.startswith(f"{weights}.") or name.endswith(f".{weights}")]
+    if len(matches) != 1:
+        raise KeyError(f"has no state dict {weights!r}; it holds {names or 'flat tensors'}")
+    return matches[0]
 
 
 def tensors_of(state_dict: StateDict) -> list[str]:

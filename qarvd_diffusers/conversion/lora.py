@@ -173,7 +173,7 @@ def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
         if not _is_pair(down, up):
             raise ValueError(
                 f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, "
-                "in] and [out, rank] of one rank: their ranks differ"
+                "in] and [out, rank]: the two have different ranks"
             )
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         layer = replace(layer, down=down.flatten(1), up=up.flatten(1), alpha=alpha)

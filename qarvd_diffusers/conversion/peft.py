@@ -20,14 +20,7 @@ def to_peft(lora: Mapping[str, LoraLayer], prefix: str = "transformer.") -> tupl
     follow `DIFFERENCES` in the key, under the name of the parameter.
     """
     pairs = {name: _one_pair(layer) for name, layer in lora.items() if is_linear(name)}
-    pairs = {name: layer for name, layer in pairs.items() if layer.down is not None}
-    if any(
-        layer.bias is not None for layer in pairs.values()
-    ):  # in PEFT, all layers of an adapter have a bias, or none
-        pairs = {
-            name: layer if layer.bias is not None else replace(layer, bias=layer.up.new_zeros(layer.up.shape[0]))
-            for name, layer in pairs.items()
-        }
+    pairs = _all_or_no_biases({name: layer for name, layer in pairs.items() if layer.down is not None})
     tensors = {}
     for name, layer in pairs.items():
         tensors[f"{prefix}{name}.lora_A.weight"] = layer.down
@@ -38,9 +31,14 @@ def to_peft(lora: Mapping[str, LoraLayer], prefix: str = "transformer.") -> tupl
         if name not in pairs:
             added = {weight_name(name): layer.delta(), f"{name}.bias": layer.bias}
             tensors |= {f"{prefix}{DIFFERENCES}.{key}": tensor for key, tensor in added.items() if tensor is not None}
+    return tensors, {f"{prefix}{key}": value for key, value in _peft_config(pairs).items()}
+
+
+def _peft_config(pairs: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """Return the `LoraConfig` arguments of some pairs."""
     alphas = {name: layer.rank if layer.alpha is None else layer.alpha for name, layer in pairs.items()}
     rank, alpha = next(((layer.rank, alphas[name]) for name, layer in pairs.items()), (1, 1))
-    config = {
+    return {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {f"^{name}": layer.rank for name, layer in pairs.items() if layer.rank != rank},
@@ -48,7 +46,16 @@ def to_peft(lora: Mapping[str, LoraLayer], prefix: str = "transformer.") -> tupl
         "target_modules": list(pairs),
         "lora_bias": any(layer.bias is not None for layer in pairs.values()),
     }
-    return tensors, {f"{prefix}{key}": value for key, value in config.items()}
+
+
+def _all_or_no_biases(pairs: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Add zero biases if some layers have a bias: in PEFT, all layers of an adapter have one, or none has."""
+    if all(layer.bias is None for layer in pairs.values()):
+        return dict(pairs)
+    return {
+        name: layer if layer.bias is not None else replace(layer, bias=layer.up.new_zeros(layer.up.shape[0]))
+        for name, layer in pairs.items()
+    }
 
 
 def _one_pair(layer: LoraLayer) -> LoraLayer:

@@ -40,6 +40,7 @@ def stated_licence(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _licence_text(licence: str | None) -> str:
+    """Write the section on the licence."""
     if licence is None:
         return "Not known. These weights inherit the licence of the base model: state it before you publish them."
     warning = (
@@ -91,6 +92,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _fidelity(report: Mapping[str, Any] | None) -> str:
+    """Write the table of metrics per chunk."""
     if report is None:
         return _UNMEASURED
     columns = {name: form for name, form in _COLUMNS.items() if report.get(name) is not None}

@@ -95,11 +95,13 @@ class LoraMixin(WanLoraLoaderMixin):
 
 
 def _free_name(transformer: nn.Module) -> str:
+    """Return the first default adapter name that is not in use."""
     used = getattr(transformer, "peft_config", {})
     return next(name for number in range(len(used) + 1) if (name := f"default_{number}") not in used)
 
 
 def _checked_name(name: str) -> str:
+    """Return an adapter's name; raise ValueError if a module cannot have it."""
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(
             f"adapter_name is {name!r}: PyTorch stores an adapter as a module of that name, which must not be empty, "

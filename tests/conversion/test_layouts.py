@@ -99,7 +99,7 @@ def test_several_networks(tiny_pipeline, original, tmp_path):
     ema = {key: value + 1 for key, value in original.items()}
     torch.save({"ema": ema, "model": original}, tmp_path / "both.pt")
     want = tiny_pipeline.transformer.state_dict()
-    assert "weights: model, of ema, model; name others with weights=" in assert_converts(
+    assert "weights: model, of ema, model; select others with weights=" in assert_converts(
         tmp_path / "both.pt", tmp_path, want
     )
     _, tensors = convert(tmp_path / "both.pt", tmp_path / "ema", weights="ema")
