@@ -208,15 +208,10 @@ def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> _Opened:
     state_dict = contents.get(chosen, {})
     keys, reasons = own_keys(state_dict)
     if not keys:
-        strange = list(state_dict)
-        found = (
-            f"non-tensor entries {strange[:5]}"
-            if strange
-            else f"no tensors outside {names}"
-            if names
-            else "no tensors"
-        )
-        raise NoStateDict(f"{path}: {found}; expected a flat state dict, or one below {', '.join(nestings)}")
+        content = f"no tensors outside {names}" if names else "no tensors"
+        if state_dict:
+            content = f"non-tensor entries {list(state_dict)[:5]}"
+        raise NoStateDict(f"{path}: {content}; expected a flat state dict, or one below {', '.join(nestings)}")
     networks = [name for name in names if is_network(tensors_of(contents[name]))]
     specs = {key: TensorSpec.of(state_dict[key]) for key in keys}
     return _Opened(

@@ -124,10 +124,8 @@ def _diffusers_specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
 
 def network_of(specs: Mapping[str, TensorSpec]) -> str | None:
     """Return the key of `NETWORKS` for tensors under diffusers names, None for another size."""
-    patch, blocks = (
-        specs.get("patch_embedding.weight"),
-        {key.split(".")[1] for key in specs if key.startswith("blocks.")},
-    )
+    patch = specs.get("patch_embedding.weight")
+    blocks = {key.split(".")[1] for key in specs if key.startswith("blocks.")}
     if patch is None:
         return None
     size = (patch.shape[0], len(blocks), patch.shape[1])

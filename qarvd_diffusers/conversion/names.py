@@ -47,10 +47,7 @@ LEAVES = (
 )
 _DIFFUSERS_ONLY = re.compile(r"condition_embedder\.|attn[12]\.to_|proj_out\.|ffn\.net\.")
 _ADAPTER = re.compile(r"[._]lora[._]|\.lokr_|\.hada_|\.diff(_[bm])?$")
-_OTHER_WAN = {
-    "an image-to-video network": re.compile(r"[kv]_img\.|img_emb\."),
-    "a VACE network": re.compile(r"vace_"),
-}
+_OTHER_WAN = {"an image-to-video network": re.compile(r"[kv]_img\.|img_emb\."), "a VACE network": re.compile(r"vace_")}
 
 
 def without_wrappers(key: str) -> str:

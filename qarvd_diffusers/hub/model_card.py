@@ -39,15 +39,18 @@ def stated_licence(folder: str | os.PathLike[str]) -> str | None:
         return None  # a README that is not a model card
 
 
+def _tags(licence: str | None, *tags: str) -> list[str]:
+    """Return the tags of a card, with `non-commercial` if the licence is."""
+    return [*tags, "non-commercial"] if is_non_commercial(licence) else [*tags]
+
+
 def _licence_text(licence: str | None) -> str:
     """Write the section on the licence."""
     if licence is None:
         return "Not known. These weights inherit the licence of the base model: state it before you publish them."
-    warning = (
-        "**Non-commercial**: these weights may not be used or sold commercially. "
-        if is_non_commercial(licence)
-        else ""
-    )
+    warning = ""
+    if is_non_commercial(licence):
+        warning = "**Non-commercial**: these weights may not be used or sold commercially. "
     return f"{warning}`{licence}`, inherited from the base model."
 
 
@@ -62,7 +65,7 @@ def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-video",
-        tags=["autoregressive-video-diffusion", family, *(["non-commercial"] if is_non_commercial(licence) else [])],
+        tags=_tags(licence, "autoregressive-video-diffusion", family),
         license=licence,
     )
     return ModelCard(
@@ -154,13 +157,7 @@ def model_card(
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-video",
-        tags=[
-            "qarvd",
-            "quantized",
-            "autoregressive-video-diffusion",
-            config.scheme,
-            *(["non-commercial"] if is_non_commercial(licence) else []),
-        ],
+        tags=_tags(licence, "qarvd", "quantized", "autoregressive-video-diffusion", config.scheme),
         base_model=base_model,
         license=licence,
     )

@@ -208,9 +208,8 @@ class QuantizableMixin:
         publish.complete_folder(self, folder, report, repo_id)
 
     def _upload(self, folder: Path, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
-        return publish.upload(
-            folder, repo_id, commit_message=commit_message or f"Upload {type(self).__name__}", **options
-        )
+        message = commit_message or f"Upload {type(self).__name__}"
+        return publish.upload(folder, repo_id, commit_message=message, **options)
 
     def write_portable_parts(self, folder: Path) -> None:
         """Add what the portable layout has beyond `DiffusionPipeline.save_pretrained`; see `conversion.folder`."""
