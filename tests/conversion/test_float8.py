@@ -75,7 +75,7 @@ def test_scales_that_are_not_understood(original, tmp_path):
     key = "blocks.0.ffn.0"
     note = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
     changes = {
-        rf"{key.replace('ffn.0', 'ffn.net.0.proj')}.comfy_quant is of format 'nvfp4'": {f"{key}.comfy_quant": note},
+        rf"{key.replace('ffn.0', 'ffn.net.0.proj')}.comfy_quant has format 'nvfp4'": {f"{key}.comfy_quant": note},
         "scales of blocks are not supported": {f"{key}.weight_scale": torch.ones(48, 2)},
         "scales a weight that is torch.float32": {f"{key}.weight": torch.ones(48, 24)},
     }
