@@ -15,6 +15,7 @@ from qarvd_diffusers.conversion import convert as convert_module
 from qarvd_diffusers.conversion import (
     convert_checkpoint,
     detect_checkpoint,
+    families,
     folder_to_single_file,
     merge_lora,
     open_checkpoint,
@@ -51,6 +52,14 @@ def test_presets_that_run_and_those_that_do_not():
             ):
                 find_family(family)
     assert all(preset.network in NETWORKS for preset in FAMILIES.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("PRESETS", "FAMILIES"), ("Preset", "Family"), ("find_preset", "find_family")]
+)
+def test_names_of_version_0_1_still_work(old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old} was renamed: use {new} instead"):
+        assert getattr(families, old) is getattr(families, new)
 
 
 @pytest.mark.parametrize(
