@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.conversion import load_transformer_config, to_diffusers_keys
-from qarvd_diffusers.conversion.families import PRESETS, available
+from qarvd_diffusers.conversion.families import FAMILIES, available
 from qarvd_diffusers.models import CausalWanTransformer3DModel
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.quantizer import install
@@ -42,7 +42,7 @@ def load(folder: Path, family: str) -> tuple[ARVDPipeline, torch.Tensor]:
     folder = folder / MEMBERS.get(family, FRAMEWISE)
     transformer = CausalWanTransformer3DModel(**load_transformer_config(folder / "transformer_config.json"))
     transformer.load_state_dict(to_diffusers_keys(load_file(folder / "state_dict.safetensors")))
-    fields = PRESETS[family].fields
+    fields = FAMILIES[family].fields
     if fields.reencodes:  # there is no VAE beside a small model
         fields = dataclasses.replace(fields, keep_first_frame=True)
     pipe = ARVDPipeline(transformer.eval(), **fields.to_dict())

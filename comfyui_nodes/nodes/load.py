@@ -34,7 +34,7 @@ def _load(path: Path, name: str, dtype: str, rollout: str = AS_SAVED, base: str 
     lender = None if base == NO_BASE else folders.find_model(base)
     try:
         if rollout != AS_SAVED:
-            options |= library("conversion.families").find_preset(rollout).fields.to_dict()
+            options |= library("conversion.families").find_family(rollout).fields.to_dict()
         if path.is_file() and not _is_ours(path):
             path = _converted(path, rollout, lender)
         pipeline = library().ARVDPipeline

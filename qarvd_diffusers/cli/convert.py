@@ -1,13 +1,12 @@
 """Convert between original checkpoints, diffusers folders and single files.
 
-An original checkpoint becomes a diffusers folder. A float folder becomes a file under original names, a quantized one a
-single file for diffusers and ComfyUI, and that file becomes a folder again.
+An original checkpoint becomes a diffusers folder. A folder, float or quantized, becomes a single file for diffusers and
+ComfyUI, and that file becomes a folder again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--int8-tensorwise",
         action="store_true",
         help="of a quantized folder write ComfyUI's own int8 format, and say what it cannot hold",
+    )
+    parser.add_argument(
+        "--prefix",
+        default="",
+        help="of a float folder: text before every name in the file; `model.` gives the names of the original releases",
     )
     parser.add_argument("--heads", type=whole(1), help="attention heads (default: from --base, else width / 128)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as stored)")
@@ -71,19 +75,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _folder_to_file(source: Path, args: argparse.Namespace) -> dict[str, Any]:
-    from ..conversion import export_checkpoint, export_int8_tensorwise, folder_to_single_file
-    from ..files.text import read_text
+    from ..conversion import export_int8_tensorwise, folder_to_single_file
     from ..models import CausalWanTransformer3DModel
 
     if args.int8_tensorwise:
         transformer = CausalWanTransformer3DModel.from_pretrained(source, subfolder="transformer", torch_dtype="auto")
         return {"out": args.out, "layout": "int8_tensorwise", "losses": export_int8_tensorwise(transformer, args.out)}
-    config = json.loads(read_text(source / "transformer" / "config.json"))
-    if config.get("quantization_config") is None:
-        export_checkpoint(source, args.out)
-        return {"out": args.out, "layout": "original names"}
-    folder_to_single_file(source, args.out)
-    return {"out": args.out, "layout": "single file, original names, packed tensors"}
+    folder_to_single_file(source, args.out, args.prefix)
+    return {"out": args.out, "layout": "single file, original names"}
 
 
 def render(result: dict[str, Any]) -> str:

@@ -1,18 +1,23 @@
-"""Original checkpoints, adapters and single files of causal Wan models <-> diffusers folders and names."""
+"""Convert original checkpoints, adapters and single files of causal Wan models to and from diffusers folders."""
 
 from .checkpoint import LORA_NESTINGS, load_checkpoint, open_checkpoint
-from .convert import convert_checkpoint, export_checkpoint
+from .convert import convert_checkpoint
 from .detect import Detected, detect_checkpoint
-from .folder import PIPELINE_STUB
 from .from_disk import quantize_folder
-from .lora import LoraLayer, check_fit, merge_lora, read_lora, to_peft
+from .lora import LoraLayer, check_fit, merge_lora, read_lora
 from .names import to_diffusers_keys, to_original_keys
 from .network import infer_config, load_transformer_config
-from .single_file import export_int8_tensorwise, folder_to_single_file, save_single_file, single_file_to_folder
+from .peft import to_peft
+from .single_file import (
+    export_checkpoint,
+    export_int8_tensorwise,
+    folder_to_single_file,
+    save_single_file,
+    single_file_to_folder,
+)
 
 __all__ = [
     "LORA_NESTINGS",
-    "PIPELINE_STUB",
     "Detected",
     "LoraLayer",
     "check_fit",

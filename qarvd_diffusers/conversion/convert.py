@@ -1,31 +1,29 @@
-"""Original checkpoints of causal Wan models <-> diffusers folders, exact in both directions, in bounded memory."""
+"""Convert original checkpoints of causal Wan models to diffusers folders, exactly and in bounded memory."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..files.atomic import atomic_directory, atomic_file
-from ..files.safetensors import TensorSpec, read_metadata, write_shards, write_tensors
+from ..files.atomic import atomic_directory
+from ..files.safetensors import TensorSpec, read_metadata, write_shards
 from ..hub.model_card import converted_card
 from ..models import CausalWanTransformer3DModel
-from .checkpoint import LORA_NESTINGS, Checkpoint, open_checkpoint
+from .checkpoint import LORA_NESTINGS, STEM, Checkpoint, open_checkpoint
 from .detect import Detected, detect_checkpoint
 from .float8 import check_formats, find_scales, is_float8, scaled, without_scales
 from .folder import base_config, copy_base_components, write_pipeline
 from .lora import LoraLayer, check_fit, merge_lora, read_lora
-from .names import to_diffusers_keys, to_original_keys
+from .names import to_diffusers_keys
 from .network import empty_transformer, infer_config
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 10_000_000_000  # what diffusers writes into one file
-STEM = "diffusion_pytorch_model"
 
 
 def convert_checkpoint(
@@ -41,28 +39,28 @@ def convert_checkpoint(
 ) -> Path:
     """Write an original checkpoint as a diffusers folder in the portable layout (stock class names only).
 
-    Everything is checked before the first byte is written. Tensors are then copied one by one from the mapped file: memory
-    beyond the mapping is that of the largest tensor.
+    Everything is checked before the first byte is written. Tensors are then copied one by one from the mapped file,
+    which takes the memory of the largest tensor.
 
     Args:
         src: original checkpoint, a file or a folder of shards; see `open_checkpoint`.
         out_dir: folder to create; must not exist yet. It appears only when complete.
-        family: key of `PRESETS`, which decides how the model rolls out, or `auto`: by the file's size and name.
-        base: local diffusers folder of the bidirectional model, which lends VAE, text encoder, tokenizer and the
-            transformer config; None writes the transformer and scheduler alone.
-        weights: which nested state dict to take; None takes the one the family is meant to use.
-        lora: LoRA file to merge, in any layout that `read_lora` knows; None merges `lora.pt` beside the checkpoint if the
-            family's release consists of both, `"none"` merges nothing.
+        family: key of `FAMILIES`, which decides how the model rolls out, or `auto`: by the file's size and name.
+        base: local diffusers folder of the bidirectional model, which provides VAE, text encoder, tokenizer and the
+            transformer's config; None writes only transformer and scheduler.
+        weights: nested state dict to use; None takes the family's `weights`.
+        lora: LoRA file to merge, in any layout that `read_lora` supports; None merges `lora.pt` next to the checkpoint
+            if the family's release consists of both, `"none"` merges nothing.
         num_attention_heads: see `infer_config`; not needed with `base`.
-        dtype: cast the weights, except those that the model keeps in float32; None keeps all as stored, except that 8-bit
-            weights which have scales, or are adapted, become bfloat16.
+        dtype: cast the weights, except those that the model keeps in float32; None keeps the stored dtypes, except
+            that 8-bit weights with scales or a merged LoRA become bfloat16.
 
     Returns:
         `out_dir`.
 
     Raises:
-        ValueError: for an unknown family or one that cannot run, a checkpoint or LoRA that does not fit, or a base folder
-            without a needed component.
+        ValueError: for an unknown family or one that cannot run, a checkpoint or LoRA that does not fit, or a base
+            folder without a required component.
         FileExistsError: if `out_dir` exists.
     """
     out_dir = Path(out_dir)
@@ -78,24 +76,24 @@ def convert_checkpoint(
     for reason in found.reasons:
         logger.info("%s: %s", src, reason)
     with atomic_directory(out_dir) as folder:
-        write_pipeline(folder, found.preset.pipeline_config(), copy_base_components(base, folder))
+        write_pipeline(folder, found.release.pipeline_config(), copy_base_components(base, folder))
         model.save_config(folder / "transformer")
         _write_transformer(folder / "transformer", found.checkpoint, tensors)
-        card = converted_card(found.family, found.preset.source, found.licence)
+        card = converted_card(found.family, found.release.source, found.licence)
         (folder / "README.md").write_text(str(card), encoding="utf-8")
     return out_dir
 
 
 def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLayer]:
-    """The adapter to merge, checked against the checkpoint; empty if there is none."""
+    """Read the LoRA to merge and check it against the checkpoint; return an empty dict if there is none."""
     if lora == "none":
         return {}
     path = lora or found.lora
     if path is None:
-        if found.preset.has_lora:
+        if found.release.has_lora:
             raise ValueError(
-                f"{found.family} is released as a base and a LoRA ({found.preset.source}): pass the LoRA file with lora=, "
-                "put it beside the checkpoint as lora.pt, or pass lora='none' to convert the base alone"
+                f"{found.family} is released as a base and a LoRA ({found.release.source}): pass the LoRA file with "
+                "lora=, put it next to the checkpoint as lora.pt, or pass lora='none' to convert only the base"
             )
         return {}
     weights = (found.checkpoint.weights or "generator").partition(".")[0]
@@ -105,8 +103,8 @@ def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLa
     chosen = (file.weights or "").partition(".")[0]
     if chosen.startswith("generator") and chosen != f"{weights}_lora":
         raise ValueError(
-            f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain weights "
-            "must not be mixed; name the others with weights="
+            f"{path}: holds {list(file.found)}, the checkpoint's weights are {weights!r}: averaged (EMA) and plain "
+            "weights must not be mixed; select the others with weights="
         )
     tensors = {key: tensor for shard in file.shards for key, tensor in shard.load().items()}
     adapters = read_lora(tensors, str(path))
@@ -116,9 +114,9 @@ def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLa
 
 
 class _Tensors:
-    """Tensors of a checkpoint under diffusers names, one shard open at a time: scales multiplied in, adapters merged, cast.
+    """Read a checkpoint's tensors under diffusers names, one shard at a time: multiply scales, merge adapters, cast.
 
-    What is computed is computed in float32 and rounded once.
+    Arithmetic is in float32, rounded once.
     """
 
     def __init__(self, checkpoint: Checkpoint, adapters: Mapping[str, LoraLayer], dtype: torch.dtype | None) -> None:
@@ -126,7 +124,7 @@ class _Tensors:
         self._shards = {key: shard for shard in checkpoint.shards for key in to_diffusers_keys(shard.specs)}
         names = find_scales(to_diffusers_keys(checkpoint.specs))
         self._scales: dict[str, torch.Tensor] = {}
-        for shard in checkpoint.shards if names else ():  # small, and not always beside their weights
+        for shard in checkpoint.shards if names else ():  # small, and not always in the same shard as their weights
             tensors = to_diffusers_keys(shard.load())
             notes = {name: tensor for name, tensor in tensors.items() if name.endswith(".comfy_quant")}
             header = read_metadata(shard.path) if shard.path.suffix == ".safetensors" else {}
@@ -135,7 +133,7 @@ class _Tensors:
         self._open, self._tensors = None, {}
 
     def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
-        """Shape and dtype in the folder: 8 bits only where they are stored as they are."""
+        """Return shape and dtype in the folder; 8-bit dtypes remain only where nothing is computed."""
         kept = any(part in CausalWanTransformer3DModel._keep_in_fp32_modules for part in name.split("."))
         narrow = name in self._scales or is_float8(stored.dtype)
         if self._dtype is None:
@@ -150,7 +148,7 @@ class _Tensors:
 
     def __call__(self, name: str) -> torch.Tensor:
         if (shard := self._shards[name]) is not self._open:
-            self._tensors.clear()  # the mapping of the last shard goes with it
+            self._tensors.clear()  # frees the mapping of the previous shard
             self._open, self._tensors = shard, to_diffusers_keys(shard.load())
         tensor = self._tensors[name]
         dtype = self.spec(name, TensorSpec.of(tensor)).dtype
@@ -165,6 +163,7 @@ class _Tensors:
 
 
 def _write_transformer(folder: Path, checkpoint: Checkpoint, tensors: _Tensors) -> None:
+    """Write the weights as shards of at most `SHARD_BYTES`."""
     parameters = without_scales(to_diffusers_keys(checkpoint.specs))
     stored = [
         {name: parameters[name] for name in to_diffusers_keys(shard.specs) if name in parameters}
@@ -173,7 +172,7 @@ def _write_transformer(folder: Path, checkpoint: Checkpoint, tensors: _Tensors) 
     if sum(spec.nbytes for shard in stored for spec in shard.values()) <= SHARD_BYTES:
         stored = [{name: spec for shard in stored for name, spec in shard.items()}]
     groups: list[dict[str, TensorSpec]] = []
-    for shard in stored:  # never across two shards, so that each is opened once
+    for shard in stored:  # a group never spans two shards, so each is opened once
         size = SHARD_BYTES + 1
         for name, spec in shard.items():
             spec = tensors.spec(name, spec)
@@ -183,44 +182,3 @@ def _write_transformer(folder: Path, checkpoint: Checkpoint, tensors: _Tensors) 
             groups[-1][name] = spec
             size += spec.nbytes
     write_shards(folder, STEM, groups, tensors)
-
-
-def export_checkpoint(folder: str | Path, out: str | Path) -> Path:
-    """Write the float transformer of a diffusers folder as one safetensors file under original names (`model.` prefix).
-
-    Raises:
-        ValueError: the folder has no transformer, or a quantized one, or `out` does not end in `.safetensors`.
-    """
-    folder, out = Path(folder), Path(out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: expected a file name that ends in .safetensors")
-    config = folder / "transformer" / "config.json"
-    if not config.is_file() or not list(config.parent.glob("*.safetensors")):
-        raise ValueError(
-            f"{config.parent} has no config.json or no safetensors: expected a diffusers folder of a Wan model"
-        )
-    if json.loads(config.read_text(encoding="utf-8")).get("quantization_config") is not None:
-        raise ValueError(f"{folder} is quantized: the original layout holds float weights; export the float model")
-    specs, fetch = folder_tensors(config.parent)
-    original = to_original_keys({name: name for name in specs})
-    with atomic_file(out) as temporary:
-        write_tensors(
-            temporary, {key: specs[name] for key, name in original.items()}, lambda key: fetch(original[key])
-        )
-    return out
-
-
-def folder_tensors(folder: Path) -> tuple[dict[str, TensorSpec], Callable[[str], torch.Tensor]]:
-    """What a folder of safetensors shards holds, and a function that maps a tensor from them."""
-    checkpoint = open_checkpoint(folder, nestings=())
-    loaded = {shard.path: shard for shard in checkpoint.shards}
-    where = {key: shard.path for shard in checkpoint.shards for key in shard.specs}
-    tensors: dict[Path, dict[str, torch.Tensor]] = {}
-
-    def fetch(name: str) -> torch.Tensor:
-        if where[name] not in tensors:
-            tensors.clear()
-            tensors[where[name]] = loaded[where[name]].load()
-        return tensors[where[name]][name]
-
-    return checkpoint.specs, fetch

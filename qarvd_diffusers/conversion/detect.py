@@ -1,4 +1,4 @@
-"""What a checkpoint is: which network, which weights, and which member of the family its name says it is."""
+"""Detect what a checkpoint is: its network, its weights, and its family by the names of file and folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..files.safetensors import TensorSpec
 from ..hub.model_card import is_non_commercial, stated_licence
 from .checkpoint import NESTINGS, Checkpoint, open_checkpoint
-from .families import NETWORKS, PRESETS, Preset, available, find_preset
+from .families import FAMILIES, NETWORKS, Family, available, find_family
 from .float8 import find_scales, without_scales
 from .names import to_diffusers_keys
 
@@ -20,21 +20,21 @@ _SHOWN_PARTS = 3  # of a path: a Hub repository, a folder, the file
 
 @dataclass(frozen=True, eq=False)
 class Detected:
-    """What a checkpoint was found to be.
+    """Describe a checkpoint.
 
     Attributes:
-        family: key of `PRESETS`.
-        preset: its preset.
+        family: key of `FAMILIES`.
+        release: the family's description.
         network: key of `NETWORKS`, None for another size.
-        checkpoint: the open checkpoint; which weights were chosen and which there are.
-        specs: its tensors under diffusers names.
-        lora: LoRA file that lies beside a base which needs one.
-        licence: what the card beside the file states, else what is known of the release, else None.
-        reasons: how the above was found out, in words.
+        checkpoint: the open checkpoint, with the chosen and the available weights.
+        specs: shapes and dtypes of its tensors under diffusers names.
+        lora: LoRA file next to a base that needs one, else None.
+        licence: licence stated by the card next to the file, else the known licence of the release, else None.
+        reasons: sentences that say how the above was determined.
     """
 
     family: str
-    preset: Preset
+    release: Family
     network: str | None
     checkpoint: Checkpoint
     specs: Mapping[str, TensorSpec]
@@ -43,7 +43,7 @@ class Detected:
     reasons: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return the description as plain JSON types."""
         return {
             "family": self.family,
             "network": self.network,
@@ -59,15 +59,15 @@ class Detected:
 
 
 def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None = None) -> Detected:
-    """Find out what an original checkpoint is; nothing but its headers is read.
+    """Detect what an original checkpoint is; only headers are read.
 
     Args:
         src: file or folder of shards, see `open_checkpoint`.
-        family: key of `PRESETS`, or `auto`: by the names of file and folders, among those of its size.
-        weights: which nested state dict to take; None takes the one the family is meant to use.
+        family: key of `FAMILIES`, or `auto`: by the names of file and folders, among the families of its size.
+        weights: nested state dict to use; None takes the family's `weights`.
 
     Raises:
-        ValueError: the family cannot be told, cannot run here, or has another size than the file; says what was found.
+        ValueError: if the family cannot be determined, cannot run, or has another size than the file.
     """
     src = Path(src)
     first = open_checkpoint(src, weights)
@@ -77,32 +77,43 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
     if family == "auto":
         family, why = _family_of(src, network)
         reasons.append(why)
-    preset = find_preset(family)
-    if network is not None and network != preset.network:
-        raise ValueError(
-            f"{src}: is a {network} network, the family {family!r} is {preset.network}. Families of this size: "
-            f"{', '.join(_families(network)) or 'none that runs'}"
-        )
+    release = find_family(family)
+    _check_size(src, network, family)
     checkpoint = first
     if weights is None and {"generator", "generator_ema"} <= {name.partition(".")[0] for name in first.found}:
-        checkpoint = open_checkpoint(src, None, (preset.weights, *NESTINGS))
+        checkpoint = open_checkpoint(src, None, (release.weights, *NESTINGS))
         specs = _diffusers_specs(checkpoint)
-        reasons.append(f"weights: {checkpoint.weights}, which {family} is meant to use")
+        reasons.append(f"weights: {checkpoint.weights}, the weights that {family} uses")
     elif weights is None and len(first.found) > 1:
-        reasons.append(f"weights: {first.weights or 'flat'}, of {', '.join(first.found)}; name others with weights=")
+        reasons.append(f"weights: {first.weights or 'flat'}, of {', '.join(first.found)}; select others with weights=")
     reasons += checkpoint.reasons
     if scaled := len(checkpoint.specs) - len(specs):
-        reasons.append(f"8-bit weights with scales ({scaled} tensors of these): they are multiplied out in float32")
-    beside = src if src.is_dir() else src.parent
-    lora = next((beside / name for name in _LORA_FILES if (beside / name).is_file()), None)
-    # The card lies beside the file, or in the root of its repository.
-    licence = stated_licence(beside) or stated_licence(beside.parent) or preset.licence
+        reasons.append(f"8-bit weights with scales ({scaled} tensors): multiplied in float32")
+    folder = src if src.is_dir() else src.parent
+    # The card is next to the file, or in the root of its repository.
+    licence = stated_licence(folder) or stated_licence(folder.parent) or release.licence
     reasons.append(f"licence: {licence or 'not known'}{' (non-commercial)' if is_non_commercial(licence) else ''}")
-    lora = lora if preset.has_lora else None
-    return Detected(family, preset, network, checkpoint, specs, lora, licence, tuple(reasons))
+    lora = _lora_in(folder) if release.has_lora else None
+    return Detected(family, release, network, checkpoint, specs, lora, licence, tuple(reasons))
+
+
+def _check_size(src: Path, network: str | None, family: str) -> None:
+    """Raise ValueError if a family has another size than the file."""
+    expected = FAMILIES[family].network
+    if network not in (None, expected):
+        raise ValueError(
+            f"{src} is a {network} network, the family {family!r} is {expected}. Families of this size: "
+            f"{', '.join(_families(network)) or 'none that can run'}"
+        )
+
+
+def _lora_in(folder: Path) -> Path | None:
+    """Return the LoRA file of a release in a folder, None if there is none."""
+    return next((folder / name for name in _LORA_FILES if (folder / name).is_file()), None)
 
 
 def _diffusers_specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """Return the specs of a checkpoint's parameters under diffusers names, without scales of 8-bit weights."""
     try:
         specs = to_diffusers_keys(checkpoint.specs)
         find_scales(specs)
@@ -112,11 +123,9 @@ def _diffusers_specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
 
 
 def network_of(specs: Mapping[str, TensorSpec]) -> str | None:
-    """Key of `NETWORKS` for the tensors of a transformer under diffusers names, None for another size."""
-    patch, blocks = (
-        specs.get("patch_embedding.weight"),
-        {key.split(".")[1] for key in specs if key.startswith("blocks.")},
-    )
+    """Return the key of `NETWORKS` for tensors under diffusers names, None for another size."""
+    patch = specs.get("patch_embedding.weight")
+    blocks = {key.split(".")[1] for key in specs if key.startswith("blocks.")}
     if patch is None:
         return None
     size = (patch.shape[0], len(blocks), patch.shape[1])
@@ -124,26 +133,27 @@ def network_of(specs: Mapping[str, TensorSpec]) -> str | None:
 
 
 def _family_of(src: Path, network: str | None) -> tuple[str, str]:
+    """Return the family by the names of file and folders, and a sentence that says why."""
     path = "/".join(src.absolute().parts[-_SHOWN_PARTS:]).lower()
-    # The last part of the path says most, and there the longest name.
+    # A match nearest to the end of the path is the most specific; among those the longest.
     matches = [
         (path.rfind(text) + len(text), len(text), family, text)
-        for family, preset in PRESETS.items()
-        for text in preset.file_names
-        if text in path and network in (None, preset.network)
+        for family, release in FAMILIES.items()
+        for text in release.file_names
+        if text in path and network in (None, release.network)
     ]
     if matches:
         _, _, family, text = max(matches)
         return family, f"family: {family}, by {text!r} in its path"
     raise ValueError(
-        f"{src}: the family cannot be told, since all members have the same tensors (as do models that are not causal), and "
-        f"neither file nor folder is named like one. Found: {network or 'a size that was not released'}. Pass the family: "
-        f"{', '.join(_families(network) or available())}"
+        f"{src}: the family cannot be determined: all families, and bidirectional models, have the same tensors, and "
+        f"neither file nor folder has a known name. Found: {network or 'a size that was not released'}. Pass the "
+        f"family: {', '.join(_families(network) or available())}"
     )
 
 
 def _families(network: str | None) -> list[str]:
-    return [name for name in available() if PRESETS[name].network == network]
+    return [name for name in available() if FAMILIES[name].network == network]
 
 
 def _count(spec: TensorSpec) -> int:

@@ -1,12 +1,13 @@
-"""The released models of the family: how each rolls out, what its files look like, and what is still missing for some.
+"""List the released model families: how each rolls out, how its files are recognized, and what some still need.
 
-The values are those of the released inference configurations. Everything that differs between members stands in this
-table; nothing else asks for a model by name.
+The values are those of the released inference configurations. Everything that differs between families is in this
+table; no other code depends on a model's name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,13 @@ from ..rollout.config import RolloutConfig
 
 @dataclass(frozen=True)
 class Network:
-    """The sizes by which a network is recognized.
+    """Hold the sizes by which a network is recognized.
 
     Attributes:
         dim: width.
-        num_layers: blocks.
+        num_layers: number of blocks.
         in_channels: latent channels.
-        base: Hub id of the diffusers folder that lends VAE and text encoder.
+        base: Hub id of the diffusers folder that provides VAE and text encoder.
     """
 
     dim: int
@@ -38,19 +39,21 @@ NETWORKS = {
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One released model.
+class Family:
+    """Describe one released model.
 
     Attributes:
         fields: how it rolls out.
         network: key of `NETWORKS`.
-        source: Hub id and file names.
-        weights: `generator` or `generator_ema`, which of them is meant to be used where a file holds both.
+        source: Hub id and file names of the release.
+        weights: which state dict to use where a file holds both, `generator` or `generator_ema`.
         file_names: parts of file or folder names by which it is recognized, in lower case; the longest match wins.
-        has_lora: the release is a base and a LoRA that must be merged.
-        licence: of the released weights, as far as known; a model card beside the file overrides it.
-        height, width, fps: pixels and frames per second that it is trained at.
-        lacks: mechanisms that its roll-out needs and that do not exist here; such a model is refused.
+        has_lora: whether the release is a base and a LoRA that must be merged.
+        licence: licence of the released weights, None if unknown; a model card next to the file overrides it.
+        height: pixels of the training videos.
+        width: see `height`.
+        fps: frames per second of the training videos.
+        lacks: mechanisms that its rollout needs and that are not implemented; such a model cannot be converted.
     """
 
     fields: RolloutConfig
@@ -66,17 +69,18 @@ class Preset:
     lacks: tuple[str, ...] = ()
 
     def pipeline_config(self) -> dict[str, Any]:
-        """Values of the pipeline's config, as plain JSON types."""
+        """Return the values of the pipeline's config, as plain JSON types."""
         return {**self.fields.to_dict(), "height": self.height, "width": self.width, "fps": self.fps}
 
-    def replace(self, **changes: Any) -> Preset:
+    def replace(self, **changes: Any) -> Family:
+        """Return a copy with other values of some attributes."""
         return dataclasses.replace(self, **changes)
 
 
 _FOUR_STEPS = (1000, 750, 500, 250)
 _JOINT = "a sampler that denoises several chunks at different noise levels jointly"
 
-_FRAMEWISE = Preset(
+_FRAMEWISE = Family(
     RolloutConfig(num_frames_per_chunk=1),
     source="zhuhz22/Causal-Forcing: framewise/causal_forcing.pt",
     file_names=("framewise", "causal_forcing-framewise", "causal_forcing_framewise"),
@@ -88,14 +92,14 @@ def _few_steps(*steps: int) -> RolloutConfig:
     return dataclasses.replace(_FRAMEWISE.fields, denoising_timesteps=steps, first_chunk_timesteps=_FOUR_STEPS)
 
 
-PRESETS: dict[str, Preset] = {
-    "self-forcing": Preset(
+FAMILIES: dict[str, Family] = {
+    "self-forcing": Family(
         RolloutConfig(),
         source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt",
         file_names=("self_forcing", "self-forcing", "selfforcing"),
         licence="apache-2.0",
     ),
-    "causal-forcing": Preset(
+    "causal-forcing": Family(
         RolloutConfig(),
         source="zhuhz22/Causal-Forcing: chunkwise/causal_forcing.pt",
         weights="generator",
@@ -113,14 +117,14 @@ PRESETS: dict[str, Preset] = {
         source="zhuhz22/Causal-Forcing: causal-forcing++/framewise-1step.pt",
         file_names=("framewise-1step", "causal-forcing++/framewise-1step"),
     ),
-    "longlive": Preset(
+    "longlive": Family(
         RolloutConfig(local_attention_frames=12, sink_frames=3, on_prompt_switch="recache"),
         source="Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt and models/lora.pt",
         weights="generator",
         file_names=("longlive",),
         has_lora=True,
     ),
-    "causvid": Preset(
+    "causvid": Family(
         # The released list ends in 0, which its sampler drops.
         RolloutConfig(denoising_timesteps=(1000, 757, 522), warp_timesteps=False, timestep_shift=8.0),
         source="tianweiy/CausVid: autoregressive_checkpoint/model.pt",
@@ -128,7 +132,7 @@ PRESETS: dict[str, Preset] = {
         file_names=("causvid", "autoregressive_checkpoint"),
         licence="cc-by-nc-sa-4.0",
     ),
-    "krea": Preset(
+    "krea": Family(
         # The last step is a pass at timestep 0: it must not be dropped.
         RolloutConfig(denoising_timesteps=(*_FOUR_STEPS, 0), local_attention_frames=6, context_mode="rebuild"),
         network="14B",
@@ -136,7 +140,7 @@ PRESETS: dict[str, Preset] = {
         file_names=("krea",),
         licence="cc-by-nc-sa-4.0",
     ),
-    "longlive-2": Preset(
+    "longlive-2": Family(
         RolloutConfig(
             num_frames_per_chunk=8,
             # 1000 * linspace(0.999, 0, 5) without its end; the shift makes 999, 937, 833 and 624 of them.
@@ -157,26 +161,26 @@ PRESETS: dict[str, Preset] = {
         width=1280,
         fps=24,
     ),
-    "infinity-rope": Preset(
+    "infinity-rope": Family(
         # A cut puts the chunk, in slots 3 to 5 of the window, at 45 to 47.
         RolloutConfig(local_attention_frames=6, sink_frames=1, rope_mode="window", shot_rope_offset=42),
         source="gdhe17/Self-Forcing: checkpoints/self_forcing_dmd.pt, used as it is",
         file_names=("infinity-rope", "infinity_rope"),
         licence="apache-2.0",
     ),
-    "reward-forcing": Preset(
+    "reward-forcing": Family(
         RolloutConfig(local_attention_frames=9, sink_frames=3, rope_mode="window", sink_ema=0.999),
         source="JaydenLu666/Reward-Forcing-T2V-1.3B",
         file_names=("reward-forcing", "reward_forcing", "rewardforcing"),
         licence="apache-2.0",
     ),
-    "rolling-forcing": Preset(
+    "rolling-forcing": Family(
         RolloutConfig(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),
         source="TencentARC/RollingForcing",
         file_names=("rolling_forcing", "rolling-forcing", "rollingforcing"),
         lacks=(_JOINT,),
     ),
-    "causal-forcing-long": Preset(
+    "causal-forcing-long": Family(
         RolloutConfig(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),
         source="zhuhz22/Causal-Forcing: chunkwise/longvideo.pt",
         weights="generator",
@@ -185,26 +189,36 @@ PRESETS: dict[str, Preset] = {
         lacks=(_JOINT,),
     ),
 }
-"""By family name. Those with `lacks` are listed so that their files are recognized and refused with the reason."""
+"""Family name -> description. Those with `lacks` are listed so that the error for their files states the reason."""
 
 
 def available() -> list[str]:
-    """Names of the presets that run."""
-    return [name for name, preset in PRESETS.items() if not preset.lacks]
+    """List the names of the families that can run."""
+    return [name for name, release in FAMILIES.items() if not release.lacks]
 
 
-def find_preset(family: str) -> Preset:
-    """The preset of a family.
+def find_family(family: str) -> Family:
+    """Return the description of a family.
 
     Raises:
-        ValueError: it is unknown, or needs a mechanism that does not exist here; named.
+        ValueError: if it is unknown, or needs a mechanism that is not implemented; the message names it.
     """
-    if family not in PRESETS:
+    if family not in FAMILIES:
         raise ValueError(f"family is {family!r}, expected one of {', '.join(available())}")
-    preset = PRESETS[family]
-    if preset.lacks:
+    release = FAMILIES[family]
+    if release.lacks:
         raise ValueError(
-            f"family {family!r} is known but cannot run: it needs {' and '.join(preset.lacks)}. Families that run: "
+            f"family {family!r} is known but cannot run: it needs {' and '.join(release.lacks)}. Families that run: "
             f"{', '.join(available())}"
         )
-    return preset
+    return release
+
+
+_RENAMED = {"PRESETS": "FAMILIES", "Preset": "Family", "find_preset": "find_family"}  # names of version 0.1
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} was renamed: use {_RENAMED[name]} instead", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

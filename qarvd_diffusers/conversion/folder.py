@@ -1,4 +1,8 @@
-"""A diffusers folder in the portable layout: what lies around the transformer."""
+"""Write the parts of a diffusers folder in the portable layout, except the transformer.
+
+The portable layout names only stock classes, so that plain diffusers loads every component. `pipeline.py` names the
+class that runs them together.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,25 @@ from typing import Any
 import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
+from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .network import load_transformer_config
 
-PIPELINE_STUB = "from qarvd_diffusers import ARVDPipeline\n"
-"""Content of `pipeline.py` beside a saved pipeline, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`."""
+_SCHEDULER = ("diffusers", FlowMatchEulerDiscreteScheduler.__name__)
+_TRANSFORMER = ("diffusers", WanTransformer3DModel.__name__)
+FEW_STEP_SCHEDULERS = (FewStepRenoiseScheduler, ChunkUniPCScheduler)
+PORTABLE_CLASSES = {
+    "CausalWanTransformer3DModel": _TRANSFORMER,
+    **{kind.__name__: _SCHEDULER for kind in FEW_STEP_SCHEDULERS},
+}
+"""Class in memory -> library and class that `model_index.json` names."""
 
 
 def base_config(base: str | Path) -> dict[str, Any]:
-    """The transformer's config in a diffusers folder."""
+    """Read the transformer's config in a diffusers folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
     path = Path(base) / "transformer" / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: base must be a local diffusers folder of a Wan model")
@@ -26,7 +41,11 @@ def base_config(base: str | Path) -> dict[str, Any]:
 
 
 def copy_base_components(base: str | Path | None, folder: Path) -> dict[str, list[str | None]]:
-    """Copy what a causal model shares with its base; return their `model_index.json` entries."""
+    """Copy the components that a causal model shares with its base, and return their `model_index.json` entries.
+
+    Raises:
+        ValueError: if the base lacks one of them.
+    """
     names = ("vae", "text_encoder", "tokenizer")
     if base is None:
         return {name: [None, None] for name in names}
@@ -39,27 +58,39 @@ def copy_base_components(base: str | Path | None, folder: Path) -> dict[str, lis
             raise ValueError(
                 f"{base} has no component {name!r}: base must be a complete diffusers folder of a Wan model"
             )
-        shutil.copytree(Path(base) / name, folder / name)  # follows links: a hub cache holds links to blobs
+        shutil.copytree(Path(base) / name, folder / name)  # follows links: the Hub cache contains links to blobs
     return {name: index[name] for name in names}
 
 
-def write_pipeline(folder: Path, fields: Mapping[str, Any], components: Mapping[str, list[str | None]]) -> None:
-    """Write `model_index.json`, the scheduler and the stub.
+def write_pipeline(folder: Path, config: Mapping[str, Any], components: Mapping[str, list[str | None]]) -> None:
+    """Write `model_index.json`, the scheduler and `pipeline.py` of an `ARVDPipeline`.
 
     Args:
-        folder: where to.
-        fields: values of the pipeline's config, those of `RolloutConfig` among them.
+        folder: folder of the pipeline.
+        config: values of the pipeline's config, those of its rollout included.
         components: from `copy_base_components`.
     """
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=fields["timestep_shift"])
-    scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "ARVDPipeline",
         "_diffusers_version": diffusers.__version__,
         **components,
-        "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
-        "transformer": ["diffusers", WanTransformer3DModel.__name__],
-        **fields,
+        "scheduler": _SCHEDULER,
+        "transformer": _TRANSFORMER,
+        **config,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "pipeline.py").write_text(PIPELINE_STUB, encoding="utf-8")
+    write_portable_parts(folder, "qarvd_diffusers.ARVDPipeline", config["timestep_shift"])
+
+
+def write_portable_parts(folder: Path, import_path: str, timestep_shift: float | None) -> None:
+    """Write `pipeline.py`, and the config of a stock scheduler in place of a few-step scheduler.
+
+    Args:
+        folder: folder of the pipeline.
+        import_path: dotted name of the pipeline's class.
+        timestep_shift: shift of the few-step scheduler; None for another scheduler, which is kept.
+    """
+    module, _, name = import_path.rpartition(".")
+    (folder / "pipeline.py").write_text(f"from {module} import {name}\n", encoding="utf-8")
+    if timestep_shift is not None:
+        FlowMatchEulerDiscreteScheduler(shift=timestep_shift).save_pretrained(folder / "scheduler")

@@ -1,4 +1,4 @@
-"""Quantizing a model folder that does not fit into memory: layer by layer from its shards, one block in memory."""
+"""Quantize a model folder that does not fit into memory: layer by layer from its shards, one block at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..hub.model_card import CARD_FILE, model_card, stated_licence
 from ..models import CausalWanTransformer3DModel
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams, stored_tensors
-from .convert import STEM, folder_tensors
+from .checkpoint import STEM, folder_tensors
 from .float8 import is_float8
 from .network import load_transformer_config
 
@@ -38,28 +38,28 @@ def quantize_folder(
 ) -> dict[str, int]:
     """Quantize the transformer of a diffusers folder, with a scheme that needs no data, without loading it.
 
-    The result is the one that `from_pretrained(src, quantization_config=config)` of `ARVDPipeline`, or of another class's
-    transformer, gives, bit by bit; what is in
-    memory at a time is one block of it. Every block becomes a shard.
+    The result is bit-identical to that of `from_pretrained(src, quantization_config=config)`. One block is in memory
+    at a time, and every block becomes a shard.
 
     Args:
-        src: diffusers folder of a float model, with a transformer of any class of diffusers.
+        src: diffusers folder of a float model, with a transformer of any diffusers class.
         out_dir: folder to create; must not exist yet. It appears only when complete.
         config: a scheme without calibration, rounded to nearest.
         progress: called for every layer.
 
     Returns:
-        Bytes, as `stored_bytes` of the quantized model.
+        Sizes in bytes, as `stored_bytes` of the quantized model.
 
     Raises:
-        ValueError: the scheme needs calibration, the folder is quantized or incomplete, or a weight is not finite.
+        ValueError: if the scheme needs calibration, the folder is quantized or incomplete, or a weight is not finite.
         FileExistsError: if `out_dir` exists.
     """
     src, out_dir = Path(src), Path(out_dir)
     if config.needs_calibration:
         raise ValueError(
-            f"scheme {config.scheme} with rounding {config.resolved_rounding!r} has to run the model and cannot work from disk: "
-            "use w8a8_dynamic, w8a16 or w4a16 with rounding='nearest', or load the pipeline and call quantize"
+            f"scheme {config.scheme} with rounding {config.resolved_rounding!r} has to run the model and cannot work "
+            "from disk: use w8a8_dynamic, w8a16 or w4a16 with rounding='nearest', or load the pipeline and call "
+            "quantize"
         )
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
@@ -87,7 +87,7 @@ def quantize_folder(
 def _without_float8(
     specs: Mapping[str, TensorSpec], fetch: Callable[[str], torch.Tensor]
 ) -> tuple[dict[str, TensorSpec], Callable[[str], torch.Tensor]]:
-    """8-bit floats as bfloat16, which holds each of them: nothing can be computed with them, nor with biases of theirs."""
+    """Read 8-bit floats as bfloat16, which represents all of them; torch does not compute with 8-bit floats."""
 
     def wide(dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if is_float8(dtype) else dtype
@@ -97,7 +97,7 @@ def _without_float8(
 
 
 def _empty_model(path: Path) -> ModelMixin:
-    """The transformer that a `config.json` describes, on the meta device."""
+    """Build the transformer that a `config.json` describes, on the meta device."""
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("quantization_config") is not None:
         raise ValueError(f"{path.parent.parent} is quantized already: quantize the float model")
@@ -105,7 +105,7 @@ def _empty_model(path: Path) -> ModelMixin:
     kind = CausalWanTransformer3DModel if name in _WAN else getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ValueError(
-            f"{path} describes a {name}, which is no model class of diffusers: load it by its own class with "
+            f"{path} describes a {name}, which is not a model class of diffusers: load it by its own class with "
             "quantization_config, and call save_pretrained"
         )
     with init_empty_weights():
@@ -113,7 +113,7 @@ def _empty_model(path: Path) -> ModelMixin:
 
 
 def _pipeline_of(src: Path, model: ModelMixin) -> str:
-    """The class that loads the quantized folder, dotted."""
+    """Return the dotted name of the class that loads the quantized folder."""
     if isinstance(model, WanTransformer3DModel):
         return "qarvd_diffusers.ARVDPipeline"
     index = src / "model_index.json"
@@ -122,12 +122,12 @@ def _pipeline_of(src: Path, model: ModelMixin) -> str:
 
 
 def _transformer_weights(folder: str, names: Sequence[str]) -> set[str]:
-    kept_away = {name for name in names if name.startswith(STEM) or name == "config.json"}
-    return kept_away if Path(folder).name == "transformer" else set()
+    excluded = {name for name in names if name.startswith(STEM) or name == "config.json"}
+    return excluded if Path(folder).name == "transformer" else set()
 
 
 class _Linears(Mapping[str, nn.Linear]):
-    """The Linears of a model whose weights lie on disk: each is read when it is asked for, and not kept."""
+    """Map names to Linears whose weights are on disk; each is read on access and not kept."""
 
     def __init__(self, empty: Mapping[str, nn.Linear], fetch: Callable[[str], torch.Tensor]) -> None:
         self._empty, self._fetch = empty, fetch
@@ -145,7 +145,7 @@ class _Linears(Mapping[str, nn.Linear]):
 
 
 class _FromDisk:
-    """Tensors of the quantized model by name, made block by block as they are asked for."""
+    """Compute tensors of the quantized model by name, block by block as they are accessed."""
 
     def __init__(
         self,
@@ -167,11 +167,11 @@ class _FromDisk:
             for name, scheme in schemes.items()
         }
         self._sizes = {name: (linear.in_features, linear.out_features) for name, linear in empty.items()}
-        self._made: dict[str, torch.Tensor] = {}
+        self._quantized: dict[str, torch.Tensor] = {}
         self._done = 0
 
     def shards(self) -> list[dict[str, TensorSpec]]:
-        """Specs of the tensors of every block, and of what is in no block."""
+        """Return the specs of the tensors of every block, and of those outside the blocks."""
         shards: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
         for key, spec in self._specs.items():
             module, _, leaf = key.rpartition(".")
@@ -186,33 +186,33 @@ class _FromDisk:
         module, _, leaf = key.rpartition(".")
         if module not in self.descriptions or leaf == "bias":
             return self._fetch(key)
-        if key not in self._made:
-            self._made = self._quantize(block_name(module))
-        return self._made.pop(key)
+        if key not in self._quantized:
+            self._quantized = self._quantize(block_name(module))
+        return self._quantized.pop(key)
 
     def _quantize(self, block: str) -> dict[str, torch.Tensor]:
-        made = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, description in self.descriptions.items():
             if block_name(name) != block:
                 continue
             outliers = self._outliers[name]
             codes, grid = quantize_weight(self._linears[name].weight, outliers, self._config, name)
-            tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), outliers.channel_order)
-            made |= {f"{name}.{k}": v for k, v in LinearQParams(*tensors, None, None, description).tensors().items()}
+            parts = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), outliers.channel_order)
+            tensors |= {f"{name}.{k}": v for k, v in LinearQParams(*parts, None, None, description).tensors().items()}
             self._done += 1
             if self._progress is not None:
                 self._progress("quantizing weights", self._done, len(self.descriptions))
-        return made
+        return tensors
 
     def sizes(self) -> dict[str, int]:
-        """As `stored_bytes` of the quantized model."""
+        """Return what `stored_bytes` returns for the quantized model."""
         shards = self.shards()
-        inside = {key: spec for shard in shards for key, spec in shard.items()}
-        quantized = sum(spec.nbytes for key, spec in inside.items() if key.rpartition(".")[0] in self.descriptions)
+        stored = {key: spec for shard in shards for key, spec in shard.items()}
+        quantized = sum(spec.nbytes for key, spec in stored.items() if key.rpartition(".")[0] in self.descriptions)
         return {
             "quantized": quantized,
             "bfloat16": sum(
-                2 * (k * n + (n if f"{name}.bias" in inside else 0)) for name, (k, n) in self._sizes.items()
+                2 * (k * n + (n if f"{name}.bias" in stored else 0)) for name, (k, n) in self._sizes.items()
             ),
-            "total": sum(spec.nbytes for spec in inside.values()),
+            "total": sum(spec.nbytes for spec in stored.values()),
         }

@@ -1,4 +1,4 @@
-"""LoRA files: read every common way of naming their tensors, check them against a model, merge them into float weights."""
+"""Read LoRA files in every common naming, check them against a model, and merge them into float weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .names import common_prefix, diffusers_module, is_linear, weight_name
+from .names import common_prefix, diffusers_module, is_linear
 
 logger = logging.getLogger(__name__)
 
 DIFFERENCES = "lora_differences"
-"""What stands before the name of a parameter in `to_peft`, where the tensor is what the adapter adds to it."""
+"""Prefix of a parameter's name in `peft.to_peft`, if the tensor is a difference that is added to it."""
 
-# down/up (kohya), A/B (PEFT); PEFT puts the adapter's name behind, older diffusers "_layer".
+# down/up (kohya), A/B (PEFT); PEFT appends the adapter's name, older diffusers "_layer".
 _FACTOR = re.compile(r"(.+?)[._]lora[._](A|B|down|up)(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?")
 _DIFFERENCE = re.compile(rf"(?:.+\.)?{DIFFERENCES}\.(.+?)(?:\.lora_difference)?")
 _DOWN = ("A", "down")
@@ -35,20 +34,20 @@ _OTHER_KINDS = {
 }
 _ENDINGS = {".alpha": "alpha", ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m"}
 _TEXT_ENCODER = re.compile(r"lora_te\d*_.*|(.*[._])?(text_encoders?|text_model|cond_stage_model|te\d?)[._].*")
-_LARGEST_LEFT_OUT = 0.01  # of the size of what is applied; more is not the adapter that was asked for
+_LARGEST_LEFT_OUT = 0.01  # relative to what is applied; with more left out, it would be another adapter
 _IMAGE = re.compile(r"[kv]_img|img_emb|image_embedder|add_[kv]_proj")
 
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """What one module gets added: `alpha / rank * up @ down`, or any difference, to its weight, and a difference to its bias.
+    """Hold what is added to a module: `alpha / rank * up @ down`, and differences of weight and bias.
 
     Attributes:
-        down: `[rank, K]` of K inputs (of a convolution: of all inputs of a place), None without factors.
+        down: `[rank, K]` with K inputs (in a convolution, those of a whole kernel), None without factors.
         up: `[N, rank]`, None without factors.
-        alpha: None means the rank: no scaling.
+        alpha: None means the rank, which is no scaling.
         bias: `[N]` or None, added without scaling.
-        diff: of the weight's shape or None, added without scaling.
+        diff: shape of the weight, or None; added without scaling.
     """
 
     down: Tensor | None = None
@@ -59,42 +58,44 @@ class LoraLayer:
 
     @property
     def rank(self) -> int:
+        """Number of columns of `up`, 0 without factors."""
         return 0 if self.down is None else self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """Factor of `up @ down`."""
         return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
 
     def delta(self) -> Tensor | None:
-        """The whole addition to the weight, float32: `[N, K]`, or in the shape of `diff`; None if the weight stays."""
+        """Return the total addition to the weight, float32 `[N, K]` or shaped like `diff`; None if there is none."""
         if self.down is None:
             return None if self.diff is None else self.diff.float()
         product = (self.up.float() @ self.down.float()) * self.scale
         return product if self.diff is None else self.diff.float() + product.reshape(self.diff.shape)
 
     def size(self) -> float:
-        """Frobenius norm of all that is added (that of a sum is taken as the sum): the factors are not multiplied out."""
-        found = [tensor.float().norm().item() for tensor in (self.diff, self.bias) if tensor is not None]
+        """Return the sum of the Frobenius norms of all additions, without computing the product of the factors."""
+        norms = [tensor.float().norm().item() for tensor in (self.diff, self.bias) if tensor is not None]
         if self.down is not None:
             up, down = self.up.float(), self.down.float()
-            found.append(abs(self.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt().item())
-        return sum(found)
+            norms.append(abs(self.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt().item())
+        return sum(norms)
 
 
 def read_lora(state_dict: Mapping[str, Tensor], source: str = "the LoRA") -> dict[str, LoraLayer]:
     """Sort a LoRA state dict by module or bare parameter, under diffusers names.
 
-    Tensors of a text encoder, and others that Wan has no place for, are left out with one warning that says how many and how
-    large they are.
+    Tensors of a text encoder, and others that Wan has no module for, are left out with one warning that states their
+    number and size.
 
     Args:
-        state_dict: original Wan, diffusers, PEFT, kohya or ComfyUI names: pairs of factors, `.alpha`, and differences of
-            weights, biases and modulation (`.diff`, `.diff_b`, `.diff_m`).
-        source: what to call the file in errors.
+        state_dict: original Wan, diffusers, PEFT, kohya or ComfyUI names: pairs of factors, `.alpha`, and differences
+            of weights, biases and modulation (`.diff`, `.diff_b`, `.diff_m`).
+        source: name of the file in errors.
 
     Raises:
-        ValueError: for another kind of adapter, half a pair, factors whose ranks differ, values that are not finite, and a
-            file of which nothing, or not nearly all, belongs to Wan's modules.
+        ValueError: for another kind of adapter, half a pair, factors of different ranks, values that are not finite,
+            or a file of which more than a small part does not belong to Wan's modules.
     """
     find = _module_finder(state_dict)
     parts: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
@@ -103,7 +104,7 @@ def read_lora(state_dict: Mapping[str, Tensor], source: str = "the LoRA") -> dic
         if _TEXT_ENCODER.fullmatch(key):
             strange[key][""] = tensor
             continue
-        _refuse(key, tensor, source)
+        _check_tensor(key, tensor, source)
         name, part = _split(key)
         module = None if name is None else find(name)
         if module is None:
@@ -121,7 +122,7 @@ def read_lora(state_dict: Mapping[str, Tensor], source: str = "the LoRA") -> dic
 
 
 def _module_finder(keys: Mapping[str, Any]) -> Callable[[str], str | None]:
-    """`diffusers_module`, or where no name is known to it, the same without what all names have before a known one."""
+    """Return `diffusers_module`; if it knows none of the names, a version that first removes their common prefix."""
     names = {_split(key)[0] for key in keys if not _TEXT_ENCODER.fullmatch(key)} - {None}
     if any(diffusers_module(name) for name in names):
         return diffusers_module
@@ -129,19 +130,19 @@ def _module_finder(keys: Mapping[str, Any]) -> Callable[[str], str | None]:
     return lambda name: diffusers_module(name.removeprefix(prefix))
 
 
-def _refuse(key: str, tensor: Tensor, source: str) -> None:
+def _check_tensor(key: str, tensor: Tensor, source: str) -> None:
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if mark in key), None)
     if kind is not None:
         raise ValueError(
-            f"{source}: {key!r} belongs to {kind}, which is more than a product of two factors and is not supported; export "
-            "it as a plain LoRA"
+            f"{source}: {key!r} belongs to {kind}, which is more than a product of two factors and is not supported; "
+            "export it as a plain LoRA"
         )
     if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
         raise ValueError(f"{source}: {key!r} holds NaN or infinity: the file is damaged, or its training diverged")
 
 
 def _split(key: str) -> tuple[str | None, str]:
-    """Module as the file calls it, and which part of its LoRA the tensor is."""
+    """Return a tensor's module, by its name in the file, and which part of the LoRA the tensor is."""
     if match := _DIFFERENCE.fullmatch(key):
         module, dot, leaf = match[1].rpartition(".")
         return (module, "diff_b" if leaf == "bias" else "diff") if leaf in ("weight", "bias") else (match[1], "diff")
@@ -150,7 +151,7 @@ def _split(key: str) -> tuple[str | None, str]:
         return match[1], part if match[3] != "bias" else f"{part}_bias"
     name, dot, ending = key.rpartition(".")
     part = _ENDINGS.get(dot + ending)
-    if part == "diff_m":  # of the modulation, which is no module but a parameter
+    if part == "diff_m":  # of the modulation, which is a parameter and not a module
         return f"{name}.modulation", "diff"
     return (None, "") if part is None else (name, part)
 
@@ -159,37 +160,37 @@ def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
     factors = [name for name in ("down", "up") if name in parts]
     if len(factors) == 1 or "down_bias" in parts or (not factors and not {"diff", "diff_b"} & parts.keys()):
         raise ValueError(
-            f"{source}: {module} has {sorted(parts)}, expected the pair of down (A) and up (B), or a difference: the file is "
-            "cut or edited"
+            f"{source}: {module} has {sorted(parts)}, expected the pair of down (A) and up (B), or a difference: the "
+            "file is truncated or edited"
         )
-    # Exporters add differences of zero by the hundred: they are dropped, so that they cost and change nothing.
-    found = {name: parts[name] for name in ("diff", "diff_b") if name in parts and bool(parts[name].float().any())}
-    layer = LoraLayer(bias=found.get("diff_b"), diff=found.get("diff"))
+    # Some exporters add hundreds of zero differences; without them, nothing needs to be added.
+    nonzero = {name: parts[name] for name in ("diff", "diff_b") if name in parts and bool(parts[name].float().any())}
+    layer = LoraLayer(bias=nonzero.get("diff_b"), diff=nonzero.get("diff"))
     if layer.diff is not None and is_linear(module) and layer.diff.ndim < 2:
         raise ValueError(f"{source}: the difference of {module} is {tuple(layer.diff.shape)}, expected [out, in]")
     if factors:
         down, up = parts["down"], parts["up"]
         if not _is_pair(down, up):
             raise ValueError(
-                f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, in] and "
-                "[out, rank] of one rank: the two are of different ranks, and no pair"
+                f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, "
+                "in] and [out, rank]: the two have different ranks"
             )
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         layer = replace(layer, down=down.flatten(1), up=up.flatten(1), alpha=alpha)
-    if "up_bias" in parts:  # that of `up` itself: scaled with it
+    if "up_bias" in parts:  # scaled as `up` is
         bias = parts["up_bias"] * layer.scale
         layer = replace(layer, bias=bias if layer.bias is None else bias + layer.bias)
     return layer
 
 
 def _is_pair(down: Tensor | None, up: Tensor | None) -> bool:
-    """Whether two factors, of a Linear or a convolution, are of one rank."""
-    some = down is not None and up is not None and min(down.ndim, up.ndim) > 1
-    return some and down.shape[0] == math.prod(up.shape[1:])
+    """Tell whether two factors, of a Linear or a convolution, have the same rank."""
+    matrices = down is not None and up is not None and min(down.ndim, up.ndim) > 1
+    return matrices and down.shape[0] == math.prod(up.shape[1:])
 
 
 def _leave_out(strange: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, LoraLayer], source: str) -> None:
-    """Say what has no place in a Wan model and how large it is; refuse where that is not small."""
+    """Warn about tensors that a Wan model has no module for; raise ValueError if they are not small."""
     text = [name for name in strange if _TEXT_ENCODER.fullmatch(name)]
     other = {name: parts for name, parts in strange.items() if name not in set(text)}
     count = sum(len(parts) for parts in other.values())
@@ -197,48 +198,51 @@ def _leave_out(strange: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str,
     if not layers:
         raise ValueError(
             f"{source}: none of its {count + len(text)} tensors belongs to a LoRA of this model family (first: "
-            f"{first or text[:3]}): it was made for another architecture, or is no LoRA"
+            f"{first or text[:3]}): it was made for another architecture, or is not a LoRA"
         )
     size, applied = math.hypot(*map(_size, other.values())), math.hypot(*(layer.size() for layer in layers.values()))
     if size > _LARGEST_LEFT_OUT * applied:
         kind = "an image-to-video" if any(map(_IMAGE.search, other)) else "another kind of"
         raise ValueError(
-            f"{source}: {count} tensors of size {size:.3g} belong to modules that this model family does not have (first: "
-            f"{first}), beside {len(layers)} of size {applied:.3g} that it has: the LoRA was made for {kind} model, and would "
-            "not do its work here"
+            f"{source}: {count} tensors of size {size:.3g} belong to modules that this model family does not have "
+            f"(first: {first}), and {len(layers)} of size {applied:.3g} to modules that it has: the LoRA was made for "
+            f"{kind} model, and would not work here"
         )
-    said = [f"{len(text)} of a text encoder, which is not adapted here"] if text else []
-    said += [f"{count} of modules that the model does not have (first: {first}), of size {size:.3g}"] if other else []
+    groups = [f"{len(text)} of a text encoder, which is not adapted here"] if text else []
+    groups += (
+        [f"{count} of modules that the model does not have (first: {first}), of size {size:.3g}"] if other else []
+    )
     logger.warning(
         "%s: %d tensors are left out: %s. What is applied has size %.3g (Frobenius norm).",
         source,
         count + len(text),
-        " and ".join(said),
+        " and ".join(groups),
         applied,
     )
 
 
 def _size(parts: Mapping[str, Tensor]) -> float:
-    """As `LoraLayer.size`, of anything: two factors that fit are taken as a pair, other tensors as they are."""
+    """Return the size of any tensors as `LoraLayer.size` does; two matching factors count as a pair."""
     if _is_pair(parts.get("down"), parts.get("up")):
         return _layer("", {name: tensor for name, tensor in parts.items() if name != "down_bias"}, "").size()
     return math.hypot(*(tensor.float().norm().item() for name, tensor in parts.items() if name != "alpha"))
 
 
 def check_fit(lora: Mapping[str, LoraLayer], sizes: Mapping[str, tuple[int, ...]], source: str = "the LoRA") -> None:
-    """Refuse a LoRA that was made for other layers or another size.
+    """Check that a LoRA was made for the layers and sizes of a model.
 
     Args:
         lora: from `read_lora`.
-        sizes: shape of every weight by the name of its module (`(out, in)` of a Linear), of other parameters by their own.
-        source: what to call the file in errors.
+        sizes: shape of every weight by the name of its module (`(out, in)` of a Linear), of other parameters by their
+            own.
+        source: name of the file in errors.
 
     Raises:
-        ValueError: names the layers and both sizes.
+        ValueError: if not; the message names the layers and both sizes.
     """
-    wanted = {module: layer for module, layer in lora.items() if layer.down is not None or layer.diff is not None}
+    weights = {module: layer for module, layer in lora.items() if layer.down is not None or layer.diff is not None}
     biases = {f"{module}.bias": layer.bias for module, layer in lora.items() if layer.bias is not None}
-    absent = [name for name in (*wanted, *biases) if name not in sizes]
+    absent = [name for name in (*weights, *biases) if name not in sizes]
     if absent:
         blocks = {int(name.split(".")[1]) for name in sizes if name.startswith("blocks.")}
         raise ValueError(
@@ -246,7 +250,7 @@ def check_fit(lora: Mapping[str, LoraLayer], sizes: Mapping[str, tuple[int, ...]
             f"{len(blocks)} blocks: the LoRA was made for a model of another size"
         )
     wrong = {}
-    for name, layer in wanted.items():
+    for name, layer in weights.items():
         shape = tuple(sizes[name])
         if layer.down is not None and (size := (layer.up.shape[0], layer.down.shape[1])) != _matrix(shape):
             wrong[name] = size
@@ -262,7 +266,7 @@ def check_fit(lora: Mapping[str, LoraLayer], sizes: Mapping[str, tuple[int, ...]
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without leading ones, and with all but its first dimension in one: files differ in how they write these."""
+    """Remove leading ones from a shape and flatten all but the first dimension, in which files differ."""
     shape = tuple(shape)
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
@@ -272,7 +276,11 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
 def merge_lora(
     weight: Tensor, bias: Tensor | None, layer: LoraLayer, scale: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight (`[N, K]`, or of any shape) and bias with an adapter added: computed in float32, returned in the given dtypes."""
+    """Add an adapter to a weight (`[N, K]` or any shape) and a bias, in float32; dtypes are kept.
+
+    Raises:
+        ValueError: if the adapter has a bias and the layer has none.
+    """
     delta = layer.delta()
     merged = weight if delta is None else (weight.float() + delta.reshape(weight.shape) * scale).to(weight.dtype)
     if layer.bias is None:
@@ -280,54 +288,3 @@ def merge_lora(
     if bias is None:
         raise ValueError("the LoRA adds a bias to a layer without one: it was made for another model")
     return merged, (bias.float() + layer.bias.float() * scale).to(bias.dtype)
-
-
-def to_peft(lora: Mapping[str, LoraLayer], prefix: str = "transformer.") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and `LoraConfig` arguments, both with keys behind `prefix`, as diffusers' `load_lora_adapter` takes them.
-
-    Ranks and alphas are told layer by layer, so that nothing is left to be guessed. What PEFT has no layer for stands
-    behind `DIFFERENCES`, under the name of the parameter that it is added to.
-    """
-    pairs = {name: _one_pair(layer) for name, layer in lora.items() if is_linear(name)}
-    pairs = {name: layer for name, layer in pairs.items() if layer.down is not None}
-    if any(
-        layer.bias is not None for layer in pairs.values()
-    ):  # PEFT knows biases of all layers of an adapter, or none
-        pairs = {
-            name: layer if layer.bias is not None else replace(layer, bias=layer.up.new_zeros(layer.up.shape[0]))
-            for name, layer in pairs.items()
-        }
-    tensors = {}
-    for name, layer in pairs.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = layer.down
-        tensors[f"{prefix}{name}.lora_B.weight"] = layer.up
-        if layer.bias is not None:
-            tensors[f"{prefix}{name}.lora_B.bias"] = layer.bias / layer.scale if layer.scale else layer.bias
-    for name, layer in lora.items():
-        if name not in pairs:
-            found = {weight_name(name): layer.delta(), f"{name}.bias": layer.bias}
-            tensors |= {f"{prefix}{DIFFERENCES}.{key}": tensor for key, tensor in found.items() if tensor is not None}
-    alphas = {name: layer.rank if layer.alpha is None else layer.alpha for name, layer in pairs.items()}
-    rank, alpha = next(((layer.rank, alphas[name]) for name, layer in pairs.items()), (1, 1))
-    config = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{name}": layer.rank for name, layer in pairs.items() if layer.rank != rank},
-        "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
-        "target_modules": list(pairs),
-        "lora_bias": any(layer.bias is not None for layer in pairs.values()),
-    }
-    return tensors, {f"{prefix}{key}": value for key, value in config.items()}
-
-
-def _one_pair(layer: LoraLayer) -> LoraLayer:
-    """The same with its difference written as two more factors, one of which is the identity: exact at full rank."""
-    if layer.diff is None:
-        return layer
-    diff = layer.diff.flatten(1)
-    diff = diff.float() if layer.down is not None or diff.dtype.itemsize == 1 else diff
-    one = torch.eye(min(diff.shape), dtype=diff.dtype, device=diff.device)
-    down, up = (diff, one) if diff.shape[0] < diff.shape[1] else (one, diff)
-    if layer.down is not None:
-        down, up = torch.cat([layer.down.float(), down]), torch.cat([layer.up.float() * layer.scale, up], dim=1)
-    return replace(layer, down=down, up=up, alpha=None, diff=None)

@@ -1,4 +1,4 @@
-"""Names: what a parameter of a Wan transformer is called in original files, in diffusers, and in adapters."""
+"""Translate names of Wan parameters between original files, diffusers and adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BLOCK = {
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
 }
-# A module's own tensors: those of float layers, and those that `QARVDLinear` stores instead of a weight.
+# Tensors of a module: those of float layers, and those that `QARVDLinear` stores instead of a weight.
 LEAVES = (
     "weight",
     "bias",
@@ -40,26 +40,23 @@ LEAVES = (
     "channel_order",
     "input_scale",
     "input_zero_point",
-    # 8-bit floats of ComfyUI, in its older and its newer spelling
+    # 8-bit weights of ComfyUI, in its older and its newer spelling
     "scale_weight",
     "scale_input",
     "comfy_quant",
 )
 _DIFFUSERS_ONLY = re.compile(r"condition_embedder\.|attn[12]\.to_|proj_out\.|ffn\.net\.")
 _ADAPTER = re.compile(r"[._]lora[._]|\.lokr_|\.hada_|\.diff(_[bm])?$")
-_OTHER_WAN = {
-    "an image-to-video network": re.compile(r"[kv]_img\.|img_emb\."),
-    "a VACE network": re.compile(r"vace_"),
-}
+_OTHER_WAN = {"an image-to-video network": re.compile(r"[kv]_img\.|img_emb\."), "a VACE network": re.compile(r"vace_")}
 
 
 def without_wrappers(key: str) -> str:
-    """A key without the traces of training wrappers (FSDP, activation checkpointing, torch.compile)."""
+    """Remove the prefixes of training wrappers (FSDP, activation checkpointing, torch.compile) from a key."""
     return _WRAPPERS.sub("", key)
 
 
 def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
-    """The new name of `key`, or None if no rule knows it."""
+    """Return the new name of `key`, None if no rule matches."""
     match = re.fullmatch(r"(blocks\.\d+\.)(.+)", key)
     prefix, rest, table = (match[1], match[2], block) if match else ("", key, top)
     module, dot, leaf = rest.rpartition(".")
@@ -73,26 +70,26 @@ def _known(name: str) -> str | None:
 
 
 def original_names(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Prefix and original name of those keys that end in the name of a Wan parameter, whatever stands before it.
+    """Map keys that end in the name of a Wan parameter to their prefix and that name.
 
-    Traces of training wrappers count neither to the prefix nor to the name.
+    Prefixes of training wrappers belong neither to the prefix nor to the name.
     """
     plain = {key: without_wrappers(key) for key in keys}
-    found = {key: (split_known(name, _known), name) for key, name in plain.items()}
-    return {key: (prefix, name[len(prefix) :]) for key, (prefix, name) in found.items() if prefix is not None}
+    prefixes = {key: split_known(name, _known) for key, name in plain.items()}
+    return {key: (prefix, plain[key][len(prefix) :]) for key, prefix in prefixes.items() if prefix is not None}
 
 
 def to_diffusers_keys(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Rename an original state dict (with wrapper substrings, and behind any prefix) to `WanTransformer3DModel` keys.
+    """Rename original keys, with any prefix and training wrappers, to `WanTransformer3DModel` keys.
 
-    Tensors (packed ones of quantized layers included, or what stands for them) are passed through untouched.
+    Values are passed through: tensors, including those of quantized layers, or stand-ins for them.
 
     Raises:
-        ValueError: for keys that no Wan transformer has, or two keys that name the same parameter.
+        ValueError: for keys that no Wan transformer has, or two keys of the same parameter.
     """
     names = original_names(state_dict)
     if unknown := [key for key in state_dict if key not in names]:
-        raise ValueError(_refusal(state_dict, unknown))
+        raise ValueError(_explain_unknown(state_dict, unknown))
     renamed: dict[str, T] = {}
     for key, tensor in state_dict.items():
         name = _known(names[key][1])
@@ -102,17 +99,21 @@ def to_diffusers_keys(state_dict: Mapping[str, T]) -> dict[str, T]:
     return renamed
 
 
-def _refusal(keys: Iterable[str], unknown: list[str]) -> str:
-    """What a state dict with unknown keys is, and what to do about it."""
+def _explain_unknown(keys: Iterable[str], unknown: list[str]) -> str:
+    """Say what a state dict with unknown keys is, and the remedy."""
     if sum(bool(_DIFFUSERS_ONLY.search(key)) for key in keys) > len(unknown) / 2:
         return (
-            f"these are diffusers names already (first: {unknown[:3]}), and only original names are converted: save the file as "
-            "FOLDER/transformer/diffusion_pytorch_model.safetensors with its config.json beside it, and load FOLDER"
+            f"these are diffusers names already (first: {unknown[:3]}), and only original names are converted: save "
+            "the file as FOLDER/transformer/diffusion_pytorch_model.safetensors next to its config.json, and load "
+            "FOLDER"
         )
     if sum(bool(_ADAPTER.search(key)) for key in unknown) > len(unknown) / 2:
-        return f"{len(unknown)} keys are no keys of an original Wan transformer: {unknown[:3]}; this is an adapter: pass it with lora="
+        return (
+            f"{len(unknown)} keys do not belong to an original Wan transformer: {unknown[:3]}; this is an adapter: "
+            "pass it with lora="
+        )
     kind = next((kind for kind, mark in _OTHER_WAN.items() if any(map(mark.search, unknown))), None)
-    return f"{len(unknown)} keys are no keys of an original Wan transformer: {unknown[:5]}; " + (
+    return f"{len(unknown)} keys do not belong to an original Wan transformer: {unknown[:5]}; " + (
         f"this is {kind}, which is not supported"
         if kind is not None
         else "merge adapters and drop other networks (VAE, text encoder, critic) before converting"
@@ -120,36 +121,41 @@ def _refusal(keys: Iterable[str], unknown: list[str]) -> str:
 
 
 def to_original_keys(state_dict: Mapping[str, T], prefix: str = "model.") -> dict[str, T]:
-    """Inverse of `to_diffusers_keys`: `WanTransformer3DModel` keys to original ones behind `prefix`."""
+    """Rename `WanTransformer3DModel` keys to original ones with a prefix; the inverse of `to_diffusers_keys`.
+
+    Raises:
+        ValueError: for keys that no Wan transformer has.
+    """
     top = {new: old for old, new in _TOP.items()}
     block = {new: old for old, new in _BLOCK.items()}
     names = {key: _rename(key, top, block) for key in state_dict}
     if unknown := [key for key, name in names.items() if name is None]:
         raise ValueError(
-            f"{len(unknown)} keys are no keys of a diffusers Wan transformer: {unknown[:5]}; unload or merge adapters, and leave "
-            "out other networks, before writing original names"
+            f"{len(unknown)} keys do not belong to a diffusers Wan transformer: {unknown[:5]}; unload or merge "
+            "adapters, and leave out other networks, before writing original names"
         )
     return {prefix + name: state_dict[key] for key, name in names.items()}
 
 
 def _spellings(table: Mapping[str, str]) -> dict[str, str]:
-    """Original and diffusers names of modules, with dots and with underscores -> diffusers name."""
+    """Map original and diffusers names of modules, with dots and with underscores, to diffusers names."""
     both = {**{new: new for new in table.values()}, **table}
     return {**{name.replace(".", "_"): new for name, new in both.items()}, **both}
 
 
 _TOP_SPELLINGS, _BLOCK_SPELLINGS = _spellings(_TOP), _spellings(_BLOCK)
 _ADAPTER_PREFIX = re.compile(
-    r"((base_model\.model|generator|transformer|diffusion_model|model|module|pipe|dit)\.|lora_(unet|transformer)_+|lycoris_)+"
+    r"((base_model\.model|generator|transformer|diffusion_model|model|module|pipe|dit)\.|"
+    r"lora_(unet|transformer)_+|lycoris_)+"
 )
 _NO_LINEAR = ("patch_embedding", "norm2", "norm_q", "norm_k", "scale_shift_table")
 
 
 def diffusers_module(name: str) -> str | None:
-    """diffusers' name of a module or bare parameter that an adapter file calls `name`, or None if Wan has no such.
+    """Return the diffusers name of a module or bare parameter that an adapter file calls `name`, None if Wan has none.
 
-    Known spellings: original names and diffusers names, behind the prefixes of PEFT, ComfyUI, DiffSynth and diffusers, and
-    kohya's, which have underscores for dots.
+    Known spellings are original names and diffusers names with the prefixes of PEFT, ComfyUI, DiffSynth and diffusers,
+    and those of kohya, which have underscores instead of dots.
     """
     name = without_wrappers(name)
     name = name[prefix.end() :] if (prefix := _ADAPTER_PREFIX.match(name)) else name
@@ -161,27 +167,27 @@ def diffusers_module(name: str) -> str | None:
 
 
 def common_prefix(names: Iterable[str], known: Callable[[str], object | None]) -> str:
-    """What stands before a known name, up to a dot, in at least half of `names`; empty if there is no such prefix."""
-    found = collections.Counter(split_known(name, known) for name in names)
+    """Return the prefix, up to a dot, before a known name in at least half of `names`; empty if there is none."""
+    counts = collections.Counter(split_known(name, known) for name in names)
     prefix, count = max(
-        ((prefix, count) for prefix, count in found.items() if prefix is not None),
-        key=lambda each: each[1],
+        ((prefix, count) for prefix, count in counts.items() if prefix is not None),
+        key=lambda item: item[1],
         default=("", 0),
     )
-    return prefix if 2 * count >= found.total() else ""
+    return prefix if 2 * count >= counts.total() else ""
 
 
 def split_known(name: str, known: Callable[[str], object | None]) -> str | None:
-    """The shortest prefix, up to a dot, behind which `name` is known; None if there is none."""
+    """Return the shortest prefix, up to a dot, after which the rest of `name` is known; None if there is none."""
     starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
     return next((name[:start] for start in starts if known(name[start:]) is not None), None)
 
 
 def is_linear(module: str) -> bool:
-    """Whether what diffusers calls `module` is a Linear, and not a norm, a convolution or a bare parameter."""
+    """Tell whether a module (diffusers name) is a Linear, and not a norm, a convolution or a bare parameter."""
     return module.rpartition(".")[2] not in _NO_LINEAR
 
 
 def weight_name(module: str) -> str:
-    """The parameter that is adapted: a module's weight, or a bare parameter itself."""
+    """Return the name of the adapted parameter: a module's weight, or the bare parameter itself."""
     return module if module.endswith("scale_shift_table") else f"{module}.weight"

@@ -1,4 +1,4 @@
-"""The transformer's config: read, or inferred from tensor shapes, and checked against the tensors it is to describe."""
+"""Read a transformer's config or infer it from tensor shapes, and check it against the tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..files.safetensors import TensorSpec
 from ..files.text import read_text
 from ..models import CausalWanTransformer3DModel
 
-_HEAD_DIM = 128  # of every released Wan model; the one value that tensor shapes do not tell
+_HEAD_DIM = 128  # of every released Wan model; cannot be inferred from tensor shapes
 
 
 def load_transformer_config(path: str | Path) -> dict[str, Any]:
-    """Config of a transformer as `WanTransformer3DModel` arguments, from a diffusers or an original `config.json`."""
+    """Read `WanTransformer3DModel` arguments from a diffusers or an original `config.json`."""
     values = json.loads(read_text(path))
     if "attention_head_dim" in values:
         return {key: value for key, value in values.items() if not key.startswith("_")}
@@ -40,25 +40,25 @@ def load_transformer_config(path: str | Path) -> dict[str, Any]:
 def infer_config(
     state_dict: Mapping[str, torch.Tensor | TensorSpec], num_attention_heads: int | None = None
 ) -> dict[str, Any]:
-    """`WanTransformer3DModel` arguments from the shapes of its state dict (diffusers keys).
+    """Infer `WanTransformer3DModel` arguments from the shapes of a state dict.
 
     Args:
-        state_dict: tensors, or what is known of them, under diffusers keys.
-        num_attention_heads: heads; None assumes the head size of every released Wan model, 128.
+        state_dict: tensors or their specs, under diffusers keys.
+        num_attention_heads: number of heads; None assumes heads of 128, as in every released Wan model.
 
     Raises:
-        ValueError: if a telling tensor is missing or the width does not divide into heads.
+        ValueError: if a required tensor is missing, or the width is not a multiple of the heads.
     """
 
     def shape(key: str) -> tuple[int, ...]:
         if key not in state_dict:
-            raise ValueError(f"the checkpoint lacks {key!r}: it is incomplete, or no Wan transformer")
+            raise ValueError(f"the checkpoint lacks {key!r}: it is incomplete, or not a Wan transformer")
         return state_dict[key].shape
 
     dim, in_channels, *patch_size = shape("patch_embedding.weight")
     if num_attention_heads is None and dim % _HEAD_DIM:
         raise ValueError(
-            f"width {dim} is no multiple of head size {_HEAD_DIM}: pass num_attention_heads, or a base folder"
+            f"width {dim} is not a multiple of head size {_HEAD_DIM}: pass num_attention_heads, or a base folder"
         )
     heads = num_attention_heads or dim // _HEAD_DIM
     if dim % heads:
@@ -79,10 +79,10 @@ def infer_config(
 
 
 def empty_transformer(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> CausalWanTransformer3DModel:
-    """A transformer of `config` on the meta device, whose tensors are exactly those of `specs` (diffusers keys).
+    """Build a transformer on the meta device and check that its tensors are exactly those of `specs` (diffusers keys).
 
     Raises:
-        ValueError: for missing or unexpected keys and for wrong shapes, named.
+        ValueError: for missing or unexpected keys and wrong shapes; the message names them.
     """
     with init_empty_weights():
         model = CausalWanTransformer3DModel.from_config(dict(config))

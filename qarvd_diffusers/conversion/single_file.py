@@ -1,13 +1,15 @@
-"""One file for both ecosystems: original key names, packed tensors, and a header instead of a folder's JSON files.
+"""Write one safetensors file that diffusers and ComfyUI both load, and turn it into a folder again.
 
-The tensors of a quantized Linear stand under its original name: `blocks.0.self_attn.q.weight_packed`, `.weight_scale` and
-so on, beside the float tensors of all other layers, bits unchanged. Folder and file hold the same information.
+Tensors have original Wan names. A header holds what the JSON files of a folder hold. The tensors of a quantized Linear
+follow its original name: `blocks.0.self_attn.q.weight_packed`, `.weight_scale` and so on. Folder and file hold the
+same tensors, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ..files.safetensors import TensorSpec, write_shards, write_tensors
 from ..models.single_file_header import SingleFileHeader, comfyui_metadata, read_single_file
 from ..quantization.model import quantized_linears, unwrapped
 from ..rollout.config import RolloutConfig
-from .convert import STEM, folder_tensors
+from .checkpoint import STEM, folder_tensors
 from .folder import copy_base_components, write_pipeline
 from .names import to_diffusers_keys, to_original_keys
 
@@ -30,7 +32,7 @@ _PIPELINE_FIELDS = (*RolloutConfig.names(), "height", "width", "max_sequence_len
 
 
 def pipeline_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Those values of a pipeline's config that are stored."""
+    """Return the values of a pipeline's config that a single file stores."""
     return {name: config[name] for name in _PIPELINE_FIELDS if name in config}
 
 
@@ -43,59 +45,94 @@ def save_single_file(transformer: nn.Module, pipeline: Mapping[str, Any], path: 
         path: ends in `.safetensors`; appears when it is complete.
 
     Raises:
-        ValueError: another suffix, or an adapter is attached.
+        ValueError: for another suffix, or if an adapter is attached.
     """
     transformer = unwrapped(transformer)
     state_dict = transformer.state_dict()
     if any(".base_layer." in key for key in state_dict):
         raise ValueError(
-            "the transformer carries adapters, which a single file does not hold: unload_lora_weights() first"
+            "the transformer carries adapters, which a single file cannot hold: call unload_lora_weights() first"
         )
-    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    specs = {name: TensorSpec.of(tensor) for name, tensor in state_dict.items()}
+    header = _header(transformer.config, pipeline).to_metadata()
+    return _write(path, specs, state_dict.__getitem__, header)
+
+
+def folder_to_single_file(folder: str | Path, out: str | Path, prefix: str = "") -> Path:
+    """Write the transformer of a diffusers folder, float or quantized, as one safetensors file under original names.
+
+    Tensors are copied one by one. `from_single_file` reads the file if it has no prefix and `model_index.json` says
+    how the model rolls out; another float model is written without a header.
+
+    Args:
+        folder: diffusers folder of a Wan model.
+        out: ends in `.safetensors`; appears when it is complete.
+        prefix: put before every name; the original training code expects `model.`.
+
+    Raises:
+        ValueError: if `folder` is not a diffusers folder of a Wan model, if it is quantized and there is a prefix, or
+            for another suffix of `out`.
+    """
+    folder = Path(folder)
+    path, index = folder / "transformer" / "config.json", folder / "model_index.json"
+    if not path.is_file() or not list(path.parent.glob("*.safetensors")):
+        raise ValueError(
+            f"{path.parent} has no config.json or no safetensors: expected a diffusers folder of a Wan model"
+        )
+    header = _header(_json(path), _json(index) if index.is_file() else {})
+    if header.quantization is not None and (prefix or not index.is_file()):
+        raise ValueError(f"{folder} is quantized: expected no prefix, and a model_index.json of the pipeline")
+    described = not prefix and (header.quantization is not None or header.pipeline)
+    return _write(out, *folder_tensors(path.parent), header.to_metadata() if described else {}, prefix)
+
+
+def export_checkpoint(folder: str | Path, out: str | Path) -> Path:
+    """Call `folder_to_single_file(folder, out, prefix="model.")`; deprecated."""
+    warnings.warn(
+        'export_checkpoint is deprecated: use folder_to_single_file(folder, out, prefix="model.") instead',
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return folder_to_single_file(folder, out, prefix="model.")
+
+
+def _header(transformer: Mapping[str, Any], pipeline: Mapping[str, Any]) -> SingleFileHeader:
+    """Build the header from the configs of a transformer and of its pipeline."""
+    config = {key: value for key, value in transformer.items() if not key.startswith("_")}
     quantization = config.pop("quantization_config", None)
     if isinstance(quantization, Mapping):
         quantization = QARVDConfig.from_dict(quantization)
-    header = SingleFileHeader(config, quantization, pipeline_fields(pipeline))
-    original = to_original_keys(state_dict, prefix="")
-    specs = {key: TensorSpec.of(tensor) for key, tensor in original.items()}
-    with atomic_file(_safetensors(path)) as temporary:
-        write_tensors(temporary, specs, original.__getitem__, header.to_metadata())
-    return Path(path)
+    return SingleFileHeader(config, quantization, pipeline_fields(pipeline))
 
 
-def folder_to_single_file(folder: str | Path, out: str | Path) -> Path:
-    """The transformer of a diffusers folder, float or quantized, as one file; tensors are copied one by one.
-
-    Raises:
-        ValueError: `folder` is no diffusers folder of a Wan model, or `out` does not end in `.safetensors`.
-    """
-    folder, out = Path(folder), _safetensors(out)
-    if not (folder / "transformer" / "config.json").is_file():
-        raise ValueError(f"{folder / 'transformer'} has no config.json: expected a diffusers folder of a Wan model")
-    config, index = _json(folder / "transformer" / "config.json"), _json(folder / "model_index.json")
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    quantization = config.pop("quantization_config", None)
-    quantization = None if quantization is None else QARVDConfig.from_dict(quantization)
-    header = SingleFileHeader(config, quantization, pipeline_fields(index))
-    specs, fetch = folder_tensors(folder / "transformer")
-    names = to_original_keys({name: name for name in specs}, prefix="")
-    with atomic_file(out) as temporary:
-        write_tensors(
-            temporary, {key: specs[n] for key, n in names.items()}, lambda k: fetch(names[k]), header.to_metadata()
-        )
-    return out
+def _write(
+    path: str | Path,
+    specs: Mapping[str, TensorSpec],
+    fetch: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str],
+    prefix: str = "",
+) -> Path:
+    """Write tensors, given under diffusers names, under original names."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a file name that ends in .safetensors")
+    names = to_original_keys({name: name for name in specs}, prefix)
+    stored = {key: specs[name] for key, name in names.items()}
+    with atomic_file(path) as temporary:
+        write_tensors(temporary, stored, lambda key: fetch(names[key]), metadata)
+    return path
 
 
 def single_file_to_folder(path: str | Path, out_dir: str | Path, base: str | Path | None = None) -> Path:
-    """Inverse of `folder_to_single_file`: the same tensors, bit by bit, and the same configs.
+    """Turn a single file into a diffusers folder with the same tensors, bit for bit, and the same configs.
 
     Args:
         path: a file that `save_single_file` or `folder_to_single_file` wrote.
         out_dir: folder to create; must not exist yet.
-        base: local diffusers folder that lends VAE, text encoder and tokenizer; None writes none.
+        base: local diffusers folder that provides VAE, text encoder and tokenizer; None writes none of them.
 
     Raises:
-        ValueError: the file has no header of ours, or is damaged.
+        ValueError: if the file has no header of Q-ARVD, or is damaged.
         FileExistsError: if `out_dir` exists.
     """
     path, out_dir = Path(path), Path(out_dir)
@@ -103,7 +140,7 @@ def single_file_to_folder(path: str | Path, out_dir: str | Path, base: str | Pat
         raise FileExistsError(f"{out_dir} exists; give a new folder or remove it first")
     header = read_single_file(path)
     if header is None:
-        raise ValueError(f"{path}: has no header that tells its config; convert it with a family name instead")
+        raise ValueError(f"{path}: has no header with its config: convert it with a family name instead")
     specs, fetch = folder_tensors(path)
     names = to_diffusers_keys({key: key for key in specs})
     config = {"_class_name": "WanTransformer3DModel", **header.transformer}
@@ -122,47 +159,41 @@ def single_file_to_folder(path: str | Path, out_dir: str | Path, base: str | Pat
 def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str]:
     """Write a quantized transformer for ComfyUI's own int8 layers (`int8_tensorwise`, ComfyUI 0.27 and later).
 
-    The format knows one symmetric int8 grid per output channel and quantizes activations per token at run time: what
-    Q-ARVD knows beyond that is lost.
+    The format has one symmetric int8 grid per output channel, and activations are quantized per token at run time.
+    Whatever else the model has is lost.
 
     Args:
         transformer: a quantized transformer without adapters.
         path: ends in `.safetensors`; appears when it is complete.
 
     Returns:
-        What was lost, one sentence each.
+        One sentence for each loss.
 
     Raises:
-        ValueError: the model is float, or another suffix.
+        ValueError: if the model is float, or for another suffix.
     """
     transformer = unwrapped(transformer)
     layers = quantized_linears(transformer)
     if not layers:
-        raise ValueError("the transformer is float: quantize it, or give ComfyUI the float file")
+        raise ValueError("the transformer is float: quantize it, or use the float file in ComfyUI")
     tensors = {
         name: tensor
         for name, tensor in transformer.state_dict().items()
         if name.rpartition(".")[0] not in layers or name.endswith(".bias")
     }
-    named = {name: f"{name}.weight" for name in layers}
-    original = to_original_keys({**{key: key for key in tensors}, **{key: key for key in named.values()}}, prefix="")
-    back = {new: old for old, new in original.items()}
-    result = {back[key]: tensor for key, tensor in tensors.items()}
     exact = 0
     marker = torch.tensor(list(json.dumps({"format": "int8_tensorwise"}).encode()), dtype=torch.uint8)
     for name, layer in layers.items():
-        module = back[named[name]].removesuffix(".weight")
         codes, scale, same = _one_grid(layer)
-        result |= {f"{module}.weight": codes, f"{module}.weight_scale": scale, f"{module}.comfy_quant": marker}
+        tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale, f"{name}.comfy_quant": marker}
         exact += same
-    specs = {key: TensorSpec.of(tensor) for key, tensor in result.items()}
-    with atomic_file(_safetensors(path)) as temporary:
-        write_tensors(temporary, specs, result.__getitem__, comfyui_metadata(transformer.config))
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    _write(path, specs, tensors.__getitem__, comfyui_metadata(transformer.config))
     return _losses(layers, exact)
 
 
 def _one_grid(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether it is so exactly."""
+    """Return int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether it is exact."""
     order, count = layer.channel_order.long(), layer.num_outliers
     if count in (0, layer.in_features):
         group = int(count == 0)
@@ -184,8 +215,8 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
     lost = [f"{exact} of {len(layers)} layers keep their integer weights exactly."]
     if exact < len(layers):
         lost.append(
-            f"{len(layers) - exact} layers were rounded again to one symmetric int8 grid per output channel: the separate scale "
-            "of the outlier channels, zero-points and learned rounding are lost there."
+            f"{len(layers) - exact} layers were rounded again to one symmetric int8 grid per output channel: the "
+            "separate scale of the outlier channels, zero-points and learned rounding are lost there."
         )
     if any(layer.weight_bits == 4 for layer in layers.values()):
         lost.append("4-bit storage is lost: the format takes 8 bits per weight.")
@@ -195,12 +226,6 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
         "none": "Float activations are lost: ComfyUI quantizes the inputs of these layers to 8 bits.",
     }
     return [*lost, kinds[some.activation]]
-
-
-def _safetensors(path: str | Path) -> Path:
-    if Path(path).suffix != ".safetensors":
-        raise ValueError(f"{path}: expected a file name that ends in .safetensors")
-    return Path(path)
 
 
 def _json(path: Path) -> dict[str, Any]:

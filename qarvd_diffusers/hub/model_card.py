@@ -1,4 +1,4 @@
-"""The model card of a quantized checkpoint, written from what was measured."""
+"""Write the model cards of converted and quantized checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..config import QARVDConfig
 
 CARD_FILE = "README.md"
 _UNMEASURED = (
-    "No fidelity was measured for this checkpoint. `qarvd_diffusers.evaluate(float_pipe, pipe, prompts)` does."
+    "Fidelity was not measured for this checkpoint. Measure it with "
+    "`qarvd_diffusers.evaluate(float_pipe, pipe, prompts)`.\n"
 )
 # Metric of a report -> title and format of its column.
 _COLUMNS = {
@@ -26,41 +27,45 @@ _COLUMNS = {
 
 
 def is_non_commercial(licence: str | None) -> bool:
-    """Whether a licence identifier, such as `cc-by-nc-sa-4.0`, forbids commercial use."""
+    """Tell whether a licence identifier, such as `cc-by-nc-sa-4.0`, forbids commercial use."""
     return "nc" in (licence or "").lower().replace("_", "-").split("-") or "non-commercial" in (licence or "").lower()
 
 
 def stated_licence(folder: str | os.PathLike[str]) -> str | None:
-    """Licence identifier stated by the model card in a folder; None where there is no card, or it states none."""
+    """Return the licence identifier in a folder's model card, None if there is no card or it states no licence."""
     try:
         return ModelCard.load(Path(folder) / CARD_FILE).data.license if (Path(folder) / CARD_FILE).is_file() else None
     except ValueError:
-        return None  # a README that is no model card
+        return None  # a README that is not a model card
+
+
+def _tags(licence: str | None, *tags: str) -> list[str]:
+    """Return the tags of a card, with `non-commercial` if the licence is."""
+    return [*tags, "non-commercial"] if is_non_commercial(licence) else [*tags]
 
 
 def _licence_text(licence: str | None) -> str:
+    """Write the section on the licence."""
     if licence is None:
-        return "Not known here: it is that of the base model, which these weights inherit. State it before you publish them."
-    warning = (
-        "**Non-commercial**: these weights may not be used or sold commercially. "
-        if is_non_commercial(licence)
-        else ""
-    )
+        return "Not known. These weights inherit the licence of the base model: state it before you publish them."
+    warning = ""
+    if is_non_commercial(licence):
+        warning = "**Non-commercial**: these weights may not be used or sold commercially. "
     return f"{warning}`{licence}`, inherited from the base model."
 
 
 def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
-    """The card of a float model that was converted from an original release.
+    """Write the card of a float model that was converted from an original release.
 
     Args:
-        family: key of `PRESETS`.
-        source: Hub id and files of the release.
-        licence: licence identifier of the released weights, None if it is not known.
+        family: key of `FAMILIES`.
+        source: Hub id and file names of the release.
+        licence: licence identifier of the released weights, None if unknown.
     """
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-video",
-        tags=["autoregressive-video-diffusion", family, *(["non-commercial"] if is_non_commercial(licence) else [])],
+        tags=_tags(licence, "autoregressive-video-diffusion", family),
         license=licence,
     )
     return ModelCard(
@@ -70,7 +75,7 @@ def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
 
 # {family}
 
-Weights of the release {source}, in the layout of diffusers. Nothing but names and file format was changed.
+The weights of {source}, converted to the diffusers layout. Only tensor names and the file format differ.
 
 ```python
 import qarvd_diffusers  # pip install -e . in a clone of the Q-ARVD repository
@@ -85,11 +90,12 @@ pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("path/to/this/folder")
 
 
 def _number(value: float | None, form: str) -> str:
-    # JSON has no infinity: the PSNR of equal videos may come back as None.
+    # JSON has no infinity: the PSNR of identical videos may have become None.
     return "identical" if value is None or math.isinf(value) else format(value, form)
 
 
 def _fidelity(report: Mapping[str, Any] | None) -> str:
+    """Write the table of metrics per chunk."""
     if report is None:
         return _UNMEASURED
     columns = {name: form for name, form in _COLUMNS.items() if report.get(name) is not None}
@@ -99,7 +105,7 @@ def _fidelity(report: Mapping[str, Any] | None) -> str:
     )
     header = " | ".join(title for title, _ in columns.values())
     text = (
-        f"Against the float model on identical initial noise and re-noise: {report['prompts']} prompts, "
+        f"Compared with the float model on identical initial noise and re-noise: {report['prompts']} prompts, "
         f"{report['num_chunks']} chunks, seed {report['seed']}.\n\n"
         f"| chunk | {header} |\n|---{'|---' * len(columns)}|\n{rows}\n"
     )
@@ -109,13 +115,13 @@ def _fidelity(report: Mapping[str, Any] | None) -> str:
 
 
 def _exceptions(config: QARVDConfig) -> str:
-    """Layers with other bits than the scheme's."""
-    listed = ", ".join(f"{bits} in `{name}`" for name, bits in (config.module_bits or {}).items())
+    """List the layers whose number of bits differs from the scheme's."""
+    listed = ", ".join(f"{bits} bits in `{name}`" for name, bits in (config.module_bits or {}).items())
     return f" ({listed})" if listed else ""
 
 
 def _loading(pipeline: str, source: str) -> str:
-    """The lines that load a model by a pipeline class, up to the end of their block, and what it can do then."""
+    """Write the rest of the code block that loads a model, and a sentence on streaming if the pipeline can stream."""
     module, _, name = pipeline.rpartition(".")
     if module == "qarvd_diffusers":
         lines = f'pipe = {pipeline}.from_pretrained("{source}")\n```\n'
@@ -123,7 +129,7 @@ def _loading(pipeline: str, source: str) -> str:
         lines = f'from {module} import {name}\n\npipe = {name}.from_pretrained("{source}")\n```\n'
     if module.split(".")[0] == "diffusers":
         return lines  # a stock pipeline generates whole videos
-    return f'{lines}\n`for chunk in pipe.stream("a prompt"): chunk.frames` yields frames while the next chunk is computed.\n'
+    return f'{lines}\n`for chunk in pipe.stream("a prompt")` yields `chunk.frames` as they are generated.\n'
 
 
 def model_card(
@@ -135,29 +141,23 @@ def model_card(
     repo_id: str | None = None,
     pipeline: str = "qarvd_diffusers.ARVDPipeline",
 ) -> ModelCard:
-    """A card that states bits, sizes, fidelity per chunk, base model and licence, and the lines that load the model.
+    """Write the card of a quantized model: bits, sizes, fidelity per chunk, base model, licence and how to load it.
 
     Args:
         config: the checkpoint's stored config.
         sizes: `stored_bytes` of its transformer.
-        report: what `evaluate` returned, or None if nothing was measured.
+        report: what `evaluate` returned, None if nothing was measured.
         base_model: Hub id of the float model.
         licence: licence identifier of the base model, which the quantized weights inherit.
-        repo_id: where the card will live; None writes a placeholder.
-        pipeline: the class that loads the model, dotted.
+        repo_id: Hub repository of the card; None writes a placeholder.
+        pipeline: dotted name of the class that loads the model.
     """
     scheme = config.resolved_scheme
     activations = {"static": "static 8-bit", "dynamic": "dynamic 8-bit", "none": "float"}[scheme.activation]
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-video",
-        tags=[
-            "qarvd",
-            "quantized",
-            "autoregressive-video-diffusion",
-            config.scheme,
-            *(["non-commercial"] if is_non_commercial(licence) else []),
-        ],
+        tags=_tags(licence, "qarvd", "quantized", "autoregressive-video-diffusion", config.scheme),
         base_model=base_model,
         license=licence,
     )
@@ -169,8 +169,9 @@ def model_card(
 # {(repo_id or "Autoregressive video diffusion model").split("/")[-1]} ({config.scheme})
 
 {f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "An autoregressive video diffusion model"}
-quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)): {scheme.weight_bits}-bit weights{_exceptions(config)},
-{activations} activations, outlier channels on a scale of their own.
+quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)):
+{scheme.weight_bits}-bit weights{_exceptions(config)}, {activations} activations,
+and a separate scale for outlier channels.
 
 ```python
 import qarvd_diffusers  # registers the quantization method; pip install -e . in a clone of the Q-ARVD repository
@@ -179,7 +180,7 @@ import qarvd_diffusers  # registers the quantization method; pip install -e . in
 
 | | bytes |
 |---|---|
-| quantized layers, scales included | {sizes["quantized"]:,} ({ratio:.3f} of bfloat16) |
+| quantized layers, including scales | {sizes["quantized"]:,} ({ratio:.3f} of bfloat16) |
 | the same layers in bfloat16 | {sizes["bfloat16"]:,} |
 | whole transformer | {sizes["total"]:,} |
 

@@ -1,39 +1,29 @@
-"""`ARVDMixin`: what makes a causal video pipeline streamable and quantizable."""
+"""Define `ARVDMixin`, which makes a causal video pipeline streamable and quantizable."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
+from ..conversion.folder import PORTABLE_CLASSES
 from ..quantization.model import quantized_linears, unwrapped
 from ..rollout.streamable import StreamableMixin
-from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .quantizable import QuantizableMixin
-
-# In memory -> on disk. A saved pipeline names stock classes only, so that plain diffusers can load its components.
-_PORTABLE_NAMES = {
-    "CausalWanTransformer3DModel": ("diffusers", "WanTransformer3DModel"),
-    "FewStepRenoiseScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-    "ChunkUniPCScheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-}
-_OWN_SCHEDULERS = (FewStepRenoiseScheduler, ChunkUniPCScheduler)
 
 
 class ARVDMixin(StreamableMixin, QuantizableMixin):
-    """Streaming and quantization for a causal `DiffusionPipeline`; put it before `DiffusionPipeline` among the bases.
+    """Add streaming and quantization to a causal `DiffusionPipeline`.
 
-    What the pipeline has to bring along is the contract of `StreamableMixin`.
+    Put it before `DiffusionPipeline` among the bases. The pipeline implements the contract of `StreamableMixin`.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a component or another attribute; constructors and loaders come through here too.
+        """Set a component or another attribute, also from constructors and loaders.
 
-        What `torch.compile` wrapped is taken out of its wrapper and compiled in place, as by its own `compile`: a layer
-        goes by one name, whether the model is compiled or not.
+        A module wrapped by `torch.compile` is unwrapped and compiled in place, as by its own `compile` method, so that
+        layers have the same names whether the model is compiled or not.
         """
         plain = unwrapped(value) if isinstance(value, torch.nn.Module) else value
         fitted = self.fit_component(name, plain)
@@ -42,12 +32,12 @@ class ARVDMixin(StreamableMixin, QuantizableMixin):
         super().__setattr__(name, fitted)
 
     def fit_component(self, name: str, value: Any) -> Any:
-        """What becomes of a value that is assigned to `name`; a pipeline may replace or refuse components here."""
+        """Return the value to store for `name`; a pipeline may replace components here, or raise an error."""
         return value
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers."""
-        # Weights wait in the state dict, which has their rows in natural order, and come back from there.
+        """Offload as diffusers does."""
+        # Offloaded weights come from the state dict, which has their rows in natural order.
         for layer in quantized_linears(self.transformer).values():
             layer.store_rows_in(None)
         super().enable_sequential_cpu_offload(*args, **kwargs)
@@ -57,7 +47,7 @@ class ARVDMixin(StreamableMixin, QuantizableMixin):
     def register_to_config(self, **kwargs: Any) -> None:
         """Record components under the stock class names they are saved as."""
         portable = {
-            name: _PORTABLE_NAMES.get(value[1], value) if isinstance(value, tuple) and len(value) == 2 else value
+            name: PORTABLE_CLASSES.get(value[1], value) if isinstance(value, tuple) and len(value) == 2 else value
             for name, value in kwargs.items()
         }
         super().register_to_config(**portable)
@@ -67,10 +57,3 @@ class ARVDMixin(StreamableMixin, QuantizableMixin):
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    def write_portable_parts(self, folder: Path) -> None:
-        """See `QuantizableMixin.write_portable_parts`; a scheduler of ours is described to stock classes by one of theirs."""
-        super().write_portable_parts(folder)
-        if isinstance(getattr(self, "scheduler", None), _OWN_SCHEDULERS):
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=self.rollout_config.timestep_shift)
-            scheduler.save_pretrained(folder / "scheduler")

@@ -1,4 +1,4 @@
-"""Quantizing a loaded pipeline: which prompts, on which device, from which cache; the work itself is in calibration/."""
+"""Quantize a loaded pipeline, and check the configs that the user passes for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def split_config(quantization_config: Any) -> tuple[QARVDConfig | None, PipelineQuantizationConfig | None]:
-    """What the user passed as `quantization_config`: our part for the transformer, the rest for diffusers.
+    """Split `quantization_config` into the config of the transformer and that of other components.
 
     Args:
         quantization_config: `QARVDConfig`, its dict, a `PipelineQuantizationConfig` (whose `quant_mapping` may hold a
@@ -45,22 +45,22 @@ def split_config(quantization_config: Any) -> tuple[QARVDConfig | None, Pipeline
 
 
 def check_stored_config(stored: QARVDConfig, wanted: QARVDConfig) -> None:
-    """Refuse to load a quantized checkpoint under a config that asks for something else than what is stored."""
+    """Raise ValueError if a config differs from the one that a quantized checkpoint is stored with."""
     differing = {
         name: (getattr(stored, name), getattr(wanted, name))
         for name in ("scheme", "reference_compat")
         if getattr(stored, name) != getattr(wanted, name)
     }
     if differing:
-        listed = ", ".join(f"{name}: stored {a!r}, asked {b!r}" for name, (a, b) in differing.items())
+        listed = ", ".join(f"{name}: stored {a!r}, passed {b!r}" for name, (a, b) in differing.items())
         raise ValueError(
-            f"The checkpoint is quantized already and its config differs from the one passed ({listed}). Load it without "
-            "quantization_config, or quantize the float model."
+            f"the checkpoint is already quantized and its config differs from the one passed ({listed}): load it "
+            "without quantization_config, or quantize the float model"
         )
 
 
 def quantize_pipeline(pipe: PipelineHost, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
-    """Quantize the pipeline's transformer in place, calibrating first unless a result is given."""
+    """Quantize the pipeline's transformer in place; without a result, calibrate first."""
     require_float(pipe)
     result = result or calibrate_pipeline(pipe, config)
     hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
@@ -70,7 +70,7 @@ def quantize_pipeline(pipe: PipelineHost, config: QARVDConfig, result: Calibrati
 
 
 def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:
-    """Weight-only int8 by optimum-quanto, in place."""
+    """Quantize the weights of a text encoder to int8 in place, by optimum-quanto."""
     from optimum.quanto import freeze, qint8, quantize
 
     quantize(text_encoder, weights=qint8)

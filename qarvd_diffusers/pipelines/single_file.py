@@ -1,4 +1,4 @@
-"""`from_single_file` and `save_single_file`: the transformer and the pipeline's config in one file."""
+"""Load and save the transformer and the pipeline's config as one file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-_OF_THE_FILE = {"dtype", "quantization_config"}  # loading arguments that need no base
+_OF_THE_FILE = {"dtype", "quantization_config"}  # loading arguments that work without a base
 
 
 class SingleFileMixin:
-    """One safetensors file under original key names, which ComfyUI and diffusers both load.
+    """Load and save one safetensors file with original key names, which ComfyUI and diffusers both load.
 
     Put it before `DiffusionPipeline` among the bases of a pipeline with a causal Wan `transformer`.
     """
@@ -30,51 +30,51 @@ class SingleFileMixin:
     def from_single_file(
         cls, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, **kwargs: Any
     ) -> Self:
-        """A pipeline around the transformer in a file that `save_single_file` wrote.
+        """Load a pipeline with the transformer of a file that `save_single_file` or `qarvd convert` wrote.
 
         Args:
             path: the file, float or quantized.
-            base: diffusers folder or Hub id of a Wan model, which lends VAE, text encoder and tokenizer; None takes those
-                in `kwargs`, or none.
-            **kwargs: `dtype`, also one per component; components by name (`vae`, `text_encoder`, `tokenizer`); fields of the
-                config to replace; `quantization_config`; with a `base`, what else `from_pretrained` takes, for the base's
-                parts.
+            base: diffusers folder or Hub id of a Wan model that provides VAE, text encoder and tokenizer; None takes
+                them from `kwargs`, if they are passed.
+            **kwargs: `dtype`, also one per component; components by name (`vae`, `text_encoder`, `tokenizer`); values
+                of the config to replace; `quantization_config`; with a `base`, other arguments of `from_pretrained`,
+                which apply to the base's components.
 
         Raises:
-            ValueError: the file has no header of ours, is truncated, or does not hold what its header tells; or an argument
-                cannot be honoured.
-            TypeError: without a base, for arguments that only loading a base can honour.
+            ValueError: if the file has no header of Q-ARVD, is truncated or disagrees with its header, or for an
+                unsupported argument.
+            TypeError: without a base, for arguments that need one.
         """
         kwargs = loading_arguments(cls, kwargs)
         if kwargs.pop("device_map", None) is not None:
             raise ValueError(
-                "device_map places the parts of a folder while they are loaded, a single file is loaded whole: leave it out, and "
-                "call to() or enable_model_cpu_offload() afterwards"
+                "device_map is not supported for a single file, which is loaded as a whole: leave it out, and call "
+                "to() or enable_model_cpu_offload() afterwards"
             )
         header = read_single_file(path)
         if header is None:
             raise ValueError(
-                f"{path}: does not tell how its model rolls out; convert it first: qarvd convert {Path(path).name} FOLDER "
-                "--family NAME"
+                f"{path}: has no header that says how its model rolls out; convert it first: qarvd convert "
+                f"{Path(path).name} FOLDER --family NAME"
             )
         if base is None and (unknown := sorted(kwargs.keys() - set(parameters(cls.__init__)[0]) - _OF_THE_FILE)):
             raise TypeError(
-                f"from_single_file takes {unknown} only for the parts that a base lends: give base, or leave them out"
+                f"from_single_file takes {unknown} only for the components of a base: pass base, or leave them out"
             )
         dtype, config = kwargs.pop("dtype", None), kwargs.pop("quantization_config", None)
         own = dtype.get("transformer", dtype.get("default")) if isinstance(dtype, dict) else dtype
         transformer = CausalWanTransformer3DModel.from_single_file(path, **({} if own is None else {"dtype": own}))
-        given = {**header.pipeline, **kwargs, "transformer": transformer}
+        values = {**header.pipeline, **kwargs, "transformer": transformer}
         if base is not None:
-            pipe = cls.from_pretrained(base, **given, dtype=dtype, quantization_config=config)
+            pipe = cls.from_pretrained(base, **values, dtype=dtype, quantization_config=config)
             pipe.source = str(path)
             return pipe
         ours, rest = split_config(config)
         if rest is not None:
             raise ValueError(
-                "quantization_config names components that only a base lends: give base, or a QARVDConfig"
+                "quantization_config names components that only a base provides: pass base, or a QARVDConfig"
             )
-        pipe = cls(**given)
+        pipe = cls(**values)
         pipe.source = str(path)
         pipe.quantize_on_loading(ours)
         return pipe
@@ -83,6 +83,6 @@ class SingleFileMixin:
         """Write transformer, its quantization and the pipeline's config as one safetensors file under original names.
 
         Raises:
-            ValueError: another suffix, or an adapter is attached.
+            ValueError: for another suffix, or if an adapter is attached.
         """
         save_single_file(self.transformer, self.config, path)

@@ -15,12 +15,14 @@ from qarvd_diffusers.conversion import convert as convert_module
 from qarvd_diffusers.conversion import (
     convert_checkpoint,
     detect_checkpoint,
+    families,
+    folder_to_single_file,
     merge_lora,
     open_checkpoint,
     to_diffusers_keys,
     to_original_keys,
 )
-from qarvd_diffusers.conversion.families import NETWORKS, PRESETS, available, find_preset
+from qarvd_diffusers.conversion.families import FAMILIES, NETWORKS, available, find_family
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 
 RUNS = {
@@ -41,15 +43,23 @@ def loaded(folder, **kwargs):
 
 def test_presets_that_run_and_those_that_do_not():
     assert set(available()) == RUNS
-    longlive = find_preset("longlive").fields
+    longlive = find_family("longlive").fields
     assert (longlive.local_attention_frames, longlive.sink_frames) == (12, 3)
-    for family, preset in PRESETS.items():
+    for family, preset in FAMILIES.items():
         if family not in available():
             with pytest.raises(
                 ValueError, match=rf"family '{family}' is known but cannot run: it needs {preset.lacks[0]}"
             ):
-                find_preset(family)
-    assert all(preset.network in NETWORKS for preset in PRESETS.values())
+                find_family(family)
+    assert all(preset.network in NETWORKS for preset in FAMILIES.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("PRESETS", "FAMILIES"), ("Preset", "Family"), ("find_preset", "find_family")]
+)
+def test_names_of_version_0_1_still_work(old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old} was renamed: use {new} instead"):
+        assert getattr(families, old) is getattr(families, new)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +93,7 @@ def test_detection_by_name(original, tmp_path, path, family):
             "family 'rolling-forcing' is known but cannot run.*noise levels jointly",
         ),
         ("chunkwise/longvideo.safetensors", "family 'causal-forcing-long' is known but cannot run.*levels jointly"),
-        ("somewhere/model.safetensors", "the family cannot be told.*Pass the family: self-forcing"),
+        ("somewhere/model.safetensors", "the family cannot be determined.*Pass the family: self-forcing"),
     ],
 )
 def test_detection_refuses(original, tmp_path, path, message):
@@ -103,7 +113,7 @@ def test_a_network_of_another_size(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is a 14B network, the family 'self-forcing' is 1\.3B"):
         detect_checkpoint(tmp_path / "a.safetensors", "self-forcing")
     # The only member of this size; but the bidirectional model has these tensors too.
-    with pytest.raises(ValueError, match=r"the family cannot be told.*Found: 14B\. Pass the family: krea"):
+    with pytest.raises(ValueError, match=r"the family cannot be determined.*Found: 14B\. Pass the family: krea"):
         detect_checkpoint(tmp_path / "a.safetensors")
 
 
@@ -203,7 +213,7 @@ def test_lora_that_ships_with_a_base(tiny_pipeline, original, tmp_path):
     torch.save({"generator_lora": as_file(lora, "longlive")}, source.with_name("lora.pt"))
     out = convert_checkpoint(source, tmp_path / "out", "auto", num_attention_heads=2)
     pipe, tensors = loaded(out)
-    assert pipe.rollout_config == PRESETS["longlive"].fields
+    assert pipe.rollout_config == FAMILIES["longlive"].fields
     plain = tiny_pipeline.transformer.state_dict()
     for name, layer in lora.items():
         want, _ = merge_lora(plain[f"{name}.weight"], None, layer)
@@ -244,9 +254,9 @@ def test_golden_members_convert_both_ways(golden_family, tmp_path, member):
     heads = golden.original_config()["num_heads"]
     out = convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", family, lora="none", num_attention_heads=heads)
     pipe = ARVDPipeline.from_pretrained(out)
-    assert pipe.rollout_config == PRESETS[family].fields
+    assert pipe.rollout_config == FAMILIES[family].fields
     assert (pipe.config.height, pipe.config.fps) == ((704, 24) if family == "longlive-2" else (480, 16))
-    convert_module.export_checkpoint(out, tmp_path / "back.safetensors")
+    folder_to_single_file(out, tmp_path / "back.safetensors", prefix="model.")
     back = open_checkpoint(tmp_path / "back.safetensors").shards[0].load()
     assert back.keys() == stored.keys() and all(torch.equal(back[key], stored[key]) for key in stored)
 
@@ -254,7 +264,7 @@ def test_golden_members_convert_both_ways(golden_family, tmp_path, member):
 @pytest.mark.parametrize("family", available())
 def test_windows_that_a_preset_cannot_hold(tiny_pipeline, family):
     """Named when the pipeline is made, and when a stream is asked for, before anything runs."""
-    fields = PRESETS[family].fields
+    fields = FAMILIES[family].fields
     least = fields.sink_frames + fields.num_frames_per_chunk
     components = {**tiny_pipeline.components, "scheduler": None}
     small = {**fields.to_dict(), "local_attention_frames": least - 1}

@@ -60,7 +60,7 @@ def test_scales_are_multiplied_in(original, tmp_path, prefix, spelling, dtype, r
     file, truth = scaled_file(original, spelling, dtype, rows)
     save_file({prefix + key: value for key, value in file.items()}, tmp_path / "scaled.safetensors")
     found = detect_checkpoint(tmp_path / "scaled.safetensors", "self-forcing")
-    assert any("multiplied out in float32" in reason for reason in found.reasons)
+    assert any("multiplied in float32" in reason for reason in found.reasons)
     for name, cast in (("bf16", torch.bfloat16), ("none", None), ("fp32", torch.float32)):
         convert_checkpoint(tmp_path / "scaled.safetensors", tmp_path / name, num_attention_heads=2, dtype=cast)
         tensors = load_file(tmp_path / name / WEIGHTS)
@@ -75,7 +75,7 @@ def test_scales_that_are_not_understood(original, tmp_path):
     key = "blocks.0.ffn.0"
     note = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
     changes = {
-        rf"{key.replace('ffn.0', 'ffn.net.0.proj')}.comfy_quant is of format 'nvfp4'": {f"{key}.comfy_quant": note},
+        rf"{key.replace('ffn.0', 'ffn.net.0.proj')}.comfy_quant has format 'nvfp4'": {f"{key}.comfy_quant": note},
         "scales of blocks are not supported": {f"{key}.weight_scale": torch.ones(48, 2)},
         "scales a weight that is torch.float32": {f"{key}.weight": torch.ones(48, 24)},
     }

@@ -68,7 +68,7 @@ def test_other_classes(kind, tmp_path, capsys):
         assert {layer["weight_bits"] for layer in json.loads(capsys.readouterr().out)["layers"]} == {bits}
     path = tmp_path / "float" / "transformer" / "config.json"
     path.write_text(path.read_text().replace(kind.__name__, "MyTransformer"))
-    with pytest.raises(ValueError, match="describes a MyTransformer, which is no model class of diffusers"):
+    with pytest.raises(ValueError, match="describes a MyTransformer, which is not a model class of diffusers"):
         quantize_folder(tmp_path / "float", tmp_path / "other", config)
 
 

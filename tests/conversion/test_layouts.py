@@ -71,7 +71,7 @@ def test_any_nesting(tiny_pipeline, original, tmp_path, nest, named):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"step": 3}, r"\['step'\] \(1 in all\), no tensors"),
+        ({"step": 3}, r"\['step'\] \(1 in all\), not tensors"),
         ({"global_step": torch.tensor(3)}, "global_step.*counters"),
         ({"freqs": torch.ones(8, 3)}, "freqs.*counters and buffers"),
         ({"blocks.0.self_attn.freqs_cis": torch.ones(8)}, "freqs_cis.*counters and buffers"),
@@ -89,7 +89,7 @@ def test_all_in_one_file(tiny_pipeline, original, tmp_path):
     save_file({**prefixed(original, "model.diffusion_model."), **others}, tmp_path / "all.safetensors")
     reasons = assert_converts(tmp_path / "all.safetensors", tmp_path, tiny_pipeline.transformer.state_dict())
     assert (
-        "left out: 2 tensors outside of 'model.diffusion_model.', of other networks: ['text_encoders', 'vae']"
+        "left out: 2 tensors without the prefix 'model.diffusion_model.', of other networks: ['text_encoders', 'vae']"
         in reasons
     )
 
@@ -99,14 +99,14 @@ def test_several_networks(tiny_pipeline, original, tmp_path):
     ema = {key: value + 1 for key, value in original.items()}
     torch.save({"ema": ema, "model": original}, tmp_path / "both.pt")
     want = tiny_pipeline.transformer.state_dict()
-    assert "weights: model, of ema, model; name others with weights=" in assert_converts(
+    assert "weights: model, of ema, model; select others with weights=" in assert_converts(
         tmp_path / "both.pt", tmp_path, want
     )
     _, tensors = convert(tmp_path / "both.pt", tmp_path / "ema", weights="ema")
     assert torch.equal(tensors["proj_out.weight"], want["proj_out.weight"] + 1)
     save_file({**prefixed(original, "student.net."), **prefixed(ema, "teacher.net.")}, tmp_path / "flat.safetensors")
     with pytest.raises(
-        ValueError, match=r"flat.safetensors: holds several networks \['student', 'teacher'\]: name one"
+        ValueError, match=r"flat.safetensors: holds several networks \['student', 'teacher'\]: select one"
     ):
         detect_checkpoint(tmp_path / "flat.safetensors", "self-forcing")
     _, tensors = convert(tmp_path / "flat.safetensors", tmp_path / "student", weights="student")
@@ -138,7 +138,7 @@ def test_folder_of_a_base_and_its_lora(tiny_pipeline, original, tmp_path):
         want[f"{name}.weight"], _ = merge_lora(want[f"{name}.weight"], None, layer)
     reasons, tensors = convert(folder, tmp_path / "out", family="longlive")
     assert all(torch.allclose(tensors[key], want[key], atol=1e-6) for key in want)
-    assert "left out: lora.pt, no Wan network" in reasons
+    assert "left out: lora.pt, not a Wan network" in reasons
     reasons, same = convert(folder, tmp_path / "same", family="longlive", weights="generator")
     assert all(torch.equal(same[key], tensors[key]) for key in tensors)
     assert "left out: lora.pt, has no state dict 'generator'" in reasons

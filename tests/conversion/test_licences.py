@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.conversion import convert_checkpoint, detect_checkpoint, to_original_keys
+from qarvd_diffusers.hub import publish
 from qarvd_diffusers.hub.model_card import is_non_commercial
-from qarvd_diffusers.pipelines import quantizable
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_flagged_before_upload(checkpoint, tmp_path, caplog, monkeypatch, family
     def refuse(*args, **kwargs):
         raise NoHub
 
-    monkeypatch.setattr(quantizable, "HfApi", refuse)
+    monkeypatch.setattr(publish, "HfApi", refuse)
     out = convert_checkpoint(checkpoint, tmp_path / "float", family, lora="none", num_attention_heads=2)
     pipe = ARVDPipeline.from_pretrained(out, dtype=torch.float32)
     with caplog.at_level(logging.WARNING, logger="qarvd_diffusers"), pytest.raises(NoHub):

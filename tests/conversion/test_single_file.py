@@ -92,6 +92,37 @@ def test_from_single_file(tiny_pipeline, tmp_path, scheme):
     assert_same_tensors(tmp_path / "copy.safetensors", tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", None])
+def test_a_converted_folder_loads_as_a_single_file(tiny_pipeline, tmp_path, scheme):
+    """`qarvd convert FOLDER FILE` writes what `save_single_file` writes, and `from_single_file` reads."""
+    if scheme is not None:
+        quantized(tiny_pipeline, scheme)
+    folder, file = tmp_path / "folder", tmp_path / "converted.safetensors"
+    tiny_pipeline.save_pretrained(folder)
+    assert main(["convert", str(folder), str(file)]) == 0
+    tiny_pipeline.save_single_file(tmp_path / "saved.safetensors")
+    assert_same_tensors(file, tmp_path / "saved.safetensors")
+    headers = [read_single_file(path) for path in (file, tmp_path / "saved.safetensors")]
+    assert headers[0].pipeline == headers[1].pipeline and headers[0].quantization == headers[1].quantization
+    pipe = ARVDPipeline.from_single_file(file, base=folder, dtype=torch.float32)
+    assert torch.equal(generate(pipe), generate(tiny_pipeline))
+    want = tiny_pipeline.transformer.state_dict()
+    alone = CausalWanTransformer3DModel.from_single_file(file).state_dict()
+    assert alone.keys() == want.keys() and all(torch.equal(alone[key], want[key]) for key in want)
+
+
+def test_names_of_the_original_releases(tiny_pipeline, tmp_path):
+    """A prefix gives names without a header; a quantized model cannot have one."""
+    tiny_pipeline.save_pretrained(tmp_path / "folder")
+    file = str(tmp_path / "release.safetensors")
+    assert main(["convert", str(tmp_path / "folder"), file, "--prefix", "model."]) == 0
+    assert load_file(file).keys() == to_original_keys(tiny_pipeline.transformer.state_dict()).keys()
+    assert read_single_file(file) is None
+    quantized(tiny_pipeline, "w8a16").save_pretrained(tmp_path / "quantized")
+    with pytest.raises(ValueError, match="is quantized: expected no prefix"):
+        folder_to_single_file(tmp_path / "quantized", tmp_path / "q.safetensors", prefix="model.")
+
+
 def test_stock_class_loads_the_file(tiny_pipeline, tmp_path):
     """With the config given by hand, as diffusers asks for it."""
     from diffusers import WanTransformer3DModel

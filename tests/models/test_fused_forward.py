@@ -17,7 +17,7 @@ from qarvd_diffusers.bench.transformer import PassRunner
 from qarvd_diffusers.bench.transformer import quantized as quantized_by_one_pass
 from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.config import QARVDConfig
-from qarvd_diffusers.conversion.families import PRESETS
+from qarvd_diffusers.conversion.families import FAMILIES
 from qarvd_diffusers.models import CausalWanTransformer3DModel, KVCache
 from qarvd_diffusers.models.fused.cuda_graphs import CapturedSegments, CaptureError
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
@@ -121,7 +121,7 @@ def test_window_with_sink():
 def test_whole_roll_outs(tiny_pipeline, family, storage):
     """A rebuilt context, a shot's offset, a clamped start: what the pipeline does to the cache, the fused pass follows."""
     changes = {"num_frames_per_chunk": 3, "local_attention_frames": 9, "sink_frames": 0, "keep_first_frame": True}
-    fields = dataclasses.replace(PRESETS[family].fields, **changes)
+    fields = dataclasses.replace(FAMILIES[family].fields, **changes)
     pipe = ARVDPipeline(**{**tiny_pipeline.components, "scheduler": None}, **fields.to_dict(), height=32, width=48)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer = quantized()

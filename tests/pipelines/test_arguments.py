@@ -136,7 +136,7 @@ def test_single_files_honour_or_name_what_loaders_take(saved):
         )
         with pytest.raises(ValueError, match=r"device_map .*call to\(\)"):
             ARVDPipeline.from_single_file(file, base=base, device_map="balanced")
-    with pytest.raises(TypeError, match=r"from_single_file takes \['variant'\] only for the parts that a base lends"):
+    with pytest.raises(TypeError, match=r"from_single_file takes \['variant'\] only for the components of a base"):
         ARVDPipeline.from_single_file(file, variant="fp16")
     quantized = ARVDPipeline.from_single_file(file, quantization_config=config)
     quantized.save_single_file(file)

@@ -9,12 +9,12 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from qarvd_diffusers.config import QARVDConfig
-from qarvd_diffusers.conversion.families import PRESETS
+from qarvd_diffusers.conversion.families import FAMILIES
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.vae.streaming import StreamingVAEDecoder
 
 STRICT = 1e-5
-FIELDS = PRESETS["krea"].fields
+FIELDS = FAMILIES["krea"].fields
 NAMES = (
     "kr1_default_kv3_reencoded_first_frame",
     "kr2_kv6_keep_first_frame",

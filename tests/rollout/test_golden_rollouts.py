@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from qarvd_diffusers.conversion.families import PRESETS
+from qarvd_diffusers.conversion.families import FAMILIES
 from qarvd_diffusers.models import RolloutConfig
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.schedulers import FewStepRenoiseScheduler
@@ -104,7 +104,7 @@ def test_self_forcing(golden, name):
     stored = golden.original_config()
     steps = golden.file("B_scheduler.safetensors")["denoising_step_list_raw"].tolist()
     fields = dataclasses.replace(
-        PRESETS["self-forcing"].fields,
+        FAMILIES["self-forcing"].fields,
         denoising_timesteps=steps,
         num_frames_per_chunk=stored.get("num_frame_per_block", 3),
         independent_first_frame=stored.get("independent_first_frame", False),
@@ -142,11 +142,11 @@ def test_causal_forcing(golden_family, name):
     golden = golden_family(CF)
     data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
     steps = re.search(r"([12])step_first_chunk", name)
-    fields = PRESETS[f"causal-forcing-framewise-{steps[1]}step" if steps else "causal-forcing-framewise"].fields
+    fields = FAMILIES[f"causal-forcing-framewise-{steps[1]}step" if steps else "causal-forcing-framewise"].fields
     if window := re.search(r"local(\d+)_sink(\d+)", name):
         fields = dataclasses.replace(fields, local_attention_frames=int(window[1]), sink_frames=int(window[2]))
     if "chunkwise3" in name:
-        fields = dataclasses.replace(PRESETS["causal-forcing"].fields, independent_first_frame=True)
+        fields = dataclasses.replace(FAMILIES["causal-forcing"].fields, independent_first_frame=True)
     given = sum(key.startswith("flow_pred_initial_frame") for key in data)
     batch, frames = data["latents"].shape[0], data["latents"].shape[2]
     noise = torch.cat([inputs["noise"], inputs["noise_extra_frame"]], dim=2)[:, :, : frames - given]
@@ -163,7 +163,7 @@ def test_causal_forcing(golden_family, name):
 def test_causvid(golden_family, name):
     golden = golden_family("causvid")
     data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
-    fields: RolloutConfig = PRESETS["causvid"].fields
+    fields: RolloutConfig = FAMILIES["causvid"].fields
     if "warped" in name:
         fields = dataclasses.replace(fields, denoising_timesteps=FOUR_STEPS, warp_timesteps=True)
     initial = inputs["start_latents"] if "start_latents" in name else None
@@ -184,7 +184,7 @@ def test_causvid(golden_family, name):
 def test_longlive(golden_family):
     golden, name = golden_family("longlive"), "ll1_long_rollout_local12_sink3"
     data, inputs = golden.file(f"{name}.safetensors"), golden.file("inputs.safetensors")
-    fields = PRESETS["longlive"].fields
+    fields = FAMILIES["longlive"].fields
     noise = inputs["noise"][:, :, : data["latents"].shape[2]]
     result = rollout(golden, fields, inputs, noise=noise, renoise=rolled(inputs["renoise"], len(noise))[:7])
     compare(data, result, FewStepRenoiseScheduler())

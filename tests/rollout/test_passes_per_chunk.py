@@ -10,7 +10,7 @@ import torch
 from qarvd_diffusers.calibration.capture import InputCapture, pass_weight
 from qarvd_diffusers.calibration.targets import quantizable_linears
 from qarvd_diffusers.config import QARVDConfig
-from qarvd_diffusers.conversion.families import PRESETS, available
+from qarvd_diffusers.conversion.families import FAMILIES, available
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 
 CHUNKS = 5
@@ -24,7 +24,7 @@ EXPECTED = {  # denoising passes and others, of chunks 0, 1 and the last
 
 @pytest.mark.parametrize("family", available())
 def test_counts(tiny_pipeline, family):
-    fields = PRESETS[family].fields
+    fields = FAMILIES[family].fields
     components = {**tiny_pipeline.components, "scheduler": None}
     pipe = ARVDPipeline(**components, height=32, width=48, **fields.to_dict())
     pipe.set_progress_bar_config(disable=True)

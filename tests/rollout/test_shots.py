@@ -10,13 +10,13 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from tiny_wan import make_wan22_vae
 
-from qarvd_diffusers.conversion.families import PRESETS
+from qarvd_diffusers.conversion.families import FAMILIES
 from qarvd_diffusers.models import KVCache, RolloutConfig
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 from qarvd_diffusers.schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 
 STRICT = 1e-5
-FIELDS = PRESETS["longlive-2"].fields
+FIELDS = FAMILIES["longlive-2"].fields
 CUTS = {
     "l2a_single_shot_5_chunks": ("a", "a", "a", "a", "a"),
     "l2b_multi_shot_cuts_at_chunk2_and_chunk5": ("a", "a", "cut b", "b", "b", "cut c", "c"),

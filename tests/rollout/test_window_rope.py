@@ -8,17 +8,17 @@ import pytest
 import torch
 from test_prompt_switch import STRICT, replay
 
-from qarvd_diffusers.conversion.families import PRESETS
+from qarvd_diffusers.conversion.families import FAMILIES
 from qarvd_diffusers.models import KVCache, RolloutConfig
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 
-LONGLIVE = dataclasses.replace(PRESETS["longlive"].fields, rope_mode="window")
+LONGLIVE = dataclasses.replace(FAMILIES["longlive"].fields, rope_mode="window")
 CASES = {
     "longlive/ll6_relative_rope_rollout": (LONGLIVE, (), ()),
     "longlive/ll7_relative_rope_switch_at_15": (LONGLIVE, (15,), ()),
-    "rolling_variants/rf1_reward_forcing_ema_sink": (PRESETS["reward-forcing"].fields, (), ()),
+    "rolling_variants/rf1_reward_forcing_ema_sink": (FAMILIES["reward-forcing"].fields, (), ()),
     "rolling_variants/ir1_infinity_rope_scene_cut_at_12_flush_at_18": (
-        PRESETS["infinity-rope"].fields,
+        FAMILIES["infinity-rope"].fields,
         (12, 18),
         ("cut", "keep"),
     ),
@@ -59,7 +59,7 @@ def test_equals_absolute_positions_until_the_window_is_full(tiny_pipeline):
 
 def test_state_and_int8_storage(tiny_pipeline):
     """A window stream survives 8-bit storage of un-roped keys and of the averaged sink."""
-    pipe = ARVDPipeline(tiny_pipeline.transformer, **PRESETS["reward-forcing"].fields.to_dict())
+    pipe = ARVDPipeline(tiny_pipeline.transformer, **FAMILIES["reward-forcing"].fields.to_dict())
     pipe.set_progress_bar_config(disable=True)
     embeds, noise = torch.randn(1, 12, 16), torch.randn(1, 4, 15, 4, 6)
 
