@@ -225,6 +225,11 @@ def adherence(frames: np.ndarray, prompt: str, frame_range: tuple[int, int] | No
     )
 
 
+def shows_prompt(frames: np.ndarray, prompt: str) -> bool:
+    """Return whether a video is right in color, shape and motion, see `adherence`: the judge of `fidelity.evaluate`."""
+    return adherence(frames, prompt).correct
+
+
 @dataclass(frozen=True)
 class Observation:
     """What the judge saw; None where nothing of the grammar fits well enough."""
