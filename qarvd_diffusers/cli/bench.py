@@ -1,5 +1,6 @@
-"""Measure speed on this machine: matrix products, attention, transformer passes, VAE and whole videos, with torch's own
-operators and other quantizers for comparison.
+"""Measure speed on this machine: matrix products, attention, transformer passes, VAE and whole videos.
+
+The operators of torch and other quantizers are measured for comparison.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _shape(args: argparse.Namespace) -> Shape:
+    """Return the sizes to measure."""
     from ..bench.shapes import SHAPES, WINDOW_FRAMES
 
     if not 1 <= args.frames_per_chunk <= WINDOW_FRAMES:
@@ -113,6 +115,7 @@ def _shape(args: argparse.Namespace) -> Shape:
 
 
 def _measure_videos(args: argparse.Namespace, shape: Shape, device: torch.device, report: _Report) -> None:
+    """Time whole videos."""
     from ..bench import VIDEO_VARIANTS
     from ..bench.end_to_end import bench_end_to_end
 
@@ -122,6 +125,7 @@ def _measure_videos(args: argparse.Namespace, shape: Shape, device: torch.device
 
 
 def _measure_parts(args: argparse.Namespace, shape: Shape, device: torch.device, report: _Report) -> None:
+    """Measure the parts that `--parts` names."""
     from ..bench import PASS_VARIANTS
     from ..bench.attention import bench_attention
     from ..bench.gemm import bench_gemm
@@ -207,6 +211,7 @@ def _operations(variant: dict[str, Any]) -> str:
 
 
 def _vae_tables(result: dict[str, Any]) -> list[str]:
+    """Format speed, memory and error per decoder."""
     rows = [
         (row["name"], *map(_rounded, (row["ms"], row["peak_bytes"] / 1e9, row["relative_error"])))
         for row in result["vae"]
@@ -216,6 +221,7 @@ def _vae_tables(result: dict[str, Any]) -> list[str]:
 
 
 def _video_tables(result: dict[str, Any]) -> list[str]:
+    """Format speed and latencies per variant and length."""
     header = ("variant", "frames", "frames/s", "first frame s", "chunk p50 s", "chunk p95 s", "peak GB")
     rows = []
     for variant in result["end_to_end"]:

@@ -1,7 +1,7 @@
 """Convert between original checkpoints, diffusers folders and single files.
 
-An original checkpoint becomes a diffusers folder. A float folder becomes a file under original names, a quantized one a
-single file for diffusers and ComfyUI, and that file becomes a folder again.
+An original checkpoint becomes a diffusers folder. A float folder becomes a file under original names. A quantized
+folder becomes a single file for diffusers and ComfyUI, and such a file becomes a folder again.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _single_file_to_folder(source: Path, out: str, base: str | None) -> dict[str, Any]:
+    """Write the folder that a file with our header describes."""
     from ..conversion import single_file_to_folder
 
     single_file_to_folder(source, out, base)
@@ -77,6 +78,7 @@ def _single_file_to_folder(source: Path, out: str, base: str | None) -> dict[str
 
 
 def _checkpoint_to_folder(source: Path, out: str, base: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Write the folder of an original checkpoint."""
     import torch
 
     from ..conversion import convert_checkpoint, detect_checkpoint

@@ -1,4 +1,4 @@
-"""Compare a quantized model folder with its float model on identical noise; write report.json, plots and report.html."""
+"""Compare a quantized model with its float model on identical noise; write report.json, plots and report.html."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        help="file to write (.mp4, .mov, .mkv, .avi, .wmv, .gif, .webp); with --prompts a folder of 000.mp4, 001.mp4, ...",
+        help="file to write (.mp4, .mov, .mkv, .avi, .wmv, .gif, .webp); with --prompts a folder, for 000.mp4, "
+        "001.mp4, ...",
     )
     add_chunks_argument(parser, "chunks to generate; 0 continues until Ctrl-C", least=0)
     parser.add_argument(
@@ -194,6 +195,7 @@ def render(result: dict[str, Any]) -> str:
     for video in result.get("videos", [result]):
         speed = video["frames"] / sum(video["seconds_per_chunk"])
         lines.append(
-            f"wrote {video['out']}: {video['frames']} frames at {video['fps']} fps, generated at {speed:.1f} frames per second"
+            f"wrote {video['out']}: {video['frames']} frames at {video['fps']} fps, "
+            f"generated at {speed:.1f} frames per second"
         )
     return "\n".join(lines)

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixed-precision",
         type=float,
         metavar="SHARE",
-        help="in a 4-bit scheme, give 8 bits to the most sensitive layers, up to this share of all weights (such as 0.1)",
+        help="give 8 bits to the most sensitive layers of a 4-bit scheme, up to this share of all weights, such as 0.1",
     )
     keep_old_name(parser, mixed, "--mixed")
     parser.add_argument(
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _config(args: argparse.Namespace) -> QARVDConfig:
+    """Build the config that the options describe."""
     from ..calibration.sensitivity import SensitivityResult
     from ..config import QARVDConfig
 
@@ -127,6 +128,7 @@ def _config(args: argparse.Namespace) -> QARVDConfig:
 
 
 def _quantize_from_disk(args: argparse.Namespace, config: QARVDConfig) -> dict[str, Any]:
+    """Quantize the files of a folder into another, without loading the model."""
     from ..conversion import quantize_folder
 
     with layer_bar("quantizing") as progress, replaced_folder(args.out) as out:
@@ -173,8 +175,8 @@ def _compared_prompts(pipe: ARVDPipeline, config: QARVDConfig, count: int) -> tu
     prompts = calibration_prompts(pipe, config)
     if count > len(prompts):
         raise ValueError(
-            f"--evaluate is {count}, but there are {len(prompts)} calibration prompts to compare on: ask for fewer, or "
-            "provide more with --calibration-prompts"
+            f"--evaluate is {count}, but there are {len(prompts)} calibration prompts to compare on: ask for fewer, "
+            "or provide more with --calibration-prompts"
         )
     return prompts[len(prompts) - count :]
 

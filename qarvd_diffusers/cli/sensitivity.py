@@ -1,6 +1,7 @@
-"""Measure the error of the whole video that quantizing each chunk causes; an interrupted run continues where it stopped.
+"""Measure the error of the whole video that quantizing each chunk causes.
 
-Under `accelerate launch -m qarvd_diffusers sensitivity ...` the prompts are shared between the processes.
+An interrupted run continues where it stopped. Under `accelerate launch -m qarvd_diffusers sensitivity ...` the
+processes share the prompts.
 """
 
 from __future__ import annotations

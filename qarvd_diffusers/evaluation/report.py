@@ -46,10 +46,12 @@ METRICS = {
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto } td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
+td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } figure { margin: 0 } figcaption { color: #555; font-size: .9em }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%), 1fr)); gap: 1em }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; max-width: 60em } figcaption { overflow-wrap: anywhere }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; max-width: 60em }
+figcaption { overflow-wrap: anywhere }
 video { width: 100%; image-rendering: pixelated } .plots img { width: 100% }
 """
 
@@ -139,7 +141,8 @@ def _page(
     """Build the page: tables, plots and videos, all inside one HTML text."""
     names = [html.escape(name) for name in names]
     rows = "".join(
-        f"<section><h3>{html.escape(prompt)}</h3><div class=pair>{_video(names[0], a)}{_video(names[1], b)}</div></section>"
+        f"<section><h3>{html.escape(prompt)}</h3>"
+        f"<div class=pair>{_video(names[0], a)}{_video(names[1], b)}</div></section>"
         for prompt, a, b in videos
     )
     figures = "".join(
@@ -150,8 +153,8 @@ def _page(
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Quantized against float</title><style>{_STYLE}</style></head><body>
 <h1>Quantized against float</h1>
-<p>{report["prompts"]} prompts, {report["num_chunks"]} chunks, seed {report["seed"]}; both models got the same initial noise
-and re-noise.</p>
+<p>{report["prompts"]} prompts, {report["num_chunks"]} chunks, seed {report["seed"]}; both models got the same
+initial noise and re-noise.</p>
 {_models_table(report, names)}
 <h2>Per chunk</h2>
 {_chunks_table(report)}
@@ -192,7 +195,8 @@ def _models_table(report: Mapping[str, Any], names: Sequence[str]) -> str:
         ("prompt adherence", "adherence", ".1%"),
     )
     rows = "".join(
-        f"<tr><td>{title}</td><td>{format_number(report.get(f'reference_{key}'), form)}</td><td>{format_number(report.get(key), form)}</td></tr>"
+        f"<tr><td>{title}</td><td>{format_number(report.get(f'reference_{key}'), form)}</td>"
+        f"<td>{format_number(report.get(key), form)}</td></tr>"
         for title, key, form in lines
         if report.get(key) is not None
     )
