@@ -57,8 +57,8 @@ def bench_attention(shape: Shape, device: torch.device, repeats: int = 20) -> li
     """Time every backend, with 3, 12 and 21 latent frames in the cache.
 
     Returns:
-        Per cache length: `queries`, `keys`, and by backend `us` (microseconds) and `relative_error` against float32, or
-        the reason of a failure in `errors`.
+        Per cache length: `queries`, `keys`, and by backend `us` (microseconds) and `relative_error` against float32,
+        or the reason of a failure in `errors`.
     """
     results = []
     for frames in CACHED_FRAMES:

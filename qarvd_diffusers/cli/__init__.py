@@ -1,7 +1,7 @@
 """Run the `qarvd` commands.
 
-Each is a module with `add_arguments(parser)`, `run(args) -> dict | None` and `render(dict) -> str`. Results go to stdout,
-as text or with `--json` as one JSON document; progress and logs go to stderr.
+Each is a module with `add_arguments(parser)`, `run(args) -> dict | None` and `render(dict) -> str`. Results go to
+stdout, as text or with `--json` as one JSON document; progress and logs go to stderr.
 """
 
 from __future__ import annotations

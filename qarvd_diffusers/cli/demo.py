@@ -114,6 +114,6 @@ def render(report: dict[str, Any]) -> str:
     header = ("model", "bytes", "of bf16", "adherence", "s/chunk", *(f"dB chunk {c}" for c in chunks))
     files = "\n".join(f"  {name}: {path}" for name, path in report["files"].items())
     return (
-        f"{table(header, rows)}\n\nbytes: the quantized layers with their scales (float: the same layers in bfloat16). dB: "
-        f"PSNR of the frames against the float model on identical noise.\n\n{files}"
+        f"{table(header, rows)}\n\nbytes: the quantized layers with scales (float: the same layers in bfloat16). "
+        f"dB: PSNR of the frames against the float model on identical noise.\n\n{files}"
     )

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixed-precision",
         type=float,
         metavar="SHARE",
-        help="give 8 bits to the most sensitive layers of a 4-bit scheme, up to this share of all weights, such as 0.1",
+        help="give 8 bits to the most sensitive layers of a 4-bit scheme: a share of all weights, such as 0.1",
     )
     keep_old_name(parser, mixed, "--mixed")
     parser.add_argument(
