@@ -181,17 +181,16 @@ def offload(args: argparse.Namespace, shape: Shape) -> None:
         }
         print(json.dumps(error), flush=True)
     if args.scheme != "bf16":
-        del model
-        done = subprocess.run(
-            [sys.executable, __file__, "step", args.folder, "--step", "load", "--scheme", args.scheme],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        shards = [
-            file.stat().st_size for file in (Path(args.folder) / args.scheme / "transformer").glob("*.safetensors")
-        ]
-        print(json.dumps({"largest_shard": max(shards)}), done.stdout.strip() or done.stderr, flush=True)
+        load_quantized(args)
+
+
+def load_quantized(args: argparse.Namespace) -> None:
+    """Load what `save_quantized` wrote in another process, and print its peak memory."""
+    command = [sys.executable, __file__, "step", args.folder, "--step", "load", "--scheme", args.scheme]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    folder = Path(args.folder) / args.scheme / "transformer"
+    largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(json.dumps({"largest_shard": largest}), done.stdout.strip() or done.stderr, flush=True)
 
 
 def main() -> None:

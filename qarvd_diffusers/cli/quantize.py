@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `qarvd quantize`."""
-    from ..config import ROUNDINGS, SCHEMES
+    from ..config import SCHEMES
 
     add_model_argument(parser, kind="float ")
     parser.add_argument("out", help="folder to write; an existing one is an error unless --overwrite is given")
@@ -41,6 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme", choices=tuple(SCHEMES), default="w8a8", help="bits of weights and activations (default: w8a8)"
     )
+    _add_calibration_arguments(parser)
+    parser.add_argument(
+        "--from-disk",
+        action="store_true",
+        help="work block by block on the folder's files, for models larger than memory (schemes without calibration)",
+    )
+    parser.add_argument("--text-encoder", choices=("int8",), help="quantize the text encoder's weights on loading")
+    add_device_arguments(parser)
+
+
+def _add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `QARVDConfig` that concern calibration, and `--evaluate`."""
+    from ..config import ROUNDINGS
+
     prompts = parser.add_argument(
         "--calibration-prompts", metavar="FILE", help="calibration prompts, one per line (default: those of the model)"
     )
@@ -79,13 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="give 8 bits to the most sensitive layers of a 4-bit scheme: a share of all weights, such as 0.1",
     )
     keep_old_name(parser, mixed, "--mixed")
-    parser.add_argument(
-        "--from-disk",
-        action="store_true",
-        help="work block by block on the folder's files, for models larger than memory (schemes without calibration)",
-    )
-    parser.add_argument("--text-encoder", choices=("int8",), help="quantize the text encoder's weights on loading")
-    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
