@@ -58,6 +58,6 @@ def render(result: dict[str, Any]) -> str:
     total = f"{result['total_bytes'] / 1e9:.2f} GB{limit}, including the memory of CUDA itself"
     parts = (
         table(("component", "GB"), rows(result["components"])),
-        table(("peak during", "GB"), rows(result["phases"])),
+        table(("peak while", "GB"), rows(result["phases"])),
     )
     return "\n\n".join([*parts, f"{choice}\nneeds {total}"])

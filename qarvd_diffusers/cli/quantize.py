@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         return _quantize_from_disk(args, config)
     processes = Processes.launched()  # first: it gives every process its own GPU
     pipe = load_pipeline(args.model, args)
+    if pipe.quantization is not None:
+        raise ValueError(f"{args.model} is quantized already ({pipe.quantization.scheme}): quantize the float model")
     config, report = _quantize_and_compare(pipe, config, args, processes)
     processes.close()
     if not processes.is_main:
@@ -151,11 +153,9 @@ def _quantize_and_compare(
     Returns:
         The config with the bits of `--mixed-precision`, and the report of `--evaluate`; None without one.
     """
-    from ..calibration.pipeline import require_float
     from ..evaluation.fidelity import describe, join
     from ..pipelines.quantization import quantize_pipeline
 
-    require_float(pipe)
     prompts = _compared_prompts(pipe, config, args.evaluate)
     compares = bool(prompts) and processes.is_main
     if args.mixed_precision:

@@ -76,13 +76,17 @@ def test_chunks_of_other_lengths(frames, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frames-per-chunk", "0"], "--frames-per-chunk is 0, expected 1 to 21"),
+        (["--frames-per-chunk", "0"], "--frames-per-chunk: is 0, expected a whole number, at least 1"),
+        (["--frames-per-chunk", "22"], "--frames-per-chunk is 22, expected 1 to 21"),
         (["--frames-per-chunk", "2", "--end-to-end", "--frames", "25"], "expected a multiple of 8 less 3, such as 53"),
         (["--end-to-end", "--frames", "80"], "does not fill chunks of 3 latent frames"),
     ],
 )
 def test_lengths_that_cannot_be(arguments, message, capsys):
-    assert main(["bench", "--shape", "toy", "--device", "cpu", *arguments]) == 1
+    try:
+        assert main(["bench", "--shape", "toy", "--device", "cpu", *arguments]) == 1
+    except SystemExit as exit:
+        assert exit.code == 2  # argparse: a value that cannot be read
     assert message in capsys.readouterr().err
 
 
