@@ -1,12 +1,13 @@
-"""A stream in a file: everything it goes on from, in one safetensors file."""
+"""Save a stream between two chunks, in memory or in one safetensors file, and restore it."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,8 +88,8 @@ def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}".removeprefix("."), tensor
 
 
-def save_state(pipe: StreamHost, session: StreamSession, path: str | os.PathLike[str]) -> None:
-    """See `Stream.save_state`."""
+def take_state(pipe: StreamHost, session: StreamSession) -> SavedStream:
+    """See `Stream.state`."""
     loop = session.loop
     if loop is None:
         raise ValueError("only a running stream has a state to save: this one has not begun, or has ended")
@@ -124,9 +125,8 @@ def save_state(pipe: StreamHost, session: StreamSession, path: str | os.PathLike
         "loop": loop_facts,
         "inputs": noise_facts,
     }
-    with atomic_file(path) as temporary:
-        owned = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(owned, temporary, metadata={_KEY: json.dumps(facts)})
+    owned = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return SavedStream("the state", json.loads(json.dumps(facts)), owned)
 
 
 def _pack_inputs(inputs: StreamInputs, loop: ChunkLoop) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -153,12 +153,12 @@ def _pack_inputs(inputs: StreamInputs, loop: ChunkLoop) -> tuple[dict[str, torch
 
 @dataclass
 class SavedStream:
-    """A stream read from a file.
+    """The state of a stream between two chunks. Restoring a stream leaves it as it is.
 
     Attributes:
-        path: of the file.
-        facts: what the file says beside its tensors.
-        tensors: all tensors of the file, on the CPU.
+        path: of the file that it was read from; in messages.
+        facts: what it says beside its tensors, as JSON types.
+        tensors: all its tensors, on the CPU.
     """
 
     path: str
@@ -181,6 +181,11 @@ class SavedStream:
         if not facts or facts.get("version") != _VERSION:
             raise ValueError(f"{path} is no stream saved by Stream.save_state of this version")
         return cls(os.fspath(path), facts, tensors)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file for `load`."""
+        with atomic_file(path) as temporary:
+            save_file(self.tensors, temporary, metadata={_KEY: json.dumps(self.facts)})
 
     def check(self, pipe: StreamHost) -> None:
         """Refuse to go on with another model than the one the stream was saved with."""
@@ -207,30 +212,59 @@ class SavedStream:
         output_type: str | None,
         on_pass: Callable[[PassInfo], None] | None,
         make_decoder: Callable[[], Decoder] | None,
+        num_chunks: int | None = None,
+        generator: torch.Generator | None = None,
+        callback: tuple[Callable | None, tuple[str, ...]] = (None, ()),
     ) -> StreamSession:
-        """What the continued stream starts from.
+        """Build what the continued stream starts from; the arguments are those of `StreamableMixin.restore_stream`.
 
         Raises:
-            ValueError: if frames are asked for, but the stream was one of latents.
+            ValueError: if frames are asked for, but the stream was one of latents; or for `num_chunks` or a `generator`
+                that the stream cannot continue with.
         """
         output_type = output_type or self.facts["output_type"]
         if output_type != "latent" and self.facts["output_type"] == "latent":
             raise ValueError(f"{self.path} holds a stream of latents, without the VAE's memory: ask for 'latent'")
         text = {"prompt_embeds": self.tensors["prompt_embeds"]}
         session = StreamSession(
-            self._inputs,
+            self._continued_inputs(num_chunks, generator),
             text,
             output_type,
             self.facts["kv_cache"],
+            callback=callback,
             on_pass=on_pass,
             make_decoder=make_decoder,
-            saved=self,
+            saved=replace(self, facts=copy.deepcopy(self.facts), tensors=dict(self.tensors)),
         )
         session.changes = [
             PromptChange({"prompt_embeds": self.tensors[f"next_prompt.{index}"]}, how)
             for index, how in enumerate(self.facts["next_prompts"])
         ]
         return session
+
+    def _continued_inputs(self, num_chunks: int | None, generator: torch.Generator | None) -> StreamInputs:
+        inputs = self._inputs
+        if num_chunks is not None:
+            done, limit = self.facts["loop"]["_next_chunk"], None if inputs.latents is None else inputs.num_chunks
+            if num_chunks < done or (limit is not None and num_chunks > limit):
+                raise ValueError(
+                    f"num_chunks is {num_chunks}, expected at least the {done} chunks that {self.path} has made"
+                    + ("" if limit is None else f" and at most the {limit} that it has noise for")
+                )
+            inputs = replace(inputs, num_chunks=num_chunks)
+        if generator is not None:
+            saved = inputs.generator
+            if isinstance(saved, list) or saved.device.type != generator.device.type:
+                drawn_by = (
+                    f"a list of {len(saved)}" if isinstance(saved, list) else f"a generator on {saved.device.type}"
+                )
+                raise ValueError(
+                    f"generator is on {generator.device.type}, but the noise of {self.path} was drawn by {drawn_by}: "
+                    "pass such a generator, or None"
+                )
+            generator.set_state(saved.get_state())
+            inputs = replace(inputs, generator=generator)
+        return inputs
 
     @property
     def _inputs(self) -> StreamInputs:

@@ -209,26 +209,34 @@ class StreamableMixin(ABC):
 
     def restore_stream(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | SavedStream,
         *,
+        num_chunks: int | None = None,
+        generator: torch.Generator | None = None,
         output_type: str | None = None,
         decoder: Decoder | Callable[[], Decoder] | None = None,
+        callback_on_step_end: Callable | None = None,
         on_pass: Callable[[PassInfo], None] | None = None,
     ) -> Stream:
-        """Go on with a stream that `Stream.save_state` wrote to a file, bit by bit as it would have gone on.
+        """Continue a saved stream, bit by bit as it would have continued.
 
         Args:
-            path: the file.
+            path: a file of `Stream.save_state`, or what `Stream.state` returned.
+            num_chunks: chunks of the whole video, those made before the save included; None takes the saved stream's.
+            generator: draws the noise, after its state was set to the saved one; None makes a generator.
             output_type: see `Frames`; None takes that of the saved stream.
             decoder: the decoder that the stream was started with, if it was another than the pipeline's.
+            callback_on_step_end: see `stream`; its tensors are the latents.
             on_pass: see `stream`.
 
         Raises:
-            ValueError: if the file is no saved stream, or one of another model or other causal fields.
+            ValueError: if the file is no saved stream, or one of another model or other causal fields; or for an argument
+                that does not fit the saved stream.
         """
-        saved = SavedStream.load(path)
+        saved = path if isinstance(path, SavedStream) else SavedStream.load(path)
         saved.check(self)
-        session = saved.session(output_type, on_pass, self._decoder_maker(decoder))
+        callback = (callback_on_step_end, ("latents",))
+        session = saved.session(output_type, on_pass, self._decoder_maker(decoder), num_chunks, generator, callback)
         return Stream(self, session, run_stream(self, session))
 
     def _decoder_maker(self, decoder: Decoder | Callable[[], Decoder] | None) -> Callable[[], Decoder] | None:
