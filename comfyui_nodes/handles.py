@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as management
@@ -18,6 +18,7 @@ from .compat import NodeError
 
 if TYPE_CHECKING:
     from qarvd_diffusers import ARVDPipeline
+    from qarvd_diffusers.rollout.saved_state import SavedStream
 
 PipelineType = io.Custom("QARVD_PIPELINE")
 CalibrationType = io.Custom("QARVD_CALIBRATION")
@@ -173,8 +174,13 @@ class StreamState:
         model: name of the pipeline it came from.
         latents: clean normalized latents `[1, C, F, H, W]` of all frames so far.
         generator: state of the noise generator.
+        settings: digest of the prompt, the size and the kind of K/V cache, which must be the same to continue exactly.
+        saved: what the library continues exactly from. None where the output was not connected: it takes as much host
+            memory as the K/V cache.
     """
 
     model: str
     latents: torch.Tensor
     generator: torch.Tensor
+    settings: str
+    saved: SavedStream | None = field(compare=False, repr=False)

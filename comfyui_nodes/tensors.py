@@ -39,7 +39,7 @@ def _add(sha: Any, value: Any) -> None:
         sha.update(f"tensor {value.dtype} {list(value.shape)}".encode())
         sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif dataclasses.is_dataclass(value):
-        _add(sha, [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)])
+        _add(sha, [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.compare])
     elif isinstance(value, list | tuple):
         sha.update(f"list {len(value)}".encode())
         for item in value:

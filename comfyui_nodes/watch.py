@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.utils
 import torch
@@ -16,6 +16,9 @@ from .handles import PipelineHandle, StreamState
 from .preview import ChunkFeed, LatentPreview, picture
 from .runs import Run
 from .tensors import joined
+
+if TYPE_CHECKING:
+    from qarvd_diffusers.rollout.stream import Stream
 
 
 @dataclass
@@ -85,19 +88,25 @@ class Watch:
                 self._feed.step(image)
         return {}
 
-    def collect(self, stream: Iterator, before: StreamState | None, generator: torch.Generator, name: str) -> Take:
+    def collect(
+        self,
+        stream: Stream,
+        before: StreamState | None,
+        make_state: Callable[[torch.Tensor, Any], StreamState],
+        keep: bool,
+    ) -> Take:
         """Run the stream to its end, or until the user wants no further chunk.
 
         Args:
-            stream: chunks; a chunk -1, what the video starts with, is among the images unless `before` is given.
-            before: the state that is gone on from.
-            generator: source of the stream's noise.
-            name: of the pipeline, for the state.
+            stream: chunks; a chunk -1, what the video starts with, is among the images unless `before` is passed.
+            before: the state that the stream continues from.
+            make_state: makes the new state from the latents of all frames and the stream's saved state.
+            keep: save the stream, to continue from it exactly.
 
         Raises:
             NodeError: NaN or infinity appeared.
         """
-        images, latents, chunks = [], [], []
+        images, latents, chunks, saved = [], [], [], None
         start, first_after = time.perf_counter(), 0.0
         try:
             for chunk in stream:
@@ -113,7 +122,10 @@ class Watch:
                 chunks.append((len(pixels), chunk.seconds))
                 first_after = first_after or time.perf_counter() - start
                 self._show(pixels, chunk.seconds)
-                if self._run.finishing:
+                finishing = self._run.finishing
+                if keep and (finishing or len(chunks) == self._run.total):
+                    saved = stream.state()
+                if finishing:
                     break
         except FloatingPointError as error:
             problem, _, remedy = str(error).partition(": ")
@@ -122,8 +134,7 @@ class Watch:
             stream.close()  # an interrupted, finished or failed stream gives its cache back now
         latent_frames = sum(piece.shape[2] for piece in latents)
         everything = torch.cat([*([] if before is None else [before.latents]), *latents], dim=2)
-        state = StreamState(name, everything, generator.get_state())
-        return Take(joined(images), state, latent_frames, chunks, first_after)
+        return Take(joined(images), make_state(everything, saved), latent_frames, chunks, first_after)
 
     def replay(self, take: Take) -> None:
         """Show a run that was made before."""

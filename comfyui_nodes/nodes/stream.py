@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..compat import FAMILY, NodeError, schema, widget, work
-from ..handles import PipelineHandle, PipelineType, StateType
+from ..handles import PipelineHandle, PipelineType, StateType, StreamState
 from ..latents import denormalize, normalize, one_video
 from ..preview import video
 from ..runs import Run, workflow_id
@@ -19,6 +19,7 @@ from ..watch import Take, Takes, Watch
 logger = logging.getLogger(__name__)
 
 PREVIEWS = ["video", "frames", "off"]
+STATE_OUTPUT = 3  # index of the output
 ACTIVATION_CHUNKS = 16  # working memory of a pass, in units of one chunk's hidden states
 
 _takes = Takes()
@@ -150,7 +151,7 @@ class QARVDStreamGenerate(io.ComfyNode):
                 StateType.Output(display_name="state"),
                 io.String.Output(display_name="stats"),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -204,28 +205,58 @@ class QARVDStreamGenerate(io.ComfyNode):
         """Run the model; `settings` are num_chunks, seed, size in pixels, kv_cache."""
         num_chunks, seed, size, kv_cache = settings
         embeds = _prompt_embeds(pipeline, positive)
+        before: StreamState | None = start.get("state")
         frames = pipe.causal_fields.num_frames_per_chunk * (num_chunks + 1)
+        frames += 0 if before is None else before.latents.shape[2]
         pipeline.load("transformer", "vae", memory=_working_bytes(pipe, size, frames))
-        beginning, before = _start(pipeline, size, **start), start.get("state")
+        beginning = _start(pipeline, size, **start)
         generator = torch.Generator("cpu").manual_seed(seed % 2**63)
-        if before is not None:
-            generator.set_state(before.generator)
+        hooks = {"on_pass": watch.on_pass, "callback_on_step_end": watch.on_step, "generator": generator}
+        digested = digest([embeds, size, kv_cache])
+        stream = None if before is None else _restored(pipe, before, digested, num_chunks, hooks)
+        if stream is None:
+            if before is not None:
+                generator.set_state(before.generator)
+            try:
+                stream = pipe.stream(
+                    prompt_embeds=embeds,
+                    num_chunks=num_chunks,
+                    width=size[0],
+                    height=size[1],
+                    output_type="pt",
+                    kv_cache=kv_cache,
+                    **hooks,
+                    **beginning,
+                )
+            except ValueError as error:
+                raise NodeError(f"{error}.", "Change what starts the video, or the node's settings.") from error
+
+        def state(latents: torch.Tensor, saved: Any) -> StreamState:
+            return StreamState(pipeline.name, latents, generator.get_state(), digested, saved)
+
+        return watch.collect(stream, before, state, cls._is_state_connected())
+
+    @classmethod
+    def _is_state_connected(cls) -> bool:
+        """Whether a node of the graph takes the output `state`; nodes that others add while the graph runs count."""
+        graph, link = cls.hidden.dynprompt, [cls.hidden.unique_id, STATE_OUTPUT]
+        nodes = () if graph is None else map(graph.get_node, graph.all_node_ids())
+        return any(value == link for node in nodes for value in node["inputs"].values())
+
+
+def _restored(pipe: Any, before: StreamState, settings: str, num_chunks: int, hooks: dict[str, Any]) -> Any | None:
+    """Continue a stream exactly for `num_chunks` more; None, and a reason in the log, where that is impossible."""
+    if before.saved is None:
+        reason = "nothing was connected to the state output of the node that made it"
+    elif before.settings != settings:
+        reason = "prompt, size or kv_cache differs"
+    else:
         try:
-            stream = pipe.stream(
-                prompt_embeds=embeds,
-                num_chunks=num_chunks,
-                width=size[0],
-                height=size[1],
-                generator=generator,
-                output_type="pt",
-                kv_cache=kv_cache,
-                on_pass=watch.on_pass,
-                callback_on_step_end=watch.on_step,
-                **beginning,
-            )
+            return pipe.restore_stream(before.saved, num_chunks=before.saved.num_chunks + num_chunks, **hooks)
         except ValueError as error:
-            raise NodeError(f"{error}.", "Change what starts the video, or the node's settings.") from error
-        return watch.collect(stream, before, generator, pipeline.name)
+            reason = str(error)
+    logger.info("Q-ARVD Stream Generate encodes the frames of the state again: %s", reason)
+    return None
 
 
 def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int, sink: int) -> Any:
@@ -307,7 +338,7 @@ def _start(pipeline: PipelineHandle, size: tuple[int, int], **given: Any) -> dic
         _warn_of_unused(named[0], value, _OF_EVERY_LATENT)
         latents = normalize(pipe.vae, latents.float())
     elif value.model != pipeline.name:
-        logger.warning("the state is of %s, %s goes on with it", value.model, pipeline.name)
+        logger.warning("the state was made with %s, %s continues from it", value.model, pipeline.name)
     try:
         pipe.causal_fields.context_pieces(latents.shape[2])
     except ValueError as error:

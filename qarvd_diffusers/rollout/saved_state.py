@@ -182,6 +182,11 @@ class SavedStream:
             raise ValueError(f"{path} is no stream saved by Stream.save_state of this version")
         return cls(os.fspath(path), facts, tensors)
 
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that were generated before the state was saved."""
+        return self.facts["loop"]["_next_chunk"]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file for `load`."""
         with atomic_file(path) as temporary:
@@ -245,7 +250,7 @@ class SavedStream:
     def _continued_inputs(self, num_chunks: int | None, generator: torch.Generator | None) -> StreamInputs:
         inputs = self._inputs
         if num_chunks is not None:
-            done, limit = self.facts["loop"]["_next_chunk"], None if inputs.latents is None else inputs.num_chunks
+            done, limit = self.num_chunks, None if inputs.latents is None else inputs.num_chunks
             if num_chunks < done or (limit is not None and num_chunks > limit):
                 raise ValueError(
                     f"num_chunks is {num_chunks}, expected at least the {done} chunks that {self.path} has made"

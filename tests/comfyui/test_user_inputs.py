@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from graphs import BUNDLED, PROMPT, node, quantize_graph, read_video, stream_graph
+from graphs import BUNDLED, PROMPT, node, quantize_graph, read_video, second_stream, stream_graph
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -223,19 +223,10 @@ class TestLatents:
     def test_a_state_of_another_model_goes_on_with_a_note(self, server):
         graph = stream_graph(chunks=1, preview="off")
         graph["12"] = node("QARVDQuantize", pipeline=["1", 0], scheme="w8a16")
-        graph["5"] = node(
-            "QARVDStreamGenerate",
-            pipeline=["12", 0],
-            positive=["2", 0],
-            num_chunks=1,
-            seed=0,
-            state=["3", 3],
-            preview="off",
-        )
-        graph["6"] = node("SaveVideo", video=["5", 2], filename_prefix="video/more", format="auto", codec="auto")
-        run = server.run(graph)
+        run = server.run(graph | second_stream(pipeline=["12", 0], state=["3", 3]))
         assert run.status == "success", run.error
-        assert "the state is of tiny-arvd, tiny-arvd w8a16 goes on with it" in server.log.read_text()
+        assert "the state was made with tiny-arvd, tiny-arvd w8a16 continues from it" in server.log.read_text()
+        assert "encodes the frames of the state again: " in server.log.read_text()
 
     def test_a_circle_in_a_wide_picture_stays_a_circle(self, server):
         rows, columns = np.mgrid[:128, :512]
