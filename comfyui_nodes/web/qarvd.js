@@ -1,11 +1,11 @@
-// Shows the chunks of Q-ARVD Stream Generate as they arrive: each one plays at once, then all of them in order, in a loop.
-// Nodes that report in words show their text.
+// Shows the chunks of Q-ARVD Stream Generate as they arrive: each one plays at once, then all of them in a loop.
+// Nodes with a text output show their text.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const STREAM = "QARVDStreamGenerate";
 const TEXT_NODES = ["QARVDInfo", "QARVDCompare", "QARVDSaveQuantized"];
-// Their seeds are settings: a new one means to calibrate again, which takes long and is never wanted by itself.
+// Their seeds must not change after a run: a new seed means a new calibration, which takes long.
 const FIXED_SEEDS = ["QARVDQuantize", "QARVDCalibrationPrompts"];
 // Widget types of our own: the name of a type that Nodes 2.0 knows, such as "text", would show its own input instead.
 const PLAYER_TYPE = "qarvd_player";
@@ -14,14 +14,14 @@ const PLAYER_HEIGHT = 240;
 const BAR_HEIGHT = 32;
 const MARGINS = 20; // that the canvas leaves above and below
 
-const players = new WeakMap(); // node -> Player; nodes are built anew whenever their tab is opened
+const players = new WeakMap(); // node -> Player; nodes are built again whenever their tab is opened
 const runs = new Map(); // graph and node -> the latest run, whichever tab is open
 
 const graphId = () => (app.rootGraph ?? app.graph)?.id ?? null;
 const keyOf = (run) => `${run.workflow ?? null} ${run.node}`;
 
-// A node inside subgraphs has an id such as "29:12", one part per level; in stored outputs, the subgraph's own id and then
-// the node's.
+// A node inside subgraphs has an id such as "29:12", one part per level; in stored outputs it is the subgraph's own id
+// and then the node's.
 function findNode(id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
@@ -136,7 +136,7 @@ class Player {
     setIcon(this.saveButton, "save", "Save the chunks made so far as one video");
     setIcon(this.screenButton, "fullscreen", "Full screen");
     this.finishButton.textContent = "Finish";
-    this.finishButton.title = "Finish after this chunk: what exists by then goes to the nodes behind";
+    this.finishButton.title = "Finish after this chunk and pass the chunks made so far to the connected nodes";
     this.finishButton.style.cssText += ";background:#444;border-radius:4px;line-height:16px";
     const bar = document.createElement("div");
     bar.style.cssText = "display:flex;align-items:center;flex:none;min-height:30px;padding-right:4px";
@@ -225,7 +225,7 @@ class Player {
   }
 
   lost() {
-    this.caption.textContent = "the chunks are not there any more; run again to see them";
+    this.caption.textContent = "the chunks no longer exist; run again to see them";
   }
 
   describe() {

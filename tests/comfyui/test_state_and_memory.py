@@ -117,7 +117,7 @@ def test_latents_go_out_and_come_in(server):
 def test_a_start_of_another_size_and_two_starts_are_refused(server):
     run = server.run(continued(1, 1, width=128))
     assert run.error.splitlines() == [
-        "state is 64 x 64 pixels, the video 128 x 64.",
+        "state is 64 x 64 pixels, but the video is 128 x 64.",
         "Set width to 64 and height to 64.",
     ]
     run = server.run(continued(1, 1, start_image=["3", 0]))
