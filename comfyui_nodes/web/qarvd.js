@@ -70,7 +70,8 @@ const ICONS = {
 };
 
 function setIcon(button, name, title) {
-  button.innerHTML = `<svg width="16" height="16" fill="none" stroke="currentColor" stroke-width="1.6"><path d="${ICONS[name]}"/></svg>`;
+  const svg = 'width="16" height="16" fill="none" stroke="currentColor" stroke-width="1.6"';
+  button.innerHTML = `<svg ${svg}><path d="${ICONS[name]}"/></svg>`;
   button.title = title;
   button.setAttribute("aria-label", title);
 }
@@ -78,7 +79,8 @@ function setIcon(button, name, title) {
 function makeButton(name, press) {
   const made = Object.assign(document.createElement("button"), { type: "button", className: `qarvd-${name}` });
   made.style.cssText =
-    "background:none;border:0;color:#ddd;font:12px sans-serif;padding:3px 5px;cursor:pointer;white-space:nowrap;flex:none;line-height:0";
+    "background:none;border:0;color:#ddd;font:12px sans-serif;padding:3px 5px;cursor:pointer;white-space:nowrap;" +
+    "flex:none;line-height:0";
   made.addEventListener("click", press);
   made.addEventListener("pointerdown", (event) => event.stopPropagation()); // would drag the node
   return made;
@@ -100,14 +102,16 @@ class Player {
     this.root = document.createElement("div");
     this.root.className = "qarvd-player";
     this.root.style.cssText =
-      "display:flex;flex-direction:column;width:100%;height:100%;background:#111;border-radius:6px;overflow:hidden;position:relative";
+      "display:flex;flex-direction:column;width:100%;height:100%;background:#111;border-radius:6px;overflow:hidden;" +
+      "position:relative";
     // Two videos lie over each other: the next chunk loads in the hidden one, so that nothing flickers between chunks.
     this.stage = document.createElement("div");
     this.stage.style.cssText = "position:relative;flex:1 1 0;min-height:0;width:100%";
     this.videos = [0, 1].map(() => {
       const video = Object.assign(document.createElement("video"), { muted: true, playsInline: true });
       video.style.cssText =
-        "position:absolute;inset:0;width:100%;height:100%;object-fit:contain;image-rendering:pixelated;visibility:hidden";
+        "position:absolute;inset:0;width:100%;height:100%;object-fit:contain;image-rendering:pixelated;" +
+        "visibility:hidden";
       video.addEventListener("loadeddata", () => this.reveal(video));
       video.addEventListener("ended", () => video === this.videos[0] && this.play(this.next()));
       video.addEventListener("error", () => video === this.videos[1] && video.src && this.lost());
@@ -116,7 +120,8 @@ class Player {
     });
     this.still = document.createElement("img");
     this.still.style.cssText =
-      "position:absolute;right:6px;top:6px;width:25%;border:1px solid #888;border-radius:3px;image-rendering:pixelated;display:none";
+      "position:absolute;right:6px;top:6px;width:25%;border:1px solid #888;border-radius:3px;" +
+      "image-rendering:pixelated;display:none";
     this.stage.append(this.still);
     this.root.append(this.stage, this.makeBar());
     this.describe();
@@ -283,9 +288,10 @@ function showText(node) {
   const box = document.createElement("pre");
   box.className = "qarvd-text";
   box.style.cssText =
-    "margin:0;padding:6px;width:100%;height:100%;min-height:60px;box-sizing:border-box;overflow:auto;background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px;user-select:text";
-  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, { serialize: false, hideOnZoom: false, getMinHeight: () => 60 + MARGINS }).serialize =
-    false;
+    "margin:0;padding:6px;width:100%;height:100%;min-height:60px;box-sizing:border-box;overflow:auto;" +
+    "background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px;user-select:text";
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => 60 + MARGINS };
+  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, options).serialize = false;
   node.qarvdText = (output) => {
     if (output?.text) box.textContent = [].concat(output.text).join("\n");
   };
@@ -296,8 +302,8 @@ function showText(node) {
   };
 }
 
-// What a stream node put out. The page hands outputs to whichever node of the open tab has the id; they belong to the graph
-// of their prompt, which for a result that ComfyUI had kept is not the one it was made for.
+// Shows the output of a stream node. The page hands outputs to the node of the open tab with that id, but they belong
+// to the graph of their prompt; a cached result was made for another prompt.
 async function showOutput({ prompt_id, node, output }) {
   const status = output?.qarvd_stream?.[0];
   if (!status) return;
@@ -330,7 +336,8 @@ async function restore() {
   if (!answer.ok) return;
   for (const { chunks, ...status } of await answer.json()) {
     const known = runs.get(keyOf(status));
-    if (!known || known.run === status.run || known.fromServer) learn(status, chunks).fromServer = !known || known.fromServer;
+    if (known && known.run !== status.run && !known.fromServer) continue;
+    learn(status, chunks).fromServer = !known || known.fromServer;
   }
   show();
 }

@@ -11,7 +11,7 @@ import pytest
 
 
 def _cache(config: pytest.Config) -> Path:
-    """Where ComfyUI is kept between runs: pytest's cache, or without it a folder of this user among temporary files."""
+    """Return where ComfyUI is kept between runs: pytest's cache, or without it a temporary folder of this user."""
     if cache := getattr(config, "cache", None):
         return cache.mkdir("comfyui")
     folder = Path(tempfile.gettempdir()) / f"qarvd-comfyui-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
