@@ -76,7 +76,11 @@ def _operations(layers: dict[str, torch.nn.Module]) -> type:
     packed_linear = _packed_linear(library().QARVDLinear)
 
     class Operations(comfy.ops.manual_cast):
+        """Replace ComfyUI's Linear."""
+
         class Linear(comfy.ops.manual_cast.Linear):
+            """Turn into a quantized layer when weights are loaded."""
+
             def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
                 layer = layers.get(prefix[:-1])
                 if layer is None:
@@ -89,6 +93,8 @@ def _operations(layers: dict[str, torch.nn.Module]) -> type:
 
 
 def _packed_linear(base: type) -> type:
+    """Make the class of a quantized layer inside ComfyUI's model; `base` is `QARVDLinear`."""
+
     class PackedLinear(base):
         """Adapt a quantized layer to ComfyUI's patchers, and add LoRAs to its output.
 
@@ -117,6 +123,7 @@ def _packed_linear(base: type) -> type:
                 destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Map `[..., K]` to `[..., N]`, the LoRA included."""
             result = super().forward(x) if self.weight_packed.device == x.device else self._forward_with_copies(x)
             return result if self._lora is None else result + self._lora(x).to(result)
 
@@ -133,6 +140,7 @@ def _packed_linear(base: type) -> type:
 
 
 def _at(device: torch.device, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """Copy tensors to a device."""
     return {name: None if tensor is None else tensor.detach().to(device) for name, tensor in tensors.items()}
 
 
@@ -203,6 +211,7 @@ def _remove_loras(patcher: Any, unpatch: bool, *_: Any) -> None:
 
 
 def _packed_layers(patcher: Any) -> list[tuple[str, Any]]:
+    """List the quantized layers of a patcher's model, with their names."""
     return [(name, layer) for name, layer in patcher.model.named_modules() if hasattr(layer, "set_output_lora")]
 
 

@@ -9,7 +9,8 @@ from .library import warn_if_incomplete
 from .nodes.compare import QARVDCompare, QARVDInfo
 from .nodes.core import QARVDDecode, QARVDToModel
 from .nodes.load import QARVDLoadPipeline, QARVDLoadQuantized
-from .nodes.quantize import QARVDCalibrationPrompts, QARVDQuantize, QARVDSaveQuantized
+from .nodes.quantize import QARVDCalibrationPrompts, QARVDQuantize
+from .nodes.save import QARVDSaveQuantized
 from .nodes.stream import QARVDStreamGenerate
 from .nodes.text import QARVDEncodePrompt
 

@@ -39,6 +39,7 @@ def converted_folder() -> Path:
 
 
 def _roots() -> list[Path]:
+    """List our model folders, each once."""
     kinds = [kind for kind in ("qarvd", "diffusers") if kind in folder_paths.folder_names_and_paths]
     roots = [Path(root) for kind in kinds for root in folder_paths.get_folder_paths(kind)]
     return list({os.path.realpath(root): root for root in reversed(roots)}.values())[::-1]  # the first of the same

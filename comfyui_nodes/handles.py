@@ -79,6 +79,7 @@ def _ordinary_mode() -> Iterator[None]:
 
 
 def _patcher(module: torch.nn.Module, name: str) -> WholePatcher:
+    """Make the patcher of a component; ComfyUI's log shows `name`."""
     shell = type(name, (_Shell,), {})(module)  # ComfyUI's log names a model by its class
     return WholePatcher(
         shell, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
@@ -113,6 +114,7 @@ class PipelineHandle:
         return pipe
 
     def _rebuilt(self, **replaced: Any) -> ARVDPipeline:
+        """Make a pipeline of the same parts, some of them or of the config replaced."""
         # Not from_pipe, which casts the components that the two pipelines share.
         names = inspect.signature(type(self.pipe).__init__).parameters
         fields = {name: self.pipe.config[name] for name in names if name in self.pipe.config}
@@ -158,6 +160,7 @@ class PipelineHandle:
         return True
 
     def _too_large(self, patchers: dict[str, WholePatcher], room: float) -> NodeError:
+        """Make the error for parts that do not fit."""
         sizes = {part: patcher.model_size() for part, patcher in patchers.items()}
         listed = " and ".join(f"{part} ({size / 1e9:.3g} GB)" for part, size in sizes.items())
         return NodeError(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of a VAE's latents, shaped to broadcast over `like`."""
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
     )

@@ -67,6 +67,7 @@ def _missing_requirements() -> list[str]:
 
 
 def _installed(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -79,6 +80,7 @@ def _has_library() -> bool:
 
 
 def _remedy() -> str:
+    """Say how to install what is missing."""
     pip = f"{_quoted(sys.executable)} -m pip install"
     if _has_library():
         return f"Run {pip} -r {_quoted(_CLONE / 'requirements.txt')}, then restart ComfyUI."

@@ -86,6 +86,7 @@ _runs: dict[str, Run] = {}
 
 
 def _remember(key: str, run: Run) -> None:
+    """Register a run, and forget the oldest ones beyond `KEPT`."""
     _runs[key] = run
     for old in list(_runs)[:-KEPT]:
         del _runs[old]

@@ -38,6 +38,7 @@ def digest(value: Any) -> str:
 
 
 def _add(sha: Any, value: Any) -> None:
+    """Add a value to a hash."""
     if isinstance(value, torch.Tensor):
         sha.update(f"tensor {value.dtype} {list(value.shape)}".encode())
         sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -144,6 +144,7 @@ class Watch:
             begin += frames
 
     def _show(self, pixels: torch.Tensor, seconds: float) -> None:
+        """Show a finished chunk in the node, as `preview` says."""
         self._run.made += 1
         if self._feed is not None:
             self._feed.show(pixels, seconds)

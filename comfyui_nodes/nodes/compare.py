@@ -22,6 +22,7 @@ class QARVDCompare(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDCompare",
             display_name="Q-ARVD Compare",
@@ -63,6 +64,7 @@ class QARVDCompare(io.ComfyNode):
         label_b: str = "quantized",
         latent_frames_per_chunk: int = 3,
     ) -> io.NodeOutput:
+        """Return the videos side by side, and a table of PSNR and SSIM."""
         if images_a.shape != images_b.shape:
             raise NodeError(
                 f"The videos have the shapes {list(images_a.shape)} and {list(images_b.shape)}.",
@@ -74,6 +76,7 @@ class QARVDCompare(io.ComfyNode):
 
 
 def _metrics(a: torch.Tensor, b: torch.Tensor, latent_frames: int) -> str:
+    """Return PSNR and SSIM of each chunk and of the whole video, as a table."""
     fidelity, measures = library("evaluation.fidelity"), library("evaluation.metrics")
     first, others = 1 + 4 * (latent_frames - 1), 4 * latent_frames  # the VAE makes 1 frame of the first latent, else 4
     bounds = [0, *range(first, len(a), others), len(a)]
@@ -104,6 +107,7 @@ class QARVDInfo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDInfo",
             display_name="Q-ARVD Info",
@@ -118,6 +122,7 @@ class QARVDInfo(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, pipeline: PipelineHandle) -> io.NodeOutput:
+        """Return the description."""
         library()
         import qarvd_kernels
 

@@ -15,6 +15,7 @@ class QARVDToModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDToModel",
             display_name="Q-ARVD To Model",
@@ -28,6 +29,7 @@ class QARVDToModel(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, pipeline: PipelineHandle) -> io.NodeOutput:
+        """Return the MODEL."""
         from ..core_model import to_model
 
         return io.NodeOutput(to_model(pipeline))
@@ -38,6 +40,7 @@ class QARVDDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDDecode",
             display_name="Q-ARVD Decode",
@@ -54,6 +57,7 @@ class QARVDDecode(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, pipeline: PipelineHandle, latent: dict[str, torch.Tensor]) -> io.NodeOutput:
+        """Return images `[frames, height, width, 3]` in [0, 1]."""
         pipe = pipeline.pipe
         if pipe.vae is None:
             raise NodeError(f"{pipeline.name} has no VAE.", "Decode with ComfyUI's VAE Decode and Wan's VAE.")

@@ -27,6 +27,7 @@ SOURCE = "source.json"  # next to a converted folder: what it was converted from
 
 
 def _load(path: Path, name: str, dtype: str, rollout: str = AS_SAVED, base: str = NO_BASE) -> io.NodeOutput:
+    """Load a folder or file; `base` names the folder that completes a single file."""
     if dtype not in DTYPES:
         raise NodeError(f"dtype is {dtype!r}.", f"Choose one of {', '.join(DTYPES)}.")
     on_cpu = management.get_torch_device().type == "cpu"
@@ -81,6 +82,7 @@ def _key(source: dict[str, str | None]) -> str:
 
 
 def _remove_outdated() -> None:
+    """Remove converted folders whose checkpoint or base has changed."""
     for note in folders.converted_folder().glob(f"*/{SOURCE}"):
         try:
             current = _key(json.loads(note.read_text(encoding="utf-8")))
@@ -91,6 +93,7 @@ def _remove_outdated() -> None:
 
 
 def _presets() -> list[str]:
+    """List the members of the family."""
     try:
         return library("conversion.families").available()
     except NodeError:  # the nodes are listed nevertheless; they report the missing library when they run
@@ -102,6 +105,7 @@ class QARVDLoadPipeline(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         models, files = folders.scan()
         return schema(
             node_id="QARVDLoadPipeline",
@@ -156,6 +160,7 @@ class QARVDLoadPipeline(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: str = "", base: str = NO_BASE, **kwargs: Any) -> str:
+        """Return text that changes when the files of the model or its base change."""
         models, files = folders.scan()
         found = models | files
         return "|".join(folders.stamp(found[name]) for name in (model, base) if name in found)
@@ -163,6 +168,7 @@ class QARVDLoadPipeline(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, model: str, dtype: str = "auto", rollout: str = AS_SAVED, base: str = NO_BASE) -> io.NodeOutput:
+        """Return the pipeline and its description."""
         if model == folders.BUNDLED:
             return _load(Path(library().bundled_model_path()), "tiny-arvd", dtype, rollout)
         return _load(folders.find_model(model), model, dtype, rollout, base)
@@ -173,6 +179,7 @@ class QARVDLoadQuantized(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         quantized = [name for name, folder in folders.scan()[0].items() if folders.is_quantized(folder)]
         return schema(
             node_id="QARVDLoadQuantized",
@@ -205,6 +212,7 @@ class QARVDLoadQuantized(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        """Check the checkpoint before the graph runs."""
         # In place of ComfyUI's "value not in list", which does not say what to do. None: missing, which ComfyUI
         # reports, or connected and not known yet.
         try:
@@ -216,11 +224,13 @@ class QARVDLoadQuantized(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str = "", **kwargs: Any) -> str:
+        """Return text that changes when the files of the checkpoint change."""
         found, _ = folders.scan()
         return folders.stamp(found[checkpoint]) if checkpoint in found else ""
 
     @classmethod
     def _find(cls, checkpoint: str) -> Path:
+        """Return the folder of a quantized model."""
         folder = folders.find_model(checkpoint)
         if not folders.is_quantized(folder):
             raise NodeError(
@@ -232,4 +242,5 @@ class QARVDLoadQuantized(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, checkpoint: str, dtype: str = "auto") -> io.NodeOutput:
+        """Return the pipeline and its description."""
         return _load(cls._find(checkpoint), checkpoint, dtype)

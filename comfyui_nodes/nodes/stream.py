@@ -30,6 +30,7 @@ class QARVDStreamGenerate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDStreamGenerate",
             display_name="Q-ARVD Stream Generate",
@@ -189,6 +190,7 @@ class QARVDStreamGenerate(io.ComfyNode):
         kv_cache: str = "auto",
         **start: Any,
     ) -> io.NodeOutput:
+        """Generate, or show again what was generated from the same inputs."""
         if preview not in PREVIEWS:
             raise NodeError(f"preview is {preview!r}.", f"Choose one of: {', '.join(PREVIEWS)}.")
         if pipeline.pipe.vae is None:

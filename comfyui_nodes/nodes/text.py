@@ -13,6 +13,7 @@ class QARVDEncodePrompt(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDEncodePrompt",
             display_name="Q-ARVD Encode Prompt",
@@ -36,6 +37,7 @@ class QARVDEncodePrompt(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, pipeline: PipelineHandle, text: str) -> io.NodeOutput:
+        """Return the CONDITIONING."""
         if pipeline.pipe.text_encoder is None:
             raise NodeError(
                 f"{pipeline.name} has no text encoder.",
