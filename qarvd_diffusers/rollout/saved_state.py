@@ -259,13 +259,12 @@ class SavedStream:
             inputs = replace(inputs, num_chunks=num_chunks)
         if generator is not None:
             saved = inputs.generator
-            if isinstance(saved, list) or saved.device.type != generator.device.type:
-                drawn_by = (
-                    f"a list of {len(saved)}" if isinstance(saved, list) else f"a generator on {saved.device.type}"
-                )
+            if not isinstance(saved, torch.Generator):
+                raise ValueError(f"the noise of {self.path} was drawn by one generator per sample: pass no generator")
+            if saved.device.type != generator.device.type:
                 raise ValueError(
-                    f"generator is on {generator.device.type}, but the noise of {self.path} was drawn by {drawn_by}: "
-                    "pass such a generator, or None"
+                    f"generator is on {generator.device.type}, expected one on {saved.device.type}, where {self.path} drew "
+                    "its noise"
                 )
             generator.set_state(saved.get_state())
             inputs = replace(inputs, generator=generator)

@@ -65,7 +65,7 @@ def test_arguments_that_a_saved_stream_cannot_take(pipe):
     next(stream)
     with pytest.raises(ValueError, match="num_chunks is 1, expected at least the 2 chunks that the state has made"):
         pipe.restore_stream(stream.state(), num_chunks=1)
-    with pytest.raises(ValueError, match="the noise of the state was drawn by a list of 1"):
+    with pytest.raises(ValueError, match="the noise of the state was drawn by one generator per sample"):
         pipe.restore_stream(stream.state(), generator=seeded())
     noise = torch.randn(1, 4, 6, 4, 6, generator=seeded())
     stream = pipe.stream(PROMPT, latents=noise, generator=seeded(), output_type="latent")
