@@ -94,9 +94,9 @@ EXAMPLES = {
             "6": (1630, 0, 400, 460),
             "note": (0, 430, 330, 230),
         },
-        "### Image to video\n\nThe left node makes nine pictures; your own pictures or clip (**Load Image**, **Get "
-        "Video Components**) can take its place. The right node starts with them and goes on.\n\nA single picture is "
-        "held for one chunk; the small model, which never saw one, goes on holding it.",
+        "### Image to video\n\nThe left node generates nine pictures; your own pictures or clip (**Load Image**, "
+        "**Get Video Components**) can take its place. The right node starts with them and continues.\n\nA single "
+        "picture is held for one chunk. The bundled model was not trained on such starts and keeps showing it.",
     ),
     "compare": (
         COMPARE,
