@@ -1,4 +1,4 @@
-"""What differs between ComfyUI versions, and what every node does around its work."""
+"""Hide the differences between ComfyUI versions, and wrap the work of every node."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from comfy_api.latest import io
 
 CATEGORY = "Q-ARVD"
-# Search aliases of the nodes where work begins: what people call these models and what they do.
+# Search aliases of the loaders and of Stream Generate: what people call these models.
 FAMILY = ["self forcing", "self-forcing", "wan", "causvid", "longlive", "krea realtime", "video", "image to video"]
 
 
 class NodeError(RuntimeError):
-    """An error for the user of a node: its first line says what is wrong, the second what to do."""
+    """Tell the user of a node in one line what is wrong, and in a second line what to do."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}\n{remedy}")
@@ -25,25 +25,30 @@ class NodeError(RuntimeError):
 
 
 def supported(constructor: Callable, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that this version's constructor knows: one it does not know would keep the whole pack from loading."""
+    """Return the options that `constructor` accepts in this version: others would keep the pack from loading."""
     known = inspect.signature(constructor).parameters
     return {name: value for name, value in options.items() if name in known}
 
 
 def widget(kind: Any, name: str, **options: Any) -> Any:
-    """An input of type `kind` (`io.Int`, ...), without the options that this ComfyUI does not know yet."""
+    """Make an input of type `kind` (`io.Int`, ...), without the options that this ComfyUI does not support."""
     return kind.Input(name, **supported(kind.Input.__init__, options))
 
 
+def output(kind: Any, name: str, tooltip: str) -> Any:
+    """Make an output of type `kind`, without the options that this ComfyUI does not support."""
+    return kind.Output(**supported(kind.Output.__init__, {"display_name": name, "tooltip": tooltip}))
+
+
 def schema(**options: Any) -> io.Schema:
-    """A node's schema, likewise."""
+    """Make a node's schema, without the options that this ComfyUI does not support."""
     return io.Schema(**supported(io.Schema.__init__, {"category": CATEGORY, **options}))
 
 
 def work(execute: Callable) -> Callable:
-    """Decorator of `execute`: ordinary tensors inside, whatever ComfyUI's own inference mode is.
+    """Decorate `execute` to run outside of ComfyUI's inference mode, on ordinary tensors.
 
-    Tensors made in inference mode can neither be calibrated with nor changed in place later.
+    Tensors made in inference mode can neither be used in calibration nor be changed in place later.
     """
 
     @functools.wraps(execute)
@@ -55,7 +60,7 @@ def work(execute: Callable) -> Callable:
 
 
 def ordinary(value: Any) -> Any:
-    """`value` with its inference tensors, at any depth of lists and dicts, cloned to ordinary ones."""
+    """Return `value` with its inference tensors, at any depth of lists and dicts, cloned to ordinary ones."""
     if isinstance(value, torch.Tensor):
         return value.clone() if value.is_inference() else value
     if isinstance(value, list | tuple):
@@ -66,5 +71,5 @@ def ordinary(value: Any) -> Any:
 
 
 def stop_if_interrupted() -> None:
-    """Raise ComfyUI's interruption, if the user pressed stop."""
+    """Raise ComfyUI's interruption if the user pressed Stop."""
     comfy.model_management.throw_exception_if_processing_interrupted()

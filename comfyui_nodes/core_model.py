@@ -1,4 +1,4 @@
-"""A pipeline's transformer as a ComfyUI MODEL: our quantized layers inside ComfyUI's own causal Wan model."""
+"""Convert a pipeline's transformer to a ComfyUI MODEL: ComfyUI's own causal Wan model with our quantized layers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .library import library
 
 
 def to_model(handle: PipelineHandle) -> Any:
-    """A ModelPatcher of ComfyUI's causal Wan model that computes with the pipeline's layers.
+    """Make a ModelPatcher of ComfyUI's causal Wan model that computes with the pipeline's layers.
 
     Raises:
-        NodeError: this ComfyUI has no causal Wan model.
+        NodeError: if this ComfyUI has no causal Wan model.
     """
     try:
         import comfy.ldm.wan.ar_model
     except ImportError:
         raise NodeError(
-            f"ComfyUI {comfyui_version.__version__} has no causal Wan model, which came with 0.21.",
+            f"ComfyUI {comfyui_version.__version__} has no causal Wan model; version 0.21 added it.",
             "Update ComfyUI, or generate with Q-ARVD Stream Generate.",
         ) from None
     transformer = handle.pipe.transformer
@@ -39,7 +39,7 @@ def to_model(handle: PipelineHandle) -> Any:
         for name, tensor in transformer.state_dict().items()
         if name.rpartition(".")[0] not in layers or name.endswith(".bias")
     }
-    # ComfyUI tells the architecture from shapes of weights; these take no memory.
+    # ComfyUI detects the architecture from shapes of weights; these take no memory.
     named |= {
         f"{name}.weight": torch.empty(layer.out_features, layer.in_features, dtype=layer.dtype, device="meta")
         for name, layer in layers.items()
@@ -55,16 +55,16 @@ def to_model(handle: PipelineHandle) -> Any:
         model_options={"custom_operations": _operations(modules), "dtype": transformer.dtype},
         metadata=library("models.single_file_header").comfyui_metadata(transformer.config),
     )
-    patcher.add_callback(CallbacksMP.ON_LOAD, _lay_over)
-    patcher.add_callback(CallbacksMP.ON_DETACH, _take_off)
-    patcher.model.state_dict_for_saving = _refusal_to_save(bool(layers))
+    patcher.add_callback(CallbacksMP.ON_LOAD, _set_loras)
+    patcher.add_callback(CallbacksMP.ON_DETACH, _remove_loras)
+    patcher.model.state_dict_for_saving = _save_error(bool(layers))
     if handle.pipe.vae is not None:
         patcher.model.latent_format = _latent_format(patcher.model.latent_format, handle.pipe.vae.config)
     return patcher
 
 
 def _latent_format(core: Any, config: Any) -> Any:
-    """ComfyUI's latent format with the statistics of the pipeline's own VAE."""
+    """Copy ComfyUI's latent format, with the statistics of the pipeline's own VAE."""
     own = copy.copy(core)
     for name, values in (("latents_mean", config.latents_mean), ("latents_std", config.latents_std)):
         setattr(own, name, torch.tensor(values).view(1, -1, 1, 1, 1))
@@ -72,11 +72,15 @@ def _latent_format(core: Any, config: Any) -> Any:
 
 
 def _operations(layers: dict[str, torch.nn.Module]) -> type:
-    """ComfyUI's operations with a Linear that becomes one of `layers` (by its name) when the weights are loaded."""
+    """Make ComfyUI operations whose Linear turns into the layer of its name in `layers` when weights are loaded."""
     packed_linear = _packed_linear(library().QARVDLinear)
 
     class Operations(comfy.ops.manual_cast):
+        """Replace ComfyUI's Linear."""
+
         class Linear(comfy.ops.manual_cast.Linear):
+            """Turn into a quantized layer when weights are loaded."""
+
             def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
                 layer = layers.get(prefix[:-1])
                 if layer is None:
@@ -89,39 +93,42 @@ def _operations(layers: dict[str, torch.nn.Module]) -> type:
 
 
 def _packed_linear(base: type) -> type:
-    class PackedLinear(base):
-        """A quantized layer as ComfyUI's patchers move it, and that LoRAs are laid over.
+    """Make the class of a quantized layer inside ComfyUI's model; `base` is `QARVDLinear`."""
 
-        Its state dict names what can be patched: `weight`, which reads as the de-quantized weight, and `bias`. The packed
-        tensors are parameters, so that they are moved, but nobody can patch or merge them.
+    class PackedLinear(base):
+        """Adapt a quantized layer to ComfyUI's patchers, and add LoRAs to its output.
+
+        Its state dict lists what can be patched: `weight`, the dequantized weight, and `bias`. The packed tensors are
+        parameters, so that they are moved, but they cannot be patched or merged.
         """
 
         _lora: _Lora | None = None
 
-        def lay_over(self, lora: _Lora | None) -> None:
-            """Compute with a LoRA from now on, or with none."""
+        def set_output_lora(self, lora: _Lora | None) -> None:
+            """Add a LoRA to the output from now on, or none."""
             self._lora = lora
 
         def set_weight(self, *_: Any, **__: Any) -> None:
-            """Where ComfyUI would write a patched weight; a load hook lays LoRAs over instead, so this is another feature."""
+            """Raise an error: LoRAs are set by the load hook, so only another feature writes a patched weight."""
             raise NodeError(
-                "A LoRA that is switched on and off between steps (by hooks) cannot be laid over a quantized layer.",
-                "Use Load LoRA (Model), or give the hooks a float pipeline's model.",
+                "LoRA hooks, which switch a LoRA on and off between steps, do not support quantized layers.",
+                "Use Load LoRA (Model), or use the hooks with a float pipeline's model.",
             )
 
         def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
             packed = sum(tensor.nbytes for name, tensor in self.named_parameters() if name != "bias")
-            # It tells how many bytes the packed tensors take, and takes none itself.
+            # An expanded tensor: it reports the bytes of the packed tensors and takes none itself.
             destination[f"{prefix}weight"] = self.weight_packed.new_zeros(1).expand(packed)
             if self.bias is not None:
                 destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result = super().forward(x) if self.weight_packed.device == x.device else self._forward_beside(x)
+            """Map `[..., K]` to `[..., N]`, the LoRA included."""
+            result = super().forward(x) if self.weight_packed.device == x.device else self._forward_with_copies(x)
             return result if self._lora is None else result + self._lora(x).to(result)
 
-        def _forward_beside(self, x: torch.Tensor) -> torch.Tensor:
-            """For weights that ComfyUI left elsewhere, for want of room: they visit the device of `x`."""
+        def _forward_with_copies(self, x: torch.Tensor) -> torch.Tensor:
+            """Copy weights that ComfyUI left on another device to the device of `x`, for this call only."""
             home = self._parameters, self._buffers
             try:
                 self.__dict__["_parameters"], self.__dict__["_buffers"] = (_at(x.device, tensors) for tensors in home)
@@ -133,17 +140,18 @@ def _packed_linear(base: type) -> type:
 
 
 def _at(device: torch.device, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """Copy tensors to a device."""
     return {name: None if tensor is None else tensor.detach().to(device) for name, tensor in tensors.items()}
 
 
 class _Lora:
-    """What the patches of a layer add to its output: `x @ down.T @ up.T + bias`."""
+    """Compute what the patches of a layer add to its output: `x @ down.T @ up.T + bias`."""
 
     def __init__(self, layer: Any, key: str, patches: dict[str, list], bias_is_patched: bool, device: Any) -> None:
         self.down = self.up = self.bias = None
         weight_patches, bias_patches = patches.get(f"{key}.weight", []), patches.get(f"{key}.bias", [])
         if weight_patches and all(map(_is_plain, weight_patches)):
-            # Several LoRAs are one of the sum of their ranks.
+            # Several LoRAs are one LoRA; the ranks add up.
             factors = [_factors(patch, device) for patch in weight_patches]
             self.up = torch.cat([up for up, _ in factors], dim=1).to(layer.dtype)
             self.down = torch.cat([down for _, down in factors]).to(layer.dtype)
@@ -154,7 +162,7 @@ class _Lora:
             self.bias = _difference(layer.bias.to(device, torch.float32), bias_patches, f"{key}.bias").to(layer.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` -> `[..., N]`."""
+        """Map `[..., K]` to `[..., N]`."""
         if self.up is None:
             return self.bias
         inner = x if self.down is None else torch.nn.functional.linear(x, self.down.to(x))
@@ -162,14 +170,14 @@ class _Lora:
 
 
 def _is_plain(patch: tuple) -> bool:
-    """Whether a patch is two factors that are added: no rescaling, no part of a weight, no other kind of adapter."""
+    """Tell whether a patch adds the product of two factors to the whole weight, without rescaling."""
     _, value, strength_model, offset, function = patch
     plain = strength_model == 1.0 and offset is None and function is None and type(value).__name__ == "LoRAAdapter"
     return plain and all(part is None for part in value.weights[3:])
 
 
 def _factors(patch: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 `[N, rank]` and `[rank, K]`, whose product is what a plain patch adds to the weight."""
+    """Return float32 `[N, rank]` and `[rank, K]`; a plain patch adds their product to the weight."""
     strength, value = patch[:2]
     up, down, alpha = value.weights[:3]
     up, down = (factor.to(device, torch.float32).flatten(start_dim=1) for factor in (up, down))
@@ -177,44 +185,45 @@ def _factors(patch: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 
 def _difference(tensor: torch.Tensor, patches: list, key: str) -> torch.Tensor:
-    """What patches of any kind add to a float32 weight or bias."""
+    """Compute what patches of any kind add to a float32 weight or bias."""
     patched = comfy.lora.calculate_weight(patches, tensor.clone(), key)
     if patched.shape != tensor.shape:
         raise NodeError(
-            f"A LoRA resizes {key} from {list(tensor.shape)} to {list(patched.shape)}.",
-            "Use a LoRA that was made for this model: quantized layers keep their size.",
+            f"A LoRA changes the shape of {key} from {list(tensor.shape)} to {list(patched.shape)}.",
+            "Use a LoRA that was trained for this model: quantized layers cannot change their shape.",
         )
     return patched - tensor
 
 
-def _lay_over(patcher: Any, device: torch.device, *_: Any) -> None:
-    """After ComfyUI has loaded the model: its LoRAs over our layers, which its loaders pass by."""
+def _set_loras(patcher: Any, device: torch.device, *_: Any) -> None:
+    """Set the LoRAs of our layers after ComfyUI has loaded the model; its loaders skip these layers."""
     dynamic = getattr(patcher, "is_dynamic", lambda: False)()
     for name, layer in _packed_layers(patcher):
         keys = {f"{name}.weight", f"{name}.bias"} & patcher.patches.keys()
-        patched = f"{name}.bias" in patcher.backup and not dynamic  # the static loader sees to biases that it moves
-        layer.lay_over(_Lora(layer, name, patcher.patches, patched, device) if keys else None)
+        patched = f"{name}.bias" in patcher.backup and not dynamic  # the static loader patches biases that it moves
+        layer.set_output_lora(_Lora(layer, name, patcher.patches, patched, device) if keys else None)
 
 
-def _take_off(patcher: Any, unpatch: bool, *_: Any) -> None:
-    """When ComfyUI unloads the model; the next load lays the LoRAs over again."""
+def _remove_loras(patcher: Any, unpatch: bool, *_: Any) -> None:
+    """Remove the LoRAs when ComfyUI unloads the model; the next load sets them again."""
     for _name, layer in _packed_layers(patcher) if unpatch else ():
-        layer.lay_over(None)
+        layer.set_output_lora(None)
 
 
 def _packed_layers(patcher: Any) -> list[tuple[str, Any]]:
-    return [(name, layer) for name, layer in patcher.model.named_modules() if hasattr(layer, "lay_over")]
+    """List the quantized layers of a patcher's model, with their names."""
+    return [(name, layer) for name, layer in patcher.model.named_modules() if hasattr(layer, "set_output_lora")]
 
 
-def _refusal_to_save(quantized: bool) -> Callable:
-    """In the place of what ComfyUI's savers ask a model for."""
+def _save_error(quantized: bool) -> Callable:
+    """Make a function that raises an error when one of ComfyUI's savers asks the model for its state dict."""
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def raise_error(*_: Any, **__: Any) -> None:
         raise NodeError(
-            "ComfyUI's own savers cannot write the model of Q-ARVD To Model so that it could be loaded again.",
-            "Save the pipeline with Q-ARVD Save Quantized: as a qarvd folder, or as a ComfyUI int8 file."
+            "ComfyUI's own savers cannot write the model of Q-ARVD To Model in a form that can be loaded.",
+            "Save the pipeline with Q-ARVD Save Quantized, as a qarvd folder or as a ComfyUI int8 file."
             if quantized
-            else "Connect Q-ARVD Quantize and Q-ARVD Save Quantized, or save it in Python: pipe.save_single_file(path).",
+            else "Connect Q-ARVD Quantize and Q-ARVD Save Quantized, or call pipe.save_single_file(path) in Python.",
         )
 
-    return refuse
+    return raise_error

@@ -1,4 +1,4 @@
-"""The list of nodes."""
+"""List the nodes for ComfyUI."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from .library import warn_if_incomplete
 from .nodes.compare import QARVDCompare, QARVDInfo
 from .nodes.core import QARVDDecode, QARVDToModel
 from .nodes.load import QARVDLoadPipeline, QARVDLoadQuantized
-from .nodes.quantize import QARVDCalibrationPrompts, QARVDQuantize, QARVDSaveQuantized
+from .nodes.quantize import QARVDCalibrationPrompts, QARVDQuantize
+from .nodes.save import QARVDSaveQuantized
 from .nodes.stream import QARVDStreamGenerate
 from .nodes.text import QARVDEncodePrompt
 
@@ -29,7 +30,10 @@ NODES = [
 
 
 class QARVDExtension(ComfyExtension):
+    """Register folders and routes, and hand the nodes to ComfyUI."""
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return the node classes, after one-time set-up."""
         folders.register()  # here, since 0.3.75 does not call on_load
         warn_if_incomplete()
         runs.register()

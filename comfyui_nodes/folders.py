@@ -1,4 +1,4 @@
-"""Where models are looked for and saved: `models/qarvd`, `models/diffusers` and `output/qarvd`."""
+"""Find and name models: `models/qarvd`, `models/diffusers` and `output/qarvd`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BUNDLED = "bundled: moving shapes, 64x64"
 INDEX = "model_index.json"  # makes a folder a diffusers pipeline
 SUFFIXES = (".safetensors", ".pt", ".pth")
 
-# What no folder or file on Windows can be called, in any case and with any suffix.
+# Names that Windows reserves, in upper or lower case and with any suffix.
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 _SHOWN = 12  # names in an error message
-_LONGEST = 200  # bytes of a name, of the 255 that file systems take: suffixes and temporary names need some
+_LONGEST = 200  # bytes of a name; file systems allow 255, but suffixes and temporary names need some
 
 
 def register() -> None:
@@ -29,26 +29,30 @@ def register() -> None:
 
 
 def saved_folder() -> Path:
-    """Where quantized models are saved."""
+    """Return the folder for quantized models."""
     return Path(folder_paths.get_output_directory()) / "qarvd"
 
 
 def converted_folder() -> Path:
-    """Where originals that were chosen in a loader are converted to; hidden, and so in no list."""
+    """Return the folder for converted original checkpoints; hidden, and so in no list."""
     return saved_folder() / ".converted"
 
 
 def _roots() -> list[Path]:
+    """List our model folders, each once."""
     kinds = [kind for kind in ("qarvd", "diffusers") if kind in folder_paths.folder_names_and_paths]
     roots = [Path(root) for kind in kinds for root in folder_paths.get_folder_paths(kind)]
     return list({os.path.realpath(root): root for root in reversed(roots)}.values())[::-1]  # the first of the same
 
 
 def scan() -> tuple[dict[str, Path], dict[str, Path]]:
-    """Name -> folder of every diffusers pipeline in our model folders, and name -> single file (safetensors, or an original).
+    """List the models in our model folders.
 
-    A name is the path below the root; where a root before holds the same, the root is named, too. Files inside a pipeline are
-    its own, and what is hidden is not listed.
+    A name is the path below the root. If an earlier root holds the same path, the name includes the root. Files inside
+    a pipeline and hidden files are not listed.
+
+    Returns:
+        Name -> folder of every diffusers pipeline, and name -> single file (safetensors, or an original checkpoint).
     """
     folders: dict[str, Path] = {}
     files: dict[str, Path] = {}
@@ -63,16 +67,16 @@ def scan() -> tuple[dict[str, Path], dict[str, Path]]:
 
 
 def _models_in(folder: str, real: str, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, bool]]:
-    """Pipelines (True) and single files (False) at any depth; links are followed, but not in circles.
+    """Yield pipelines (True) and single files (False) at any depth; links are followed, except into circles.
 
     Args:
-        folder: where to look.
-        real: the same without links.
-        above: `real` of the folders that lead here.
+        folder: folder to search.
+        real: its path with links resolved.
+        above: `real` of the folders that contain it.
     """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:  # not there, or not ours to read
+    except OSError:  # missing, or not readable
         return
     if any(entry.name == INDEX for entry in entries):
         yield Path(folder), True
@@ -89,7 +93,7 @@ def _models_in(folder: str, real: str, above: tuple[str, ...] = ()) -> Iterator[
 
 
 def transformer_config(folder: Path) -> dict[str, Any]:
-    """The transformer's `config.json`, empty if there is none that can be read."""
+    """Return the transformer's `config.json`; empty if it is missing or not readable."""
     try:
         return json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -97,14 +101,15 @@ def transformer_config(folder: Path) -> dict[str, Any]:
 
 
 def is_quantized(folder: Path) -> bool:
+    """Tell whether a folder holds a quantized pipeline."""
     return transformer_config(folder).get("quantization_config") is not None
 
 
 def find_model(name: str) -> Path:
-    """The folder or file of a listed model; a folder must hold a Wan pipeline.
+    """Return the folder or file of a listed model; a folder must hold a Wan pipeline.
 
     Raises:
-        NodeError: there is none of this name, or it is of another architecture.
+        NodeError: if there is no model of this name, or it has another architecture.
     """
     models, files = scan()
     if name in files:
@@ -122,22 +127,22 @@ def find_model(name: str) -> Path:
         kind = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("_class_name")
         raise NodeError(
             f"{name} is a {kind} with {architecture}, not an autoregressive Wan model.",
-            "Choose a model of the Self-Forcing family: its diffusers folder, or its original checkpoint, which is converted.",
+            "Choose a model of the Self-Forcing family: its diffusers folder, or its original checkpoint.",
         )
     return folder
 
 
 def stamp(path: Path) -> str:
-    """Changes when a file, or a file of a folder, does: makes ComfyUI load a model again that was saved again."""
+    """Return text that changes with a file or a folder's files, so that ComfyUI loads a model that was saved again."""
     files = [file for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
     return ";".join(f"{file.name}:{file.stat().st_mtime_ns}:{file.stat().st_size}" for file in files)
 
 
 def check_name(name: str, root: Path) -> Path:
-    """Where `name` is below `root`, if it can be a folder there on every system and would be listed.
+    """Return the path of `name` below `root`, if it is a valid folder name on every system and would be listed.
 
     Raises:
-        NodeError: it cannot; the folders that exist are not looked at.
+        NodeError: if it is not valid; which folders exist does not matter.
     """
     parts = name.replace("\\", "/").split("/")
     if not name.strip() or any(part.strip() in ("", ".", "..") for part in parts):
@@ -153,14 +158,14 @@ def check_name(name: str, root: Path) -> Path:
 
 
 def _fault(part: str) -> str:
-    """What is wrong with one part of a name; empty if nothing is."""
+    """Describe what is wrong with one part of a name; empty if nothing is."""
     bad = sorted({character for character in part if character in '<>:"|?*' or ord(character) < 32})
     if bad:
-        return f"has {', '.join(map(repr, bad))}, which no name on Windows can have"
+        return f"has {', '.join(map(repr, bad))}, which Windows does not allow in names"
     if part.partition(".")[0].strip().lower() in _RESERVED:
         return "is reserved on Windows"
     if part[-1] in ". ":
-        return "ends in a dot or a space, which Windows takes away"
+        return "ends in a dot or a space, which Windows removes"
     if part[0] == ".":
         return "begins with a dot and would not be listed"
     return f"is longer than {_LONGEST} bytes" if len(part.encode()) > _LONGEST else ""

@@ -1,4 +1,4 @@
-"""The one place that imports `qarvd_diffusers`: late, and with an error that helps."""
+"""Import `qarvd_diffusers` when a node runs, with a helpful error if that fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .compat import NodeError
 
 logger = logging.getLogger(__name__)
 
-# Where the packages lie if the whole repository was cloned into custom_nodes.
+# Where the packages are if the whole repository was cloned into custom_nodes.
 _CLONE = Path(__file__).resolve().parent.parent
 _IN_CLONE = {
     "qarvd_kernels": _CLONE / "kernels" / "torch-ext" / "qarvd_kernels",
@@ -23,10 +23,10 @@ _IN_CLONE = {
 
 
 def library(module: str = "") -> ModuleType:
-    """`qarvd_diffusers`, or one of its modules, installed or from the clone this pack is part of.
+    """Import `qarvd_diffusers` or one of its modules, installed or from the clone that this pack is part of.
 
     Raises:
-        NodeError: it is missing, or something it needs is.
+        NodeError: if it or one of its dependencies is missing.
     """
     name = f"qarvd_diffusers.{module}" if module else "qarvd_diffusers"
     try:
@@ -42,7 +42,7 @@ def library(module: str = "") -> ModuleType:
 
 
 def warn_if_incomplete() -> None:
-    """Say once, in the log, what is missing before a node runs and fails; the nodes are listed all the same."""
+    """Log at startup which packages are missing; the nodes are listed nevertheless."""
     missing = _missing_requirements()
     if importlib.util.find_spec("qarvd_diffusers") is None and not _has_library():
         missing.insert(0, "qarvd_diffusers")
@@ -51,12 +51,12 @@ def warn_if_incomplete() -> None:
 
 
 def _missing_requirements() -> list[str]:
-    """What the pack's requirements ask for and this Python does not have."""
+    """List the pack's requirements that this Python does not meet."""
     try:
         from packaging.requirements import Requirement
 
         lines = (Path(__file__).resolve().parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    except (ImportError, OSError):  # nothing to compare with, or by
+    except (ImportError, OSError):  # no requirements, or no way to compare versions
         return []
     missing = []
     for requirement in (Requirement(text) for line in lines if (text := line.partition("#")[0].strip())):
@@ -67,6 +67,7 @@ def _missing_requirements() -> list[str]:
 
 
 def _installed(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -74,11 +75,12 @@ def _installed(package: str) -> str | None:
 
 
 def _has_library() -> bool:
-    """Whether this pack is part of a clone of the whole repository."""
+    """Tell whether this pack is part of a clone of the whole repository."""
     return (_IN_CLONE["qarvd_diffusers"] / "__init__.py").is_file()
 
 
 def _remedy() -> str:
+    """Say how to install what is missing."""
     pip = f"{_quoted(sys.executable)} -m pip install"
     if _has_library():
         return f"Run {pip} -r {_quoted(_CLONE / 'requirements.txt')}, then restart ComfyUI."
@@ -86,12 +88,12 @@ def _remedy() -> str:
 
 
 def _quoted(path: str | Path) -> str:
-    """For any shell: PowerShell takes a quoted program for a text, so only where it must be."""
+    """Quote a path for any shell, only if needed: PowerShell takes a quoted program for a string."""
     return f'"{path}"' if " " in str(path) else str(path)
 
 
 def _import_from(package: str, folder: Path) -> None:
-    """Import a package from its folder, without putting the folder's neighbours on the path."""
+    """Import a package from its folder, without adding the folder's parent to the path."""
     if package in sys.modules or not (folder / "__init__.py").is_file():
         return
     spec = importlib.util.spec_from_file_location(

@@ -1,4 +1,4 @@
-"""Finished chunks on their way to the browser: small mp4 files in ComfyUI's temp folder, and one event each."""
+"""Send finished chunks to the browser: small mp4 files in ComfyUI's temp folder, and one event per chunk."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ SUBFOLDER = "qarvd"
 
 
 def video(images: torch.Tensor, fps: float) -> Any:
-    """A ComfyUI VIDEO of images `[frames, height, width, 3]` in [0, 1]."""
+    """Make a ComfyUI VIDEO of images `[frames, height, width, 3]` in [0, 1]."""
     return InputImpl.VideoFromComponents(
         Types.VideoComponents(images=images, audio=None, frame_rate=Fraction(fps).limit_denominator(1000))
     )
 
 
 def picture(image: torch.Tensor) -> Image.Image:
-    """One image `[height, width, 3]` in [0, 1] for ComfyUI's own previews."""
+    """Convert one image `[height, width, 3]` in [0, 1] for ComfyUI's own previews."""
     return Image.fromarray((image.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy().astype(np.uint8))
 
 
 class ChunkFeed:
-    """Shows the chunks of one run in the node that makes them.
+    """Show the chunks of one run in its node.
 
     Args:
-        run: the run, which keeps what is shown.
+        run: the run; it records the chunks.
         fps: frames per second.
     """
 
@@ -45,7 +45,7 @@ class ChunkFeed:
         self._run, self._fps = run, fps
 
     def show(self, images: torch.Tensor, seconds: float) -> None:
-        """Write a chunk `[frames, height, width, 3]` and tell the browser that asked for the run."""
+        """Write a chunk `[frames, height, width, 3]` and notify the browser that queued the run."""
         folder = os.path.join(folder_paths.get_temp_directory(), SUBFOLDER)
         os.makedirs(folder, exist_ok=True)
         index = len(self._run.chunks)
@@ -59,7 +59,7 @@ class ChunkFeed:
         send(EVENT, self._run.chunks[-1])
 
     def step(self, image: Image.Image) -> None:
-        """Show a still of the chunk in progress."""
+        """Show a picture of the chunk in progress."""
         buffer = BytesIO()
         image.save(buffer, "PNG")
         still = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -67,19 +67,19 @@ class ChunkFeed:
 
 
 class LatentPreview:
-    """Colours of latents without decoding them: the linear map that explains the latest decoded chunk best."""
+    """Approximate the colours of latents without decoding: a least-squares linear map, fitted to the latest chunk."""
 
     def __init__(self) -> None:
         self._map: torch.Tensor | None = None
 
     def fit(self, latents: torch.Tensor, images: torch.Tensor) -> None:
-        """Learn the map from normalized latents `[1, C, F, h, w]` and their images `[frames, height, width, 3]`."""
+        """Fit the map to normalized latents `[1, C, F, h, w]` and their images `[frames, height, width, 3]`."""
         cells = latents[0, :, -1].float().cpu()
         colors = torch.nn.functional.adaptive_avg_pool2d(images[-1].permute(2, 0, 1), cells.shape[-2:])
         self._map = torch.linalg.lstsq(_with_one(cells), colors.flatten(1).T).solution
 
     def image(self, latents: torch.Tensor) -> Image.Image | None:
-        """A small picture of the last frame of the latents, or None before anything was decoded."""
+        """Return a small picture of the last frame of the latents; None before the first `fit`."""
         if self._map is None:
             return None
         cells = latents[0, :, -1].float().cpu()
@@ -87,6 +87,6 @@ class LatentPreview:
 
 
 def _with_one(cells: torch.Tensor) -> torch.Tensor:
-    """Cells `[C, h, w]` as rows `[h * w, C + 1]` with a constant column."""
+    """Return cells `[C, h, w]` as rows `[h * w, C + 1]` with a constant column."""
     rows = cells.flatten(1).T
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)

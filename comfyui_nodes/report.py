@@ -1,4 +1,4 @@
-"""What a pipeline is, in a few lines of text."""
+"""Describe a pipeline in a few lines of text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .library import library
 
 
 def size(handle: PipelineHandle) -> str:
-    """MB of a quantized pipeline's transformer and of its quantized layers, these next to bfloat16."""
+    """Return the size of a quantized transformer and of its quantized layers, the latter relative to bfloat16."""
     sizes = library().stored_bytes(handle.pipe.transformer)
     share = sizes["quantized"] / sizes["bfloat16"]
     return (
@@ -16,7 +16,7 @@ def size(handle: PipelineHandle) -> str:
 
 
 def describe(handle: PipelineHandle) -> str:
-    """Scheme, size and rollout of a pipeline."""
+    """Describe scheme, size and rollout of a pipeline."""
     pipe = handle.pipe
     config, transformer = pipe.quantization, pipe.transformer
     layers = library().quantized_linears(transformer)
@@ -28,12 +28,14 @@ def describe(handle: PipelineHandle) -> str:
     else:
         outliers = sum(layer.num_outliers > 0 for layer in layers.values())
         lines += [
-            f"{config.scheme}, rounding {config.resolved_rounding}: {len(layers)} layers, {outliers} with outlier channels",
+            f"{config.scheme}, rounding {config.resolved_rounding}: "
+            f"{len(layers)} layers, {outliers} with outlier channels",
             size(handle),
         ]
     window = fields.local_attention_frames
     lines += [
-        f"chunks of {fields.num_frames_per_chunk} latent frames, steps {', '.join(f'{t:g}' for t in fields.denoising_timesteps)}",
+        f"chunks of {fields.num_frames_per_chunk} latent frames, "
+        f"steps {', '.join(f'{t:g}' for t in fields.denoising_timesteps)}",
         f"attention over {'all' if window == -1 else window} latent frames, {fields.sink_frames} of them a sink",
         f"{pipe.config.width} x {pipe.config.height} pixels, {pipe.config.fps} frames per second",
     ]

@@ -1,4 +1,4 @@
-"""The runs of Stream Generate as the page knows them, and the routes it asks: what was made, finish early, save."""
+"""Keep the runs of Stream Generate for the page, and serve its routes: list, finish early, save."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from aiohttp import web
 from server import PromptServer
 
 STREAM_EVENT = "qarvd.stream"
-KEPT = 64  # runs that the page can ask for
+KEPT = 64  # runs that the page can request
 
 
 class Run:
-    """One run of a node.
+    """Describe one run of a node.
 
     Args:
         node_id: the node's unique id; inside a subgraph it has the form `29:12`.
-        workflow: id of the graph in the page, None where the prompt came without one. A node id alone is not enough: every
+        workflow: id of the graph in the page; None if the prompt came without one. A node id alone is ambiguous: every
             open tab has a node 3.
-        total: chunks to come.
+        total: chunks to generate.
 
     Attributes:
-        id: names the run.
+        id: id of the run.
         prompt: id of the prompt.
         chunks: what `ChunkFeed` wrote.
         made: chunks generated so far.
         state: running, done, early (finished before all were made), stopped or failed.
-        finishing: the user wants no further chunk.
+        finishing: the user asked to finish after the current chunk.
     """
 
     def __init__(self, node_id: str, workflow: str | None, total: int) -> None:
@@ -49,7 +49,7 @@ class Run:
         self.finishing = False
 
     def status(self) -> dict[str, Any]:
-        """What the page is told."""
+        """Return the run as JSON types, for the page."""
         return {
             "run": self.id,
             "prompt": self.prompt,
@@ -62,12 +62,12 @@ class Run:
         }
 
     def announce(self) -> None:
-        """Tell the page where the run stands."""
+        """Send the run's status to the page."""
         send(STREAM_EVENT, self.status())
 
     @contextlib.contextmanager
     def going_on(self) -> Iterator[None]:
-        """Be known to the routes from now on, and say how the work in the `with` block ended."""
+        """Register the run, and record and announce how the work in the `with` block ended."""
         _remember(self.id, self)
         self.announce()
         try:
@@ -86,18 +86,19 @@ _runs: dict[str, Run] = {}
 
 
 def _remember(key: str, run: Run) -> None:
+    """Register a run, and forget the oldest ones beyond `KEPT`."""
     _runs[key] = run
     for old in list(_runs)[:-KEPT]:
         del _runs[old]
 
 
 def workflow_id(extra_pnginfo: dict[str, Any] | None) -> str | None:
-    """Id of the graph in the page that a prompt came from, by what ComfyUI writes into pictures."""
+    """Return the id of the graph that a prompt came from, out of what ComfyUI writes into pictures."""
     return ((extra_pnginfo or {}).get("workflow") or {}).get("id")
 
 
 def send(event: str, data: dict[str, Any]) -> None:
-    """Send an event to the browser that asked for the prompt."""
+    """Send an event to the browser that queued the prompt."""
     server = PromptServer.instance
     server.send_sync(event, data, server.client_id)
 
@@ -106,7 +107,7 @@ def register() -> None:
     """Add the routes to ComfyUI's server."""
     routes = PromptServer.instance.routes
     if any(route.path == "/qarvd/streams" for route in routes):
-        return  # the pack is there twice; a route given twice would keep the server from starting
+        return  # the pack is installed twice; a second route of this name would keep the server from starting
     routes.get("/qarvd/streams")(_streams)
     routes.post("/qarvd/cached")(_cached)
     routes.post("/qarvd/finish")(_finish)
@@ -114,16 +115,16 @@ def register() -> None:
 
 
 async def _streams(request: web.Request) -> web.Response:
-    """Runs, oldest first, with their chunks; `?workflow=` leaves out those of other graphs."""
+    """Return the runs, oldest first, with their chunks; `?workflow=` leaves out those of other graphs."""
     workflow = request.query.get("workflow")
     wanted = [run for run in list(_runs.values()) if workflow in (None, run.workflow)]
     return web.json_response([{**run.status(), "chunks": run.chunks} for run in wanted])
 
 
 async def _cached(request: web.Request) -> web.Response:
-    """A prompt was answered with the result that another one had made: from now on it is that of this prompt's graph, too.
+    """Assign a cached result, which another prompt made, to the graph of this prompt as well.
 
-    The page alone cannot tell for which of its tabs a result is.
+    The page alone cannot tell which of its tabs a result belongs to.
     """
     asked = await request.json()
     queue = PromptServer.instance.prompt_queue
@@ -138,7 +139,7 @@ async def _cached(request: web.Request) -> web.Response:
 
 
 async def _finish(request: web.Request) -> web.Response:
-    """Let a run, or every running one, end behind the chunk in progress, with the outputs of what exists."""
+    """End one run, or all running ones, after the chunk in progress; the chunks made so far become the outputs."""
     wanted = (await request.json()).get("run") if request.can_read_body else None
     found = [run for run in list(_runs.values()) if run.state == "running" and wanted in (None, run.id)]
     if wanted is not None and not found:
@@ -150,18 +151,18 @@ async def _finish(request: web.Request) -> web.Response:
 
 
 async def _video(request: web.Request) -> web.Response:
-    """The chunks of a run made so far as one mp4 file."""
+    """Return the chunks of a run made so far as one mp4 file."""
     run = _runs.get(request.query.get("run", ""))
     folder = folder_paths.get_temp_directory()
     paths = [os.path.join(folder, chunk["subfolder"], chunk["filename"]) for chunk in run.chunks] if run else []
     if not paths or not all(os.path.isfile(path) for path in paths):
-        return web.json_response({"error": "the chunks of this run are not there any more; run it again"}, status=404)
+        return web.json_response({"error": "the chunks of this run no longer exist; run it again"}, status=404)
     name = {"Content-Disposition": f'attachment; filename="qarvd_{run.id}.mp4"'}
     return web.Response(body=await asyncio.to_thread(_one_video, paths), content_type="video/mp4", headers=name)
 
 
 def _one_video(paths: list[str]) -> bytes:
-    """Videos of one encoder behind each other, their packets as they are."""
+    """Concatenate videos of one encoder, without encoding them again."""
     file = BytesIO()
     with av.open(file, "w", format="mp4") as target:
         track, begin = None, 0

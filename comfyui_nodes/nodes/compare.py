@@ -1,4 +1,4 @@
-"""Nodes that look: what a pipeline is, and what quantization changed."""
+"""Describe pipelines, and compare videos."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 
-from ..compat import NodeError, schema, widget, work
+from ..compat import NodeError, output, schema, widget, work
 from ..handles import PipelineHandle, PipelineType
 from ..library import library
 from ..report import describe
 
-TILE = 256  # pixels; smaller videos are enlarged so that errors can be seen
+TILE = 256  # pixels; smaller videos are enlarged to make errors visible
 BANNER = 28  # pixels
 
 
 class QARVDCompare(io.ComfyNode):
-    """Two videos of the same noise, side by side and in numbers."""
+    """Compare two videos of the same noise, side by side and in numbers."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDCompare",
             display_name="Q-ARVD Compare",
-            description="Compares two videos made from the same prompt and seed, such as a float and a quantized model's: "
-            "PSNR and SSIM of every chunk, and both side by side with their difference.",
+            description="Compares two videos of the same prompt and seed, such as those of a float and a quantized "
+            "model: PSNR and SSIM of every chunk, and both videos side by side with their difference.",
             search_aliases=["psnr", "ssim", "fidelity", "quality", "side by side"],
             inputs=[
                 io.Image.Input("images_a", tooltip="The reference, such as the float model's video."),
@@ -43,10 +44,13 @@ class QARVDCompare(io.ComfyNode):
                     max=64,
                     optional=True,
                     advanced=True,
-                    tooltip="Where chunks begin: 3 for Self-Forcing, 1 for frame-wise models.",
+                    tooltip="Length of a chunk: 3 for Self-Forcing, 1 for frame-wise models.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="images"), io.String.Output(display_name="metrics")],
+            outputs=[
+                output(io.Image, "images", "Both videos and their difference, amplified four times."),
+                output(io.String, "metrics", "PSNR and SSIM of each chunk and of the whole video."),
+            ],
             is_output_node=True,
         )
 
@@ -60,6 +64,7 @@ class QARVDCompare(io.ComfyNode):
         label_b: str = "quantized",
         latent_frames_per_chunk: int = 3,
     ) -> io.NodeOutput:
+        """Return the videos side by side, and a table of PSNR and SSIM."""
         if images_a.shape != images_b.shape:
             raise NodeError(
                 f"The videos have the shapes {list(images_a.shape)} and {list(images_b.shape)}.",
@@ -71,6 +76,7 @@ class QARVDCompare(io.ComfyNode):
 
 
 def _metrics(a: torch.Tensor, b: torch.Tensor, latent_frames: int) -> str:
+    """Return PSNR and SSIM of each chunk and of the whole video, as a table."""
     fidelity, measures = library("evaluation.fidelity"), library("evaluation.metrics")
     first, others = 1 + 4 * (latent_frames - 1), 4 * latent_frames  # the VAE makes 1 frame of the first latent, else 4
     bounds = [0, *range(first, len(a), others), len(a)]
@@ -84,7 +90,7 @@ def _metrics(a: torch.Tensor, b: torch.Tensor, latent_frames: int) -> str:
 
 
 def _side_by_side(a: torch.Tensor, b: torch.Tensor, labels: tuple[str, str]) -> torch.Tensor:
-    """Images `[frames, height, 3 * width, 3]`: first, second, and four times their difference."""
+    """Return images `[frames, height, 3 * width, 3]`: first, second, and four times their difference."""
     scale = max(1, round(TILE / a.shape[1]))
     joined = torch.cat([a, b, ((a - b).abs() * 4).clamp(0, 1)], dim=2)
     joined = joined.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
@@ -97,23 +103,26 @@ def _side_by_side(a: torch.Tensor, b: torch.Tensor, labels: tuple[str, str]) -> 
 
 
 class QARVDInfo(io.ComfyNode):
-    """What a pipeline is, and what runs it."""
+    """Describe a pipeline and the operators that run it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDInfo",
             display_name="Q-ARVD Info",
-            description="Scheme, size and rollout of a pipeline, and which implementation runs its integer arithmetic here.",
+            description="Shows scheme, size and rollout of a pipeline, and which implementation of each integer "
+            "operator runs on this machine.",
             search_aliases=["size", "report", "about", "backend"],
             inputs=[PipelineType.Input("pipeline", tooltip="Any pipeline.")],
-            outputs=[io.String.Output(display_name="text")],
+            outputs=[output(io.String, "text", "The description.")],
             is_output_node=True,
         )
 
     @classmethod
     @work
     def execute(cls, pipeline: PipelineHandle) -> io.NodeOutput:
+        """Return the description."""
         library()
         import qarvd_kernels
 

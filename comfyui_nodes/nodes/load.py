@@ -1,4 +1,4 @@
-"""Nodes that load a pipeline."""
+"""Load pipelines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import io
 
 from .. import folders
-from ..compat import FAMILY, NodeError, schema, widget, work
+from ..compat import FAMILY, NodeError, output, schema, widget, work
 from ..handles import PipelineHandle, PipelineType
 from ..library import library
 from ..report import describe
@@ -23,10 +23,11 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AS_SAVED, NO_BASE = "as saved", "none"
-SOURCE = "source.json"  # beside a converted folder: what it was made of
+SOURCE = "source.json"  # next to a converted folder: what it was converted from
 
 
 def _load(path: Path, name: str, dtype: str, rollout: str = AS_SAVED, base: str = NO_BASE) -> io.NodeOutput:
+    """Load a folder or file; `base` names the folder that completes a single file."""
     if dtype not in DTYPES:
         raise NodeError(f"dtype is {dtype!r}.", f"Choose one of {', '.join(DTYPES)}.")
     on_cpu = management.get_torch_device().type == "cpu"
@@ -52,14 +53,14 @@ def _load(path: Path, name: str, dtype: str, rollout: str = AS_SAVED, base: str 
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file tells its config; an original checkpoint does not."""
+    """Tell whether a file holds its config; an original checkpoint does not."""
     return path.suffix == ".safetensors" and library("models.single_file_header").read_single_file(path) is not None
 
 
 def _converted(path: Path, rollout: str, base: Path | None) -> Path:
-    """The diffusers folder of an original checkpoint, converted once for each content, rollout and base.
+    """Return the diffusers folder of an original checkpoint, converted once for each content, rollout and base.
 
-    Whenever one is converted, the folders of checkpoints and bases that have changed or are gone are removed.
+    Each conversion first removes the folders whose checkpoint or base has changed or no longer exists.
     """
     source = {"path": str(path), "rollout": rollout, "base": None if base is None else str(base)}
     home = folders.converted_folder() / _key(source)
@@ -73,7 +74,7 @@ def _converted(path: Path, rollout: str, base: Path | None) -> Path:
 
 
 def _key(source: dict[str, str | None]) -> str:
-    """Name for what `source` is converted into: another one when a file that conversion reads is another."""
+    """Name the folder that `source` is converted to; the name depends on all files that the conversion reads."""
     path, base = Path(source["path"]), source["base"]
     read = [path, *sorted(path.parent.glob("lora.*")), *([] if base is None else [Path(base)])]
     facts = [library().__version__, source, [folders.stamp(file) for file in read]]
@@ -81,33 +82,36 @@ def _key(source: dict[str, str | None]) -> str:
 
 
 def _remove_outdated() -> None:
+    """Remove converted folders whose checkpoint or base has changed."""
     for note in folders.converted_folder().glob(f"*/{SOURCE}"):
         try:
             current = _key(json.loads(note.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             current = None
         if current != note.parent.name:
-            shutil.rmtree(note.parent, ignore_errors=True)  # on Windows not what is still loaded
+            shutil.rmtree(note.parent, ignore_errors=True)  # Windows keeps files that are still loaded
 
 
 def _presets() -> list[str]:
+    """List the members of the family."""
     try:
         return library("conversion.families").available()
-    except NodeError:  # without the library the nodes are listed all the same; they say so when they run
+    except NodeError:  # the nodes are listed nevertheless; they report the missing library when they run
         return []
 
 
 class QARVDLoadPipeline(io.ComfyNode):
-    """A float or quantized pipeline from a diffusers folder or a single file."""
+    """Load a float or quantized pipeline from a diffusers folder or a single file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         models, files = folders.scan()
         return schema(
             node_id="QARVDLoadPipeline",
             display_name="Q-ARVD Load Pipeline",
-            description="Loads an autoregressive Wan model (Self-Forcing family) from a diffusers folder or a single file in "
-            "models/qarvd or models/diffusers, or the small model that ships with the library.",
+            description="Loads an autoregressive Wan model (Self-Forcing family) from a diffusers folder or a single "
+            "file in models/qarvd or models/diffusers, or the bundled model.",
             search_aliases=[*FAMILY, "causal wan", "autoregressive video", "load streaming model"],
             inputs=[
                 widget(
@@ -115,8 +119,9 @@ class QARVDLoadPipeline(io.ComfyNode):
                     "model",
                     options=[folders.BUNDLED, *models, *files],
                     default=folders.BUNDLED,
-                    tooltip="A diffusers folder with model_index.json in models/qarvd, models/diffusers or output/qarvd; or "
-                    "a single file there: one that Q-ARVD wrote, or an original checkpoint, which is converted once.",
+                    tooltip="A diffusers folder with model_index.json in models/qarvd, models/diffusers or "
+                    "output/qarvd, or a single file there: one that Q-ARVD wrote, or an original checkpoint, which is "
+                    "converted once.",
                 ),
                 widget(
                     io.Combo,
@@ -125,7 +130,7 @@ class QARVDLoadPipeline(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     optional=True,
-                    tooltip="Compute type. auto: bfloat16 on a GPU, float32 on the CPU.",
+                    tooltip="Type of weights and activations. auto: bfloat16 on a GPU, float32 on the CPU.",
                 ),
                 widget(
                     io.Combo,
@@ -134,8 +139,8 @@ class QARVDLoadPipeline(io.ComfyNode):
                     default=AS_SAVED,
                     advanced=True,
                     optional=True,
-                    tooltip="How the model rolls out: as its folder or file says, or as a member of the family does (chunk "
-                    "size, steps, window, positions). Of an original checkpoint: which member it is.",
+                    tooltip="How the model rolls out (chunk size, steps, window, positions): as saved, or like a "
+                    "member of the family. For an original checkpoint: which member of the family it is.",
                 ),
                 widget(
                     io.Combo,
@@ -144,14 +149,18 @@ class QARVDLoadPipeline(io.ComfyNode):
                     default=NO_BASE,
                     advanced=True,
                     optional=True,
-                    tooltip="Of a single file: the folder that lends VAE, text encoder and tokenizer.",
+                    tooltip="For a single file: the folder that provides VAE, text encoder and tokenizer.",
                 ),
             ],
-            outputs=[PipelineType.Output(display_name="pipeline"), io.String.Output(display_name="info")],
+            outputs=[
+                output(PipelineType, "pipeline", "The loaded pipeline."),
+                output(io.String, "info", "Scheme, size and rollout of the pipeline."),
+            ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model: str = "", base: str = NO_BASE, **kwargs: Any) -> str:
+        """Return text that changes when the files of the model or its base change."""
         models, files = folders.scan()
         found = models | files
         return "|".join(folders.stamp(found[name]) for name in (model, base) if name in found)
@@ -159,21 +168,24 @@ class QARVDLoadPipeline(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, model: str, dtype: str = "auto", rollout: str = AS_SAVED, base: str = NO_BASE) -> io.NodeOutput:
+        """Return the pipeline and its description."""
         if model == folders.BUNDLED:
             return _load(Path(library().bundled_model_path()), "tiny-arvd", dtype, rollout)
         return _load(folders.find_model(model), model, dtype, rollout, base)
 
 
 class QARVDLoadQuantized(io.ComfyNode):
-    """A quantized pipeline."""
+    """Load a quantized pipeline."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         quantized = [name for name, folder in folders.scan()[0].items() if folders.is_quantized(folder)]
         return schema(
             node_id="QARVDLoadQuantized",
             display_name="Q-ARVD Load Quantized",
-            description="Loads a model saved by Q-ARVD Save Quantized (or by qarvd quantize), packed as it is on disk.",
+            description="Loads a model saved by Q-ARVD Save Quantized or by qarvd quantize. Weights stay packed as on "
+            "disk.",
             search_aliases=[*FAMILY, "w4a8", "w8a8", "int4", "int8", "load quantized video model"],
             inputs=[
                 widget(
@@ -189,16 +201,20 @@ class QARVDLoadQuantized(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     optional=True,
-                    tooltip="Type of everything that is not quantized. auto: bfloat16 on a GPU, float32 on the CPU.",
+                    tooltip="Type of what is not quantized. auto: bfloat16 on a GPU, float32 on the CPU.",
                 ),
             ],
-            outputs=[PipelineType.Output(display_name="pipeline"), io.String.Output(display_name="info")],
+            outputs=[
+                output(PipelineType, "pipeline", "The loaded pipeline."),
+                output(io.String, "info", "Scheme, size and rollout of the pipeline."),
+            ],
         )
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
-        # Instead of ComfyUI's "value not in list", which does not say what to do. One that is missing ComfyUI names itself, one
-        # that is connected is not known yet.
+        """Check the checkpoint before the graph runs."""
+        # In place of ComfyUI's "value not in list", which does not say what to do. None: missing, which ComfyUI
+        # reports, or connected and not known yet.
         try:
             if checkpoint is not None:
                 cls._find(checkpoint)
@@ -208,11 +224,13 @@ class QARVDLoadQuantized(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str = "", **kwargs: Any) -> str:
+        """Return text that changes when the files of the checkpoint change."""
         found, _ = folders.scan()
         return folders.stamp(found[checkpoint]) if checkpoint in found else ""
 
     @classmethod
     def _find(cls, checkpoint: str) -> Path:
+        """Return the folder of a quantized model."""
         folder = folders.find_model(checkpoint)
         if not folders.is_quantized(folder):
             raise NodeError(
@@ -224,4 +242,5 @@ class QARVDLoadQuantized(io.ComfyNode):
     @classmethod
     @work
     def execute(cls, checkpoint: str, dtype: str = "auto") -> io.NodeOutput:
+        """Return the pipeline and its description."""
         return _load(cls._find(checkpoint), checkpoint, dtype)

@@ -1,18 +1,19 @@
-"""The prompt."""
+"""Encode prompts."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..compat import NodeError, schema, widget, work
+from ..compat import NodeError, output, schema, widget, work
 from ..handles import PipelineHandle, PipelineType
 
 
 class QARVDEncodePrompt(io.ComfyNode):
-    """Prompt to CONDITIONING with the pipeline's own text encoder."""
+    """Encode a prompt with the pipeline's own text encoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare inputs, outputs and texts of the node."""
         return schema(
             node_id="QARVDEncodePrompt",
             display_name="Q-ARVD Encode Prompt",
@@ -20,7 +21,7 @@ class QARVDEncodePrompt(io.ComfyNode):
             "ComfyUI's CLIP Text Encode gives the same and can be used instead.",
             search_aliases=["prompt", "text", "conditioning", "umt5"],
             inputs=[
-                PipelineType.Input("pipeline", tooltip="The pipeline whose text encoder reads the prompt."),
+                PipelineType.Input("pipeline", tooltip="The pipeline whose text encoder encodes the prompt."),
                 widget(
                     io.String,
                     "text",
@@ -30,12 +31,13 @@ class QARVDEncodePrompt(io.ComfyNode):
                     tooltip="What the video shows.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="positive")],
+            outputs=[output(io.Conditioning, "positive", "The encoded prompt, for Q-ARVD Stream Generate.")],
         )
 
     @classmethod
     @work
     def execute(cls, pipeline: PipelineHandle, text: str) -> io.NodeOutput:
+        """Return the CONDITIONING."""
         if pipeline.pipe.text_encoder is None:
             raise NodeError(
                 f"{pipeline.name} has no text encoder.",

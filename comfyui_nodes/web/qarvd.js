@@ -1,11 +1,11 @@
-// Shows the chunks of Q-ARVD Stream Generate as they arrive: each one plays at once, then all of them in order, in a loop.
-// Nodes that report in words show their text.
+// Shows the chunks of Q-ARVD Stream Generate as they arrive: each one plays at once, then all of them in a loop.
+// Nodes with a text output show their text.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const STREAM = "QARVDStreamGenerate";
 const TEXT_NODES = ["QARVDInfo", "QARVDCompare", "QARVDSaveQuantized"];
-// Their seeds are settings: a new one means to calibrate again, which takes long and is never wanted by itself.
+// Their seeds must not change after a run: a new seed means a new calibration, which takes long.
 const FIXED_SEEDS = ["QARVDQuantize", "QARVDCalibrationPrompts"];
 // Widget types of our own: the name of a type that Nodes 2.0 knows, such as "text", would show its own input instead.
 const PLAYER_TYPE = "qarvd_player";
@@ -14,14 +14,14 @@ const PLAYER_HEIGHT = 240;
 const BAR_HEIGHT = 32;
 const MARGINS = 20; // that the canvas leaves above and below
 
-const players = new WeakMap(); // node -> Player; nodes are built anew whenever their tab is opened
+const players = new WeakMap(); // node -> Player; nodes are built again whenever their tab is opened
 const runs = new Map(); // graph and node -> the latest run, whichever tab is open
 
 const graphId = () => (app.rootGraph ?? app.graph)?.id ?? null;
 const keyOf = (run) => `${run.workflow ?? null} ${run.node}`;
 
-// A node inside subgraphs has an id such as "29:12", one part per level; in stored outputs, the subgraph's own id and then
-// the node's.
+// A node inside subgraphs has an id such as "29:12", one part per level; in stored outputs it is the subgraph's own id
+// and then the node's.
 function findNode(id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
@@ -70,7 +70,8 @@ const ICONS = {
 };
 
 function setIcon(button, name, title) {
-  button.innerHTML = `<svg width="16" height="16" fill="none" stroke="currentColor" stroke-width="1.6"><path d="${ICONS[name]}"/></svg>`;
+  const svg = 'width="16" height="16" fill="none" stroke="currentColor" stroke-width="1.6"';
+  button.innerHTML = `<svg ${svg}><path d="${ICONS[name]}"/></svg>`;
   button.title = title;
   button.setAttribute("aria-label", title);
 }
@@ -78,7 +79,8 @@ function setIcon(button, name, title) {
 function makeButton(name, press) {
   const made = Object.assign(document.createElement("button"), { type: "button", className: `qarvd-${name}` });
   made.style.cssText =
-    "background:none;border:0;color:#ddd;font:12px sans-serif;padding:3px 5px;cursor:pointer;white-space:nowrap;flex:none;line-height:0";
+    "background:none;border:0;color:#ddd;font:12px sans-serif;padding:3px 5px;cursor:pointer;white-space:nowrap;" +
+    "flex:none;line-height:0";
   made.addEventListener("click", press);
   made.addEventListener("pointerdown", (event) => event.stopPropagation()); // would drag the node
   return made;
@@ -100,14 +102,16 @@ class Player {
     this.root = document.createElement("div");
     this.root.className = "qarvd-player";
     this.root.style.cssText =
-      "display:flex;flex-direction:column;width:100%;height:100%;background:#111;border-radius:6px;overflow:hidden;position:relative";
+      "display:flex;flex-direction:column;width:100%;height:100%;background:#111;border-radius:6px;overflow:hidden;" +
+      "position:relative";
     // Two videos lie over each other: the next chunk loads in the hidden one, so that nothing flickers between chunks.
     this.stage = document.createElement("div");
     this.stage.style.cssText = "position:relative;flex:1 1 0;min-height:0;width:100%";
     this.videos = [0, 1].map(() => {
       const video = Object.assign(document.createElement("video"), { muted: true, playsInline: true });
       video.style.cssText =
-        "position:absolute;inset:0;width:100%;height:100%;object-fit:contain;image-rendering:pixelated;visibility:hidden";
+        "position:absolute;inset:0;width:100%;height:100%;object-fit:contain;image-rendering:pixelated;" +
+        "visibility:hidden";
       video.addEventListener("loadeddata", () => this.reveal(video));
       video.addEventListener("ended", () => video === this.videos[0] && this.play(this.next()));
       video.addEventListener("error", () => video === this.videos[1] && video.src && this.lost());
@@ -116,7 +120,8 @@ class Player {
     });
     this.still = document.createElement("img");
     this.still.style.cssText =
-      "position:absolute;right:6px;top:6px;width:25%;border:1px solid #888;border-radius:3px;image-rendering:pixelated;display:none";
+      "position:absolute;right:6px;top:6px;width:25%;border:1px solid #888;border-radius:3px;" +
+      "image-rendering:pixelated;display:none";
     this.stage.append(this.still);
     this.root.append(this.stage, this.makeBar());
     this.describe();
@@ -136,7 +141,7 @@ class Player {
     setIcon(this.saveButton, "save", "Save the chunks made so far as one video");
     setIcon(this.screenButton, "fullscreen", "Full screen");
     this.finishButton.textContent = "Finish";
-    this.finishButton.title = "Finish after this chunk: what exists by then goes to the nodes behind";
+    this.finishButton.title = "Finish after this chunk and pass the chunks made so far to the connected nodes";
     this.finishButton.style.cssText += ";background:#444;border-radius:4px;line-height:16px";
     const bar = document.createElement("div");
     bar.style.cssText = "display:flex;align-items:center;flex:none;min-height:30px;padding-right:4px";
@@ -225,7 +230,7 @@ class Player {
   }
 
   lost() {
-    this.caption.textContent = "the chunks are not there any more; run again to see them";
+    this.caption.textContent = "the chunks no longer exist; run again to see them";
   }
 
   describe() {
@@ -283,9 +288,10 @@ function showText(node) {
   const box = document.createElement("pre");
   box.className = "qarvd-text";
   box.style.cssText =
-    "margin:0;padding:6px;width:100%;height:100%;min-height:60px;box-sizing:border-box;overflow:auto;background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px;user-select:text";
-  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, { serialize: false, hideOnZoom: false, getMinHeight: () => 60 + MARGINS }).serialize =
-    false;
+    "margin:0;padding:6px;width:100%;height:100%;min-height:60px;box-sizing:border-box;overflow:auto;" +
+    "background:#111;color:#ddd;font:11px monospace;white-space:pre-wrap;border-radius:6px;user-select:text";
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => 60 + MARGINS };
+  node.addDOMWidget("qarvd_text", TEXT_TYPE, box, options).serialize = false;
   node.qarvdText = (output) => {
     if (output?.text) box.textContent = [].concat(output.text).join("\n");
   };
@@ -296,8 +302,8 @@ function showText(node) {
   };
 }
 
-// What a stream node put out. The page hands outputs to whichever node of the open tab has the id; they belong to the graph
-// of their prompt, which for a result that ComfyUI had kept is not the one it was made for.
+// Shows the output of a stream node. The page hands outputs to the node of the open tab with that id, but they belong
+// to the graph of their prompt; a cached result was made for another prompt.
 async function showOutput({ prompt_id, node, output }) {
   const status = output?.qarvd_stream?.[0];
   if (!status) return;
@@ -330,7 +336,8 @@ async function restore() {
   if (!answer.ok) return;
   for (const { chunks, ...status } of await answer.json()) {
     const known = runs.get(keyOf(status));
-    if (!known || known.run === status.run || known.fromServer) learn(status, chunks).fromServer = !known || known.fromServer;
+    if (known && known.run !== status.run && !known.fromServer) continue;
+    learn(status, chunks).fromServer = !known || known.fromServer;
   }
   show();
 }

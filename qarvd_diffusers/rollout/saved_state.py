@@ -1,12 +1,13 @@
-"""Save the whole state of a stream in one safetensors file, and restore it."""
+"""Save a stream between two chunks, in memory or in one safetensors file, and restore it."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -22,7 +23,7 @@ from .config import RolloutConfig
 from .decoder import StatefulDecoder
 from .inputs import StreamInputs
 from .pass_info import PassInfo
-from .session import PromptChange, StreamRequest, StreamSession
+from .session import PromptChange, StepCallback, StreamRequest, StreamSession
 
 if TYPE_CHECKING:
     from .host import StreamHost
@@ -94,8 +95,8 @@ def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}".removeprefix("."), tensor
 
 
-def save_state(pipe: StreamHost, session: StreamSession, path: str | os.PathLike[str]) -> None:
-    """Write the state of a running stream to a file, see `Stream.save_state`."""
+def take_state(pipe: StreamHost, session: StreamSession) -> SavedStream:
+    """Return the state of a running stream, see `Stream.state`."""
     request, live = session.request, session.live
     if live is None:
         raise ValueError("only a running stream has a state to save: this one has not begun, or has ended")
@@ -130,9 +131,8 @@ def save_state(pipe: StreamHost, session: StreamSession, path: str | os.PathLike
         "loop": loop_state,
         "inputs": input_state,
     }
-    with atomic_file(path) as temporary:
-        owned = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(owned, temporary, metadata={_KEY: json.dumps(header)})
+    owned = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return SavedStream("the state", json.loads(json.dumps(header)), owned)
 
 
 def _pack_inputs(inputs: StreamInputs, loop: ChunkLoop) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -160,12 +160,12 @@ def _pack_inputs(inputs: StreamInputs, loop: ChunkLoop) -> tuple[dict[str, torch
 
 @dataclass
 class SavedStream:
-    """Hold a stream that was read from a file.
+    """The state of a stream between two chunks. Restoring a stream leaves it as it is.
 
     Attributes:
-        path: of the file.
+        path: of the file that it was read from; shown in messages.
         header: JSON metadata of the file.
-        tensors: all tensors of the file, on the CPU.
+        tensors: all its tensors, on the CPU.
     """
 
     path: str
@@ -188,6 +188,16 @@ class SavedStream:
         if not header or header.get("version") != _VERSION:
             raise ValueError(f"{path} is no stream saved by Stream.save_state of this version")
         return cls(os.fspath(path), header, tensors)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that were generated before the state was saved."""
+        return self.header["loop"]["_next_chunk"]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file for `load`."""
+        with atomic_file(path) as temporary:
+            save_file(self.tensors, temporary, metadata={_KEY: json.dumps(self.header)})
 
     def check(self, pipe: StreamHost) -> None:
         """Check that the pipeline has the model that the stream was saved with.
@@ -220,29 +230,57 @@ class SavedStream:
         output_type: str | None,
         on_pass: Callable[[PassInfo], None] | None,
         decoder: StatefulDecoder | None,
+        num_chunks: int | None,
+        generator: torch.Generator | None,
+        callback: StepCallback,
     ) -> StreamSession:
-        """Return the session of the resumed stream.
+        """Return the session of the resumed stream; the arguments are those of `StreamableMixin.restore_stream`.
 
         Raises:
-            ValueError: if frames are asked for, but the stream was one of latents.
+            ValueError: if frames are asked for, but the stream was one of latents; or for `num_chunks` or a `generator`
+                that the stream cannot continue with.
         """
         output_type = output_type or self.header["output_type"]
         if output_type != "latent" and self.header["output_type"] == "latent":
             raise ValueError(f"{self.path} holds a stream of latents, without the VAE's memory: ask for 'latent'")
         request = StreamRequest(
-            self._inputs,
+            self._continued_inputs(num_chunks, generator),
             {"prompt_embeds": self.tensors["prompt_embeds"]},
             output_type,
             self.header["kv_cache"],
+            callback=callback,
             on_pass=on_pass,
             decoder=decoder,
-            saved=self,
+            saved=replace(self, header=copy.deepcopy(self.header), tensors=dict(self.tensors)),
         )
         changes = [
             PromptChange({"prompt_embeds": self.tensors[f"next_prompt.{index}"]}, how)
             for index, how in enumerate(self.header["next_prompts"])
         ]
         return StreamSession(request, changes)
+
+    def _continued_inputs(self, num_chunks: int | None, generator: torch.Generator | None) -> StreamInputs:
+        inputs = self._inputs
+        if num_chunks is not None:
+            done, limit = self.num_chunks, None if inputs.latents is None else inputs.num_chunks
+            if num_chunks < done or (limit is not None and num_chunks > limit):
+                raise ValueError(
+                    f"num_chunks is {num_chunks}, expected at least the {done} chunks that {self.path} has made"
+                    + ("" if limit is None else f" and at most the {limit} that it has noise for")
+                )
+            inputs = replace(inputs, num_chunks=num_chunks)
+        if generator is not None:
+            saved = inputs.generator
+            if not isinstance(saved, torch.Generator):
+                raise ValueError(f"the noise of {self.path} was drawn by one generator per sample: pass no generator")
+            if saved.device.type != generator.device.type:
+                raise ValueError(
+                    f"generator is on {generator.device.type}, expected one on {saved.device.type}, where {self.path} drew "
+                    "its noise"
+                )
+            generator.set_state(saved.get_state())
+            inputs = replace(inputs, generator=generator)
+        return inputs
 
     @property
     def _inputs(self) -> StreamInputs:
@@ -266,7 +304,7 @@ class SavedStream:
         )
 
     def restore(self, loop: ChunkLoop, decoder: StatefulDecoder | None) -> None:
-        """Restore the state into a new loop and decoder, and drop the tensors of the file."""
+        """Restore the state into a new loop and decoder, and drop the tensors of this copy."""
         loop.load_state(self._part("loop."), self.header["loop"])
         loop.cache.load_state(self._part("cache."), self.header["cache"], loop.device)
         if decoder is not None:

@@ -13,7 +13,7 @@ import torch
 
 from .config import PROMPT_SWITCHES
 from .output import Chunk
-from .saved_state import save_state
+from .saved_state import SavedStream, take_state
 from .session import PromptChange, StreamSession
 from .text_encoder import load_prompt_embeds
 
@@ -140,6 +140,19 @@ class Stream(Iterator[Chunk]):
             finally:
                 self._running.release()
 
+    def state(self) -> SavedStream:
+        """Copy all that the stream continues from, after the chunk handed out last, to host memory.
+
+        `ARVDMixin.restore_stream` continues from it, any number of times. It takes as much memory as the K/V cache.
+
+        Raises:
+            ValueError: if the stream has not started, has ended, or has state that cannot be copied.
+        """
+        with self._running:
+            if self._making:
+                raise ValueError("a callback cannot save the stream in the middle of a chunk: save it between two")
+            return take_state(self._pipe, self._session)
+
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write the state after the latest chunk to a safetensors file.
 
@@ -149,10 +162,7 @@ class Stream(Iterator[Chunk]):
         Raises:
             ValueError: if the stream has not started, has ended, or has state that cannot be saved.
         """
-        with self._running:
-            if self._making:
-                raise ValueError("a callback cannot save the stream in the middle of a chunk: save it between two")
-            save_state(self._pipe, self._session, path)
+        self.state().save(path)
 
     @property
     def _ended(self) -> bool:

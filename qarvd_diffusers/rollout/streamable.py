@@ -235,26 +235,34 @@ class StreamableMixin(ABC):
 
     def restore_stream(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | SavedStream,
         *,
+        num_chunks: int | None = None,
+        generator: torch.Generator | None = None,
         output_type: str | None = None,
         decoder: Decoder | Callable[[], Decoder] | None = None,
+        callback_on_step_end: Callable | None = None,
         on_pass: Callable[[PassInfo], None] | None = None,
     ) -> Stream:
         """Resume a stream that `Stream.save_state` saved; its output is bit-identical to an uninterrupted run.
 
         Args:
-            path: the file.
+            path: a file of `Stream.save_state`, or what `Stream.state` returned.
+            num_chunks: chunks of the whole video, those made before the save included; None takes the saved stream's.
+            generator: draws the noise, after its state was set to the saved one; None makes a generator.
             output_type: see `Frames`; None takes that of the saved stream.
             decoder: the decoder that the stream was started with, if it was not the pipeline's.
+            callback_on_step_end: see `stream`; its tensors are the latents.
             on_pass: see `stream`.
 
         Raises:
-            ValueError: if the file is not a saved stream, or is one of another model or rollout config.
+            ValueError: if the file is not a saved stream, is one of another model or rollout config, or an argument does
+                not fit the saved stream.
         """
-        saved = SavedStream.load(path)
+        saved = path if isinstance(path, SavedStream) else SavedStream.load(path)
         saved.check(self)
-        session = saved.session(output_type, on_pass, self._check_decoder(decoder))
+        callback = StepCallback(callback_on_step_end, ("latents",))
+        session = saved.session(output_type, on_pass, self._check_decoder(decoder), num_chunks, generator, callback)
         return Stream(self, session, run_stream(self, session))
 
     def _check_decoder(self, decoder: Decoder | Callable[[], Decoder] | None) -> CheckedDecoder | None:

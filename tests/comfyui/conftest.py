@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 import comfy_server
 import pytest
+
+
+def _cache(config: pytest.Config) -> Path:
+    """Return where ComfyUI is kept between runs: pytest's cache, or without it a temporary folder of this user."""
+    if cache := getattr(config, "cache", None):
+        return cache.mkdir("comfyui")
+    folder = Path(tempfile.gettempdir()) / f"qarvd-comfyui-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +26,7 @@ def comfy_tree(request):
     if missing := comfy_server.missing_modules():
         pytest.skip(f"ComfyUI needs {', '.join(missing)}: pip install -e '.[comfyui-test]'")
     try:
-        return comfy_server.find_tree(request.config.cache.mkdir("comfyui"))
+        return comfy_server.find_tree(_cache(request.config))
     except RuntimeError as error:
         pytest.skip(str(error))
 

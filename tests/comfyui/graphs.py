@@ -24,8 +24,18 @@ def stream_graph(source: dict[str, Any] | None = None, chunks: int = 2, prompt: 
         "3": node(
             "QARVDStreamGenerate", pipeline=["1", 0], positive=["2", 0], num_chunks=chunks, **{"seed": 0, **options}
         ),
-        "4": node("SaveVideo", video=["3", 2], filename_prefix="video/test", format="auto", codec="auto"),
+        "4": save_video(["3", 2], "test"),
     }
+
+
+def save_video(source: list, name: str) -> dict[str, Any]:
+    return node("SaveVideo", video=source, filename_prefix=f"video/{name}", format="auto", codec="auto")
+
+
+def second_stream(**inputs: Any) -> dict:
+    """One more chunk "5" and its SaveVideo "6", for `stream_graph`; `inputs` are those of "5", such as its start."""
+    defaults = {"pipeline": ["1", 0], "positive": ["2", 0], "num_chunks": 1, "seed": 0, "preview": "off"}
+    return {"5": node("QARVDStreamGenerate", **{**defaults, **inputs}), "6": save_video(["5", 2], "more")}
 
 
 def quantize_graph(scheme: str = "w8a16", name: str = "tiny", **options: Any) -> dict:

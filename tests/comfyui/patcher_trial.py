@@ -1,4 +1,4 @@
-"""Runs inside ComfyUI, started by `test_patchers`: its own model patchers around our layers; prints what they did as JSON.
+"""Run ComfyUI's own model patchers on our layers, inside ComfyUI, for `test_patchers`; print the results as JSON.
 
 python patcher_trial.py COMFYUI
 """

@@ -1,5 +1,5 @@
-"""The nodes in ComfyUI's own page, in a headless Chromium and in both renderers: examples open, chunks play while the next one
-is made, and what a node shows stays with it.
+"""The nodes in ComfyUI's own page, in a headless Chromium and in both renderers: examples open, chunks play while the
+next one is made, and what a node shows stays with it.
 
 With `QARVD_SCREENSHOTS=folder` the README's pictures are written there, and the examples are run and pictured.
 """
@@ -100,8 +100,8 @@ def screenshot(page, name: str) -> None:
 def test_example_opens_with_every_node_known(server, page, name):
     open_example(server, page, name, vue=False)
     missing = page.evaluate(
-        "() => window.comfyAPI.app.app.graph.nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])"
-        ".map(n => n.type)"
+        "() => window.comfyAPI.app.app.graph.nodes.filter(n => n.has_errors || "
+        "!LiteGraph.registered_node_types[n.type]).map(n => n.type)"
     )
     assert missing == []
     prompt = page.evaluate("async () => (await window.comfyAPI.app.app.graphToPrompt()).output")
@@ -113,6 +113,22 @@ def test_example_opens_with_every_node_known(server, page, name):
             assert prompt[identity]["inputs"][key] == value, (identity, key)
     if os.environ.get("QARVD_SCREENSHOTS"):
         take_picture(server, page, name)
+
+
+def test_widgets_show_the_names_of_the_library_and_keep_those_of_saved_workflows(server, page):
+    open_example(server, page, "compare", vue=False)
+    labels = page.evaluate(
+        f"Object.fromEntries({APP}.graph.nodes.flatMap(n => (n.widgets ?? []).map(w => [w.name, w.label ?? w.name])))"
+    )
+    expected = {
+        "timesteps": "denoising_timesteps",
+        "kv_window": "local_attention_frames",
+        "sink": "sink_frames",
+        "frame_weighting": "chunk_weights",
+        "exclude_layers": "modules_to_not_convert",
+        "kv_cache": "kv_cache",
+    }
+    assert {name: labels[name] for name in expected} == expected
 
 
 def take_picture(server, page, name: str) -> None:
@@ -184,13 +200,15 @@ def check_preview_off(page) -> None:
     sizes = []
     for preview in ("video", "off"):
         page.evaluate(
-            f"value => {{ const w = {STREAM}.widgets.find(w => w.name === 'preview'); w.value = value; w.callback(value); }}",
+            f"value => {{ const w = {STREAM}.widgets.find(w => w.name === 'preview'); w.value = value; "
+            f"w.callback(value); }}",
             preview,
         )
         page.wait_for_timeout(700)
         sizes.append(
             page.evaluate(
-                f"() => {{ const ds = {APP}.canvas.ds, n = {STREAM}, view = {APP}.canvas.canvas.getBoundingClientRect();"
+                f"() => {{ const ds = {APP}.canvas.ds, n = {STREAM}, view = "
+                f"{APP}.canvas.canvas.getBoundingClientRect();"
                 "const box = document.querySelector('.qarvd-player').getBoundingClientRect();"
                 "const bottom = (n.pos[1] + n.size[1] + ds.offset[1]) * ds.scale + view.top;"
                 "return { height: box.height / ds.scale, left: bottom - box.bottom }; }"
@@ -334,13 +352,13 @@ def test_a_quantize_node_from_the_menu_calibrates_once(server, page):
         page.mouse.click(x, 300)  # puts the node down
         page.wait_for_timeout(500)
     page.evaluate(
-        f"model => {{ const g = {APP}.graph, add = type => {{ const n = LiteGraph.createNode(type); g.add(n); return n; }};"
-        "const find = type => g.nodes.find(n => n.type === type), put = (n, name, v) => n.widgets.find(w => w.name === name).value = v;"
-        "const prompts = find('QARVDCalibrationPrompts'), quantize = find('QARVDQuantize');"
-        "put(prompts, 'text', 'a small green square'); put(quantize, 'scheme', 'w8a16');"
-        "const load = add('QARVDLoadPipeline'), info = add('QARVDInfo'); put(load, 'model', model);"
-        "load.connect(0, quantize, 'pipeline'); prompts.connect(0, quantize, 'calibration'); quantize.connect(0, info, 'pipeline');"
-        "}",
+        f"model => {{ const g = {APP}.graph, add = type => {{ const n = LiteGraph.createNode(type); g.add(n); return "
+        f"n; }};"
+        "const find = type => g.nodes.find(n => n.type === type), put = (n, name, v) => n.widgets.find(w => w.name "
+        "=== name).value = v;const prompts = find('QARVDCalibrationPrompts'), quantize = "
+        "find('QARVDQuantize');put(prompts, 'text', 'a small green square'); put(quantize, 'scheme', 'w8a16');const "
+        "load = add('QARVDLoadPipeline'), info = add('QARVDInfo'); put(load, 'model', model);load.connect(0, "
+        "quantize, 'pipeline'); prompts.connect(0, quantize, 'calibration'); quantize.connect(0, info, 'pipeline');}",
         BUNDLED,
     )
     for number in range(3):

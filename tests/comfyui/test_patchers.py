@@ -99,7 +99,9 @@ def test_a_component_is_loaded_whole_under_the_name_of_its_pipeline(report):
 
 def test_what_does_not_fit_is_refused_in_two_lines(report):
     small, out_of_memory = (text.splitlines() for text in report["refused"])
-    assert small[0].startswith("transformer (0.00767 GB) and vae (") and "where 0.001 GB can be had" in small[0]
+    assert (
+        small[0].startswith("transformer (0.00767 GB) and vae (") and "only 0.001 GB can be made available" in small[0]
+    )
     assert small[1].startswith("Quantize it to w4a8")
     assert out_of_memory[0].startswith("vae (") and out_of_memory[1].startswith("Free memory")
     assert len(small) == len(out_of_memory) == 2

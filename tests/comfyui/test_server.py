@@ -51,6 +51,7 @@ def test_all_nodes_are_there_and_documented(server, nodes):
     for name in NODES:
         info = nodes[name]
         assert info["description"] and info["display_name"].startswith("Q-ARVD")
+        assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"]), name
         for kind in ("required", "optional"):
             for input_name, spec in info["input"].get(kind, {}).items():
                 assert spec[1].get("tooltip"), (name, input_name)
@@ -134,7 +135,7 @@ def test_quantize_leaves_its_input_float_and_the_saved_model_is_the_libraries(se
 
 
 def test_single_files_and_rollouts(server):
-    """A file of ours, and an original checkpoint, which is converted once; either can roll out as another member does."""
+    """A file of ours and an original checkpoint, which is converted once; either can roll out like another member."""
     models = server.base / "models" / "qarvd"
     pipe = ARVDPipeline.from_pretrained(bundled_model_path())
     pipe.save_pretrained(models / "lender")
@@ -269,7 +270,7 @@ class TestBadInput:
         graph = quantize_graph("w8a8", "x")
         graph["10"] = node("QARVDCalibrationPrompts", text="# nothing", count=0, seed=0)
         graph["12"]["inputs"]["calibration"] = ["10", 0]
-        expect_two_lines(server.run(graph).error, "no calibration prompt", "one prompt a line")
+        expect_two_lines(server.run(graph).error, "no calibration prompt", "one prompt per line")
 
     def test_nan_is_named_by_chunk_and_step(self, server):
         pipe = ARVDPipeline.from_pretrained(bundled_model_path())

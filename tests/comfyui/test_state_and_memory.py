@@ -1,13 +1,16 @@
-"""Going on where a stream stands, latents to and from ComfyUI's own nodes, and what stays in memory."""
+"""Continuing from a state, latents to and from ComfyUI's own nodes, and what stays in memory."""
 
 from __future__ import annotations
 
 import time
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
-from comfy_server import Server
-from graphs import BUNDLED, PROMPT, node, read_video, stream_graph
+import torch
+from comfy_server import Run, Server
+from graphs import BUNDLED, PROMPT, node, read_video, second_stream, stream_graph
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -20,36 +23,77 @@ def video_of(server: Server, graph: dict, saver: str = "4") -> np.ndarray:
     return read_video(server.files(run, saver)[0])
 
 
-def save(source: list, prefix: str) -> dict:
-    return node("SaveVideo", video=source, filename_prefix=f"video/{prefix}", format="auto", codec="auto")
-
-
 def continued(chunks: int, more: int, prompt: str = PROMPT, **options) -> dict:
     """A stream of `chunks` in "3" and "4", `more` chunks from its state in "5" and "6"."""
     graph = stream_graph(chunks=chunks, seed=8, preview="off")
     graph["7"] = node("QARVDEncodePrompt", pipeline=["1", 0], text=prompt)
-    graph["5"] = node(
-        "QARVDStreamGenerate",
-        **{
-            "pipeline": ["1", 0],
-            "positive": ["7", 0],
-            "num_chunks": more,
-            "seed": 0,
-            "state": ["3", 3],
-            "preview": "off",
-        },
-        **options,
-    )
-    graph["6"] = save(["5", 2], "more")
-    return graph
+    return graph | second_stream(positive=["7", 0], num_chunks=more, state=["3", 3], **options)
 
 
-def test_two_plus_two_chunks_from_a_state_are_four(server):
-    whole = video_of(server, stream_graph(chunks=4, seed=8, preview="off"))
-    run = server.run(continued(2, 2))
-    parts = [read_video(server.files(run, saver)[0]) for saver in ("4", "6")]
-    assert [len(part) for part in parts] == [21, 24]
-    assert np.abs(np.concatenate(parts).astype(int) - whole).mean() < 2  # H.264 stands between
+def results(server: Server, run: Run, latents: str, images: str) -> tuple[torch.Tensor, np.ndarray]:
+    """What a SaveLatent and a PreviewImage of a run wrote."""
+    assert run.status == "success", run.error
+    entry = run.history["outputs"][latents]["latents"][0]
+    tensors = load_file(server.base / entry["type"] / entry["subfolder"] / entry["filename"])
+    return tensors["latent_tensor"], np.stack([imageio.imread(path) for path in server.files(run, images)])
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache": "int8", "kv_window": 6, "start_latent": ["20", 0]}])
+def test_streams_from_states_are_bit_by_bit_the_uncut_one(server, options):
+    """1 + 1 + 2 chunks are 4, latents and pictures; with a quantized K/V cache, a window and a start, too."""
+
+    def graph(chunks: tuple[int, ...]) -> dict:
+        graph = {**stream_graph(), "20": node("EmptyHunyuanLatentVideo", width=64, height=64, length=9, batch_size=1)}
+        del graph["3"], graph["4"]
+        settings = {name: value for name, value in options.items() if name != "start_latent"}
+        for index, count in enumerate(chunks):
+            start = {"state": [f"3{index - 1}", 3]} if index else {k: options[k] for k in options if k not in settings}
+            graph[f"3{index}"] = second_stream(num_chunks=count, seed=9 * (not index), **settings, **start)["5"]
+        return {
+            **graph,
+            "40": node("SaveLatent", samples=[f"3{index}", 1], filename_prefix="latents/state"),
+            "41": node("PreviewImage", images=[f"3{index}", 0]),
+        }
+
+    before = server.log.read_text().count("encodes the frames of the state again")
+    latents, pictures = results(server, server.run(graph((1, 1, 2))), "40", "41")
+    whole_latents, whole_pictures = results(server, server.run(graph((4,))), "40", "41")
+    assert latents.shape[2] == 6 and len(pictures) == 24
+    assert torch.equal(latents, whole_latents[:, :, -6:])
+    assert np.array_equal(pictures, whole_pictures[-24:])
+    assert server.log.read_text().count("encodes the frames of the state again") == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"prompt": LATEST}, "prompt, size or kv_cache differs"),
+        ({"kv_cache": "int8"}, "prompt, size or kv_cache differs"),
+        ({"kv_window": 6}, "causal fields"),
+        ({"timesteps": "1000, 500"}, "causal fields"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_encoded_again_with_a_note(server, changed, reason):
+    """Another prompt, K/V cache, window or list of steps."""
+    run = server.run(continued(1, 1, **changed))
+    assert run.status == "success", run.error
+    notes = [line for line in server.log.read_text().splitlines() if "encodes the frames of the state again" in line]
+    assert reason in notes[-1]
+    assert len(read_video(server.files(run, "6")[0])) == 12
+
+
+def test_a_state_that_nothing_was_connected_to_is_encoded_again(server):
+    """It does not hold the K/V cache, which takes much memory; what is made from it is almost the same."""
+    exact = video_of(server, continued(2, 1), "6")
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(2)
+    alone = stream_graph(chunks=2, seed=8, preview="off")
+    assert server.run(alone).status == "success"
+    run = server.run(continued(2, 1))
+    assert "3" in run.cached()
+    notes = [line for line in server.log.read_text().splitlines() if "encodes the frames of the state again" in line]
+    assert "nothing was connected to the state output" in notes[-1]
+    assert np.abs(read_video(server.files(run, "6")[0]).astype(int) - exact).mean() < 2
 
 
 def test_a_state_can_be_used_again_and_with_another_prompt(server):
@@ -63,17 +107,7 @@ def test_a_state_can_be_used_again_and_with_another_prompt(server):
 def test_latents_go_out_and_come_in(server):
     """A stream that starts with another one's latents shows its frames first."""
     graph = stream_graph(chunks=1, seed=4, preview="off")
-    graph["5"] = node(
-        "QARVDStreamGenerate",
-        pipeline=["1", 0],
-        positive=["2", 0],
-        num_chunks=1,
-        seed=0,
-        start_latent=["3", 1],
-        preview="off",
-    )
-    graph["6"] = save(["5", 2], "started")
-    run = server.run(graph)
+    run = server.run(graph | second_stream(start_latent=["3", 1]))
     assert run.status == "success", run.error
     first, whole = (read_video(server.files(run, saver)[0]) for saver in ("4", "6"))
     assert len(whole) == 9 + 12
@@ -83,7 +117,7 @@ def test_latents_go_out_and_come_in(server):
 def test_a_start_of_another_size_and_two_starts_are_refused(server):
     run = server.run(continued(1, 1, width=128))
     assert run.error.splitlines() == [
-        "state is 64 x 64 pixels, the video 128 x 64.",
+        "state is 64 x 64 pixels, but the video is 128 x 64.",
         "Set width to 64 and height to 64.",
     ]
     run = server.run(continued(1, 1, start_image=["3", 0]))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_server import PACK, Run, Server
-from graphs import PROMPT, node, read_video, stream_graph
+from graphs import PROMPT, node, read_video, second_stream, stream_graph
 
 pytestmark = pytest.mark.slow
 
@@ -91,16 +91,7 @@ def test_stream_generate_runs_with_nothing_behind_it(server):
 def test_finish_gives_what_exists_to_the_nodes_behind(server):
     """Images, latent, video and state end behind the chunk in progress; going on from there is the uncut video."""
     graph = with_stats(stream_graph(chunks=300, seed=41))
-    graph["5"] = node(
-        "QARVDStreamGenerate",
-        pipeline=["1", 0],
-        positive=["2", 0],
-        num_chunks=1,
-        seed=0,
-        state=["3", 3],
-        preview="off",
-    )
-    graph["6"] = node("SaveVideo", video=["5", 2], filename_prefix="video/more", format="auto", codec="auto")
+    graph |= second_stream(state=["3", 3])
     graph["7"] = node("QARVDDecode", pipeline=["1", 0], latent=["3", 1])
     graph["8"] = node("QARVDCompare", images_a=["3", 0], images_b=["7", 0], label_a="a", label_b="b")
     run = server.submit(graph)

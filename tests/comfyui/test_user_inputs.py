@@ -1,4 +1,4 @@
-"""What users choose, name and connect: every choice gives the right model, what cannot be used is refused in plain words."""
+"""What users choose, name and connect: every choice gives the right model, anything else a plain error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from graphs import BUNDLED, PROMPT, node, quantize_graph, read_video, stream_graph
+from graphs import BUNDLED, PROMPT, node, quantize_graph, read_video, second_stream, stream_graph
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -132,7 +132,7 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "problem"),
         [
-            ("con:name?*", "has '*', ':', '?', which no name on Windows can have"),
+            ("con:name?*", "has '*', ':', '?', which Windows does not allow in names"),
             ("x\0y", "has '\\x00'"),
             ("models/NUL.v1", "'NUL.v1' is reserved on Windows"),
             ("com1", "is reserved on Windows"),
@@ -153,7 +153,7 @@ class TestNames:
         expect_two_lines(server.run(quantize_graph(name="outer/sub")).error, "is inside the model outer", "beside it")
         assert server.run(quantize_graph(name="group/member")).status == "success"
         run = server.run(quantize_graph(name="group"))
-        expect_two_lines(run.error, "'group' is taken by a folder that is no saved model", "Give another name")
+        expect_two_lines(run.error, "'group' is taken by a folder that is not a saved model", "Give another name")
         (server.base / "output" / "qarvd" / "notes").write_text("mine")
         expect_two_lines(server.run(quantize_graph(name="notes")).error, "taken by a file", "Give another name")
         expect_two_lines(server.run(quantize_graph(name="notes/x")).error, "inside the file notes", "beside it")
@@ -188,7 +188,7 @@ class TestConditioning:
         area = {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0}
         run = server.run(with_prompt("ConditioningSetArea", conditioning=["2", 0], **area))
         assert run.status == "success", run.error
-        assert "does not use what positive says of: area" in server.log.read_text()
+        assert "does not use these entries of positive: area" in server.log.read_text()
 
 
 LATENTS = {
@@ -218,24 +218,15 @@ class TestLatents:
         graph["9"] = node("SetLatentNoiseMask", samples=["7", 0], mask=["8", 0])
         run = server.run(graph)
         assert run.status == "success", run.error
-        assert "does not use what start_latent says of: noise_mask" in server.log.read_text()
+        assert "does not use these entries of start_latent: noise_mask" in server.log.read_text()
 
     def test_a_state_of_another_model_goes_on_with_a_note(self, server):
         graph = stream_graph(chunks=1, preview="off")
         graph["12"] = node("QARVDQuantize", pipeline=["1", 0], scheme="w8a16")
-        graph["5"] = node(
-            "QARVDStreamGenerate",
-            pipeline=["12", 0],
-            positive=["2", 0],
-            num_chunks=1,
-            seed=0,
-            state=["3", 3],
-            preview="off",
-        )
-        graph["6"] = node("SaveVideo", video=["5", 2], filename_prefix="video/more", format="auto", codec="auto")
-        run = server.run(graph)
+        run = server.run(graph | second_stream(pipeline=["12", 0], state=["3", 3]))
         assert run.status == "success", run.error
-        assert "the state is of tiny-arvd, tiny-arvd w8a16 goes on with it" in server.log.read_text()
+        assert "the state was made with tiny-arvd, tiny-arvd w8a16 continues from it" in server.log.read_text()
+        assert "encodes the frames of the state again: " in server.log.read_text()
 
     def test_a_circle_in_a_wide_picture_stays_a_circle(self, server):
         rows, columns = np.mgrid[:128, :512]
