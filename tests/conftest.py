@@ -61,7 +61,7 @@ class Golden:
 def golden_folder(variable: str, default: Path, member: str = "") -> Path:
     folder = Path(os.environ.get(variable, default)) / member
     if not folder.is_dir():
-        pytest.skip(f"no golden data at {folder}; set {variable}")
+        pytest.skip(f"no golden data at {folder}; set {variable} to the full set")
     return folder
 
 
@@ -78,10 +78,26 @@ def golden_family():
     return member
 
 
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_configure():
+    """Give the processes that a parallel worker starts one thread each: there is one worker per core."""
+    if PARALLEL:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(autouse=True)
-def two_threads():
-    """Small tensors on many threads are slower, and tests run beside other work."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def few_threads():
+    """Use one thread beside other workers, else two: small tensors are slower on many."""
+    torch.set_num_threads(1 if PARALLEL else min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def needs_gpu(request):
+    """Skip what is marked `gpu` where there is none."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -97,7 +97,9 @@ def test_a_resume_folder_of_something_else(tiny_pipeline, tmp_path):
 
 
 def test_a_full_disk_is_named_and_the_resume_folder_stays_usable(tiny_pipeline, tmp_path):
-    resource = pytest.importorskip("resource")  # a limit on file sizes stands in for the full disk
+    resource = pytest.importorskip(
+        "resource", reason="run it on Linux or macOS"
+    )  # a limit on file sizes stands in for the full disk
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     want = tiny_pipeline.calibrate(config(), use_cache=False).save(tmp_path / "want").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

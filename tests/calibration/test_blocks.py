@@ -190,7 +190,9 @@ def test_an_error_leaves_the_folder_usable(tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_the_folder_usable(tmp_path):
-    resource = pytest.importorskip("resource")  # a limit on file sizes stands in for the full disk
+    resource = pytest.importorskip(
+        "resource", reason="run it on Linux or macOS"
+    )  # a limit on file sizes stands in for the full disk
     config = config_of(modules_to_not_convert=("blocks.1", "text_embedder"))
     wan, before = make_wan(), resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = ResumeFolder(tmp_path / "a", "one")

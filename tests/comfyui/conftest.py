@@ -8,10 +8,15 @@ import comfy_server
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def needs_gpu():
+    """Nothing: whether there is a GPU is for the Python of ComfyUI to say, see `test_gpu`."""
+
+
 @pytest.fixture(scope="session")
 def comfy_tree(request):
     if os.environ.get("QARVD_SKIP_COMFYUI"):
-        pytest.skip("QARVD_SKIP_COMFYUI is set")
+        pytest.skip("QARVD_SKIP_COMFYUI is set: unset it")
     if missing := comfy_server.missing_modules():
         pytest.skip(f"ComfyUI needs {', '.join(missing)}: pip install -e '.[comfyui-test]'")
     try:

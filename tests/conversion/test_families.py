@@ -289,7 +289,7 @@ print(peak - base)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc: run it on Linux")
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     """A file of many blocks is converted (and cast) with little more memory than one of its tensors takes."""
     from diffusers import WanTransformer3DModel

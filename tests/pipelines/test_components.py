@@ -103,7 +103,7 @@ def test_a_compiled_part_is_refused_by_name(tiny_pipeline):
 
 
 def test_loras_on_a_compiled_model(tiny_pipeline):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="pip install -e '.[test]'")
     lora = as_file(random_lora(tiny_pipeline.transformer), "comfyui")
     base, outputs = generate(tiny_pipeline), []
     for wrap in (False, True):

@@ -21,7 +21,7 @@ from qarvd_diffusers.quantization.install import dequantize
 from qarvd_diffusers.quantization.linear import QARVDLinear
 from qarvd_diffusers.quantization.model import quantized_linears
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", reason="pip install -e '.[test]'")
 PROMPTS = ("a red circle moves left",)
 
 

@@ -430,7 +430,7 @@ def endless(pipe, chunks):
     return pipe.stream(PROMPT, num_chunks=chunks, generator=seeded(), kv_cache="int8", output_type="latent")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what the process occupies from Linux's /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc: run it on Linux")
 def test_120_chunks_take_no_more_memory_than_20(pipe):
     """The process gives free pages back before it is measured."""
     trim, memory = ctypes.CDLL(None).malloc_trim, []
