@@ -50,7 +50,7 @@ def test_a_layer_that_is_never_called(tiny_pipeline):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16", "w8a8_dynamic"])
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_a_row_of_one_value_is_quantized_exactly(tiny_pipeline, scheme, value):
-    """No error: zeros, or one value, are on any grid (rounding may move a value to make up for its neighbours' error)."""
+    """No error: zeros, or one value, are on any grid (rounding may move a value to compensate its neighbours)."""
     linear = tiny_pipeline.transformer.blocks[0].ffn.net[0].proj
     linear.weight.data[3] = value
     result = tiny_pipeline.calibrate(config(scheme, rounding="nearest"))

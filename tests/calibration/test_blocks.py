@@ -129,7 +129,9 @@ from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.calibration.resume import ResumeFolder
 from qarvd_diffusers.config import QARVDConfig
 torch.set_num_threads(1)
-config = QARVDConfig("w4a8", outlier_alignment=4, calibration_chunks=CHUNKS, rounding="adaround", rounding_iterations=4)
+config = QARVDConfig(
+    "w4a8", outlier_alignment=4, calibration_chunks=CHUNKS, rounding="adaround", rounding_iterations=4
+)
 wan = make_wan(layers=1)
 slow = lambda *step: time.sleep(float(sys.argv[4]))
 calibrate(wan, make_run(wan), config, slow, ResumeFolder(sys.argv[2], "one")).save(sys.argv[3])

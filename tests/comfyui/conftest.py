@@ -8,11 +8,6 @@ import comfy_server
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def needs_gpu():
-    """Nothing: whether there is a GPU is for the Python of ComfyUI to say, see `test_gpu`."""
-
-
 @pytest.fixture(scope="session")
 def comfy_tree(request):
     if os.environ.get("QARVD_SKIP_COMFYUI"):
@@ -37,3 +32,8 @@ def server(comfy_tree, tmp_path_factory):
 @pytest.fixture(scope="module")
 def nodes(server):
     return server.get("/object_info")
+
+
+@pytest.fixture(autouse=True)
+def needs_gpu():
+    """Do nothing: whether there is a GPU is for the Python of ComfyUI to say, see `test_gpu`."""

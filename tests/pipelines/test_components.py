@@ -162,7 +162,8 @@ def test_assigning_a_vae_is_constructing_with_it(tiny_pipeline):
 
 def tiny_helios():
     return HeliosTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=1, rope_dim=(4, 6, 6),
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=1, rope_dim=(4, 6, 6),
     )  # fmt: skip
 
 

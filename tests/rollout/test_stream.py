@@ -272,7 +272,7 @@ def test_a_saved_stream_goes_on_bit_by_bit(pipe, tmp_path, kv_cache, output_type
 
 
 def test_all_of_a_stream_is_saved(pipe, tmp_path):
-    """Initial latents, one generator per sample, a prompt that waits, a re-caching that reaches back before the save."""
+    """Initial latents, one generator per sample, a waiting prompt, a re-caching that reaches back before the save."""
     start = torch.randn(2, 4, 3, 4, 6, generator=seeded(5))
 
     def run(path=None):
