@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from conftest import build_transformer, build_vae
 from diffusers import (
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
@@ -19,6 +18,7 @@ from diffusers import (
 from lora_files import as_file, random_lora
 from safetensors.torch import load_file
 from test_third_party import Denoiser, ToyPipeline
+from tiny_pipeline import build_transformer, build_vae
 from tiny_wan import make_wan22_vae
 
 from qarvd_diffusers import ARVDPipeline, FewStepRenoiseScheduler, QARVDConfig

@@ -497,7 +497,7 @@ def test_streams_left_open_when_the_interpreter_ends():
     """Several of them, and in a reference cycle, so that nothing has dropped them before modules are taken down."""
     code = """
 import builtins
-from conftest import *
+from tiny_pipeline import *
 pipe = ARVDPipeline(build_transformer(), vae=build_vae(), height=32, width=48)
 text = torch.zeros(1, 12, 16)
 streams = [pipe.stream(prompt_embeds=text, output_type=kind) for kind in ("pt", "latent")]
