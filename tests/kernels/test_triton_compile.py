@@ -175,6 +175,7 @@ def test_the_small_ones(capability, tmp_path):
         assert_no_spills(compiled(kernel, signature, constants, capability, (4, 1)), tmp_path)
 
 
+@pytest.mark.slow
 def test_numerics_interpreted():
     """The numerical tests of this folder, with Triton's interpreter in place of a GPU."""
     import triton
@@ -182,7 +183,7 @@ def test_numerics_interpreted():
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     # Triton 3.6 interprets loops with a bound of its own only beside older versions of numpy.
     chosen = [] if version >= (3, 7) else ["-k", "not attention_int8"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *chosen]
     result = subprocess.run(
         [*command, str(Path(__file__).with_name("test_triton_numerics.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
