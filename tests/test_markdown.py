@@ -26,7 +26,7 @@ def prose(path: Path) -> list[tuple[int, str]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if FENCE.match(line):
             in_code = not in_code
-        elif not in_code:
+        elif not in_code and not line.startswith("    "):
             lines.append((number, line))
     return lines
 
