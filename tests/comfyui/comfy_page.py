@@ -71,10 +71,8 @@ def wait_until_idle(server) -> None:
 
 def visible_video(page) -> dict:
     return page.evaluate(
-        "() => { const all = [...document.querySelectorAll('.qarvd-player video')];"
-        "const v = all.find(v => v.style.visibility === 'visible');"
-        "const b = v.getBoundingClientRect();"
-        "return { ready: v.readyState, width: v.videoWidth, error: v.error?.message,"
+        "() => { const v = [...document.querySelectorAll('.qarvd-player video')].find(v => v.style.visibility === 'visible');"
+        "const b = v.getBoundingClientRect(); return { ready: v.readyState, width: v.videoWidth, error: v.error?.message,"
         "paused: v.paused, src: v.src, box: [b.width, b.height] }; }"
     )
 

@@ -1,8 +1,7 @@
 """A real ComfyUI server on loopback for tests, with the node pack linked into it.
 
-`COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` the Python that runs it (default: this one), `COMFYUI_ARGS` more
-arguments. Without a checkout the tree of version 0.3.75 inside a PyPI wheel is fetched and run from a scratch folder;
-nothing of it is kept in the repository.
+`COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` the Python that runs it (default: this one), `COMFYUI_ARGS` more arguments. Without a checkout the tree of
+version 0.3.75 inside a PyPI wheel is fetched and run from a scratch folder; nothing of it is kept in the repository.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""The node pack on a real ComfyUI server on a GPU, step by step; `test_gpu` runs the steps, or this file by itself.
+"""The node pack on a real ComfyUI server on a GPU, step by step: `test_gpu` runs the steps, and so does this file alone.
 
-COMFYUI_PATH=... [COMFYUI_ARGS="--front-end-root EMPTY_FOLDER"] \\
-    python tests/comfyui/gpu_trial.py [--cpu | --any-flag-of-the-server]
+COMFYUI_PATH=... [COMFYUI_ARGS="--front-end-root EMPTY_FOLDER"] python tests/comfyui/gpu_trial.py [--cpu | --any-flag-of-the-server]
 
-Needs no browser, no network and no front-end package. A line per step tells the memory in use on the GPU and by the
-process.
+Needs no browser, no network and no front-end package. A line per step tells the memory in use on the GPU and by the process.
 """
 
 from __future__ import annotations
@@ -176,8 +174,7 @@ STEPS = ("examples", "changed_settings", "lora", "freed", "interrupted", "flat_m
 def refusal(step: str, server: Server) -> str | None:
     """Why this ComfyUI cannot do a step."""
     if step == "lora" and server.version < (0, 27):
-        version = ".".join(map(str, server.version))
-        return f"ComfyUI {version} has no causal Wan model; COMFYUI_PATH may name one of 0.27 or later"
+        return f"ComfyUI {'.'.join(map(str, server.version))} has no causal Wan model; COMFYUI_PATH may name one of 0.27 or later"
     return None
 
 

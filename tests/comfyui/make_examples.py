@@ -68,8 +68,7 @@ EXAMPLES = {
             "5": (780, 320, 380, 330),
             "note": (0, 520, 330, 190),
         },
-        "### Quantize and save\n\n"
-        "Calibrates the small model that ships with the library on six prompts, quantizes it to 4-bit "
+        "### Quantize and save\n\nCalibrates the small model that ships with the library on six prompts, quantizes it to 4-bit "
         "weights and 8-bit activations, and saves it as `output/qarvd/tiny-w4a8`.\n\nThen open **stream**.",
     ),
     "stream": (
@@ -81,8 +80,7 @@ EXAMPLES = {
             "4": (850, 0, 400, 460),
             "note": (0, 430, 330, 190),
         },
-        "### Stream from a quantized model\n\n"
-        "Every finished chunk plays in **Stream Generate** while the next one is made.\n\n"
+        "### Stream from a quantized model\n\nEvery finished chunk plays in **Stream Generate** while the next one is made.\n\n"
         "Needs `tiny-w4a8`: run the workflow **quantize** once.",
     ),
     "image_to_video": (
@@ -96,10 +94,8 @@ EXAMPLES = {
             "6": (1630, 0, 400, 460),
             "note": (0, 430, 330, 230),
         },
-        "### Image to video\n\n"
-        "The left node makes nine pictures; your own pictures or clip (**Load Image**, **Get Video "
-        "Components**) can take its place. The right node starts with them and goes on.\n\n"
-        "A single picture is held for one "
+        "### Image to video\n\nThe left node makes nine pictures; your own pictures or clip (**Load Image**, **Get Video "
+        "Components**) can take its place. The right node starts with them and goes on.\n\nA single picture is held for one "
         "chunk; the small model, which never saw one, goes on holding it.",
     ),
     "compare": (
@@ -116,8 +112,7 @@ EXAMPLES = {
             "9": (840, 720, 660, 330),
             "note": (0, 490, 330, 150),
         },
-        "### What did quantization change?\n\n"
-        "The same noise through the float and the 4-bit model: both videos, their difference, "
+        "### What did quantization change?\n\nThe same noise through the float and the 4-bit model: both videos, their difference, "
         "and PSNR and SSIM chunk by chunk.",
     ),
 }

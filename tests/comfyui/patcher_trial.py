@@ -1,4 +1,4 @@
-"""Runs inside ComfyUI, started by `test_patchers`: its model patchers around our layers; prints their effect as JSON.
+"""Runs inside ComfyUI, started by `test_patchers`: its own model patchers around our layers; prints what they did as JSON.
 
 python patcher_trial.py COMFYUI
 """

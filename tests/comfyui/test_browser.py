@@ -1,5 +1,5 @@
-"""The nodes in ComfyUI's own page, in a headless Chromium and in both renderers: examples open, chunks play while the
-next one is made, and what a node shows stays with it.
+"""The nodes in ComfyUI's own page, in a headless Chromium and in both renderers: examples open, chunks play while the next one
+is made, and what a node shows stays with it.
 
 With `QARVD_SCREENSHOTS=folder` the README's pictures are written there, and the examples are run and pictured.
 """
@@ -100,8 +100,7 @@ def screenshot(page, name: str) -> None:
 def test_example_opens_with_every_node_known(server, page, name):
     open_example(server, page, name, vue=False)
     missing = page.evaluate(
-        "() => window.comfyAPI.app.app.graph.nodes"
-        ".filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])"
+        "() => window.comfyAPI.app.app.graph.nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])"
         ".map(n => n.type)"
     )
     assert missing == []
@@ -185,15 +184,13 @@ def check_preview_off(page) -> None:
     sizes = []
     for preview in ("video", "off"):
         page.evaluate(
-            f"value => {{ const w = {STREAM}.widgets.find(w => w.name === 'preview');"
-            "w.value = value; w.callback(value); }",
+            f"value => {{ const w = {STREAM}.widgets.find(w => w.name === 'preview'); w.value = value; w.callback(value); }}",
             preview,
         )
         page.wait_for_timeout(700)
         sizes.append(
             page.evaluate(
-                f"() => {{ const ds = {APP}.canvas.ds, n = {STREAM};"
-                f"const view = {APP}.canvas.canvas.getBoundingClientRect();"
+                f"() => {{ const ds = {APP}.canvas.ds, n = {STREAM}, view = {APP}.canvas.canvas.getBoundingClientRect();"
                 "const box = document.querySelector('.qarvd-player').getBoundingClientRect();"
                 "const bottom = (n.pos[1] + n.size[1] + ds.offset[1]) * ds.scale + view.top;"
                 "return { height: box.height / ds.scale, left: bottom - box.bottom }; }"
@@ -337,15 +334,12 @@ def test_a_quantize_node_from_the_menu_calibrates_once(server, page):
         page.mouse.click(x, 300)  # puts the node down
         page.wait_for_timeout(500)
     page.evaluate(
-        f"model => {{ const g = {APP}.graph;"
-        "const add = type => { const n = LiteGraph.createNode(type); g.add(n); return n; };"
-        "const find = type => g.nodes.find(n => n.type === type);"
-        "const put = (n, name, v) => n.widgets.find(w => w.name === name).value = v;"
+        f"model => {{ const g = {APP}.graph, add = type => {{ const n = LiteGraph.createNode(type); g.add(n); return n; }};"
+        "const find = type => g.nodes.find(n => n.type === type), put = (n, name, v) => n.widgets.find(w => w.name === name).value = v;"
         "const prompts = find('QARVDCalibrationPrompts'), quantize = find('QARVDQuantize');"
         "put(prompts, 'text', 'a small green square'); put(quantize, 'scheme', 'w8a16');"
         "const load = add('QARVDLoadPipeline'), info = add('QARVDInfo'); put(load, 'model', model);"
-        "load.connect(0, quantize, 'pipeline'); prompts.connect(0, quantize, 'calibration');"
-        "quantize.connect(0, info, 'pipeline');"
+        "load.connect(0, quantize, 'pipeline'); prompts.connect(0, quantize, 'calibration'); quantize.connect(0, info, 'pipeline');"
         "}",
         BUNDLED,
     )

@@ -23,8 +23,7 @@ pytestmark = pytest.mark.slow
 def causal(server):
     if server.version < (0, 27):
         pytest.skip(
-            f"ComfyUI {'.'.join(map(str, server.version))} has no causal Wan model with int8; "
-            "COMFYUI_PATH may name version 0.27 or later"
+            f"ComfyUI {'.'.join(map(str, server.version))} has no causal Wan model with int8; COMFYUI_PATH may name one"
         )
 
 

@@ -40,7 +40,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(comfy_tree, packed, tmp_path_factory):
-    """A server with the pack, its folder of nodes linked twice, an incomplete library, and one that is too old."""
+    """A server with the pack, its folder of nodes linked once more, a library in which something is missing, and one that is too old."""
     broken = tmp_path_factory.mktemp("broken") / "qarvd_diffusers"
     broken.mkdir()
     (broken / "__init__.py").write_text("import a_package_that_is_not_there\n")
@@ -95,7 +95,7 @@ def test_a_missing_library_is_an_error_of_two_lines_when_a_node_runs(server):
 
 
 def tells_the_remedy(line: str) -> bool:
-    """Whether a line has the command that installs what is missing: the server's Python, and a file that exists."""
+    """Whether a line has the command that installs what is missing: with the server's Python, and from a file that is there."""
     found = re.search(rf"{re.escape(comfy_server.python())} -m pip install -r (\S+), then restart ComfyUI", line)
     return found is not None and Path(found[1]).is_file()
 

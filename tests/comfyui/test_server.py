@@ -134,7 +134,7 @@ def test_quantize_leaves_its_input_float_and_the_saved_model_is_the_libraries(se
 
 
 def test_single_files_and_rollouts(server):
-    """A file of ours, and an original checkpoint, converted once; either can roll out as another family does."""
+    """A file of ours, and an original checkpoint, which is converted once; either can roll out as another member does."""
     models = server.base / "models" / "qarvd"
     pipe = ARVDPipeline.from_pretrained(bundled_model_path())
     pipe.save_pretrained(models / "lender")

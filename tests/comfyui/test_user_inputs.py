@@ -1,4 +1,4 @@
-"""What users choose, name and connect: every choice gives the right model, or an error in plain words."""
+"""What users choose, name and connect: every choice gives the right model, what cannot be used is refused in plain words."""
 
 from __future__ import annotations
 
