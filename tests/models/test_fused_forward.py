@@ -388,6 +388,7 @@ def test_graphs_replay_the_same_pass(scheme, storage):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_stretch_that_cannot_be_captured_runs_without_a_graph(monkeypatch, caplog):
     model, shape = wide_model()
     model.fused_pass = True
