@@ -8,17 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-OLD_PATHS = [
-    ("linear", "QARVDLinear, LinearQParams"),
-    ("serialization", "quantized_linears, stored_bytes, atomic_directory"),
-    ("models.kv_cache", "KVCache"),
-    ("models.causal_fields", "CausalFields"),
-    ("pipelines.stream", "Stream"),
-    ("pipelines.memory", "estimate"),
-    ("presets", "PRESETS"),
-]
+# Modules of version 0.1 and what users imported from them.
+OLD_PATHS = {
+    "linear": ["QARVDLinear", "LinearQParams"],
+    "serialization": ["quantized_linears", "stored_bytes", "atomic_directory"],
+    "models.kv_cache": ["KVCache"],
+    "models.causal_fields": ["CausalFields"],
+    "pipelines.stream": ["Stream"],
+    "pipelines.memory": ["estimate"],
+    "presets": ["PRESETS"],
+}
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qarvd_diffusers"
@@ -99,6 +98,14 @@ def test_every_room_exists_and_has_a_place():
     assert {room_of(name) for name in MODULES} - {"", "moved"} == set(ROOMS)
 
 
+def test_tests_mirror_the_rooms():
+    tests = ROOT / "tests"
+    folders = {path.parent.name for path in tests.glob("*/test_*.py")}
+    files = {path.stem.removeprefix("test_") for path in tests.glob("test_*.py")}
+    assert folders <= {*ROOMS, "comfyui", "kernels"}
+    assert files <= {*ROOMS, "architecture", "markdown"}
+
+
 def test_imports_go_strictly_downward():
     faults = []
     for name in MODULES:
@@ -139,7 +146,7 @@ def run(code: str, cwd: Path | str = "/") -> str:
 
 
 def test_import_does_nothing():
-    """Nothing beyond torch and diffusers; no CUDA, seed, logging configuration, network or module of ours but the hook."""
+    """Loads only torch and diffusers; no CUDA, seed, logging set-up, network or module of ours but the hook."""
     report = json.loads(
         run(
             """
@@ -181,25 +188,39 @@ def test_public_names_resolve():
 def test_kernels_folder_does_not_shadow_the_pypi_package():
     """diffusers and transformers probe for a package named `kernels`; what they see must not change at the root."""
     code = """
-import importlib.util, qarvd_diffusers
+import json, sys, qarvd_diffusers
 from diffusers.utils import is_kernels_available
 from transformers.utils import is_kernels_available as in_transformers
-print(is_kernels_available(), in_transformers())
+print(json.dumps([[is_kernels_available(), in_transformers()], [path for path in sys.path if path]]))
 """
-    assert run(code, cwd=ROOT) == run(code)
-    outside = run("import qarvd_diffusers, sys; print([p for p in sys.path if p])")
-    assert str(ROOT) not in [str(Path(p)) for p in eval(outside)]
+    seen_at_root, _ = json.loads(run(code, cwd=ROOT))
+    seen_outside, search_path = json.loads(run(code))
+    assert seen_at_root == seen_outside
+    assert str(ROOT) not in [str(Path(path)) for path in search_path]
     assert not list((ROOT / "kernels").glob("__init__.py"))
 
 
-@pytest.mark.parametrize(("old", "names"), OLD_PATHS)
-def test_import_paths_of_0_1_still_work(old, names):
-    """With a warning that names the new place, and the same objects."""
+def test_import_paths_of_0_1_still_work():
+    """With a warning that names the new place, and the same objects; each imported before anything else of ours."""
     code = f"""
-import warnings
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    from qarvd_diffusers.{old} import {names}
-print([str(w.message) for w in caught if "qarvd_diffusers" in str(w.message) and w.category is DeprecationWarning])
+import importlib, json, sys, warnings
+report = {{}}
+for old, names in {OLD_PATHS!r}.items():
+    for loaded in [name for name in sys.modules if name.split(".")[0] == "qarvd_diffusers"]:
+        del sys.modules[loaded]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = importlib.import_module("qarvd_diffusers." + old)
+    new = [sys.modules["qarvd_diffusers." + name] for name in sys.modules["qarvd_diffusers.moved"].MOVED[old]]
+    report[old] = {{
+        "warnings": [str(w.message) for w in caught if w.category is DeprecationWarning],
+        "new": [part.__name__ for part in new],
+        "names": [n for n in names if any(getattr(module, n) is getattr(part, n, None) for part in new)],
+    }}
+print(json.dumps(report))
 """
-    assert f"qarvd_diffusers.{old} moved" in run(code)
+    report = json.loads(run(code))
+    for old, names in OLD_PATHS.items():
+        expected = f"qarvd_diffusers.{old} moved: import from {' or '.join(report[old]['new'])} instead"
+        assert expected in report[old]["warnings"], old
+        assert report[old]["names"] == names, old

@@ -257,7 +257,7 @@ def test_blocks_compile_without_graph_breaks(scheme):
 
 
 def test_adapter_trains_on_top_and_is_not_saved(tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="pip install -e '.[test]'")
     model = quantized_model()
     expected = output(model)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))

@@ -12,7 +12,8 @@ def make_wan(seed=0, planted=True, layers=2):
     torch.manual_seed(seed)
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24,
-        freq_dim=32, ffn_dim=64, num_layers=layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        freq_dim=32, ffn_dim=64, num_layers=layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
     ).eval()  # fmt: skip
     if planted:  # outlier channels that leave the function unchanged: rows of v scaled down, columns of o scaled up
         with torch.no_grad():

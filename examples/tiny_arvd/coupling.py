@@ -1,12 +1,12 @@
-"""The link between the first chunk's noise and the scene it shows.
+"""Links the noise of the first chunk to the scene that it shows.
 
-A few-step model that must invent a start position from pure noise averages over all of them and stays blurry. Here the
+A few-step model that must choose a start position from pure noise averages over all of them and stays blurry. Here the
 eight numbers that a caption leaves open (`scenes.NUM_STATES`) *are* eight coordinates of the noise: its projections on
-fixed unit vectors, a 2x2 checkerboard in one latent channel each. The noise stays exactly N(0, I) and the data keeps its
-distribution, but prompt and noise now determine the whole clip, and every denoising step is plain regression.
+fixed unit vectors, a 2x2 checkerboard in one latent channel each. The noise stays exactly N(0, I) and the data keeps
+its distribution, but prompt and noise now determine the whole clip, and every denoising step is plain regression.
 
-The checkerboard is blind to flat latents, so the projection of a partly noised latent is, to a good approximation, that
-of its noise alone: at each of the first steps the fresh noise chooses the scene anew, and the last step only refines.
+The checkerboard is blind to flat latents, so the projection of a partly noised latent is approximately that of its
+noise alone: at each of the first steps the fresh noise chooses the scene again, and the last step only refines.
 """
 
 from __future__ import annotations

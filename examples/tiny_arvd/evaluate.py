@@ -42,7 +42,7 @@ def evaluate(model, tokenizer, vae, count: int, num_chunks: int, sheet: Path | N
 
 
 def judge(videos: np.ndarray, prompts: list[str]) -> dict[str, float]:
-    """Share of videos that are right, attribute by attribute over the whole clip, and (`last`) in the last chunk alone."""
+    """Share of correct videos, for each attribute over the whole clip, and (`last`) in the last chunk alone."""
     frames = videos.shape[1]
     whole = [adherence(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
     last = [adherence(v, p, (max(0, frames - 12), frames)) for v, p in zip(videos, prompts, strict=True)]

@@ -2,7 +2,8 @@
 
 What the caption leaves open (start position, phase) is a function of eight standard normal numbers per clip, four for
 each sprite: a phase from the angle of the first two, an offset in [-1, 1]^2 from the normal quantiles of the others.
-The transformer reads those numbers from its initial noise (see `coupling.py`), so that prompt and noise decide the clip.
+The transformer reads those numbers from its initial noise (see `coupling.py`), so that prompt and noise determine the
+clip.
 """
 
 from __future__ import annotations

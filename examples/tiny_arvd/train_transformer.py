@@ -3,8 +3,9 @@
     python train_transformer.py --vae runs/tiny_arvd/vae --out runs/tiny_arvd/transformer --minutes 16
 
 Three sources of training inputs, one target (the true latents, see `coupling.py` for why it is unique):
- - pairs: 30-chunk clips, clean and noisy versions of every chunk in one pass, the clean ones true (teacher forcing) or,
-   increasingly, the model's own stream (`generate` with the averaged weights), so that errors do not pile up;
+ - pairs: 30-chunk clips, clean and noisy versions of every chunk in one pass; the clean ones are true (teacher
+   forcing) or, increasingly, the model's own stream (`generate` with the averaged weights), so that errors do not
+   accumulate;
  - singles: chunk 0 alone, the hardest, at many more scenes;
  - at every denoising step the noisy input is made the way generation makes it, from the previous step's estimate.
 A run that finds a checkpoint in `--out` continues from it; `--stop-after` splits a training into several runs.
@@ -154,7 +155,7 @@ def training_loss(model: Generator, long: Bank, short: Bank, rollouts: dict, lay
 
 
 def save_checkpoint(folder: Path, model: Generator, ema: Generator, optimizer, progress: dict) -> None:
-    """Weights in float32, averaged weights and Adam's second moment in bfloat16 (the first recovers in a few steps)."""
+    """Weights in float32, averaged weights and Adam's second moment in bfloat16; the first recovers in a few steps."""
     tensors = {}
     averaged = dict(ema.named_parameters())
     for name, parameter in model.named_parameters():

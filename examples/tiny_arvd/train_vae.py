@@ -2,10 +2,10 @@
 
     python train_vae.py --out runs/tiny_arvd/vae --minutes 6
 
-Two stages: short clips with many scenes per batch (form and colour), then long clips (no drift far into a stream).
-Deterministic autoencoder: the posterior's log-variance is a constant, and the decoder sees latents with noise of a tenth
-of each channel's spread, so that it tolerates what the transformer gets wrong. A run that finds a checkpoint in `--out`
-continues from it. A later run with `--decoder-only` spends more time on the decoder alone, on `--short` clips.
+Two stages: short clips with many scenes per batch (form and color), then long clips (no drift far into a stream).
+The autoencoder is deterministic: the posterior's log-variance is a constant, and the decoder sees latents with noise
+of a tenth of each channel's spread, so that it tolerates errors of the transformer. A run that finds a checkpoint in
+`--out` continues from it. A later run with `--decoder-only` spends more time on the decoder alone, on `--short` clips.
 """
 
 from __future__ import annotations

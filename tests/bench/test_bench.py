@@ -116,7 +116,6 @@ def test_a_variant_that_takes_too_long_is_given_up():
     assert result["error"] == "TimeoutError: not done within 0.01 s"
 
 
-@pytest.mark.slow
 def test_whole_videos(tmp_path):
     out = tmp_path / "video.json"
     arguments = ["bench", "--shape", "toy", "--device", "cpu", "--end-to-end", "--frames", "21", "--out", str(out)]
@@ -131,7 +130,6 @@ def test_whole_videos(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_kernel_is_timed_without_the_wait_for_its_launch():
     numbers = torch.zeros(8, device="cuda")
 

@@ -88,7 +88,7 @@ def test_golden_losses(golden_layer, case):
 
 @pytest.mark.parametrize("inference", (False, True))
 def test_edges(inference):
-    """Zero rows, empty groups, float activations, a caller in inference mode: finite codes, never worse than nearest."""
+    """Zero rows, empty groups, float activations, inference mode: finite codes, never worse than round-to-nearest."""
     with torch.inference_mode(inference):
         g = torch.Generator().manual_seed(0)
         weight, samples = torch.randn(6, 8, generator=g), torch.randn(5, 16, 8, generator=g)

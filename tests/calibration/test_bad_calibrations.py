@@ -50,7 +50,7 @@ def test_a_layer_that_is_never_called(tiny_pipeline):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16", "w8a8_dynamic"])
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_a_row_of_one_value_is_quantized_exactly(tiny_pipeline, scheme, value):
-    """No error: zeros, or one value, are on any grid (rounding may move a value to make up for its neighbours' error)."""
+    """No error: zeros, or one value, are on any grid (rounding may move a value to compensate its neighbours)."""
     linear = tiny_pipeline.transformer.blocks[0].ffn.net[0].proj
     linear.weight.data[3] = value
     result = tiny_pipeline.calibrate(config(scheme, rounding="nearest"))
@@ -97,7 +97,9 @@ def test_a_resume_folder_of_something_else(tiny_pipeline, tmp_path):
 
 
 def test_a_full_disk_is_named_and_the_resume_folder_stays_usable(tiny_pipeline, tmp_path):
-    resource = pytest.importorskip("resource")  # a limit on file sizes stands in for the full disk
+    resource = pytest.importorskip(
+        "resource", reason="run it on Linux or macOS"
+    )  # a limit on file sizes stands in for the full disk
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     want = tiny_pipeline.calibrate(config(), use_cache=False).save(tmp_path / "want").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

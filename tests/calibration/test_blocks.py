@@ -129,7 +129,9 @@ from qarvd_diffusers.calibration.calibrate import calibrate
 from qarvd_diffusers.calibration.resume import ResumeFolder
 from qarvd_diffusers.config import QARVDConfig
 torch.set_num_threads(1)
-config = QARVDConfig("w4a8", outlier_alignment=4, calibration_chunks=CHUNKS, rounding="adaround", rounding_iterations=4)
+config = QARVDConfig(
+    "w4a8", outlier_alignment=4, calibration_chunks=CHUNKS, rounding="adaround", rounding_iterations=4
+)
 wan = make_wan(layers=1)
 slow = lambda *step: time.sleep(float(sys.argv[4]))
 calibrate(wan, make_run(wan), config, slow, ResumeFolder(sys.argv[2], "one")).save(sys.argv[3])
@@ -190,7 +192,9 @@ def test_an_error_leaves_the_folder_usable(tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_the_folder_usable(tmp_path):
-    resource = pytest.importorskip("resource")  # a limit on file sizes stands in for the full disk
+    resource = pytest.importorskip(
+        "resource", reason="run it on Linux or macOS"
+    )  # a limit on file sizes stands in for the full disk
     config = config_of(modules_to_not_convert=("blocks.1", "text_embedder"))
     wan, before = make_wan(), resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = ResumeFolder(tmp_path / "a", "one")

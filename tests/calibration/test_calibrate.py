@@ -166,7 +166,7 @@ def test_reference_compat(wan, scheme):
 
 
 def test_reference_watches_the_rounded_model_and_puts_it_back(wan):
-    """The first layer of a block reads what rounded layers before it wrote; afterwards the weights are the old ones."""
+    """The first layer of a block reads the output of rounded layers; afterwards the weights are the old ones."""
     before = copy.deepcopy(wan.state_dict())
     result = calibrate(wan, make_run(wan), config_of("w4a8", reference_compat=True, rounding="nearest"))
     assert all(torch.equal(value, before[key]) for key, value in wan.state_dict().items())

@@ -64,7 +64,7 @@ def test_every_step_lowers_the_error(num_outliers):
 
 
 def test_close_to_the_best_codes_there_are():
-    """Four columns of two bits: all 256 combinations are tried. On average little is lost, and nothing beats the best."""
+    """Four columns of two bits: on average little is lost against the best of all 256 combinations."""
     weight, moments, grid = layer(rows=40, columns=4, num_outliers=0, bits=2)
     moments = dampen_hessian(moments)
     every = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.float32)

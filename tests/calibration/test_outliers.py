@@ -17,7 +17,7 @@ def planted(columns=96, outliers=(5, 40, 41), gain=8.0, spread=0.05):
 @pytest.mark.parametrize("method", ("mad_zscore", "iqr"))
 @pytest.mark.parametrize("spread", (0.05, 0.0))
 def test_planted_outliers_are_found(method, spread):
-    """With spread 0 the median absolute deviation is (nearly) zero, where the reference implementation finds nothing."""
+    """With spread 0 the median absolute deviation is about zero, and the reference implementation finds nothing."""
     found = find_outliers([planted(spread=spread)], method)
     assert found.num_outliers == 3
     assert found.channel_order[:3].tolist() == [5, 40, 41]

@@ -55,7 +55,7 @@ def test_info(capsys):
 
 
 def test_inspect_float_and_plot(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[test]'")
     assert main(["inspect", "bundled", "--json", "--plot", str(tmp_path / "x.png")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["quantization"] is None and report["bytes"]["quantized"] == 0

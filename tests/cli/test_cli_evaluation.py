@@ -8,7 +8,7 @@ import pytest
 
 from qarvd_diffusers.cli import main
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="pip install -e '.[test]'")
 
 
 @pytest.fixture

@@ -278,7 +278,7 @@ def test_a_report_without_matplotlib(model, tiny_pipeline, tmp_path, capsys, mon
     assert "plots need matplotlib" in error and "loading" not in error
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP runtime")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP runtime: run it on Linux")
 @pytest.mark.parametrize(("set_by_user", "spins"), [(None, 0), ("active", 30_000_000_000)])
 def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(tmp_path, set_by_user, spins):
     """How often its threads look before they sleep, by the OpenMP runtime itself; by default 300000 times."""

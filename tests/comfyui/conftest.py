@@ -22,7 +22,7 @@ def _cache(config: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def comfy_tree(request):
     if os.environ.get("QARVD_SKIP_COMFYUI"):
-        pytest.skip("QARVD_SKIP_COMFYUI is set")
+        pytest.skip("QARVD_SKIP_COMFYUI is set: unset it")
     if missing := comfy_server.missing_modules():
         pytest.skip(f"ComfyUI needs {', '.join(missing)}: pip install -e '.[comfyui-test]'")
     try:
@@ -43,3 +43,8 @@ def server(comfy_tree, tmp_path_factory):
 @pytest.fixture(scope="module")
 def nodes(server):
     return server.get("/object_info")
+
+
+@pytest.fixture(autouse=True)
+def needs_gpu():
+    """Do nothing: whether there is a GPU is for the Python of ComfyUI to say, see `test_gpu`."""

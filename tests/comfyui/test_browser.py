@@ -332,7 +332,7 @@ def test_nodes_that_report_in_words_show_them(server, page, nodes, vue):
 
 def test_nodes_are_found_by_what_people_call_them(server, page):
     if server.version < (0, 10):
-        pytest.skip("this ComfyUI knows no search aliases")
+        pytest.skip("this ComfyUI has no search aliases: COMFYUI_PATH may name version 0.10 or later")
     open_example(server, page, "stream", vue=False)
     entries = {"Q-ARVD Load Pipeline", "Q-ARVD Load Quantized", "Q-ARVD Stream Generate"}
     for words in ("self forcing", "causvid", "longlive", "krea realtime"):

@@ -27,7 +27,7 @@ ROOMS = ("comfyui_nodes", "qarvd_diffusers", "kernels", "docs", "examples")
 def packed(tmp_path_factory):
     """What `comfy node pack` takes: the files git knows without those of `.comfyignore`; links are not followed."""
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
+        pytest.skip("not a git checkout: clone the repository with git")
     ignored = [line.strip() for line in (ROOT / ".comfyignore").read_text().splitlines() if line.strip()]
     names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")[:-1]
     folder = tmp_path_factory.mktemp("packed")

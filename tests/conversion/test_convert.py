@@ -198,7 +198,7 @@ def test_bad_targets(tiny_pipeline, original, tmp_path):
 
 
 def test_folder_back_to_one_file_is_exact(tmp_path):
-    """Original file -> folder -> original file: same names, same bits, whatever the dtype and however it is sharded."""
+    """Original file -> folder -> original file: same names, same bits, for any dtype and number of shards."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2, text_dim=32)
     original = to_original_keys(model.bfloat16().state_dict())

@@ -104,12 +104,13 @@ def test_detection_refuses(original, tmp_path, path, message):
 
 
 def test_a_network_of_another_size(tmp_path, monkeypatch):
-    """Released sizes are told apart by their shapes; 14B shapes on meta tensors would need a file, so a small one plays 14B."""
+    """Released sizes are told apart by their shapes; 14B shapes would need a large file, so a small one plays 14B."""
     from qarvd_diffusers.conversion import detect
 
     small = NETWORKS["1.3B"].__class__(24, 1, 4, "base")
     monkeypatch.setattr(detect, "NETWORKS", {**NETWORKS, "14B": small})
-    save_file({"patch_embedding.weight": torch.zeros(24, 4, 1, 2, 2), "blocks.0.modulation": torch.zeros(1)}, tmp_path / "a.safetensors")  # fmt: skip
+    tensors = {"patch_embedding.weight": torch.zeros(24, 4, 1, 2, 2), "blocks.0.modulation": torch.zeros(1)}
+    save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"is a 14B network, the family 'self-forcing' is 1\.3B"):
         detect_checkpoint(tmp_path / "a.safetensors", "self-forcing")
     # The only member of this size; but the bidirectional model has these tensors too.
@@ -299,7 +300,7 @@ print(peak - base)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc: run it on Linux")
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     """A file of many blocks is converted (and cast) with little more memory than one of its tensors takes."""
     from diffusers import WanTransformer3DModel

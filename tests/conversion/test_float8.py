@@ -28,7 +28,7 @@ def is_layer(key):
 
 
 def scaled_file(original, spelling, dtype=E4M3, rows=False):
-    """A file as ComfyUI's tools write it, and its weights: code times scale, computed in float64 and rounded to float32."""
+    """A file as ComfyUI's tools write it, and its weights: code times scale in float64, rounded to float32."""
     file, truth = {}, {}
     for key, tensor in original.items():
         if not is_layer(key):

@@ -118,7 +118,7 @@ print(peak - base)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc: run it on Linux")
 def test_memory_is_bounded_by_a_shard_and_a_block(folder, tmp_path):
     """1.2 times the largest shard and one block, while the model is many times that."""
     model = WanTransformer3DModel(

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: any nesting, any prefix, other files and tensors beside. 0 tensors differ for each."""
+"""Checkpoints as people have them: any nesting, any prefix, among other files and tensors. No tensor differs."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_several_networks(tiny_pipeline, original, tmp_path):
 
 
 def test_folder_of_an_original_release(tiny_pipeline, original, tmp_path):
-    """Wan 1.3B: VAE and text encoder lie beside the network; a hidden file of macOS, a LoRA and a trainer's file too."""
+    """Wan 1.3B: VAE, text encoder, a hidden file of macOS, a LoRA and a trainer's file lie beside the network."""
     folder = tmp_path / "Wan2.1-T2V-1.3B"
     folder.mkdir()
     save_file(original, folder / "diffusion_pytorch_model.safetensors")

@@ -1,4 +1,4 @@
-"""The licence goes where the weights go: stated or known, into converted and quantized folders, flagged before upload."""
+"""The licence goes where the weights go: into converted and quantized folders, and it is flagged before upload."""
 
 from __future__ import annotations
 
@@ -29,8 +29,15 @@ def card(folder):
 
 @pytest.mark.parametrize(
     ("licence", "expected"),
-    [("cc-by-nc-sa-4.0", True), ("cc-by-nc-4.0", True), ("apache-2.0", False), ("mit", False), (None, False), ("encore", False)],
-)  # fmt: skip
+    [
+        ("cc-by-nc-sa-4.0", True),
+        ("cc-by-nc-4.0", True),
+        ("apache-2.0", False),
+        ("mit", False),
+        (None, False),
+        ("encore", False),
+    ],
+)
 def test_non_commercial(licence, expected):
     assert is_non_commercial(licence) is expected
 

@@ -24,7 +24,11 @@ def test_every_layout_is_the_same_adapter(lora, layout):
 
 def test_top_level_modules_in_every_spelling():
     a, b = torch.randn(2, 8), torch.randn(8, 2)
-    for name in ("diffusion_model.text_embedding.0", "lora_unet_text_embedding_0", "transformer.condition_embedder.text_embedder.linear_1"):  # fmt: skip
+    for name in (
+        "diffusion_model.text_embedding.0",
+        "lora_unet_text_embedding_0",
+        "transformer.condition_embedder.text_embedder.linear_1",
+    ):
         (module,) = read_lora({f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b})
         assert module == "condition_embedder.text_embedder.linear_1"
 
@@ -144,17 +148,32 @@ def test_values_that_are_not_finite(lora, bad):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.update({"diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(1, 2)}), "k_img.*image-to-video"),
-        (lambda f: f.update({"diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": torch.ones(2, 1)}), "double_blocks.*another kind of model"),
-        (lambda f: (f.clear(), f.update({"double_blocks.0.img_attn.qkv.lora_up.weight": torch.ones(2, 1)})), "another architecture"),
+        (
+            lambda f: f.update({"diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(1, 2)}),
+            "k_img.*image-to-video",
+        ),
+        (
+            lambda f: f.update({"diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": torch.ones(2, 1)}),
+            "double_blocks.*another kind of model",
+        ),
+        (
+            lambda f: (f.clear(), f.update({"double_blocks.0.img_attn.qkv.lora_up.weight": torch.ones(2, 1)})),
+            "another architecture",
+        ),
         (lambda f: f.update({"diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(1)}), "belongs to DoRA"),
         (lambda f: f.update({"diffusion_model.blocks.0.ffn.0.lokr_w1": torch.ones(1)}), "belongs to LoKr"),
-        (lambda f: f.pop("diffusion_model.blocks.1.ffn.2.lora_up.weight"), r"blocks.1.ffn.net.2 has \['alpha', 'down'\]"),
+        (
+            lambda f: f.pop("diffusion_model.blocks.1.ffn.2.lora_up.weight"),
+            r"blocks.1.ffn.net.2 has \['alpha', 'down'\]",
+        ),
         (lambda f: f.update({"diffusion_model.blocks.1.ffn.2.lora_up.weight": torch.ones(24, 9)}), "different ranks"),
-        (lambda f: f.update({"blocks.1.ffn.2.lora_B.weight": torch.ones(24, 3)}), "two tensors are the 'up' of blocks.1"),
+        (
+            lambda f: f.update({"blocks.1.ffn.2.lora_B.weight": torch.ones(24, 3)}),
+            "two tensors are the 'up' of blocks.1",
+        ),
         (lambda f: f.clear(), "holds no LoRA tensors"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_lora_of_this_family_is_named(lora, change, message):
     file = as_file(lora, "comfyui")
     change(file)

@@ -131,7 +131,9 @@ def test_stock_class_loads_the_file(tiny_pipeline, tmp_path):
     tiny_pipeline.save_single_file(tmp_path / "model.safetensors")
     header = read_single_file(tmp_path / "model.safetensors")
     model = WanTransformer3DModel.from_single_file(
-        str(tmp_path / "model.safetensors"), config=str(tmp_path / "folder" / "transformer"), quantization_config=header.quantization
+        str(tmp_path / "model.safetensors"),
+        config=str(tmp_path / "folder" / "transformer"),
+        quantization_config=header.quantization,
     )  # fmt: skip
     want = tiny_pipeline.transformer.state_dict()
     assert all(torch.equal(value, want[key]) for key, value in model.state_dict().items())

@@ -74,7 +74,7 @@ def test_card_of_an_older_report():
 
 
 def test_written_report_stands_alone(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[test]'")
     expected, got = random_rollout(0), random_rollout(0, noise=40)
     report = join(expected, got, DESCRIPTION, DESCRIPTION, seed=5)
     report["psnr_db"][0] = math.inf
@@ -103,7 +103,7 @@ def test_written_report_stands_alone(tmp_path):
 
 
 def test_sensitivity_plot(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[test]'")
     from qarvd_diffusers.evaluation.plots import plot_chunks, plot_sensitivity
 
     matrix = [[math.exp(-k) if k == c else 0.0 for c in range(4)] for k in range(4)]

@@ -30,10 +30,10 @@ def on_device() -> Callable[..., Any]:
     arguments that the function wrote to are copied back.
     """
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+        pytest.skip("triton is not installed: pip install -e '.[test]' on Linux, x86-64")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1")
+        pytest.skip("needs an NVIDIA GPU, or TRITON_INTERPRET=1")
     device = "cpu" if interpreted else "cuda"
 
     def call(function: Callable[..., Any], arguments: Any) -> Any:

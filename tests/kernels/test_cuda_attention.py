@@ -17,7 +17,7 @@ BAR = 2e-3  # of a float64 reference; rounding the result to bfloat16 alone take
 
 def hopper_reason() -> str | None:
     if not torch.cuda.is_available():
-        return "no CUDA device"
+        return "needs an NVIDIA GPU of compute capability 9.0 (Hopper)"
     return attention.unsupported_reason("attention_fp8", torch.device("cuda", 0), None)
 
 

@@ -16,12 +16,12 @@ from qarvd_kernels.cuda import build as cuda_build
 from qarvd_kernels.cuda import gemm
 
 NVCC = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: install CUDA 12.5 or later")
 
 
 def hopper_reason() -> str | None:
     if not torch.cuda.is_available():
-        return "no CUDA device"
+        return "needs an NVIDIA GPU of compute capability 9.0 (Hopper)"
     return gemm.unsupported_reason("dual_scale_gemm", torch.device("cuda", 0), None)
 
 

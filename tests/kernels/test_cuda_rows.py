@@ -11,7 +11,7 @@ from qarvd_kernels.cuda import norm, quantize, rows
 
 def hopper_reason() -> str | None:
     if not torch.cuda.is_available():
-        return "no CUDA device"
+        return "needs an NVIDIA GPU of compute capability 9.0 (Hopper)"
     return rows.unsupported_reason("norm_quantize", torch.device("cuda", 0), None)
 
 

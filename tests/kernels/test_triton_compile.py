@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="pip install -e '.[test]' on Linux, x86-64"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing: unset TRITON_INTERPRET"
+    ),
 ]
 FLOAT, INT, CODES, HALF = "*fp32", "*i32", "*i8", "*bf16"
 N, K, OUTLIERS, HEADS = 1536, 8960, 128, 12
@@ -112,13 +114,12 @@ def test_norm(capability, modulated, columns, tmp_path):
     assert_no_spills(compiled(norm.norm_quantize_kernel, signature, constants, capability, options), tmp_path)
 
 
-@pytest.mark.parametrize("cache", (HALF, CODES, "*fp8e4nv"))
-@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize(
+    ("capability", "cache"), [(80, HALF), (80, CODES), (90, HALF), (90, CODES), (90, "*fp8e4nv")]
+)  # compute capability 8.0 has no float8
 def test_cache_append(capability, cache, tmp_path):
     from qarvd_kernels.triton.attention import qk_norm_rope_append_kernel
 
-    if capability == 80 and cache == "*fp8e4nv":
-        pytest.skip("compute capability 8.0 has no float8")
     signature = {"qkv": HALF, "key_cache": cache, "value_cache": cache, "query": HALF, "eps": "fp32"}
     signature |= dict.fromkeys(("q_weight", "k_weight", "cos", "sin"), FLOAT)
     signature |= dict.fromkeys(("tokens", "room_key", "room_value", "start"), "i32")
@@ -174,6 +175,7 @@ def test_the_small_ones(capability, tmp_path):
         assert_no_spills(compiled(kernel, signature, constants, capability, (4, 1)), tmp_path)
 
 
+@pytest.mark.slow
 def test_numerics_interpreted():
     """The numerical tests of this folder, with Triton's interpreter in place of a GPU."""
     import triton
@@ -181,7 +183,7 @@ def test_numerics_interpreted():
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     # Triton 3.6 interprets loops with a bound of its own only beside older versions of numpy.
     chosen = [] if version >= (3, 7) else ["-k", "not attention_int8"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *chosen]
     result = subprocess.run(
         [*command, str(Path(__file__).with_name("test_triton_numerics.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1"},

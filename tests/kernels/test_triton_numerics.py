@@ -154,7 +154,7 @@ def test_results_that_are_not_contiguous_are_not_supported(on_device, triton_mod
 @pytest.mark.parametrize("quantize_query", (True, False))
 def test_qk_norm_rope_append(dtype, quantize_query, on_device, triton_module):
     if INTERPRETED and dtype == torch.float8_e4m3fn:
-        pytest.skip("the interpreter has no float8")
+        pytest.skip("the interpreter has no float8: run it on a GPU, without TRITON_INTERPRET")
     arguments = append_arguments(dtype, dtype, quantize_query and dtype.itemsize == 1)
     query = on_device(triton_module("attention").qk_norm_rope_append, arguments)
     want = append_reference(arguments)
@@ -169,7 +169,7 @@ def test_qk_norm_rope_append(dtype, quantize_query, on_device, triton_module):
 @pytest.mark.parametrize("tokens", (5, 70))
 def test_values_with_tokens_innermost(dtype, tokens, on_device, triton_module):
     if INTERPRETED and dtype == torch.float8_e4m3fn:
-        pytest.skip("the interpreter has no float8")
+        pytest.skip("the interpreter has no float8: run it on a GPU, without TRITON_INTERPRET")
     arguments = append_arguments(dtype, dtype, tokens=tokens, room=96)
     arguments[7] = with_tokens_innermost(arguments[7])
     query = on_device(triton_module("attention").qk_norm_rope_append, arguments)
@@ -206,7 +206,6 @@ def test_scales_of_each_sample(innermost, on_device, triton_module):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("tokens", "length"), [(1560, 6240), (4680, 4680), (4683, 9361)])
 def test_attention_int8_of_whole_chunks(tokens, length, on_device, triton_module):
     arguments = attention_arguments(length, 1, tokens, 12, 128, length + 3)

@@ -130,7 +130,6 @@ def test_a_preset_sets_the_pipeline_up(folder):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_preset_on_cuda_computes_the_same(folder):
     plain = ARVDPipeline.from_pretrained(folder, dtype=torch.float32).to("cuda")
     budget = f"{(choose(ModelShapes.read(folder), 'max', dtype=torch.float32).total - 1000) / 1e9:.9f}GB"

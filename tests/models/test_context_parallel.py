@@ -20,8 +20,8 @@ from qarvd_diffusers.quantization.install import apply
 
 TESTS = Path(__file__).parent.parent
 
-# Passes: (scheme, fused kernels, size of a frame, timesteps, arguments of the cache). A frame of 4 x 4 has 4 tokens, so that
-# two processes share the middle one of 3; 6 x 6 makes 27 tokens, which two processes cannot share evenly.
+# Passes: (scheme, fused kernels, size of a frame, timesteps, arguments of the cache). A frame of 4 x 4 has 4 tokens,
+# so that two processes share the middle one of 3; 6 x 6 makes 27 tokens, which two processes cannot share evenly.
 ROLL_OUTS = {
     "float": (None, False, 4, (700.0, 0.0), {}),
     "uneven": (None, False, 6, (700.0, 0.0), {}),

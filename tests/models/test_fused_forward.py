@@ -318,7 +318,6 @@ def test_a_replaced_parameter_is_noticed(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", ("w8a8", "w4a8", "w8a16"))
 def test_group_offload_on_a_stream(scheme):
     """Weights that were laid out for fused kernels leave the GPU between passes; the flow is that of layer by layer."""
@@ -340,7 +339,6 @@ def test_group_offload_on_a_stream(scheme):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
 @pytest.mark.parametrize("storage", ("auto", "fp8", "int8"))
 def test_on_the_gpu(scheme, storage):
@@ -362,7 +360,6 @@ def wide_model(scheme="w8a8"):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", ("w8a8", "w4a8"))
 @pytest.mark.parametrize("storage", ("auto", "fp8"))
 def test_graphs_replay_the_same_pass(scheme, storage):

@@ -347,7 +347,7 @@ def test_attention_backend_reaches_the_processors(model, inputs):
 
 
 def test_adapters_train_on_it(model, inputs):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="pip install -e '.[test]'")
     from peft import LoraConfig
 
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))

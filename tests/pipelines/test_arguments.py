@@ -1,4 +1,4 @@
-"""What callers write: aliases mean the same everywhere, names of other pipelines and typing errors are answered by name."""
+"""What callers write: aliases mean the same everywhere; errors name arguments of other pipelines and misspellings."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from conftest import build_transformer, build_vae
 from diffusers import (
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
@@ -19,6 +18,7 @@ from diffusers import (
 from lora_files import as_file, random_lora
 from safetensors.torch import load_file
 from test_third_party import Denoiser, ToyPipeline
+from tiny_pipeline import build_transformer, build_vae
 from tiny_wan import make_wan22_vae
 
 from qarvd_diffusers import ARVDPipeline, FewStepRenoiseScheduler, QARVDConfig
@@ -103,7 +103,7 @@ def test_a_compiled_part_is_refused_by_name(tiny_pipeline):
 
 
 def test_loras_on_a_compiled_model(tiny_pipeline):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="pip install -e '.[test]'")
     lora = as_file(random_lora(tiny_pipeline.transformer), "comfyui")
     base, outputs = generate(tiny_pipeline), []
     for wrap in (False, True):
@@ -162,7 +162,8 @@ def test_assigning_a_vae_is_constructing_with_it(tiny_pipeline):
 
 def tiny_helios():
     return HeliosTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=1, rope_dim=(4, 6, 6),
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=1, rope_dim=(4, 6, 6),
     )  # fmt: skip
 
 

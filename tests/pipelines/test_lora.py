@@ -21,7 +21,7 @@ from qarvd_diffusers.quantization.install import dequantize
 from qarvd_diffusers.quantization.linear import QARVDLinear
 from qarvd_diffusers.quantization.model import quantized_linears
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", reason="pip install -e '.[test]'")
 PROMPTS = ("a red circle moves left",)
 
 
@@ -70,7 +70,7 @@ def test_quantized_with_adapter_equals_dequantized_with_adapter(tiny_pipeline, l
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_adds_the_same_products(tiny_pipeline, scheme):
-    """A layer computes its quantized product plus the adapter's, for the input it would quantize without adapter too."""
+    """A layer computes its quantized product plus the adapter's, for the input it quantizes without an adapter."""
     pipe = quantized(tiny_pipeline, scheme)
     lora = random_lora(pipe.transformer)
     pipe.load_lora_weights(as_file(lora, "comfyui"))
@@ -152,7 +152,7 @@ def test_the_weight_can_be_read_but_not_written(tiny_pipeline):
 
 
 def test_adapters_do_not_cost_a_dequantization(tiny_pipeline, monkeypatch):
-    """PEFT looks at the weight's dtype and device dozens of times; at 14B every look at its values would take a second."""
+    """PEFT reads the weight's dtype and device dozens of times; at 14B each read of its values would take a second."""
     pipe, seen = quantized(tiny_pipeline, "w8a16"), []
     original = QARVDLinear.dequantized
     monkeypatch.setattr(QARVDLinear, "dequantized", lambda layer: seen.append(layer) or original(layer))
@@ -165,7 +165,7 @@ def test_adapters_do_not_cost_a_dequantization(tiny_pipeline, monkeypatch):
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_calibrating_with_an_adapter(tiny_pipeline, rounding, tmp_path):
-    """Ranges are those of the adapted model, the checkpoint says which adapters, and reloading both gives the same video."""
+    """Ranges are those of the adapted model, the checkpoint names the adapters, and reloading gives the same video."""
     lora = as_file(random_lora(tiny_pipeline.transformer), "diffusers")
     options = {"calibration_prompts": PROMPTS, "calibration_chunks": 2, "outlier_alignment": 4, "rounding": rounding}
     config = QARVDConfig("w8a8", **options)
@@ -257,7 +257,7 @@ def same_parts(pipe, transformer):
 @pytest.mark.parametrize("scheme", [None, "w4a16"])
 @pytest.mark.parametrize("alone", [False, True])
 def test_differences_are_added_exactly(tiny_pipeline, scheme, alone):
-    """Norms, modulation, biases, whole weights, the patch embedding: scaled, disabled, deleted and unloaded like pairs."""
+    """Norms, modulation, biases, whole weights, patch embedding: scaled, disabled, deleted and unloaded like pairs."""
     pipe = tiny_pipeline if scheme is None else quantized(tiny_pipeline, scheme)
     base, before = generate(pipe), {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     file = differences(pipe.transformer, 0.1)
@@ -305,7 +305,7 @@ def test_differences_of_zero_change_nothing(tiny_pipeline, kind):
 
 
 def test_scale_of_one_call_and_refused_saves(tiny_pipeline, tmp_path):
-    """`attention_kwargs` scales for one pass; a model that carries differences is not saved as if they were its own."""
+    """`attention_kwargs` scales for one pass; differences are not saved as if they were the model's own weights."""
     transformer = tiny_pipeline.transformer
     tiny_pipeline.load_lora_weights(differences(transformer, 0.1), adapter_name="style")
     before = transformer.patch_embedding.weight.clone()
@@ -439,7 +439,7 @@ def test_files_that_cannot_be_read_are_named(tiny_pipeline, tmp_path):
 
 
 def test_a_stream_goes_on_only_with_the_adapters_it_was_saved_with(tiny_pipeline, tmp_path):
-    """Scales and disabled adapters decide what comes next: named with both values. Files that do not tell them still load."""
+    """Scales and disabled adapters change the result: named with both values. Files without them still load."""
     pipe, path = tiny_pipeline, tmp_path / "stream.safetensors"
     pipe.load_lora_weights(as_file(random_lora(pipe.transformer), "diffusers"), adapter_name="style")
     pipe.load_lora_weights(differences(pipe.transformer, 0.1), adapter_name="light")

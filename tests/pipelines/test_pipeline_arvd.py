@@ -353,7 +353,6 @@ def test_progress_counts_all_steps(tiny_pipeline, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_model_offload_on_cuda_computes_the_same(tiny_pipeline):
     offloaded = copy.deepcopy(tiny_pipeline)
     offloaded.enable_model_cpu_offload()

@@ -1,4 +1,4 @@
-"""`from_pretrained(..., quantization_config=...)`: calibrates float folders, loads quantized ones, refuses the rest."""
+"""`from_pretrained(..., quantization_config=...)`: calibrates float folders, loads quantized ones, or raises."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_pickled_weights_are_never_the_fallback(float_folder):
 
 
 def test_a_cache_is_not_needed(tiny_pipeline, tmp_path, monkeypatch, caplog):
-    """A folder that cannot be made, and one whose results are damaged: the outcome is the same, and one line says why."""
+    """A folder that cannot be made, and one with damaged results: the outcome is the same, and one line says why."""
     want = tiny_pipeline.calibrate(config()).layers
     (kept,) = (tmp_path / "cache" / "calibration").iterdir()
     kept.write_bytes(kept.read_bytes()[:-10])

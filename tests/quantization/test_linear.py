@@ -164,7 +164,7 @@ def test_gradient_reaches_the_input(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_lora(scheme):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="pip install -e '.[test]'")
     _, first, x = pair(scheme, k=32, n=32)
     _, second, _ = pair(scheme, k=32, n=32)
     x = x[..., :32]
@@ -353,7 +353,6 @@ def test_folded_layer_compiles_as_one_graph(on_kernels):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cuda_equals_cpu(scheme):
     """Odd sizes on purpose: the integer product of cuBLAS wants multiples of 8 and is padded."""
@@ -365,7 +364,6 @@ def test_cuda_equals_cpu(scheme):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("here, there", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_rows_go_back_wherever_parameters_and_their_order_lie(here, there):
     _, layer, _ = pair("w8a8")

@@ -125,7 +125,6 @@ def test_overlap_changes_nothing_on_the_cpu(tiny_pipeline):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_overlapped_decoding_on_cuda_computes_the_same(tiny_pipeline):
     tiny_pipeline.to("cuda")
     expected = frames(stream(tiny_pipeline, num_chunks=6))

@@ -62,7 +62,7 @@ def rolled(renoise, batch):
 
 
 def compare(data, result, scheduler, first_chunk=0):
-    """Every stored tensor of a scenario against the replay; `first_chunk` is the stored number of generated chunk 0."""
+    """Every stored tensor of a scenario against the replay; `first_chunk` is the stored number of our chunk 0."""
     latents, passes, cache = result
     checked = 0
     for key, expected in data.items():

@@ -1,4 +1,4 @@
-"""Chunks of 2, 5 and 6 passes: counted by chunk and role, and calibrated so that a chunk weighs what its sensitivity says."""
+"""Chunks of 2, 5 and 6 passes: counted by chunk and role, and weighted in calibration by chunk sensitivity."""
 
 from __future__ import annotations
 

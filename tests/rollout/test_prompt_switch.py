@@ -1,4 +1,4 @@
-"""Changing the prompt of a running stream: re-caching replayed against the reference code of LongLive, and its relatives."""
+"""Changing the prompt of a running stream: re-caching against the reference code of LongLive and its relatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shots, pinned chunks, a clamped first frame and the UniPC sampler: replayed against the reference code of LongLive 2.0."""
+"""Shots, pinned chunks, a clamped first frame and the UniPC sampler: against the reference code of LongLive 2.0."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def test_a_saved_stream_goes_on_bit_by_bit(pipe, tmp_path, kv_cache, output_type
 
 
 def test_all_of_a_stream_is_saved(pipe, tmp_path):
-    """Initial latents, one generator per sample, a prompt that waits, a re-caching that reaches back before the save."""
+    """Initial latents, one generator per sample, a waiting prompt, a re-caching that reaches back before the save."""
     start = torch.randn(2, 4, 3, 4, 6, generator=seeded(5))
 
     def run(path=None):
@@ -430,7 +430,7 @@ def endless(pipe, chunks):
     return pipe.stream(PROMPT, num_chunks=chunks, generator=seeded(), kv_cache="int8", output_type="latent")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what the process occupies from Linux's /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc: run it on Linux")
 def test_120_chunks_take_no_more_memory_than_20(pipe):
     """The process gives free pages back before it is measured."""
     trim, memory = ctypes.CDLL(None).malloc_trim, []
@@ -497,7 +497,7 @@ def test_streams_left_open_when_the_interpreter_ends():
     """Several of them, and in a reference cycle, so that nothing has dropped them before modules are taken down."""
     code = """
 import builtins
-from conftest import *
+from tiny_pipeline import *
 pipe = ARVDPipeline(build_transformer(), vae=build_vae(), height=32, width=48)
 text = torch.zeros(1, 12, 16)
 streams = [pipe.stream(prompt_embeds=text, output_type=kind) for kind in ("pt", "latent")]

@@ -1,4 +1,4 @@
-"""Positions counted inside the window, and a sink that averages: replayed against the reference code of three members."""
+"""Positions counted inside the window, and a sink that averages: against the reference code of three families."""
 
 from __future__ import annotations
 

@@ -115,7 +115,6 @@ def test_config_round_trip(tmp_path, scheduler):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_does_not_wait_for_the_device():
     """Launching the next pass has to overlap the one before."""
     scheduler = FewStepRenoiseScheduler()

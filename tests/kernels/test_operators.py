@@ -203,7 +203,6 @@ def test_bad_arguments_are_named(change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("shape", "bits"), CASES)
 def test_cuda_equals_cpu(shape, bits):
     m, k, n, outliers = shape
