@@ -12,7 +12,8 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import is_ftfy_available
 
-from ..config import INVISIBLE, QARVDConfig
+from ..config import QARVDConfig
+from ..files.text import INVISIBLE
 from ..memory.plan import MemoryChoice, choose
 from ..memory.shapes import ModelShapes
 from ..rollout.config import RolloutConfig
