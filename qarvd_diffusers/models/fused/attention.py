@@ -30,20 +30,23 @@ class CachedSelfAttention:
         bound = channels**0.5 * self._norms[0].abs().unflatten(0, (attn.heads, -1)).amax(1)
         self._query_scale = (bound / torch.finfo(_FP8).max).clamp(min=1e-6)
 
-    def __call__(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
-        """Store K/V and attend.
+    def __call__(
+        self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int, store_only: bool = False
+    ) -> Tensor | None:
+        """Store K/V, and attend to all K/V up to them.
 
         Args:
             qkv: `[B, tokens, 3 C]`.
             cache: K/V of the block.
             rotary: cos and sin, float32 `[tokens, head_dim / 2]`.
             start: token of the cache at which the K/V of `qkv` start.
+            store_only: do not attend.
 
         Returns:
-            `[B, tokens, heads, head_dim]`.
+            `[B, tokens, heads, head_dim]`, or None if `store_only`.
         """
         query = self.store(qkv, cache, rotary, start)
-        return self.attend(query, cache, start + query.shape[1])
+        return None if store_only else self.attend(query, cache, start + query.shape[1])
 
     def store(self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int) -> Tensor:
         """Store K/V; return the query `[B, tokens, heads, head_dim]` in the dtype that `attend` expects."""

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import qarvd_kernels as ops
 
-from ...kv_cache.layer import KVLayerCache
 from ...quantization.linear import PER_ROW, QARVDLinear
 from .attention import CachedSelfAttention, attend
 
@@ -161,7 +160,11 @@ class PassState:
 
 
 class FusedBlock:
-    """Run one transformer block on integer products; valid as long as its parameters are not moved."""
+    """Run one transformer block on integer products; valid as long as its parameters are not moved.
+
+    Attributes:
+        attend: self-attention, between `project` and `finish`.
+    """
 
     def __init__(self, block: WanTransformerBlock, workspace: Workspace) -> None:
         def product(*layers: QARVDLinear) -> IntegerProduct:
@@ -175,7 +178,7 @@ class FusedBlock:
         )
         up.store_rows_in(down.channel_order)  # so that GELU writes codes in the channel order of `down`
         self._up, self._down = product(up), product(down)
-        self._attention = CachedSelfAttention(attn1)
+        self.attend = CachedSelfAttention(attn1)
         plain = isinstance(block.norm2, nn.Identity)
         self._norm2 = None if plain else (block.norm2.weight.float(), block.norm2.bias.float())
 
@@ -199,13 +202,6 @@ class FusedBlock:
             parts.append(product(codes, state.hidden.dtype, whole))
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1, out=rows)
         return qkv.view(state.batch, -1, qkv.shape[1])
-
-    def attend(
-        self, qkv: Tensor, cache: KVLayerCache, rotary: tuple[Tensor, Tensor], start: int, store_only: bool
-    ) -> Tensor | None:
-        """Store K/V from token `start` on, and attend unless `store_only`; see `CachedSelfAttention`."""
-        query = self._attention.store(qkv, cache, rotary, start)
-        return None if store_only else self._attention.attend(query, cache, start + query.shape[1])
 
     def text(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return cross-attention K/V of the prompt, from the bound cache or projected from `[B, text_tokens, C]`."""
