@@ -174,6 +174,7 @@ def _observe_inputs(
 def _layer_group(
     names: Sequence[str], linears: Mapping[str, nn.Linear], outliers: OutlierSet, layers: Mapping[str, LinearQParams]
 ) -> LayerGroup:
+    """Build the group of some layers, with the input quantizer that was observed for them."""
     first, quantizer = layers[names[0]], None
     if first.input_scale is not None:
         quantizer = InputQuantizer(first.input_scale, first.input_zero_point, outliers.num_outliers)

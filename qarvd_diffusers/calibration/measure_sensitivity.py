@@ -159,10 +159,12 @@ def _collect(rollout: Iterator[tuple[int, Tensor]], count: int, first: int, step
 
 
 def _mse(a: Tensor, b: Tensor) -> float:
+    """Compute the mean squared error, in float64."""
     return (a.double() - b.double()).square().mean().item()
 
 
 def _loop(pipe: PipelineHost, prompt: str, num_chunks: int, seed: int) -> ChunkLoop:
+    """Make the chunk loop of one rollout, with all noise drawn."""
     nothing = ("prompt_embeds", "num_frames", "height", "width", "latents", "renoise_latents", "initial_latents")
     inputs = pipe.check_stream_inputs(
         prompt=prompt,
@@ -176,6 +178,7 @@ def _loop(pipe: PipelineHost, prompt: str, num_chunks: int, seed: int) -> ChunkL
 
 
 def _check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Check that there are prompts, and that they differ."""
     if isinstance(prompts, str) or not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts is {prompts!r}, expected at least one non-empty prompt, one string each")
     if len(prompts) > 1 and len(set(prompts)) == 1:
@@ -216,6 +219,7 @@ def describe_measurement(
 
 
 def _digest(texts: Sequence[str], tensors: Any = ()) -> str:
+    """Hash texts and tensors."""
     digest = hashlib.blake2b(json.dumps(list(texts)).encode(), digest_size=20)
     hash_tensors(digest, tensors)
     return digest.hexdigest()

@@ -101,6 +101,7 @@ def layer_errors(
     ) as step:
 
         def roll_out(prompt: str, seed: int) -> list[Tensor]:
+            """Generate the latents of every chunk, float64 on the CPU."""
             generator = torch.Generator("cpu").manual_seed(seed)
             chunks = pipe.stream(prompt, num_chunks=num_chunks, generator=generator, output_type="latent")
             latents = [chunk.latents.double().cpu() for chunk in chunks]
@@ -121,6 +122,7 @@ def layer_errors(
 
 
 def _errors_file(measured: Mapping[str, object]) -> Path:
+    """Return the cache file of a measurement."""
     digest = hashlib.blake2b(json.dumps(measured, sort_keys=True).encode(), digest_size=20)
     return cache_folder() / "layer_errors" / f"{digest.hexdigest()}.json"
 

@@ -20,7 +20,7 @@ NORMAL_CONSISTENCY = 0.6745  # MAD of a standard normal distribution
 MEDIAN_RATIO = 1.2  # an outlier is also this much above the median
 IQR_RATIO = 1.5
 ZERO_MAD = 1e-8
-WORTHWHILE = 0.9  # a split that saves less of the expected noise is not made
+WORTHWHILE = 0.9  # a split must reduce the expected noise at least to this share
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ def _cached(path: Path) -> CalibrationResult | None:
 
 
 def _cache(result: CalibrationResult, path: Path) -> None:
+    """Store a result, or log a warning where it cannot be written."""
     try:
         result.save(path)
     except OSError as error:

@@ -51,6 +51,7 @@ def search_rows(
         return P.affine_qparams(nothing, nothing, bits, symmetric=symmetric)
 
     def candidates():
+        """Yield error, scale and zero-point of each percentile."""
         for low, high in P.percentile_ranges(x, tuple(percentiles)):
             scale, zero_point = P.affine_qparams(low, high, bits, symmetric=symmetric, clamp=clamp)
             yield P.mean_squared_error(x, P.fake_quantize(x, scale, zero_point, bits)), scale, zero_point
@@ -78,6 +79,7 @@ def search_samples(
     cdf = counts.to(torch.float64).cumsum(0) / counts.sum(dtype=torch.float64)
 
     def candidates():
+        """Yield error, scale and zero-point of each percentile."""
         for p in percentiles:
             first, last = (int(torch.searchsorted(cdf, q).clamp(max=REFERENCE_BINS - 1)) for q in (1 - p, p))
             low, high = (x_min + (i + 0.5) * width for i in (first, last))
@@ -134,6 +136,7 @@ class RangeHistogram:
         self.samples = sum(samples)
 
     def _cover(self, low: float, high: float, width: float = 0.0) -> None:
+        """Extend the covered interval, merging bins as needed."""
         low, high, width = min(low, self.low), max(high, self.high), max(width, self.width)
         if not width:
             span = max(high - low, 2.0**-20 * max(abs(low), abs(high)), 2.0**-100)
@@ -165,6 +168,7 @@ class RangeHistogram:
         cdf = counts.cumsum(0) / counts.sum()
 
         def candidates():
+            """Yield error, scale and zero-point of each percentile."""
             for p in percentiles:
                 low, high = (centers[int(torch.searchsorted(cdf, q).clamp(max=len(used) - 1))] for q in (1 - p, p))
                 scale, zero_point = P.affine_qparams(low, high, bits, clamp=clamp)

@@ -125,6 +125,7 @@ class QARVDLinear(nn.Linear):
         return layer.train(linear.training)
 
     def _check_sums(self) -> None:
+        """Check that integer sums cannot overflow."""
         for group, width in enumerate((self.num_outliers, self.in_features - self.num_outliers)):
             zero_point = None if self.input_zero_point is None else self.input_zero_point[group]
             accumulator(width, zero_point, self.weight_zero_point[:, group], self.weight_bits)
@@ -151,9 +152,11 @@ class QARVDLinear(nn.Linear):
 
     @property
     def _is_reordered(self) -> bool:
+        """Whether rows are stored in another order than the natural one."""
         return self._row_order.numel() > 0
 
     def _permute_rows(self, order: Tensor) -> None:
+        """Reorder everything that has one entry per output channel."""
         self._forget()
         for name in PER_ROW:
             tensor = getattr(self, name)
@@ -161,11 +164,13 @@ class QARVDLinear(nn.Linear):
                 tensor.data = _take(tensor.data, order)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Save the parameters, in natural order."""
         # In place, not as reordered copies: offloading puts what it reads here back into the layer.
         self.store_rows_in(None)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        """Load parameters, which come in natural order."""
         if self._row_order.is_meta:
             self._row_order = _natural_order()  # the parameters are on the meta device, too: nothing to reorder
         self.store_rows_in(None)
@@ -205,9 +210,11 @@ class QARVDLinear(nn.Linear):
         return self._in_natural_order(self._stored_weight(), 0)
 
     def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
+        """Put stored rows back into natural order along a dimension."""
         return _take(tensor, self._row_order.argsort(), dim) if self._is_reordered else tensor
 
     def _stored_weight(self) -> Tensor:
+        """Dequantize the weight, rows in stored order."""
         return ops.dequantize_weight(
             self.weight_packed,
             self.weight_scale,
@@ -225,6 +232,7 @@ class QARVDLinear(nn.Linear):
         return self._in_natural_order(self._compute(x), -1)
 
     def _compute(self, x: Tensor) -> Tensor:
+        """Compute the output, channels in stored order."""
         weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
         if self.activation == "none":
             return ops.weight_only_linear(
@@ -330,14 +338,17 @@ class _StraightThrough(torch.autograd.Function):
     """Forward of the quantized layer, backward of the float layer of its dequantized weight."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: QARVDLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QARVDLinear) -> Tensor:
+        """Compute the output of the quantized layer."""
         ctx.layer = layer
         return layer._in_natural_order(layer._compute(x), -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Compute the gradient of the input, as for the float layer."""
         return grad @ ctx.layer.dequantized().to(grad.dtype), None
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
+    """Make a parameter without gradient."""
     return nn.Parameter(tensor, requires_grad=False)
