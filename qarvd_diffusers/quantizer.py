@@ -1,4 +1,4 @@
-"""Register the quantization method with diffusers, so that any `ModelMixin.from_pretrained` loads `qarvd` checkpoints."""
+"""Register the quantization method with diffusers: any `ModelMixin.from_pretrained` loads `qarvd` checkpoints."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def install(model: ModelMixin, result: CalibrationResult, config: QARVDConfig) -
 
 
 def attach(model: ModelMixin, config: QARVDConfig) -> None:
-    """Mark a model whose Linears were quantized in memory, so that `save_pretrained` stores its config; see `install`."""
+    """Mark a model whose Linears were quantized in memory, for `save_pretrained`; see `install`."""
     from .quantization.model import align_float_tensors, describe_modules, unwrapped
 
     model = unwrapped(model)
@@ -241,8 +241,8 @@ def attach(model: ModelMixin, config: QARVDConfig) -> None:
 def _declare_float32_scales(model: ModelMixin) -> None:
     """Add the scales to what the model keeps in float32, so that they do not decide `model.dtype`.
 
-    That is the dtype of the first floating-point parameter that is not listed, and a model may begin with a Linear without
-    bias.
+    That is the dtype of the first floating-point parameter that is not listed, and a model may begin with a Linear
+    without bias.
     """
     scales = ["weight_scale", "input_scale"]
     model._keep_in_fp32_modules = [*(model._keep_in_fp32_modules or []), *scales]

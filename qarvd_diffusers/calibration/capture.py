@@ -107,7 +107,8 @@ class InputCapture:
         output is cached); anything in between is a gap.
 
         Raises:
-            ValueError: no pass was announced, one of `chunks` was never reached, or a layer missed a pass; the message names it.
+            ValueError: no pass was announced, one of `chunks` was never reached, or a layer missed a pass; the message
+                names it.
         """
         if not self._passes:
             raise ValueError("calibration ran no pass: run(on_pass) must call on_pass before every transformer pass")

@@ -1,10 +1,12 @@
 """Search the interval of values that the integer codes cover.
 
-Weights: per output row and group, best of a few percentiles by squared error. Activations: per tensor and group, best of
-the same percentiles by the squared error weighted by the chunk a sample belongs to (arXiv 2605.21072, parts S1 and S2).
+Weights: per output row and group, best of a few percentiles by squared error. Activations: per tensor and group, best
+of the same percentiles by the squared error weighted by the chunk a sample belongs to (arXiv 2605.21072, parts S1 and
+S2).
 
-An activation is observed once and not kept: `RangeHistogram` holds all that the search needs in fixed memory, because the
-weighted error is linear in the histogram. `search_samples` needs every sample at once and is the reference's procedure.
+An activation is observed once and not kept: `RangeHistogram` holds all that the search needs in fixed memory, because
+the weighted error is linear in the histogram. `search_samples` needs every sample at once and is the reference's
+procedure.
 """
 
 from __future__ import annotations
@@ -94,9 +96,9 @@ def search_samples(
 class RangeHistogram:
     """Count a stream of samples of one tensor in fixed memory, whatever their number and size.
 
-    Bins are `width` wide, a power of two, and aligned to multiples of it: growing the covered interval doubles the width
-    and merges neighbours, which loses nothing, so the result does not depend on the order of the samples. At least half
-    of the bins lie inside the range of the data.
+    Bins are `width` wide, a power of two, and aligned to multiples of it: growing the covered interval doubles the
+    width and merges neighbours, which loses nothing, so the result does not depend on the order of the samples. At
+    least half of the bins lie inside the range of the data.
     """
 
     BINS = 2 * REFERENCE_BINS

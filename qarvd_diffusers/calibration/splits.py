@@ -28,16 +28,16 @@ def split_inputs(
 ) -> list[OutlierSet]:
     """Find one outlier set per group of layers that read one tensor, from their stacked weights.
 
-    With `Recipe.equal_counts` the same layer of every block gets the largest count of any block: blocks that differ in a
-    number are compiled one by one, and torch gives up after eight.
+    With `Recipe.equal_counts` the same layer of every block gets the largest count of any block: blocks that differ in
+    a number are compiled one by one, and torch gives up after eight.
 
     Args:
         transformer: float model.
         linears: its layers by name.
         groups: their partition.
         config: detector and alignment.
-        extents: per group, for the detector `input`. Layers whose input is made of the prompt's words (`word_linears`) are
-            still split by their weights: a few prompts have few words, and do not represent others.
+        extents: per group, for the detector `input`. Layers whose input is made of the prompt's words (`word_linears`)
+            are still split by their weights: a few prompts have few words, and do not represent others.
 
     Raises:
         ValueError: a weight is on the meta device or not finite; the message names the layer.

@@ -35,13 +35,14 @@ class _Folded(NamedTuple):
 class QARVDLinear(nn.Linear):
     """A frozen linear layer with packed 4- or 8-bit weights, dual scales and (static or dynamic) int8 activations.
 
-    Parameters are those of `LinearQParams`, all without gradient, and `bias`. Conversions such as `.to(torch.bfloat16)` or
-    `.half()` change the bias, and so the dtype of the layer, but never the precision of scales, codes or zero-points.
-    A subclass of `nn.Linear`, so that adapters (PEFT) and offloading treat it as one; gradients flow through to the input
-    as if the layer were the float layer of its dequantized weight (straight-through).
+    Parameters are those of `LinearQParams`, all without gradient, and `bias`. Conversions such as
+    `.to(torch.bfloat16)` or `.half()` change the bias, and so the dtype of the layer, but never the precision of
+    scales, codes or zero-points. A subclass of `nn.Linear`, so that adapters (PEFT) and offloading treat it as one;
+    gradients flow through to the input as if the layer were the float layer of its dequantized weight
+    (straight-through).
 
-    `from_float` builds a complete layer. The constructor leaves the parameters without values, for a loader to fill; on the
-    meta device they take no memory.
+    `from_float` builds a complete layer. The constructor leaves the parameters without values, for a loader to fill;
+    on the meta device they take no memory.
 
     Args:
         in_features, out_features, bias, device: as in `nn.Linear`.
@@ -49,7 +50,8 @@ class QARVDLinear(nn.Linear):
         dtype: of bias and dequantized weight; None takes torch's default.
 
     Attributes:
-        revision: incremented whenever parameters are assigned, loaded or reordered, but not when they move to a device.
+        revision: incremented whenever parameters are assigned, loaded or reordered, but not when they move to a
+            device.
 
     Raises:
         ValueError: an odd number of input channels for 4 bits, or more outliers than channels.
@@ -81,7 +83,8 @@ class QARVDLinear(nn.Linear):
         self.weight_bits = description.weight_bits
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
-        # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their order.
+        # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their
+        # order.
         self.register_buffer("_row_order", _natural_order(), persistent=False)
         self._folded: _Folded | None = None  # constants of the compiled kernels, computed at the first call on a GPU
         # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
@@ -97,8 +100,8 @@ class QARVDLinear(nn.Linear):
         """Build the quantized counterpart of `linear`, on its device, with its bias and dtype.
 
         Raises:
-            ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or zero-points so far out that
-                integer sums could overflow.
+            ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or zero-points so far out
+                that integer sums could overflow.
         """
         layer = cls(
             linear.in_features,
@@ -136,7 +139,8 @@ class QARVDLinear(nn.Linear):
         For kernels that write their output in the channel order of the next layer.
 
         Args:
-            order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural order.
+            order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural
+                order.
         """
         if order is None and not self._is_reordered:
             return
