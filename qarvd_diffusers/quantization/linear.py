@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,6 +95,12 @@ class QARVDLinear(nn.Linear):
             self.register_parameter(name, None)
         for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+
+    @classmethod
+    def empty(cls, *args: Any, **kwargs: Any) -> QARVDLinear:
+        """Construct a layer; deprecated name of the constructor, removed with version 0.3."""
+        warnings.warn("QARVDLinear.empty is deprecated: call QARVDLinear(...)", DeprecationWarning, stacklevel=2)
+        return cls(*args, **kwargs)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, qparams: LinearQParams) -> QARVDLinear:
