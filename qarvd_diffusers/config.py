@@ -55,8 +55,8 @@ PERCENTILES = (0.999, 0.9999, 0.99999)
 _SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", "modules_to_not_convert", "rounding_skips")
 
 PACKED_FORMAT = 2
-"""Layout of packed tensors in checkpoints and calibration results. 2: 8-bit codes are stored as the signed operand of the
-integer product. The layout before it had no number."""
+"""Layout of packed tensors in checkpoints and calibration results. 2: 8-bit codes are stored as the signed operand of
+the integer product. The layout before it had no number."""
 
 # Published chunk sensitivities of Self-Forcing at W4A8 (arXiv 2605.21072), share of the total error per chunk.
 PUBLISHED_SENSITIVITY = (0.5462, 0.1668, 0.1189, 0.0789, 0.0534, 0.0263, 0.0096)
@@ -149,25 +149,25 @@ class QARVDConfig(QuantizationConfigMixin):
     Args:
         scheme: one of `w8a8`, `w4a8`, `w8a16`, `w4a16`, `w8a8_dynamic`, `w4a8_dynamic`.
         reference_compat: reproduce the public reference code, its choices included: see `Recipe.reference`.
-        outlier_detector: `mad_zscore` (modified z-score of the input channels' weight norms), `iqr`, `none`, or `input`:
-            the split with the smallest expected rounding error of static activations, from weights and calibration
-            rollouts. `auto` takes `input` for 8-bit weights with static activations, else, and under
+        outlier_detector: `mad_zscore` (modified z-score of the input channels' weight norms), `iqr`, `none`, or
+            `input`: the split with the smallest expected rounding error of static activations, from weights and
+            calibration rollouts. `auto` takes `input` for 8-bit weights with static activations, else, and under
             `reference_compat`, `mad_zscore`.
         outlier_alignment: outlier counts are rounded up to a multiple of this (and capped at half the channels).
-        tie_inputs: layers that read the same tensor (q, k and v) share one outlier set and one activation quantizer, so
-            that a kernel quantizes their input once.
+        tie_inputs: layers that read the same tensor (q, k and v) share one outlier set and one activation quantizer,
+            so that a kernel quantizes their input once.
         percentiles: candidates of the range search.
         input_percentiles: those of static activations. None takes `percentiles` for 4-bit weights and under
             `reference_compat`, and the whole observed range for 8-bit weights.
-        rounding: how weights become integers once their ranges are known. `nearest` needs no data; `gptq` minimises the
-            chunk-weighted output error of every layer in closed form; `adaround` does so by gradient descent and also
-            learns the activation step. `auto` takes `gptq` for 4-bit weights and `nearest` for 8-bit ones; under
+        rounding: how weights become integers once their ranges are known. `nearest` needs no data; `gptq` minimises
+            the chunk-weighted output error of every layer in closed form; `adaround` does so by gradient descent and
+            also learns the activation step. `auto` takes `gptq` for 4-bit weights and `nearest` for 8-bit ones; under
             `reference_compat` it takes `adaround`.
         rounding_inputs: `float`: layers are rounded for the inputs they get in the float model; `quantized`: for those
             they get after the blocks quantized before them.
         rounding_iterations: steps of `adaround`.
-        rounding_skips: names (or whole parts of them) of layers that are rounded to nearest anyway; None skips none, or,
-            under `reference_compat`, those that read the prompt alone.
+        rounding_skips: names (or whole parts of them) of layers that are rounded to nearest anyway; None skips none,
+            or, under `reference_compat`, those that read the prompt alone.
         chunk_weights: sensitivity per chunk, any positive scale, weighting every calibration loss; a shorter or longer
             rollout continues the last ratio. `"published"` takes the published numbers, `"uniform"` weighs all alike.
         calibration_prompts: prompts of the calibration rollouts; None takes the set bundled with the package. Never
@@ -181,10 +181,10 @@ class QARVDConfig(QuantizationConfigMixin):
             (rounding, percentiles, detector) stays as the scheme says. `ARVDPipeline.choose_bits` finds suitable ones.
         text_encoder: `"int8"` quantizes the text encoder's weights with optimum-quanto at load time; None leaves it.
         base_model: Hub id of the float model; written by quantization.
-        calibration_adapters: name -> scale of the adapters (LoRA) that were active in the calibration rollouts; written
-            by quantization. The checkpoint holds the base model alone: load them again to get what was calibrated.
+        calibration_adapters: name -> scale of the adapters (LoRA) that were active in the calibration rollouts;
+            written by quantization. The checkpoint holds the base model alone: load them again.
         modules: written by quantization, read by loading: name -> `QuantizedModule` (or its dict).
-        format: layout of the tensors of `modules`, `PACKED_FORMAT`; written by quantization. Another one raises an error.
+        format: layout of the tensors of `modules`, `PACKED_FORMAT`; written by quantization. Others raise an error.
 
     Raises:
         ValueError: a field has an invalid value; the message says which, what it is and what was expected.
@@ -362,7 +362,7 @@ class QARVDConfig(QuantizationConfigMixin):
         return dataclasses.replace(self, **changes)
 
     def for_checkpoint(self, modules: Mapping[str, QuantizedModule]) -> QARVDConfig:
-        """Make the config that is stored: it names the quantized modules and drops the prompts, which may be private."""
+        """Make the config to store: it names the quantized modules and drops the prompts, which may be private."""
         return self.replace(modules=modules, format=PACKED_FORMAT, calibration_prompts=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -378,7 +378,7 @@ class QARVDConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> QARVDConfig | tuple[QARVDConfig, dict[str, Any]]:
-        """Build from a dict such as `config.json`'s `quantization_config`; an unknown key raises an error that names it."""
+        """Build from a dict such as `config.json`'s `quantization_config`; unknown keys raise an error."""
         known = {field.name for field in dataclasses.fields(cls)}
         values = {**config_dict, **{key: kwargs.pop(key) for key in list(kwargs) if key in known}}
         unknown = sorted(set(values) - known)

@@ -1,4 +1,4 @@
-"""The diffusers side of quantization: how a `qarvd` checkpoint loads through any `ModelMixin.from_pretrained`."""
+"""Register the quantization method with diffusers: any `ModelMixin.from_pretrained` loads `qarvd` checkpoints."""
 
 from __future__ import annotations
 
@@ -24,26 +24,31 @@ DATA_FREE_SCHEME = "w8a8_dynamic"
 
 
 class QARVDQuantizer(DiffusersQuantizer):
-    """Loads packed checkpoints strictly and bit-exactly; quantizes float ones without data.
+    """Load packed checkpoints strictly and bit-exactly; quantize float ones without data.
 
     A stored checkpoint names every quantized module (`QARVDConfig.modules`), so its empty modules are built before any
-    tensor is read, and a missing, surplus, misshapen or mistyped tensor is refused by name. A float checkpoint is
-    quantized after it is loaded, with the weights alone: schemes that need calibration become `w8a8_dynamic`, since a
-    model has no prompts; `ARVDPipeline.from_pretrained` calibrates.
+    tensor is read. A missing, unexpected, wrong-shape or wrong-dtype tensor raises an error that names it. A float
+    checkpoint is quantized after loading, from its weights alone: schemes that need calibration become `w8a8_dynamic`,
+    since a model has no prompts. `ARVDPipeline.from_pretrained` calibrates.
     """
 
-    # Otherwise diffusers ignores the model's own list and norms and modulation tables lose their float32.
+    # Otherwise diffusers ignores the model's own list, and norms and modulation tables are cast from float32.
     use_keep_in_fp32_modules = True
     requires_calibration = False
 
     def __init__(self, quantization_config: QARVDConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # from_single_file never says pre_quantized: the config does, by naming the modules.
+        # from_single_file does not set pre_quantized; a config that names modules is one of a quantized checkpoint.
         self.pre_quantized = quantization_config.modules is not None
         self._loaded_keys: list[str] = []
         self._source = "the checkpoint"  # file, or folder of shards, for error messages
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Check the device map, before anything is loaded.
+
+        Raises:
+            ValueError: it has "disk", or several devices for a float model.
+        """
         if not isinstance(device_map, dict):
             return
         if "disk" in map(str, device_map.values()):
@@ -58,13 +63,16 @@ class QARVDQuantizer(DiffusersQuantizer):
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """Choose float32 by default, as diffusers does for a float model."""
         return torch.float32 if torch_dtype is None else torch_dtype  # what diffusers gives a float model
 
     @property
     def supports_parallel_loading(self) -> bool:
+        """Whether diffusers may load shards in parallel: for stored checkpoints."""
         return self.pre_quantized
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Remember which keys come from which files, for checks and messages."""
         self._loaded_keys = list(loaded_keys)
         if checkpoint_files:
             self._source = os.path.commonpath(list(map(str, checkpoint_files)))
@@ -77,6 +85,7 @@ class QARVDQuantizer(DiffusersQuantizer):
         keep_in_fp32_modules: list[str] = (),
         **kwargs: Any,
     ) -> None:
+        """Build the empty modules of a stored checkpoint, and check that its keys fit."""
         from .quantization.model import check_keys, install_empty_modules
 
         if self.pre_quantized:
@@ -86,11 +95,17 @@ class QARVDQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
+        """Tell whether a tensor belongs to a quantized module."""
         return self.pre_quantized and param_name.rpartition(".")[0] in self.quantization_config.modules
 
     def check_quantized_param_shape(
         self, param_name: str, current_param: torch.Size | torch.Tensor, loaded_param: torch.Tensor
     ) -> bool:
+        """Check the shape of a stored tensor.
+
+        Raises:
+            ValueError: it differs from that of the empty parameter.
+        """
         expected = tuple(getattr(current_param, "shape", current_param))
         if expected != tuple(loaded_param.shape):
             raise ValueError(
@@ -110,15 +125,21 @@ class QARVDQuantizer(DiffusersQuantizer):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        """Assign a stored tensor to its quantized module.
+
+        Raises:
+            ValueError: its dtype is wrong; the message names file and tensor.
+        """
         from .quantization.model import assign_stored_tensor
 
-        # param_value was already cast to the model's dtype; the state dict still holds the stored bits.
+        # param_value was already cast to the model's dtype; the state dict still has the stored one.
         try:
             assign_stored_tensor(model, param_name, state_dict[param_name], target_device, dtype)
         except ValueError as error:
             raise ValueError(f"{self._source}: {error}") from None
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
+        """Check and align a stored checkpoint, or quantize a float model without data."""
         from .calibration.calibrate import quantize_weights
         from .quantization.model import align_float_tensors, check_loaded
 
@@ -136,7 +157,7 @@ class QARVDQuantizer(DiffusersQuantizer):
                 DATA_FREE_SCHEME,
             )
             config = config.replace(scheme=DATA_FREE_SCHEME)
-        config = config.replace(rounding="nearest")  # a model alone has no data to round by
+        config = config.replace(rounding="nearest")  # a model alone has no data for another rounding
         install(model, quantize_weights(model, config), config)
         self.quantization_config = model.hf_quantizer.quantization_config
         return model
@@ -144,6 +165,11 @@ class QARVDQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Check what is to be saved.
+
+        Raises:
+            ValueError: a pickle is asked for, or quantized modules carry adapters.
+        """
         if not safe_serialization:
             raise ValueError(
                 "safe_serialization=False writes pickles; a quantized model is stored as safetensors: leave it out"
@@ -157,23 +183,27 @@ class QARVDQuantizer(DiffusersQuantizer):
         return state_dict, {}
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
+        """Replace the quantized layers by float ones."""
         from .quantization.install import dequantize
 
         dequantize(model)
-        # The base class leaves this entry, and a model saved with it would claim to be quantized.
+        # The base class leaves this entry, with which a saved model would be loaded as quantized.
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
         return model
 
     @property
     def is_serializable(self) -> bool:
+        """Whether the model can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Whether the model itself can be trained; adapters can."""
         return False
 
     @property
     def is_compileable(self) -> bool:
+        """Whether the model can be compiled."""
         return True
 
 
@@ -195,7 +225,7 @@ def install(model: ModelMixin, result: CalibrationResult, config: QARVDConfig) -
 
 
 def attach(model: ModelMixin, config: QARVDConfig) -> None:
-    """Mark a model whose Linears were quantized in memory, so that `save_pretrained` stores its config; see `install`."""
+    """Mark a model whose Linears were quantized in memory, for `save_pretrained`; see `install`."""
     from .quantization.model import align_float_tensors, describe_modules, unwrapped
 
     model = unwrapped(model)
@@ -209,15 +239,16 @@ def attach(model: ModelMixin, config: QARVDConfig) -> None:
 
 
 def _declare_float32_scales(model: ModelMixin) -> None:
-    """List the scales among what the model keeps in float32, so that `model.dtype` is not read off one of them.
+    """Add the scales to what the model keeps in float32, so that they do not decide `model.dtype`.
 
-    It is the dtype of the first floating-point parameter that is not listed, and a model may begin with a Linear without bias.
+    That is the dtype of the first floating-point parameter that is not listed, and a model may begin with a Linear
+    without bias.
     """
     scales = ["weight_scale", "input_scale"]
     model._keep_in_fp32_modules = [*(model._keep_in_fp32_modules or []), *scales]
 
 
 def register() -> None:
-    """Tell diffusers about the method. It has no plugin hook: these two dicts are its registry."""
+    """Register the method with diffusers, which has no plugin hook: these two dicts are its registry."""
     auto.AUTO_QUANTIZER_MAPPING[QARVDMethod.QARVD.value] = QARVDQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QARVDMethod.QARVD.value] = QARVDConfig

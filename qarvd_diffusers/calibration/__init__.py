@@ -1,1 +1,1 @@
-"""Calibration: capture, compute, apply. Outlier channels, ranges, integer weights; each stage a plain value or a file."""
+"""Calibrate: capture, compute, install. Outlier channels, ranges, integer weights, each a plain value or a file."""

@@ -1,7 +1,7 @@
 """Round weights to one of their two neighbours by AdaRound (arXiv 2004.10568), with a learned activation step.
 
-Rounding is relaxed to a soft choice per weight, trained by gradient descent on the layer's output error weighted by chunk
-(arXiv 2605.21072, part S3) while a regulariser drives every choice to 0 or 1.
+Rounding is relaxed to a soft choice per weight, trained by gradient descent on the layer's output error weighted by
+chunk (arXiv 2605.21072, part S3) while a regulariser drives every choice to 0 or 1.
 """
 
 from __future__ import annotations

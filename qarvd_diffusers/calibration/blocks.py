@@ -137,6 +137,7 @@ def _balanced_share(sizes: Mapping[str, float], processes: Processes) -> tuple[s
 
 
 def _observe(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, config: QARVDConfig) -> list[Rounding]:
+    """Observe one set of rollouts; returns one rounding per group, ready to solve."""
     roundings = [kind(group, config) for group in groups]
     weigh = pass_weight(config)
 
@@ -152,6 +153,8 @@ def _observe(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, confi
 
 
 def _report(progress: Callable[[str, int, int], None] | None, group: LayerGroup) -> OnStep:
+    """Make the callback that reports the steps of a group."""
+
     def report(step: int, steps: int, loss: float) -> None:
         if progress is not None:
             text = "" if math.isnan(loss) else f", loss {loss:.3g}"
@@ -173,6 +176,7 @@ def _quantized(transformer: nn.Module) -> Iterator[Callable[[Mapping[str, Linear
     kept: dict[str, nn.Module] = {}
 
     def quantize(layers: Mapping[str, LinearQParams]) -> None:
+        """Replace the named Linears by quantized ones."""
         for name, qparams in layers.items():
             name = base_layer_name(transformer, name)
             kept[name] = transformer.get_submodule(name)

@@ -91,27 +91,27 @@ def calibrate(
 ) -> CalibrationResult:
     """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072), which does not change.
 
-    Outlier channels come first: from the weights and, for the detector `input`, a set of rollouts. Then the ranges: of the
-    weights from the weights, of the activations from another set of rollouts. Then the integer weights: unless they are
-    rounded to nearest, block by block, with another set of rollouts every few blocks.
+    Outlier channels come first: from the weights and, for the detector `input`, a set of rollouts. Then the ranges: of
+    the weights from the weights, of the activations from another set of rollouts. Then the integer weights: unless
+    they are rounded to nearest, block by block, with another set of rollouts every few blocks.
 
     Args:
         transformer: float model.
-        run: performs all calibration rollouts on it, calling its argument right before every transformer pass. Not called
-            for schemes that need no data.
+        run: performs all calibration rollouts on it, calling its argument right before every transformer pass. Not
+            called for schemes that need no data.
         config: what to calibrate for; `config.sensitivity` weighs the chunks.
         progress: called for every layer whose weights are quantized, and for every step of rounding.
         folder: keeps finished parts; a calibration continues from those it holds, to the same result.
         processes: that call this together, with the same model and config; all get the result.
-        run_share: as `run`, for this process's share of the rollouts: ranges are searched in shares, whereas in rounding
-            every process runs all rollouts and observes its own layers. Required with more than one process.
+        run_share: as `run`, for this process's share of the rollouts: ranges are searched in shares, whereas in
+            rounding every process runs all rollouts and observes its own layers. Required with more than one process.
 
     Returns:
         The result; `apply` puts it into the model.
 
     Raises:
-        ValueError: no layer to quantize, NaN or infinity in a weight or an activation, a chunk that was never reached, or a
-            layer that never ran; the message names it.
+        ValueError: no layer to quantize, NaN or infinity in a weight or an activation, a chunk that was never reached,
+            or a layer that never ran; the message names it.
     """
     transformer = unwrapped(transformer)
     if not config.needs_calibration:
@@ -174,6 +174,7 @@ def _observe_inputs(
 def _layer_group(
     names: Sequence[str], linears: Mapping[str, nn.Linear], outliers: OutlierSet, layers: Mapping[str, LinearQParams]
 ) -> LayerGroup:
+    """Build the group of some layers, with the input quantizer that was observed for them."""
     first, quantizer = layers[names[0]], None
     if first.input_scale is not None:
         quantizer = InputQuantizer(first.input_scale, first.input_zero_point, outliers.num_outliers)

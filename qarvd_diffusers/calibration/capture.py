@@ -19,6 +19,7 @@ def pass_weight(config: QARVDConfig) -> Callable[[PassInfo], float]:
     weights = config.sensitivity(config.calibration_chunks)
 
     def weight(info: PassInfo) -> float:
+        """Weigh one pass."""
         # Every chunk reads the initial latents: they weigh as much as the first chunk.
         return weights[min(max(info.chunk, 0), len(weights) - 1)] * info.share
 
@@ -67,6 +68,8 @@ class InputCapture:
         self._ends.close()
 
     def _hook(self, index: int, name: str, last: _Last, leads: bool) -> Callable[..., None]:
+        """Make the forward pre-hook of one layer; that of the leading layer observes."""
+
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else kwargs["input"]
             if not self._passes:
@@ -104,7 +107,8 @@ class InputCapture:
         output is cached); anything in between is a gap.
 
         Raises:
-            ValueError: no pass was announced, one of `chunks` was never reached, or a layer missed a pass; the message names it.
+            ValueError: no pass was announced, one of `chunks` was never reached, or a layer missed a pass; the message
+                names it.
         """
         if not self._passes:
             raise ValueError("calibration ran no pass: run(on_pass) must call on_pass before every transformer pass")
@@ -150,9 +154,11 @@ class _Last:
 
 
 def _starts_rollout(info: PassInfo) -> bool:
+    """Tell whether a pass is the first of a rollout."""
     # Passes that rebuild the context are at offset 0, too, before later chunks.
     return info.chunk <= 0 and info.frame_offset == 0 and info.step == 0 and info.role != "refresh"
 
 
 def _describe(info: PassInfo) -> str:
+    """Describe a pass in a message."""
     return f"chunk {info.chunk}, {info.role} pass, step {info.step} (timestep {info.timestep:g})"

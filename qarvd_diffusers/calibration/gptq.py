@@ -1,10 +1,12 @@
 """Round in closed form: choose codes and scales that minimise a layer's output error, given the Hessian of its inputs.
 
-The error of quantized weights Q in place of W, summed over inputs x, is `sum_rows (w - q) H (w - q)^T` with `H = sum x x^T`
-(here every x is weighted by its chunk). All functions take columns in permuted order and process all rows at once.
+The error of quantized weights Q in place of W, summed over inputs x, is `sum_rows (w - q) H (w - q)^T` with `H = sum x
+x^T` (here every x is weighted by its chunk). All functions take columns in permuted order and process all rows at
+once.
 
 GPTQ (arXiv 2210.17323) rounds column after column and compensates each error in the columns that are left; coordinate
-descent (QuantEase, arXiv 2309.01885) then revisits every code, and the scales are refitted by least squares in between.
+descent (QuantEase, arXiv 2309.01885) then revisits every code, and the scales are refitted by least squares in
+between.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ DAMPING = 0.01  # share of H's mean diagonal added to it
 
 
 def dampen_hessian(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """Add a share of its mean diagonal to H, which keeps H invertible if a channel is always zero or equals another."""
+    """Add a share of its mean diagonal to H, which keeps H invertible for channels that are zero or equal."""
     mean = hessian.diagonal().mean()
     ridge = damping * torch.where(mean > 0, mean, torch.ones_like(mean))
     return hessian + ridge * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)

@@ -43,10 +43,10 @@ def measure_sensitivity(
 ) -> SensitivityResult:
     """Measure how much the error of the whole video grows when one chunk is generated quantized (arXiv 2605.21072).
 
-    `s_k = mean((latents_k - latents_float)^2)` over all final latents and prompts, where in `latents_k` the passes of chunk
-    `k` (denoising and refresh) are quantized and all others are float. Chunks before `k` equal the float run, so each of
-    these rollouts branches off it at chunk `k` with a copy of the K/V cache: `C + C (C + 1) / 2` generated chunks per prompt
-    instead of `C + C^2`, with the same bits on the CPU. Two caches are alive at a time.
+    `s_k = mean((latents_k - latents_float)^2)` over all final latents and prompts, where in `latents_k` the passes of
+    chunk `k` (denoising and refresh) are quantized and all others are float. Chunks before `k` equal the float run, so
+    each of these rollouts branches off it at chunk `k` with a copy of the K/V cache: `C + C (C + 1) / 2` generated
+    chunks per prompt instead of `C + C^2`, with the same bits on the CPU. Two caches are alive at a time.
 
     Layers that read the prompt alone (`prompt_linears`) stay float: their output is cached once for all chunks. With
     `reference_compat` they are quantized in the passes of chunk 0 and so act in every chunk of that rollout, as in the
@@ -60,8 +60,8 @@ def measure_sensitivity(
         num_chunks: chunks per rollout; None takes `config.calibration_chunks`.
         seed: prompt `i` draws all its noise from `seed + i`.
         result: what `calibrate(config)` returned; None calibrates now.
-        path: JSON file that is rewritten after every prompt (under `accelerate launch`: after every prompt of each process,
-            which share them and all get the result). If it exists the measurement continues where it
+        path: JSON file that is rewritten after every prompt (under `accelerate launch`: after every prompt of each
+            process, which share them and all get the result). If it exists the measurement continues where it
             stopped, with the same outcome as without the interruption.
 
     Returns:
@@ -159,10 +159,12 @@ def _collect(rollout: Iterator[tuple[int, Tensor]], count: int, first: int, step
 
 
 def _mse(a: Tensor, b: Tensor) -> float:
+    """Compute the mean squared error, in float64."""
     return (a.double() - b.double()).square().mean().item()
 
 
 def _loop(pipe: PipelineHost, prompt: str, num_chunks: int, seed: int) -> ChunkLoop:
+    """Make the chunk loop of one rollout, with all noise drawn."""
     nothing = ("prompt_embeds", "num_frames", "height", "width", "latents", "renoise_latents", "initial_latents")
     inputs = pipe.check_stream_inputs(
         prompt=prompt,
@@ -176,6 +178,7 @@ def _loop(pipe: PipelineHost, prompt: str, num_chunks: int, seed: int) -> ChunkL
 
 
 def _check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Check that there are prompts, and that they differ."""
     if isinstance(prompts, str) or not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts is {prompts!r}, expected at least one non-empty prompt, one string each")
     if len(prompts) > 1 and len(set(prompts)) == 1:
@@ -216,6 +219,7 @@ def describe_measurement(
 
 
 def _digest(texts: Sequence[str], tensors: Any = ()) -> str:
+    """Hash texts and tensors."""
     digest = hashlib.blake2b(json.dumps(list(texts)).encode(), digest_size=20)
     hash_tensors(digest, tensors)
     return digest.hexdigest()

@@ -40,7 +40,8 @@ def choose_bits(
     Args:
         pipe: a float pipeline; it is float again afterwards.
         config: a scheme of 4-bit weights; calibrated for first.
-        budget: bytes of codes that may be added, as a share of those there are: the share of all weights that gets 8 bits.
+        budget: bytes of codes that may be added, as a share of those there are: the share of all weights that gets 8
+            bits.
         prompts: to measure on; None takes the first of the calibration prompts.
         num_chunks, seed: see `layer_errors`.
 
@@ -68,17 +69,18 @@ def choose_bits(
 def layer_errors(
     pipe: PipelineHost, config: QARVDConfig, prompts: Sequence[str], num_chunks: int = 1, seed: int = SEED
 ) -> dict[tuple[str, ...], float]:
-    """Measure the mean squared latent error, weighted by chunk, of rollouts in which one group of layers alone is quantized.
+    """Measure the mean squared latent error, weighted by chunk, of rollouts with one group of layers quantized.
 
     One rollout per prompt and group of layers that read one tensor, and one of the float model. Every error is kept in
-    `cache_folder()` as soon as it is known: an interrupted measurement continues where it stopped, and nothing is measured twice.
+    `cache_folder()` as soon as it is known: an interrupted measurement continues where it stopped, and nothing is
+    measured twice.
 
     Args:
         pipe: a float pipeline; it is float again afterwards.
         config: what the layers are calibrated for.
         prompts: one rollout of every kind each.
-        num_chunks: chunks per rollout. The first chunk alone ranks layers much as all do (its errors go on into the others),
-            at a fraction of the time.
+        num_chunks: chunks per rollout. The first chunk alone ranks layers much as all do (its errors go on into the
+            others), at a fraction of the time.
         seed: prompt `i` draws all its noise from `seed + i`.
 
     Returns:
@@ -101,6 +103,7 @@ def layer_errors(
     ) as step:
 
         def roll_out(prompt: str, seed: int) -> list[Tensor]:
+            """Generate the latents of every chunk, float64 on the CPU."""
             generator = torch.Generator("cpu").manual_seed(seed)
             chunks = pipe.stream(prompt, num_chunks=num_chunks, generator=generator, output_type="latent")
             latents = [chunk.latents.double().cpu() for chunk in chunks]
@@ -121,6 +124,7 @@ def layer_errors(
 
 
 def _errors_file(measured: Mapping[str, object]) -> Path:
+    """Return the cache file of a measurement."""
     digest = hashlib.blake2b(json.dumps(measured, sort_keys=True).encode(), digest_size=20)
     return cache_folder() / "layer_errors" / f"{digest.hexdigest()}.json"
 

@@ -1,7 +1,7 @@
 """Find the outlier input channels of a linear layer.
 
-`find_outliers` looks at the weight alone (arXiv 2605.21072, part S2), `min_noise_split` also at the range of each input
-channel.
+`find_outliers` looks at the weight alone (arXiv 2605.21072, part S2), `min_noise_split` also at the range of each
+input channel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NORMAL_CONSISTENCY = 0.6745  # MAD of a standard normal distribution
 MEDIAN_RATIO = 1.2  # an outlier is also this much above the median
 IQR_RATIO = 1.5
 ZERO_MAD = 1e-8
-WORTHWHILE = 0.9  # a split that saves less of the expected noise is not made
+WORTHWHILE = 0.9  # a split must reduce the expected noise at least to this share
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class OutlierSet:
 
 
 def column_norms(weights: Sequence[Tensor]) -> Tensor:
-    """Compute the L2 norm of each input channel over all rows of the stacked weights, float32 `[K]`, each weight `[N_i, K]`."""
+    """Compute the L2 norm of each input channel over the rows of all weights `[N_i, K]`, float32 `[K]`."""
     squares = [weight.detach().to(torch.float32).norm(dim=0).square() for weight in weights]
     return squares[0].sqrt() if len(squares) == 1 else torch.stack(squares).sum(0).sqrt()
 
@@ -113,9 +113,9 @@ def min_noise_split(
 ) -> OutlierSet:
     """Split channels in the two groups that give a static input quantizer the smallest expected output error.
 
-    Rounding channel j to multiples of a step s adds `s^2 / 12 * ||W[:, j]||^2` to the squared output error, and the step of
-    a group is the range of its channels over 255. Two orders of channels are tried, by magnitude of the input and by weight
-    norm, with every aligned count up to half of the channels.
+    Rounding channel j to multiples of a step s adds `s^2 / 12 * ||W[:, j]||^2` to the squared output error, and the
+    step of a group is the range of its channels over 255. Two orders of channels are tried, by magnitude of the input
+    and by weight norm, with every aligned count up to half of the channels.
 
     Args:
         weights: floats `[N_i, K]` of layers that read the same tensor.

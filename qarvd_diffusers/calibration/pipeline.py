@@ -78,25 +78,25 @@ def calibrate_pipeline(
 ) -> CalibrationResult:
     """Calibrate a float pipeline; nothing of it changes.
 
-    Under `accelerate launch` all processes call this and work together: prompts are shared in the search of ranges, layers
-    in rounding. Integer weights do not depend on the number of processes; scores of range candidates do in the last bits
-    of a float64.
+    Under `accelerate launch` all processes call this and work together: prompts are shared in the search of ranges,
+    layers in rounding. Integer weights do not depend on the number of processes; scores of range candidates do in the
+    last bits of a float64.
 
     Args:
         pipe: a float pipeline.
         config: what to calibrate for.
         use_cache: read and store the result in `cache_folder()` under its content hash, if that is writable.
-        resume: folder for finished parts, so that an interrupted calibration continues where it stopped; None takes one in
-            `cache_folder()` that is removed at the end, or none without `use_cache`.
-        progress: called for every layer, pass and step of rounding with the current work, the steps done and the number of
-            steps; an exception from it ends the calibration.
+        resume: folder for finished parts, so that an interrupted calibration continues where it stopped; None takes
+            one in `cache_folder()` that is removed at the end, or none without `use_cache`.
+        progress: called for every layer, pass and step of rounding with the current work, the steps done and the
+            number of steps; an exception from it ends the calibration.
 
     Returns:
         The integer weights and quantizer parameters of every quantizable Linear.
 
     Raises:
-        ValueError: the pipeline is quantized already, or runs on several GPUs; `resume` was made with another model, config
-            or prompts; or the processes of a launch differ in them.
+        ValueError: the pipeline is quantized already, or runs on several GPUs; `resume` was made with another model,
+            config or prompts; or the processes of a launch differ in them.
         RuntimeError: another process of a launch ended.
     """
     require_float(pipe)
@@ -191,6 +191,7 @@ def _cached(path: Path) -> CalibrationResult | None:
 
 
 def _cache(result: CalibrationResult, path: Path) -> None:
+    """Store a result, or log a warning where it cannot be written."""
     try:
         result.save(path)
     except OSError as error:

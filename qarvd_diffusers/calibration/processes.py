@@ -1,7 +1,7 @@
 """Share one calibration among the processes of `accelerate launch`; a no-op in a single process.
 
-Rollouts that only add to statistics are shared prompt by prompt, rounding is shared layer by layer; accelerate transfers the
-results between processes.
+Rollouts that only add to statistics are shared prompt by prompt, rounding is shared layer by layer; accelerate
+transfers the results between processes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Processes:
 
     @classmethod
     def launched(cls) -> Processes:
-        """Find the processes of this job: more than one under `accelerate launch` or `torchrun`, else this process alone.
+        """Find the processes of this job: those of `accelerate launch` or `torchrun`, else this one alone.
 
-        On GPUs every process gets its own: load the model after this call, or after creating accelerate's `PartialState`.
+        On GPUs every process gets its own: load the model after this call, or after creating accelerate's
+        `PartialState`.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return SINGLE_PROCESS  # without accelerate's state, which the caller may want to set up differently

@@ -1,10 +1,12 @@
 """Search the interval of values that the integer codes cover.
 
-Weights: per output row and group, best of a few percentiles by squared error. Activations: per tensor and group, best of
-the same percentiles by the squared error weighted by the chunk a sample belongs to (arXiv 2605.21072, parts S1 and S2).
+Weights: per output row and group, best of a few percentiles by squared error. Activations: per tensor and group, best
+of the same percentiles by the squared error weighted by the chunk a sample belongs to (arXiv 2605.21072, parts S1 and
+S2).
 
-An activation is observed once and not kept: `RangeHistogram` holds all that the search needs in fixed memory, because the
-weighted error is linear in the histogram. `search_samples` needs every sample at once and is the reference's procedure.
+An activation is observed once and not kept: `RangeHistogram` holds all that the search needs in fixed memory, because
+the weighted error is linear in the histogram. `search_samples` needs every sample at once and is the reference's
+procedure.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def search_rows(
         return P.affine_qparams(nothing, nothing, bits, symmetric=symmetric)
 
     def candidates():
+        """Yield error, scale and zero-point of each percentile."""
         for low, high in P.percentile_ranges(x, tuple(percentiles)):
             scale, zero_point = P.affine_qparams(low, high, bits, symmetric=symmetric, clamp=clamp)
             yield P.mean_squared_error(x, P.fake_quantize(x, scale, zero_point, bits)), scale, zero_point
@@ -78,6 +81,7 @@ def search_samples(
     cdf = counts.to(torch.float64).cumsum(0) / counts.sum(dtype=torch.float64)
 
     def candidates():
+        """Yield error, scale and zero-point of each percentile."""
         for p in percentiles:
             first, last = (int(torch.searchsorted(cdf, q).clamp(max=REFERENCE_BINS - 1)) for q in (1 - p, p))
             low, high = (x_min + (i + 0.5) * width for i in (first, last))
@@ -92,9 +96,9 @@ def search_samples(
 class RangeHistogram:
     """Count a stream of samples of one tensor in fixed memory, whatever their number and size.
 
-    Bins are `width` wide, a power of two, and aligned to multiples of it: growing the covered interval doubles the width
-    and merges neighbours, which loses nothing, so the result does not depend on the order of the samples. At least half
-    of the bins lie inside the range of the data.
+    Bins are `width` wide, a power of two, and aligned to multiples of it: growing the covered interval doubles the
+    width and merges neighbours, which loses nothing, so the result does not depend on the order of the samples. At
+    least half of the bins lie inside the range of the data.
     """
 
     BINS = 2 * REFERENCE_BINS
@@ -134,6 +138,7 @@ class RangeHistogram:
         self.samples = sum(samples)
 
     def _cover(self, low: float, high: float, width: float = 0.0) -> None:
+        """Extend the covered interval, merging bins as needed."""
         low, high, width = min(low, self.low), max(high, self.high), max(width, self.width)
         if not width:
             span = max(high - low, 2.0**-20 * max(abs(low), abs(high)), 2.0**-100)
@@ -165,6 +170,7 @@ class RangeHistogram:
         cdf = counts.cumsum(0) / counts.sum()
 
         def candidates():
+            """Yield error, scale and zero-point of each percentile."""
             for p in percentiles:
                 low, high = (centers[int(torch.searchsorted(cdf, q).clamp(max=len(used) - 1))] for q in (1 - p, p))
                 scale, zero_point = P.affine_qparams(low, high, bits, clamp=clamp)

@@ -24,7 +24,7 @@ OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
 
 class Rounded(NamedTuple):
-    """Hold uint8 codes `[N, K]` in permuted order, the grid they are on, and the (possibly learned) input quantizer."""
+    """Hold uint8 codes `[N, K]` in permuted order, the grid they are on, and the (perhaps learned) input quantizer."""
 
     codes: Tensor
     grid: WeightGrid

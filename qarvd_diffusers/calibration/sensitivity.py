@@ -38,12 +38,12 @@ class SensitivityResult:
     """Chunk sensitivity (arXiv 2605.21072): the error of the video when a single chunk is generated quantized.
 
     Attributes:
-        measured: what was measured (model, config, prompts, noise), as JSON values; two measurements may be joined only if
-            they agree in all of it.
+        measured: what was measured (model, config, prompts, noise), as JSON values; two measurements may be joined
+            only if they agree in all of it.
         num_prompts: prompts of the whole measurement.
         frames: latent frames of every chunk.
-        errors: per prompt measured so far a matrix whose entry `[k][c]` is the mean squared latent error of chunk `c` with
-            only chunk `k` quantized; zero for `c < k`.
+        errors: per prompt measured so far a matrix whose entry `[k][c]` is the mean squared latent error of chunk `c`
+            with only chunk `k` quantized; zero for `c < k`.
     """
 
     measured: Mapping[str, Any]
@@ -104,7 +104,7 @@ class SensitivityResult:
         return Decay(math.exp(mean - slope * middle), -slope, 1 - residual / spread if spread else 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON values; sensitivity, weights and decay are included for readers and follow from the errors."""
+        """Convert to JSON values; sensitivity, weights and decay are for readers and follow from the errors."""
         known = bool(self.errors) and min(self.sensitivity) > 0
         return {
             "format": FORMAT,

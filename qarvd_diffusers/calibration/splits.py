@@ -28,16 +28,16 @@ def split_inputs(
 ) -> list[OutlierSet]:
     """Find one outlier set per group of layers that read one tensor, from their stacked weights.
 
-    With `Recipe.equal_counts` the same layer of every block gets the largest count of any block: blocks that differ in a
-    number are compiled one by one, and torch gives up after eight.
+    With `Recipe.equal_counts` the same layer of every block gets the largest count of any block: blocks that differ in
+    a number are compiled one by one, and torch gives up after eight.
 
     Args:
         transformer: float model.
         linears: its layers by name.
         groups: their partition.
         config: detector and alignment.
-        extents: per group, for the detector `input`. Layers whose input is made of the prompt's words (`word_linears`) are
-            still split by their weights: a few prompts have few words, and do not represent others.
+        extents: per group, for the detector `input`. Layers whose input is made of the prompt's words (`word_linears`)
+            are still split by their weights: a few prompts have few words, and do not represent others.
 
     Raises:
         ValueError: a weight is on the meta device or not finite; the message names the layer.
@@ -54,6 +54,7 @@ def split_inputs(
     words = word_linears(transformer, linears)
 
     def find(index: int, at_least: int = 0) -> OutlierSet:
+        """Find the outliers of one group."""
         weights, detector = [linears[name].weight for name in groups[index]], _detector(groups[index][0], config)
         if extents is not None and groups[index][0] not in words:
             return min_noise_split(weights, *extents[index], config.outlier_alignment, at_least)
@@ -96,6 +97,7 @@ def input_extents(
     extents: list[Extent | None] = [None] * len(groups)
 
     def observe(index: int, x: Tensor, info: PassInfo) -> None:
+        """Extend the extent of one group."""
         extents[index] = _joined(extents[index], x.detach().flatten(0, -2).to(torch.float32).aminmax(dim=0))
 
     with torch.no_grad(), InputCapture(linears, groups, observe) as capture:
@@ -109,6 +111,7 @@ def input_extents(
 
 
 def _joined(a: Extent | None, b: Extent | None) -> Extent | None:
+    """Join two extents, either of which may be None."""
     if a is None or b is None:
         return a or b
     return torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])

@@ -22,8 +22,8 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
     `config.modules_to_not_convert`.
 
     Raises:
-        ValueError: there is none, the model is quantized already, an entry of `modules_to_not_convert` or `module_bits` names
-            no module, or a layer's odd number of input channels has no 4-bit layout.
+        ValueError: there is none, the model is quantized already, an entry of `modules_to_not_convert` or
+            `module_bits` names no module, or a layer's odd number of input channels has no 4-bit layout.
     """
     names = [name for name, _ in transformer.named_modules() if name]
     for field in ("modules_to_not_convert", "module_bits"):
@@ -124,7 +124,7 @@ def prompt_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def word_linears(transformer: nn.Module, names: Iterable[str]) -> set[str]:
-    """Select `prompt_linears` and the layers that read the output of cross-attention: weighted means of prompt values."""
+    """Select `prompt_linears` and what reads the output of cross-attention: weighted means of prompt values."""
     return prompt_linears(transformer, names) | _in_cross_attention(transformer, names, ("to_out.0",))
 
 

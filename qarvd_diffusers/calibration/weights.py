@@ -35,6 +35,7 @@ def quantize_weight(
 
 
 def _quantize_rows(weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str) -> tuple[Tensor, WeightGrid]:
+    """Quantize some rows of a weight; see `quantize_weight`."""
     scheme = config.scheme_of(name)
     permuted = weight.to(torch.float32)[:, outliers.channel_order.long()]
     qparams = [

@@ -15,8 +15,8 @@ from .calibrate import Progress, Work
 class WorkBar(tqdm):
     """Count the steps of a calibration, which are of several kinds with different durations.
 
-    The remaining time is the mean time per step of each kind so far, times the steps left; a kind that has not begun counts
-    with the mean over all steps.
+    The remaining time is the mean time per step of each kind so far, times the steps left; a kind that has not begun
+    counts with the mean over all steps.
     """
 
     def __init__(self, totals: Mapping[str, int], also: Progress | None = None, **options: Any) -> None:

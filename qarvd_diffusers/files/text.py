@@ -24,7 +24,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
     Raises:
         OSError: the file cannot be read; the message names it.
-        ValueError: it is in another encoding; the message gives file, encoding (where the first bytes tell) and remedy.
+        ValueError: it is in another encoding; the message gives file, encoding (where the first bytes tell) and
+            remedy.
     """
     data = Path(path).read_bytes()
     encoding = next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)

@@ -1,7 +1,7 @@
-"""Quantize and dequantize by affine maps, in pure tensor functions: `value = (code - zero_point) * scale`, code in `[0, 2**bits - 1]`.
+"""Quantize and dequantize by `value = (code - zero_point) * scale`, code in `[0, 2**bits - 1]`; pure functions.
 
-All functions take and return float32, and are finite for finite input. Callers raise the errors about NaN or infinity, since
-they know the name of the layer.
+All functions take and return float32, and are finite for finite input. Callers raise the errors about NaN or infinity,
+since they know the name of the layer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Zero-points are stored in 16 bits; a range so far from zero that its zero-point does not fit is treated as degenerate.
+# Zero-points are stored in 16 bits; a range so far from zero that its zero-point does not fit is treated as
+# degenerate.
 MAX_ZERO_POINT = 2**15 - 1
 TINY = torch.finfo(torch.float32).tiny
 # Percentiles sort a copy of their rows: blocks of this many elements bound its memory.
@@ -25,8 +26,8 @@ def affine_qparams(
         low, high: float32, any equal shapes, low <= high.
         bits: bits of a code.
         symmetric: zero-point fixed at `2**(bits-1)`, range `[-m, m]` with m the larger magnitude.
-        clamp: extend the range to include zero, which keeps the zero-point a code. False leaves the zero-point free, as
-            the reference implementation does, except where the range is empty or too far from zero to be stored.
+        clamp: extend the range to include zero, which keeps the zero-point a code. False leaves the zero-point free,
+            as the reference implementation does, except where the range is empty or too far from zero to be stored.
 
     Returns:
         float32 scale (positive; 1 for the range [0, 0]) and float32 zero-point (an integer), shaped like low.
@@ -66,10 +67,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
 
 
 def row_quantiles(x: Tensor, q: float) -> Tensor:
-    """Compute a quantile of every row, linear between the two nearest columns: sorted float32 `[rows, columns]` -> `[rows, 1]`.
+    """Compute a quantile of every row, linear between columns: sorted float32 `[rows, columns]` -> `[rows, 1]`.
 
-    The rank is computed in float64 from q rounded to float32, as torch >= 2.15 does and older versions do not: the same
-    weights give the same ranges under every torch.
+    The rank is computed in float64 from q rounded to float32, as torch >= 2.15 does and older versions do not: the
+    same weights give the same ranges under every torch.
     """
     rank = torch.tensor(q, dtype=torch.float32).item() * (x.shape[1] - 1)
     below = min(int(rank), x.shape[1] - 1)

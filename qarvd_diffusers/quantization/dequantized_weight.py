@@ -31,9 +31,9 @@ _VALUES = [getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "m
 class DequantizedWeight(Tensor):
     """Compute values only when they are needed, and raise an error when written to.
 
-    Adapters often read shape, dtype and device of a layer's weight, which costs nothing here. Detached, made a parameter
-    or deep-copied it is a view again, of the same layer or of its copy; moved, cast or cloned it is an ordinary tensor. It
-    cannot be pickled: save the layer's state dict instead.
+    Adapters often read shape, dtype and device of a layer's weight, which costs nothing here. Detached, made a
+    parameter or deep-copied it is a view again, of the same layer or of its copy; moved, cast or cloned it is an
+    ordinary tensor. It cannot be pickled: save the layer's state dict instead.
     """
 
     _layer: Any  # the QARVDLinear, whose module imports this one
@@ -88,7 +88,7 @@ class DequantizedWeight(Tensor):
                     "merge it into the float model and quantize that."
                 )
         if name == "_has_compatible_shallow_copy_type":
-            return False  # so that Module.to replaces this weight by the moved one, an ordinary tensor, instead of writing to it
+            return False  # so that Module.to replaces this weight instead of writing to it
         with torch._C.DisableTorchFunctionSubclass():
             if name in _METADATA or (name == "__get__" and func not in _VALUES):
                 return func(*args, **(kwargs or {}))

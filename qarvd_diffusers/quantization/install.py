@@ -53,6 +53,7 @@ def dequantize(transformer: nn.Module) -> None:
 
 
 def _submodule(transformer: nn.Module, name: str) -> nn.Module | None:
+    """Return a layer by name, inside adapters and compilation wrappers; None if there is none."""
     try:
         return unwrapped(transformer).get_submodule(base_layer_name(transformer, name))
     except AttributeError:

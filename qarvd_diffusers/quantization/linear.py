@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +23,14 @@ logger = logging.getLogger(__name__)
 class QARVDLinear(nn.Linear):
     """A frozen linear layer with packed 4- or 8-bit weights, dual scales and (static or dynamic) int8 activations.
 
-    Parameters are those of `LinearQParams`, all without gradient, and `bias`. Conversions such as `.to(torch.bfloat16)` or
-    `.half()` change the bias, and so the dtype of the layer, but never the precision of scales, codes or zero-points.
-    A subclass of `nn.Linear`, so that adapters (PEFT) and offloading treat it as one; gradients flow through to the input
-    as if the layer were the float layer of its dequantized weight (straight-through).
+    Parameters are those of `LinearQParams`, all without gradient, and `bias`. Conversions such as
+    `.to(torch.bfloat16)` or `.half()` change the bias, and so the dtype of the layer, but never the precision of
+    scales, codes or zero-points. A subclass of `nn.Linear`, so that adapters (PEFT) and offloading treat it as one;
+    gradients flow through to the input as if the layer were the float layer of its dequantized weight
+    (straight-through).
 
-    `from_float` builds a complete layer. The constructor leaves the parameters without values, for a loader to fill; on the
-    meta device they take no memory.
+    `from_float` builds a complete layer. The constructor leaves the parameters without values, for a loader to fill;
+    on the meta device they take no memory.
 
     Args:
         in_features, out_features, bias, device: as in `nn.Linear`.
@@ -36,7 +38,8 @@ class QARVDLinear(nn.Linear):
         dtype: of bias and dequantized weight; None takes torch's default.
 
     Attributes:
-        revision: incremented whenever parameters are assigned, loaded or reordered, but not when they move to a device.
+        revision: incremented whenever parameters are assigned, loaded or reordered, but not when they move to a
+            device.
 
     Raises:
         ValueError: an odd number of input channels for 4 bits, or more outliers than channels.
@@ -68,7 +71,8 @@ class QARVDLinear(nn.Linear):
         self.weight_bits = description.weight_bits
         self.activation = description.activation
         self._dtype = dtype or torch.get_default_dtype()
-        # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their order.
+        # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their
+        # order.
         self.register_buffer("_row_order", _natural_order(), persistent=False)
         # Constants of the compiled kernels, or why the layer has none; computed at the first call on a GPU.
         self._prepared: ops.PreparedLinear | str | None = None
@@ -81,12 +85,18 @@ class QARVDLinear(nn.Linear):
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
 
     @classmethod
+    def empty(cls, *args: Any, **kwargs: Any) -> QARVDLinear:
+        """Construct a layer; deprecated name of the constructor, removed with version 0.3."""
+        warnings.warn("QARVDLinear.empty is deprecated: call QARVDLinear(...)", DeprecationWarning, stacklevel=2)
+        return cls(*args, **kwargs)
+
+    @classmethod
     def from_float(cls, linear: nn.Linear, qparams: LinearQParams) -> QARVDLinear:
         """Build the quantized counterpart of `linear`, on its device, with its bias and dtype.
 
         Raises:
-            ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or zero-points so far out that
-                integer sums could overflow.
+            ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or zero-points so far out
+                that integer sums could overflow.
         """
         layer = cls(
             linear.in_features,
@@ -113,6 +123,7 @@ class QARVDLinear(nn.Linear):
         return layer.train(linear.training)
 
     def _check_sums(self) -> None:
+        """Check that integer sums cannot overflow."""
         for group, width in enumerate((self.num_outliers, self.in_features - self.num_outliers)):
             zero_point = None if self.input_zero_point is None else self.input_zero_point[group]
             accumulator(width, zero_point, self.weight_zero_point[:, group], self.weight_bits)
@@ -123,7 +134,8 @@ class QARVDLinear(nn.Linear):
         For kernels that write their output in the channel order of the next layer.
 
         Args:
-            order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural order.
+            order: int32 `[N]`, the output channel that each stored row belongs to; None goes back to the natural
+                order.
         """
         if order is None and not self._is_reordered:
             return
@@ -139,9 +151,11 @@ class QARVDLinear(nn.Linear):
 
     @property
     def _is_reordered(self) -> bool:
+        """Whether rows are stored in another order than the natural one."""
         return self._row_order.numel() > 0
 
     def _permute_rows(self, order: Tensor) -> None:
+        """Reorder everything that has one entry per output channel."""
         self._forget()
         for name in PER_ROW:
             tensor = getattr(self, name)
@@ -149,11 +163,13 @@ class QARVDLinear(nn.Linear):
                 tensor.data = _take(tensor.data, order)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Save the parameters, in natural order."""
         # In place, not as reordered copies: offloading puts what it reads here back into the layer.
         self.store_rows_in(None)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        """Load parameters, which come in natural order."""
         if self._row_order.is_meta:
             self._row_order = _natural_order()  # the parameters are on the meta device, too: nothing to reorder
         self.store_rows_in(None)
@@ -193,9 +209,11 @@ class QARVDLinear(nn.Linear):
         return self._in_natural_order(self._stored_weight(), 0)
 
     def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
+        """Put stored rows back into natural order along a dimension."""
         return _take(tensor, self._row_order.argsort(), dim) if self._is_reordered else tensor
 
     def _stored_weight(self) -> Tensor:
+        """Dequantize the weight, rows in stored order."""
         return ops.dequantize_weight(
             self.weight_packed,
             self.weight_scale,
@@ -213,6 +231,7 @@ class QARVDLinear(nn.Linear):
         return self._in_natural_order(self._compute(x), -1)
 
     def _compute(self, x: Tensor) -> Tensor:
+        """Compute the output, channels in stored order."""
         weight = (self.weight_packed, self.weight_scale, self.weight_zero_point)
         if self.activation == "none":
             return ops.weight_only_linear(
@@ -309,14 +328,17 @@ class _StraightThrough(torch.autograd.Function):
     """Forward of the quantized layer, backward of the float layer of its dequantized weight."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: QARVDLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QARVDLinear) -> Tensor:
+        """Compute the output of the quantized layer."""
         ctx.layer = layer
         return layer._in_natural_order(layer._compute(x), -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Compute the gradient of the input, as for the float layer."""
         return grad @ ctx.layer.dequantized().to(grad.dtype), None
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
+    """Make a parameter without gradient."""
     return nn.Parameter(tensor, requires_grad=False)

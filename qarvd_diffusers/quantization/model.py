@@ -11,7 +11,7 @@ from ..config import QuantizedModule
 from .linear import QARVDLinear
 
 _ALIGNMENT = 64  # bytes, what torch's CPU allocator gives
-_NAMED = 5  # names shown in an error before it says how many more there are
+_NAMED = 5  # names listed in an error, at most
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QARVDLinear]:

@@ -1,8 +1,9 @@
 """Pack weight codes into the bit layout that is stored; `qarvd_kernels.unpack_weight` is the inverse.
 
-8 bits: one code per byte with its top bit flipped, so that the byte read as int8 is `code - 128`: the operand of an integer
-matrix product, without copy or conversion. 4 bits: two neighbouring input channels per byte, the even channel in the low
-nibble. An odd number of channels raises an error for 4 bits: with padding the stored shape would not tell the layer's size.
+8 bits: one code per byte with its top bit flipped, so that the byte read as int8 is `code - 128`: the operand of an
+integer matrix product, without copy or conversion. 4 bits: two neighbouring input channels per byte, the even channel
+in the low nibble. An odd number of channels raises an error for 4 bits: with padding the stored shape would not tell
+the layer's size.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .packing import packed_columns
 
 @dataclass(frozen=True, eq=False)
 class LinearQParams:
-    """Hold everything that quantization decides about one Linear with K input and N output channels; group 0 holds the outliers.
+    """Hold what quantization decides about one Linear with K inputs and N outputs; group 0 holds the outliers.
 
     Attributes:
         weight_packed: uint8 `[N, K * bits / 8]`, permuted channel order, see `packing`.

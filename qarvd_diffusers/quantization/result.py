@@ -79,8 +79,8 @@ class CalibrationResult:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: truncated, of another format or config, or with a missing, unexpected, wrong-shape or wrong-dtype
-                tensor; the message names file and tensor.
+            ValueError: truncated, of another format or config, or with a missing, unexpected, wrong-shape or
+                wrong-dtype tensor; the message names file and tensor.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such calibration result")

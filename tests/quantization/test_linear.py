@@ -120,7 +120,8 @@ def test_conversions_move_the_bias_and_nothing_else(bias):
 
 def test_meta_construction_state_dict_and_deepcopy():
     _, layer, x = pair("w4a8")
-    empty = QARVDLinear.empty(64, 48, True, layer.description, device="meta", dtype=torch.float32)
+    with pytest.warns(DeprecationWarning, match=r"call QARVDLinear\("):
+        empty = QARVDLinear.empty(64, 48, True, layer.description, device="meta", dtype=torch.float32)
     assert all(p.is_meta and not p.requires_grad for p in empty.parameters())
     assert "weight" not in layer.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {
@@ -140,7 +141,7 @@ def test_meta_construction_state_dict_and_deepcopy():
 def test_stored_bytes(scheme, size, limits):
     spec = SCHEMES[scheme]
     description = QuantizedModule(0, spec.weight_bits, spec.activation)
-    layer = QARVDLinear.empty(*size, True, description, device="meta", dtype=torch.bfloat16)
+    layer = QARVDLinear(*size, True, description, device="meta", dtype=torch.bfloat16)
     stored = sum(p.nbytes for p in layer.parameters())
     assert stored <= limits[spec.weight_bits == 4] * 2 * (size[0] * size[1] + size[1])
 
