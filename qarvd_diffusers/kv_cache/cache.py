@@ -34,7 +34,7 @@ class KVCache:
     only, so an endless stream computes what an endless table would give.
 
     `begin_shot` moves the frames that are appended next, and all later ones, further on than their index, and may pin
-    them: pinned frames are not evicted while they stand right after the sink (LongLive 2.0). `restart` empties the cache
+    them: pinned frames are not evicted while they directly follow the sink (LongLive 2.0). `restart` empties the cache
     for a context that is encoded again.
 
     With `rope_mode="window"` keys are stored before RoPE, and a frame's position is its slot in the window, counted again
@@ -78,7 +78,7 @@ class KVCache:
         self.frames: list[int] = []  # absolute latent frame in every slot, in storage order
         self.origin = 0  # absolute latent frame whose RoPE position is 0
         self.shift = 0  # positions that the current pass adds to its frame indices
-        self.pinned: list[int] = []  # frames that are not evicted while they stand right after the sink
+        self.pinned: list[int] = []  # frames that are not evicted while they directly follow the sink
         self._shot: tuple[int, bool] | None = (
             None  # (rope_offset, pin) of the shot that the next appended frames begin
         )
@@ -124,7 +124,7 @@ class KVCache:
         """Return the position of the first frame of the pass just begun, in a RoPE table of `positions` rows.
 
         If the pass leaves the table, `origin` moves to the oldest frame that the window may still need, and the stored
-        keys rotate by as much; the sink may then stand at negative positions.
+        keys rotate by as much; the sink may then have negative positions.
 
         Args:
             num_frames: latent frames of the pass.
@@ -216,7 +216,7 @@ class KVCache:
         Args:
             rope_offset: positions that are added between them and the frames before. With absolute positions this also
                 moves all later frames; in a window, where every pass counts positions again, only them.
-            pin: do not evict them while they stand right after the sink; frames pinned before are released.
+            pin: do not evict them while they directly follow the sink; frames pinned before are released.
         """
         self._shot = (rope_offset, pin)
 

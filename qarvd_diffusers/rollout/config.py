@@ -42,7 +42,7 @@ class RolloutConfig:
         shot_rope_offset: positions added between the chunk after a cut and the frames before. With absolute positions this
             also moves all later chunks; in a window, where every pass counts positions again, only that chunk.
         shot_prefix: text that `set_prompt` adds in front of the prompt of a cut.
-        pin_shots: the first chunk of the latest shot is not evicted while it stands right after the sink.
+        pin_shots: the first chunk of the latest shot is not evicted while it directly follows the sink.
         context_mode: `refresh`: a pass over every chunk's clean latents writes its K/V into the cache. `rebuild`: before
             every chunk the cache is emptied and filled from the latest clean latents, chunk by chunk (Krea Realtime).
         keep_first_frame: a rebuilt context begins with the video's first frame; else with the frame that has just left the
@@ -157,11 +157,11 @@ class RolloutConfig:
         counts = {"denoise": len(self.timesteps_of_chunk(chunk))}
         if self.context_mode == "refresh":
             return counts | {"refresh": 1}
-        seen = min(
+        visible = min(
             context_frames // self.num_frames_per_chunk + chunk,
             self.local_attention_frames // self.num_frames_per_chunk - 1,
         )
-        return counts | {"rebuild": seen}
+        return counts | {"rebuild": visible}
 
     def pass_share(self, chunk: int, context_frames: int = 0) -> float:
         """Return `PassInfo.share` of the passes of a chunk: the passes of a late chunk over its own."""
@@ -197,8 +197,8 @@ class RolloutConfig:
 
     def chunk_frames(self, chunk: int, context_frames: int = 0) -> int:
         """Return the latent frames of generated chunk `chunk` after `context_frames` initial ones."""
-        alone = self.independent_first_frame and chunk == 0 and context_frames == 0
-        return 1 if alone else self.num_frames_per_chunk
+        single = self.independent_first_frame and chunk == 0 and context_frames == 0
+        return 1 if single else self.num_frames_per_chunk
 
     def chunks(self, num_chunks: int | None, context_frames: int = 0) -> Iterator[tuple[int, int, int]]:
         """Yield `(chunk, frame_offset, num_frames)` of every generated chunk; endless for `num_chunks=None`."""

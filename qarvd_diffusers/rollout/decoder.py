@@ -84,7 +84,7 @@ class CheckedDecoder:
 def check_decoder(
     decoder: Decoder | Callable[[], Decoder], channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> CheckedDecoder:
-    """Return the caller's decoder, or what a caller's function makes, if it was made for the latents of the model.
+    """Return the decoder that the caller passed, or that the caller's function makes, if it fits the model's latents.
 
     Args:
         decoder: an object with `decode`, or a class or function that makes one. `latents_mean` and `latents_std` (a
@@ -96,14 +96,14 @@ def check_decoder(
     Raises:
         ValueError: if the object cannot decode, or was made for other latents.
     """
-    made: Any = decoder
+    instance: Any = decoder
     if isinstance(decoder, type) or (callable(decoder) and not isinstance(decoder, Decoder)):
-        made = decoder()
-    name = type(made).__name__
-    if not callable(getattr(made, "decode", None)):
+        instance = decoder()
+    name = type(instance).__name__
+    if not callable(getattr(instance, "decode", None)):
         raise ValueError(f"decoder is a {name}, expected an object with decode(latents), or a function that makes one")
     for key, expected in (("latents_mean", mean), ("latents_std", std)):
-        values = getattr(made, key, None)
+        values = getattr(instance, key, None)
         if values is None:
             raise ValueError(f"the decoder ({name}) does not say what latents it was made for: give it {key}")
         got = torch.as_tensor(values, dtype=torch.float32).flatten().cpu()
@@ -114,4 +114,4 @@ def check_decoder(
                 f"the decoder ({name}) was made for latents of other statistics: its {key} is off by up to "
                 f"{(got - torch.tensor(expected)).abs().max():.3g} from that of the pipeline's VAE"
             )
-    return CheckedDecoder(made)
+    return CheckedDecoder(instance)

@@ -15,7 +15,7 @@ class PassInfo:
             from initial latents), `"recache"` (encodes the frames before the chunk again under a new prompt) or `"rebuild"`
             (encodes them again because the model keeps no K/V from chunk to chunk).
         step: index of the denoising step inside the chunk, or of the pass among those that rebuild; 0 for the other roles.
-        timestep: timestep the transformer is given.
+        timestep: the timestep that the transformer gets.
         frame_offset: absolute index of the first latent frame of the pass.
         num_frames: latent frames in the pass.
         share: weight of the pass in calibration. 1 if all chunks take equally many passes; 1/2 in a chunk of twice as many,

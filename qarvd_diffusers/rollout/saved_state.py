@@ -101,7 +101,9 @@ def take_state(pipe: StreamHost, session: StreamSession) -> SavedStream:
     if live is None:
         raise ValueError("only a running stream has a state to save: this one has not begun, or has ended")
     if request.overlap_decoding:
-        raise ValueError("a stream with overlapped decoding is ahead of what it handed out: save one without")
+        raise ValueError(
+            "a stream with overlap_decoding has computed more than it returned and cannot be saved: stream without"
+        )
     loop = live.loop
     if not isinstance(loop.cache, _SavableCache):
         raise ValueError(f"a {type(loop.cache).__name__} cannot be saved: it has no state()")

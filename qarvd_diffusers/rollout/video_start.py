@@ -14,6 +14,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
+from ..vae.streaming import latent_statistics
 from .config import RolloutConfig
 
 Picture = PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
@@ -242,8 +243,5 @@ def fit_length(pixels: torch.Tensor, fields: RolloutConfig, temporal_scale: int)
 def encode_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Encode pixels `[B, 3, F, H, W]` in [-1, 1] to normalized latents `[B, C, frames, h, w]`, the mode of the posterior."""
     latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode()
-    mean, std = (
-        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config["latents_mean"], vae.config["latents_std"])
-    )
+    mean, std = latent_statistics(vae, latents)
     return (latents - mean) / std

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
 
 from ..quantization.model import unwrapped
 from .fused import install_fast_modules, is_fast
@@ -100,12 +99,18 @@ class StreamingVAEDecoder:
 
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         if self._statistics is None:  # once per stream: creating a tensor from numbers stalls the device
-            self._statistics = tuple(
-                torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-                for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
-            )
+            self._statistics = latent_statistics(self._vae, latents)
         mean, std = self._statistics
         return latents * std + mean
+
+
+def latent_statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of a VAE's latents, `[1, C, 1, 1, 1]`, with the device and dtype of `like`."""
+    mean, std = (
+        torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config["latents_mean"], vae.config["latents_std"])
+    )
+    return mean, std
 
 
 def optimize_vae(vae: AutoencoderKLWan, compile_decoder: bool = False) -> None:
