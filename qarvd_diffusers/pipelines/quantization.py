@@ -54,7 +54,7 @@ def check_stored_config(stored: QARVDConfig, wanted: QARVDConfig) -> None:
     if differing:
         listed = ", ".join(f"{name}: stored {a!r}, passed {b!r}" for name, (a, b) in differing.items())
         raise ValueError(
-            f"the checkpoint is already quantized and its config differs from the one passed ({listed}): load it "
+            f"the checkpoint is quantized already and its config differs from the one passed ({listed}): load it "
             "without quantization_config, or quantize the float model"
         )
 
