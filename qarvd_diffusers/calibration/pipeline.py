@@ -207,7 +207,8 @@ def require_float(pipe: PipelineHost) -> None:
     if quantized_linears(pipe.transformer):
         config = pipe.transformer.config.get("quantization_config")
         scheme = "" if config is None else f" ({config['scheme'] if isinstance(config, dict) else config.scheme})"
-        raise ValueError(f"The transformer is quantized already{scheme}: take the float model.")
+        name = getattr(pipe, "name_or_path", None) or "the pipeline"
+        raise ValueError(f"{name} is quantized already{scheme}: quantize the float model")
 
 
 def _by_kind(bar: WorkBar, work: Work) -> Progress:

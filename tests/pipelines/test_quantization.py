@@ -91,7 +91,7 @@ def test_calibration_is_cached_by_content(float_folder, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("calibrated twice")
 
-    monkeypatch.setattr("qarvd_diffusers.pipelines.quantization.calibrate", never)
+    monkeypatch.setattr("qarvd_diffusers.calibration.pipeline.calibrate", never)
     second = load(float_folder, quantization_config=config())
     assert torch.equal(generate(first), generate(second))
     with pytest.raises(AssertionError, match="twice"):
