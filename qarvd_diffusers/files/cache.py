@@ -24,7 +24,7 @@ def can_keep_results() -> bool:
             return True
     except OSError as error:
         logger.warning(
-            "Results will not be kept for another time: %s is not writable (%s). Set QARVD_CACHE to a folder that is.",
+            "Results will not be kept for another time: %s cannot be written to (%s). Set QARVD_CACHE to a folder that can.",
             cache_folder(),
             error,
         )
