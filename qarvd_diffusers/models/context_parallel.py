@@ -107,7 +107,7 @@ class ContextParallel:
         if names:
             raise ValueError(
                 f"the {self.size} processes of this stream differ in their {' and '.join(names)}, expected the same "
-                "in all: use the same prompt, start, arguments and seed of the generator"
+                "in all: use the same prompt, start and arguments, and a generator with the same seed"
             )
 
 
