@@ -106,8 +106,8 @@ class ContextParallel:
         names = [name for name, differs in zip(inputs, differ, strict=True) if differs]
         if names:
             raise ValueError(
-                f"the {self.size} processes of this stream differ in their {' and '.join(names)}, expected the same "
-                "in all: use the same prompt, start, arguments and seed of the generator"
+                f"the {self.size} processes of this stream differ in their {' and '.join(names)}: expected the "
+                "same in all. Use the same prompt, start and arguments, and a generator with the same seed"
             )
 
 

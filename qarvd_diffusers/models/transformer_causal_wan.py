@@ -238,7 +238,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             super().enable_parallelism(config=config, cp_plan=cp_plan)
             return
         if self.context_parallel is not None:
-            raise RuntimeError("enable_parallelism() was already called on this transformer")
+            raise RuntimeError("enable_parallelism() was called before on this transformer: call it once")
         if self.config.added_kv_proj_dim is not None:
             raise ValueError("a model that attends to images cannot run on several GPUs")
         self.context_parallel = ContextParallel.from_config(wanted, self.config.num_attention_heads, self.device)
@@ -358,7 +358,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"{method}() cannot change packed integer weights of a quantized transformer: {remedy}")
 
     def to_json_string(self) -> str:
-        """Return the config as JSON with the stock class's name, which diffusers can load, and without a local path."""
+        """Return the config as JSON with the stock class's name, which diffusers can load, and no local path."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         config["_class_name"] = WanTransformer3DModel.__name__
