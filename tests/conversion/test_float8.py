@@ -87,7 +87,7 @@ def test_scales_that_are_not_understood(original, tmp_path):
     for note in ({"format": "mxfp8"}, {"format": "int8_tensorwise", "convrot": True}):
         header = {"_quantization_metadata": json.dumps({"layers": {key: note}})}
         save_file(plain, tmp_path / "odd.safetensors", header)
-        with pytest.raises(ValueError, match=f"odd.safetensors: {key} is of format '{note['format']}'"):
+        with pytest.raises(ValueError, match=f"odd.safetensors: {key} has format '{note['format']}'"):
             convert_checkpoint(tmp_path / "odd.safetensors", tmp_path / "out", num_attention_heads=2)
     assert not (tmp_path / "out").exists()
 

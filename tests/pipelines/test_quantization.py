@@ -119,7 +119,7 @@ def test_prompts_of_the_model_folder_come_first(float_folder):
 def test_quantized_checkpoint_with_another_config(float_folder, tmp_path):
     load(float_folder, quantization_config=config("w8a16")).save_pretrained(tmp_path / "quantized")
     load(tmp_path / "quantized", quantization_config=QARVDConfig("w8a16"))
-    with pytest.raises(ValueError, match="stored 'w8a16', asked 'w4a16'"):
+    with pytest.raises(ValueError, match="stored 'w8a16', passed 'w4a16'"):
         load(tmp_path / "quantized", quantization_config=QARVDConfig("w4a16"))
     with pytest.raises(ValueError, match="quantized already"):
         load(tmp_path / "quantized").quantize(QARVDConfig("w8a8"))
