@@ -1,7 +1,7 @@
-"""Speed: matrix products, attention, transformer passes and whole videos, side by side with what else there is."""
+"""Measure speed: matrix products, attention, transformer passes and whole videos, next to other implementations."""
 
 SHAPE_NAMES = ("1.3b", "14b", "toy")
-# What a transformer pass is measured with: the float model, other quantizers, our schemes ("-attention8": 8-bit K/V).
+# Variants of a transformer pass: the float model, other quantizers, our schemes ("-attention8": 8-bit K/V).
 PASS_VARIANTS = (
     "bf16",
     "bf16-compiled",
@@ -12,7 +12,7 @@ PASS_VARIANTS = (
     "w8a8-attention8",
     "w4a8-attention8",
 )
-# Of whole videos; "-overlap": frames are decoded beside the next chunk's denoising.
+# Variants of whole videos; "-overlap": frames are decoded during the next chunk's denoising.
 VIDEO_VARIANTS = (
     "bf16",
     "bf16-compiled",

@@ -1,4 +1,4 @@
-"""Whole videos: prompt in, frames out, text encoder and VAE included."""
+"""Time whole videos from the prompt to the frames, text encoder and VAE included."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .shapes import WINDOW_FRAMES, Shape, random_transformer
 from .transformer import quantized
 from .vae import random_vae
 
-WARM_UP = 4  # chunks: the first, the second and the third compile
+WARM_UP = 4  # chunks; the first three compile
 
 
 def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, device: torch.device) -> ARVDPipeline:
-    """A pipeline of real sizes with random weights: UMT5-XXL's shape and Wan's VAE, or small ones for the toy shape."""
+    """Build a pipeline with random weights: the sizes of UMT5-XXL and Wan's VAE, or small ones for the toy shape."""
     large = shape.heads > 1
     height, width = (8 * size for size in shape.latent_size)
     text_config = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
@@ -34,7 +34,7 @@ def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, devi
         text_config = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     dtype = next(transformer.patch_embedding.parameters()).dtype
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # an encoder of 5.7e9 parameters does not pass through float32 first
+    torch.set_default_dtype(dtype)  # an encoder of 5.7e9 parameters must not be built in float32 first
     try:
         with torch.device(device):
             text_encoder = UMT5EncoderModel(
@@ -55,7 +55,7 @@ def random_pipeline(shape: Shape, transformer: CausalWanTransformer3DModel, devi
 
 
 def _pipeline(whole: ARVDPipeline, name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> ARVDPipeline:
-    """A pipeline around the transformer of variant `name`; a float one decodes as diffusers does, frame by frame."""
+    """Build the pipeline of variant `name`; a float one decodes as diffusers does, frame by frame."""
     vae = copy.deepcopy(whole.vae)
     fields = {key: whole.config[key] for key in ("height", "width", "num_frames_per_chunk", "local_attention_frames")}
     pipe = ARVDPipeline(**{**whole.components, "vae": vae, "transformer": transformer}, **fields)
@@ -72,11 +72,12 @@ def _pipeline(whole: ARVDPipeline, name: str, transformer: CausalWanTransformer3
 
 
 def _scheme(name: str) -> str:
+    """Return what of a variant's name selects the pipeline."""
     return name.partition("-")[0] if name.startswith("w") else name
 
 
 def _arguments(name: str) -> dict[str, Any]:
-    """What variant `name` asks of its streams."""
+    """Return the arguments of `stream` for variant `name`."""
     _, *options = name.split("-") if name.startswith("w") else [name]
     return {
         **({"kv_cache": "fp8"} if "attention8" in options else {}),
@@ -85,7 +86,7 @@ def _arguments(name: str) -> dict[str, Any]:
 
 
 def time_stream(pipe: ARVDPipeline, num_chunks: int, **arguments: Any) -> dict[str, float]:
-    """One video, from the prompt to frames on the device: seconds, frames per second, latencies of the chunks."""
+    """Time one video, from the prompt to frames on the device: seconds, frames per second, latencies of the chunks."""
     cuda = pipe._execution_device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -94,7 +95,7 @@ def time_stream(pipe: ARVDPipeline, num_chunks: int, **arguments: Any) -> dict[s
     arrivals, frames = [], 0
     for chunk in pipe.stream("a red circle moves left", num_chunks=num_chunks, output_type="pt", **arguments):
         if cuda:
-            torch.cuda.current_stream().synchronize()  # the frames are there; what is decoded beside it goes on
+            torch.cuda.current_stream().synchronize()  # these frames are complete; concurrent decoding continues
         arrivals.append(time.perf_counter() - start)
         frames += chunk.frames.shape[1]
     gaps = [after - before for before, after in itertools.pairwise(arrivals)] or arrivals
@@ -116,14 +117,14 @@ def bench_end_to_end(
     lengths: Sequence[int] = (7, 27),
     on_result: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> list[dict[str, Any]]:
-    """Time whole videos of 7 and 27 chunks (81 and 321 frames) with every variant, after a short one that warms up.
+    """Time whole videos of `lengths` chunks with every variant, after a short video to warm up.
 
-    Neighbouring variants of one scheme share a pipeline. Peak memory is that of the whole process: text encoder, VAE and
-    the transformer of the variant.
+    Neighboring variants of one scheme share a pipeline. Peak memory covers the text encoder, the VAE and the
+    transformer of the variant.
 
     Returns:
-        Per variant: `name`, `setup_s` (weights, quantization, compilation and warm-up), and by number of frames what
-        `time_stream` tells; or `error`.
+        Per variant: `name`, `setup_s` (weights, quantization, compilation and warm-up), and by number of frames the
+        result of `time_stream`; or `error`.
     """
     whole, pipe, built, results = None, None, None, []
     for name in variants:
@@ -150,6 +151,7 @@ def bench_end_to_end(
 
 
 def _release(device: torch.device) -> None:
+    """Free compiled code and cached memory."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":

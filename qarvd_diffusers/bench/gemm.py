@@ -1,4 +1,4 @@
-"""Matrix products of a transformer block: our integer product against torch's 16-bit and 8-bit ones."""
+"""Time the matrix products of a transformer block: our integer product and torch's 16-bit and 8-bit ones."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ import qarvd_kernels as ops
 from .timing import median_ms, rotating
 
 OUTLIERS = 128
-# Enough operand sets that none is still in a 60 MB cache when its turn comes again.
+# Sets of operands: enough that none is still in a 60 MB cache at its next turn.
 SETS = 4
 
 
-def _fp8(x: Tensor) -> Tensor:
-    return x.to(torch.float8_e4m3fn)
-
-
 def _candidates(n: int, k: int, rows: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Calls by name, each on its own random operands."""
+    """Build the calls by name, on one set of random operands."""
     x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
     w = torch.randn(n, k, device=device, dtype=torch.bfloat16) / k**0.5
     bias = torch.randn(n, device=device)
@@ -32,13 +28,13 @@ def _candidates(n: int, k: int, rows: int, device: torch.device) -> dict[str, Ca
     ratio, scale = torch.rand(n, device=device) + 1, torch.rand(n, device=device) / (100 * k)
     ours = (codes, weight, OUTLIERS, ratio, scale, bias, None, None)
     out = (torch.full((2,), 0.01, device=device), torch.full((2,), 10, dtype=torch.int32, device=device), OUTLIERS)
-    x8, w8, one = _fp8(x), _fp8(w), torch.ones((), device=device)
+    x8, w8, one = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn), torch.ones((), device=device)
     row, column = torch.ones(rows, 1, device=device), torch.ones(1, n, device=device)
     b16 = bias.bfloat16()
     return {
         "bf16": lambda: F.linear(x, w, b16),
         "fp8 tensorwise": lambda: torch._scaled_mm(x8, w8.t(), one, one, bias=b16, out_dtype=torch.bfloat16),
-        # Its accumulators are cut to 14 bits; the call above adds them up in float32 on the way.
+        # Its accumulators keep 14 bits; the call above sums them in float32 at intervals.
         "fp8 tensorwise, fast": lambda: torch._scaled_mm(
             x8, w8.t(), one, one, bias=b16, out_dtype=torch.bfloat16, use_fast_accum=True
         ),
@@ -52,7 +48,11 @@ def _candidates(n: int, k: int, rows: int, device: torch.device) -> dict[str, Ca
 def bench_gemm(
     products: Iterable[tuple[int, int]], rows: int, device: torch.device, repeats: int = 30
 ) -> list[dict[str, Any]]:
-    """Microseconds of every candidate at every product `(N, K)` of `rows` rows; an error text where one cannot run."""
+    """Time every kernel at every product `(N, K)` of `rows` rows.
+
+    Returns:
+        Per product: `M`, `N`, `K`, and by kernel `us` (microseconds) or in `errors` the reason why it cannot run.
+    """
     results = []
     for n, k in products:
         sets = [_candidates(n, k, rows, device) for _ in range(SETS)]

@@ -1,4 +1,4 @@
-"""The sizes that are measured, and random models of those sizes."""
+"""Define the sizes that are measured, and build random models of those sizes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 
-WINDOW_FRAMES = 21  # latent frames that the cache holds: the length the family is trained at
-CACHED_FRAMES = (3, 12, WINDOW_FRAMES)  # visible where attention and passes are timed
+WINDOW_FRAMES = 21  # latent frames that the cache holds: the length that the family is trained on
+CACHED_FRAMES = (3, 12, WINDOW_FRAMES)  # visible latent frames at which attention and passes are timed
 TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Wan transformer and what it is run on.
+    """Describe a Wan transformer and its input.
 
     Attributes:
         heads: attention heads of 128 channels.
-        ffn: hidden channels of the feed-forward.
+        ffn: hidden channels of the feed-forward network.
         layers: transformer blocks.
         chunk_frames: latent frames that are generated together.
     """
@@ -56,7 +56,7 @@ class Shape:
         return (3 * self.dim, self.dim), (self.dim, self.dim), (self.ffn, self.dim), (self.dim, self.ffn)
 
     def with_layers(self, layers: int | None) -> Shape:
-        """The same shape with fewer blocks: where the whole model does not fit, or for a quick look. None leaves it."""
+        """Return the shape with another number of blocks, to fit or for a quick look; None changes nothing."""
         return self if layers is None else replace(self, layers=layers)
 
 
@@ -66,9 +66,10 @@ SHAPES = {"1.3b": Shape(12, 8960, 30), "14b": Shape(40, 13824, 40), "toy": Shape
 def random_transformer(
     shape: Shape, device: torch.device, dtype: torch.dtype, planted_outliers: bool = True
 ) -> CausalWanTransformer3DModel:
-    """A transformer with seeded random weights; planted outlier channels leave its function as it is.
+    """Build a transformer with seeded random weights and, as in trained models, outlier channels.
 
-    Rows of v are scaled down and the matching columns of the attention's output projection up, as trained models do.
+    Planted outliers do not change the model's function: rows of v are scaled down, and the matching columns of the
+    attention's output projection up.
     """
     torch.manual_seed(0)
     with torch.device(device):
@@ -85,7 +86,7 @@ def random_transformer(
                 value.weight[:40] /= 8
                 value.bias[:40] /= 8
                 out.weight[:, :40] *= 8
-    # As `from_pretrained` loads it: what must stay in float32 does.
+    # As `from_pretrained` loads it, some parameters stay in float32.
     for name, parameter in model.named_parameters():
         if not any(part in name for part in model._keep_in_fp32_modules):
             parameter.data = parameter.data.to(dtype)
@@ -93,7 +94,7 @@ def random_transformer(
 
 
 def random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of one chunk `[1, 16, F, H, W]` and text embeddings `[1, 512, text_dim]`."""
+    """Draw latents of one chunk `[1, 16, F, H, W]` and text embeddings `[1, 512, text_dim]`."""
     generator = torch.Generator(device).manual_seed(1)
     latents = torch.randn(1, 16, shape.chunk_frames, *shape.latent_size, generator=generator, device=device)
     text = torch.randn(1, TEXT_TOKENS, 4096 if shape.heads > 1 else 64, generator=generator, device=device)

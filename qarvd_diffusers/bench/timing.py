@@ -1,7 +1,8 @@
-"""Medians of CUDA events; wall clock where there is no GPU."""
+"""Time calls: medians of CUDA events, or of the wall clock without a GPU."""
 
 from __future__ import annotations
 
+import itertools
 import signal
 import statistics
 import threading
@@ -10,16 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-# Clock cycles, some milliseconds, for which a GPU waits before what is timed: the host gets ahead meanwhile. Without it
-# a kernel shorter than its launch is timed with the wait for the next one.
+# Clock cycles (some milliseconds) for which the GPU waits before the timed calls, so that the host gets ahead. Without
+# this wait, the time of a kernel that is shorter than its launch includes waiting for the launch.
 _HEAD_START = 10_000_000
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
-    """Median milliseconds of `run()` on the current device; every repetition is timed by its own pair of events.
+    """Measure the median milliseconds of `run()` on the current device; each repetition has its own pair of events.
 
-    On a GPU launches of the host count only once it has used up its head start.
+    On a GPU, the host's launches count only after it has used up its head start.
     """
     for _ in range(warmup):
         run()
@@ -37,25 +39,26 @@ def median_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3) -> 
 
 
 def _wall_ms(run: Callable[[], object]) -> float:
+    """Measure one call by the wall clock."""
     start = time.perf_counter()
     run()
     return 1000 * (time.perf_counter() - start)
 
 
+def relative_error(got: Tensor, reference: Tensor) -> float:
+    """Compute `|got - reference| / |reference|` of two tensors."""
+    return float((got - reference).norm() / reference.norm())
+
+
 def rotating(calls: list[Callable[[], object]]) -> Callable[[], object]:
-    """Calls one after the other, so that no call finds its own operands in the cache."""
-    state = {"next": 0}
-
-    def run() -> object:
-        state["next"] = (state["next"] + 1) % len(calls)
-        return calls[state["next"]]()
-
-    return run
+    """Make a function that runs the calls in turn, so that none finds its operands in the cache."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raises TimeoutError in what is run within, after so many seconds; None, or another thread than the first: no limit."""
+    """Raise TimeoutError in the block after `seconds`; without a limit for None, or outside the main thread."""
     if (
         seconds is None
         or not hasattr(signal, "setitimer")
@@ -65,6 +68,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         return
 
     def interrupt(*_: object) -> None:
+        """Handle the alarm."""
         raise TimeoutError(f"not done within {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, interrupt)

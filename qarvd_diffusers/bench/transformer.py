@@ -1,4 +1,4 @@
-"""One transformer pass at several lengths of the cache: our schemes, the float model, and other quantizers."""
+"""Time one transformer pass at several cache lengths: our schemes, the float model, and other quantizers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..quantization.install import apply
 from ..rollout.pass_info import PassInfo
 from .breakdown import breakdown
 from .shapes import WINDOW_FRAMES, Shape, random_inputs, random_transformer
-from .timing import median_ms, time_limit
+from .timing import median_ms, relative_error, time_limit
 
 TIMESTEP = 750.0
 
 
 class PassRunner:
-    """Runs passes of one transformer on fixed inputs, chunk after chunk.
+    """Run passes of one transformer on fixed inputs, chunk after chunk.
 
     Args:
-        transformer: on its device, in its dtype.
+        transformer: the model, on its device and in its dtype.
         shape: its sizes.
-        kv_cache: storage of the cache.
+        kv_cache: storage of the K/V cache, a key of `kv_cache.storage.STORAGES`.
     """
 
     def __init__(self, transformer: CausalWanTransformer3DModel, shape: Shape, kv_cache: str = "auto") -> None:
@@ -45,7 +45,7 @@ class PassRunner:
 
     @torch.no_grad()
     def __call__(self, chunk: int, cache_only: bool = False) -> Tensor:
-        """Flow of one pass over `chunk`, which follows or repeats the one before."""
+        """Return the flow of one pass over `chunk`, which is that of the previous call or the next one."""
         return self._transformer(
             self._latents,
             self._timestep,
@@ -58,7 +58,11 @@ class PassRunner:
 
 
 def measure(runner: PassRunner, chunks: Sequence[int], repeats: int) -> tuple[dict[str, float], dict[int, Tensor]]:
-    """Median milliseconds of a denoising pass at each of `chunks` (0-based), and the flow it gave, in float32 on the CPU."""
+    """Time a denoising pass at each of `chunks`.
+
+    Returns:
+        Median milliseconds by chunk (from 1, as text), and flows by chunk (from 0), in float32 on the CPU.
+    """
     times, flows = {}, {}
     for chunk in range(max(chunks) + 1):
         flow = runner(chunk)
@@ -71,7 +75,7 @@ def measure(runner: PassRunner, chunks: Sequence[int], repeats: int) -> tuple[di
 def operations(
     runner: PassRunner, shape: Shape, chunks: Sequence[int], eight: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """The `breakdown` of a pass at each of `chunks`, of a stream of its own: a profiler must not watch what is timed."""
+    """Break a pass down at each of `chunks`, in a separate stream, so that no timed pass is profiled."""
     runner.reset()
     rows = {}
     for chunk in range(max(chunks) + 1):
@@ -82,11 +86,12 @@ def operations(
 
 
 def quantized(transformer: CausalWanTransformer3DModel, shape: Shape, scheme: str) -> CausalWanTransformer3DModel:
-    """A quantized copy, calibrated on the passes of one chunk: enough for speed and for a plausible error."""
+    """Return a quantized copy, calibrated on one chunk: enough to measure speed and a plausible error."""
     model = copy.deepcopy(transformer)
     config = QARVDConfig(scheme, rounding="nearest", calibration_chunks=1, calibration_prompts=("random",))
 
     def run(on_pass: Callable[[PassInfo], None]) -> None:
+        """Run the passes to calibrate on."""
         runner = PassRunner(model, shape)
         for role in ("denoise", "refresh"):
             on_pass(PassInfo(0, role, 0, TIMESTEP, 0, shape.chunk_frames))
@@ -97,7 +102,7 @@ def quantized(transformer: CausalWanTransformer3DModel, shape: Shape, scheme: st
 
 
 def build(name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> PassRunner:
-    """The variant `name` of a float transformer, which is left as it is.
+    """Build the variant `name` of a float transformer, which is not changed.
 
     Raises:
         ImportError: the package that the variant needs is not installed.
@@ -111,12 +116,13 @@ def build(name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> 
     runner = PassRunner(model, shape)
     if name != "bf16":
         model.set_attention_backend("_native_cudnn")
-        runner(0)  # so that the block is not compiled for the one pass that projects the prompt
+        runner(0)  # projects the prompt first, since no block should be compiled for that single pass
         model.compile_repeated_blocks(fullgraph=True)
     return runner
 
 
 def _quantize_with_torchao(model: CausalWanTransformer3DModel, name: str) -> None:
+    """Quantize the blocks in place, as `torchao-int8` or `torchao-fp8`."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -128,7 +134,7 @@ def _quantize_with_torchao(model: CausalWanTransformer3DModel, name: str) -> Non
     if name == "torchao-fp8":
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(model.blocks, config)
-    # It switches this on, and searching every kernel's launch in all directions takes minutes.
+    # torchao turns this tuning on, which takes minutes.
     torch._inductor.config.coordinate_descent_tuning = False
     torch._inductor.config.coordinate_descent_check_all_directions = False
 
@@ -145,15 +151,21 @@ def bench_passes(
     """Time every variant on the same weights and inputs.
 
     Args:
-        seconds: after which a variant (its compilation, above all) is given up.
+        shape: sizes of the model and of a chunk.
+        variants: names, see `bench.PASS_VARIANTS`.
+        device: where to run.
+        chunks: indices, from 0, of the chunks whose passes are timed.
+        repeats: how many passes to take the median of.
+        on_result: called with the result of every variant.
+        seconds: time limit of a variant, its compilation included.
 
     Returns:
-        Per variant: `name`, `ms` by chunk (1-based) and their mean, peak memory, relative error of the flow against the
-        first variant, and of ours the `operations` by chunk (see `breakdown`); or `error`, where it could not be
-        measured.
+        Per variant: `name`, `ms` by chunk (from 1), `mean_ms`, `peak_bytes`, `relative_error` of the flow against the
+        first variant, and for our schemes `operations` by chunk (see `breakdown`); or `error`, if it failed.
     """
     transformer = random_transformer(shape, device, torch.bfloat16)
-    results, truth = [], None
+    results: list[dict[str, Any]] = []
+    reference: dict[int, Tensor] = {}
     for name in variants:
         result: dict[str, Any] = {"name": name}
         try:
@@ -163,10 +175,9 @@ def bench_passes(
                     torch.cuda.reset_peak_memory_stats()
                 result["ms"], flows = measure(runner, chunks, repeats)
             result["mean_ms"] = sum(result["ms"].values()) / len(result["ms"])
-            truth = truth or flows
-            result["relative_error"] = {
-                str(chunk + 1): float((flows[chunk] - truth[chunk]).norm() / truth[chunk].norm()) for chunk in chunks
-            }
+            reference = reference or flows
+            errors = {str(chunk + 1): relative_error(flows[chunk], reference[chunk]) for chunk in chunks}
+            result["relative_error"] = errors
             if device.type == "cuda":
                 result["peak_bytes"] = torch.cuda.max_memory_allocated()
                 if name.startswith("w"):
