@@ -1,1 +1,1 @@
-"""What a quantized model lost: fidelity per chunk, prompt adherence, and the pictures that show it."""
+"""Measure what quantization costs: fidelity per chunk, prompt adherence, and the pictures that show it."""

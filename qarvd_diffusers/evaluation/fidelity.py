@@ -1,4 +1,4 @@
-"""Fidelity of a quantized pipeline to its float model, per chunk, on identical initial noise and re-noise."""
+"""Measure the fidelity of a quantized pipeline to its float model, per chunk, on identical noise and re-noise."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from . import metrics
 if TYPE_CHECKING:
     from ..pipelines.arvd_mixin import ARVDMixin
 
-# (frames uint8 [F, H, W, 3], prompt) -> does the video show what the prompt asks for?
+# (frames uint8 [F, H, W, 3], prompt) -> whether the video shows what the prompt says
 Judge = Callable[[np.ndarray, str], bool]
 
 
 @dataclass
 class Rollout:
-    """One pipeline's videos of some prompts.
+    """Hold the videos of one pipeline.
 
     Attributes:
         latents: per prompt and chunk, float32 `[C, F, H, W]`.
         frames: per prompt and chunk, uint8 `[frames, height, width, 3]`.
         seconds: per prompt and chunk, denoising and decoding.
-        peak_memory_bytes: on a GPU the most that was allocated there during the rollouts; on the CPU the most that the
-            process has ever occupied, all that was loaded earlier included; None where the system does not say.
+        peak_memory_bytes: on a GPU, peak allocated memory during the rollouts; on the CPU, peak resident memory of the
+            process since its start; None if the system does not report it.
     """
 
     latents: list[list[torch.Tensor]]
@@ -40,7 +40,7 @@ class Rollout:
     peak_memory_bytes: int | None = None
 
     def video(self, prompt: int) -> np.ndarray:
-        """All frames of a prompt, uint8 `[frames, height, width, 3]`."""
+        """Return all frames of a prompt, uint8 `[frames, height, width, 3]`."""
         return np.concatenate(self.frames[prompt])
 
 
@@ -51,7 +51,7 @@ def roll_out(
     seed: int = 0,
     on_chunk: Callable[[], Any] = lambda: None,
 ) -> Rollout:
-    """Stream every prompt with its own seed; noise and re-noise depend on seed and prompt index alone, not on the model."""
+    """Stream every prompt with its own seed: noise and re-noise depend on `seed` and the prompt's index only."""
     rollout = Rollout([], [], [])
     if on_gpu := torch.cuda.is_available() and pipe.transformer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -73,6 +73,7 @@ def roll_out(
 
 
 def resident_peak() -> int | None:
+    """Return the peak resident memory of this process in bytes; None on Windows."""
     try:
         import resource
     except ImportError:  # Windows
@@ -82,12 +83,12 @@ def resident_peak() -> int | None:
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Frames in [0, 1] to uint8 of the same shape."""
+    """Convert frames in [0, 1] to uint8 of the same shape."""
     return (np.asarray(frames) * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def psnr_db(reference: Sequence[np.ndarray], frames: Sequence[np.ndarray]) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 arrays, the squared error averaged over all of them; inf if equal."""
+    """Compute the PSNR in dB of uint8 arrays, with the squared error averaged over all arrays; inf if equal."""
     errors = [
         np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2) for a, b in zip(reference, frames, strict=True)
     ]
@@ -96,11 +97,11 @@ def psnr_db(reference: Sequence[np.ndarray], frames: Sequence[np.ndarray]) -> fl
 
 
 def compare(reference: Rollout, rollout: Rollout, lpips: metrics.Distance | None = None) -> dict[str, Any]:
-    """Per chunk, over all prompts.
+    """Compute every metric per chunk, over all prompts.
 
     Returns:
-        `psnr_db`, `ssim` of the frames, `latent_mse`, `flicker_error` and `motion_energy_error` (see `metrics`; None where
-        a chunk has a single frame, or nothing moves) and `lpips` (None without `lpips`).
+        `psnr_db`, `ssim` of the frames, `latent_mse`, `flicker_error` and `motion_energy_error` (see `metrics`; None
+        for a single-frame chunk, or if nothing moves) and `lpips` (None without `lpips`).
     """
     chunks = range(len(reference.frames[0]))
     latents = list(zip(reference.latents, rollout.latents, strict=True))
@@ -125,7 +126,7 @@ def compare(reference: Rollout, rollout: Rollout, lpips: metrics.Distance | None
 
 
 def describe(pipe: ARVDMixin, rollout: Rollout, prompts: Sequence[str], judge: Judge | None) -> dict[str, Any]:
-    """What one rollout says of its pipeline: bytes of the transformer, seconds, peak memory, adherence if judged."""
+    """Report the pipeline's part of a rollout: bytes of the transformer, seconds, peak memory, adherence if judged."""
     sizes = stored_bytes(pipe.transformer)
     report: dict[str, Any] = {
         "bytes": sizes["total"],
@@ -157,12 +158,12 @@ def evaluate(
         prompts: one video each.
         num_chunks: chunks per video.
         seed: prompt `i` draws its noise and re-noise from `seed + i`.
-        judge: adherence of a finished video to its prompt; None where there is no such detector.
+        judge: decides whether a finished video shows its prompt; None skips adherence.
 
     Returns:
         See `join`.
     """
-    expected, got = (roll_out(each, prompts, num_chunks, seed) for each in (reference, pipe))
+    expected, got = (roll_out(model, prompts, num_chunks, seed) for model in (reference, pipe))
     described = (describe(reference, expected, prompts, judge), describe(pipe, got, prompts, judge))
     return join(expected, got, *described, seed)
 
@@ -170,11 +171,11 @@ def evaluate(
 def join(
     expected: Rollout, got: Rollout, of_reference: dict[str, Any], of_pipe: dict[str, Any], seed: int
 ) -> dict[str, Any]:
-    """The report of two rollouts on identical noise, which need not have been in memory together with both models.
+    """Build the report of two rollouts on identical noise; the two models need not be in memory together.
 
     Returns:
-        The metrics of `compare` per chunk; what `describe` says of the quantized pipeline and, as `reference_*`, of the
-        float one; `lpips_note` (why LPIPS is there or not); `prompts`, `num_chunks`, `seed`.
+        The metrics of `compare` per chunk; what `describe` reports for the quantized pipeline and, as `reference_*`,
+        for the float one; `lpips_note` (why LPIPS was measured or not); `prompts`, `num_chunks`, `seed`.
     """
     lpips, note = metrics.find_lpips()
     report = compare(expected, got, lpips) | of_pipe

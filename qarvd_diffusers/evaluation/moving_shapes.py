@@ -1,17 +1,18 @@
-"""Moving shapes: the scene grammar of the bundled model, and an analytic judge of how well a video follows its prompt.
+"""Define the scene grammar of the bundled model, and judge analytically how well a video follows its prompt.
 
-A scene is one or two coloured shapes that move over a flat background, `Scene` <-> one English sentence. Every motion is
-periodic, so a stream of any length stays inside the training distribution. The judge uses no network: background and
-object are separated by colour distance, the shape is the best template by intersection over union, the motion is the
-best fit of the centroid path (and of the apparent radius) among the motions of the grammar.
+A scene is one or two colored shapes that move over a flat background. A `Scene` and an English sentence describe each
+other. Every motion is periodic, so a stream of any length stays inside the training distribution. The judge uses no
+network: color distance separates object and background, the shape is the template of largest intersection over union,
+and the motion is the best fit of the centroid path and the apparent radius among the motions of the grammar.
 
-Videos are uint8 arrays `[frames, 64, 64, 3]`; lengths are in pixels, times in frames. Depends on numpy alone.
+Videos are uint8 arrays `[frames, 64, 64, 3]`; lengths are in pixels, times in frames. Only numpy is needed.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ MOTIONS = {
     "pulse": "pulsing",
     "still": "staying still",
 }
-PAIR_MOTIONS = ("left", "right", "pulse", "still")  # those that stay inside the upper or the lower half
+PAIR_MOTIONS = ("left", "right", "pulse", "still")  # these stay inside the upper or the lower half
 
 _VELOCITY = {"left": -1.0, "right": 1.0, "up": -1.0j, "down": 1.0j}
 _TURN = {"clockwise": 1.0, "counterclockwise": -1.0}  # the y axis points down
@@ -51,7 +52,7 @@ _TURN = {"clockwise": 1.0, "counterclockwise": -1.0}  # the y axis points down
 
 @dataclass(frozen=True)
 class Sprite:
-    """One moving object, named by keys of `COLORS`, `SHAPES`, `MOTIONS` and `SIZES`."""
+    """Describe one moving object by keys of `COLORS`, `SHAPES`, `MOTIONS` and `SIZES`."""
 
     color: str
     shape: str
@@ -60,11 +61,12 @@ class Sprite:
 
     @property
     def phrase(self) -> str:
+        """The part of the prompt that describes the object."""
         return f"a {self.size} {self.color} {self.shape} {MOTIONS[self.motion]}"
 
     @property
     def held_out(self) -> bool:
-        """True for the (color, shape, motion) triples that are never shown in training (one in seven)."""
+        """Whether training never shows this (color, shape, motion) triple: one in seven is held out."""
         color, shape, motion = (
             list(COLORS).index(self.color),
             SHAPES.index(self.shape),
@@ -75,22 +77,24 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Scene:
-    """One sprite, or two (the first in the upper half of the picture, the second in the lower), over a background."""
+    """Describe one sprite, or two (the first in the upper half, the second in the lower), over a background."""
 
     sprites: tuple[Sprite, ...]
     background: str
 
     @property
     def prompt(self) -> str:
+        """The sentence that describes the scene."""
         return " above ".join(sprite.phrase for sprite in self.sprites) + f" on a {self.background} background"
 
     @property
     def held_out(self) -> bool:
+        """Whether a sprite is held out."""
         return any(sprite.held_out for sprite in self.sprites)
 
     @classmethod
     def from_prompt(cls, prompt: str) -> Scene:
-        """The scene a sentence of the grammar describes. Raises ValueError for any other sentence."""
+        """Parse a sentence of the grammar. Raises ValueError for any other sentence."""
         words = prompt.lower().strip().rstrip(".")
         body, separator, tail = words.rpartition(" on a ")
         background = tail.removesuffix(" background")
@@ -106,6 +110,7 @@ class Scene:
 
 
 def _parse_phrase(phrase: str) -> Sprite:
+    """Parse the inverse of `Sprite.phrase`; raises KeyError or ValueError for anything else."""
     article, size, color, shape, motion = phrase.split(" ", 4)
     motions = {words: name for name, words in MOTIONS.items()}
     if article != "a" or size not in SIZES or color not in COLORS or shape not in SHAPES:
@@ -114,7 +119,7 @@ def _parse_phrase(phrase: str) -> Sprite:
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool, pair_probability: float = 0.25) -> Scene:
-    """A random scene; with `held_out` its first sprite is a held-out triple, otherwise none of its sprites is."""
+    """Draw a random scene: with `held_out` its first sprite is a held-out triple, otherwise none of its sprites is."""
     background = str(rng.choice(list(BACKGROUNDS)))
     if rng.random() >= pair_probability:
         return Scene((_sample_sprite(rng, tuple(MOTIONS), tuple(SIZES), held_out),), background)
@@ -125,7 +130,10 @@ def sample_scene(rng: np.random.Generator, held_out: bool, pair_probability: flo
             return Scene((first, second), background)
 
 
-def _sample_sprite(rng: np.random.Generator, motions: tuple, sizes: tuple, held_out: bool) -> Sprite:
+def _sample_sprite(
+    rng: np.random.Generator, motions: tuple[str, ...], sizes: tuple[str, ...], held_out: bool
+) -> Sprite:
+    """Draw a random sprite that is held out, or is not."""
     while True:
         choices = (rng.choice(options) for options in (list(COLORS), SHAPES, motions, sizes))
         sprite = Sprite(*(str(choice) for choice in choices))
@@ -134,7 +142,7 @@ def _sample_sprite(rng: np.random.Generator, motions: tuple, sizes: tuple, held_
 
 
 def held_out_prompts(count: int, seed: int = 0, pair_probability: float = 0.25) -> list[str]:
-    """`count` distinct prompts, each with a (color, shape, motion) triple that training never showed."""
+    """Draw `count` distinct prompts, each with a (color, shape, motion) triple that training never showed."""
     rng = np.random.default_rng(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
@@ -143,17 +151,17 @@ def held_out_prompts(count: int, seed: int = 0, pair_probability: float = 0.25) 
 
 
 def vocabulary() -> list[str]:
-    """Every word of the grammar, sorted."""
+    """List every word of the grammar, sorted."""
     words = itertools.chain(
         COLORS, BACKGROUNDS, SHAPES, SIZES, *(phrase.split() for phrase in MOTIONS.values()), ("a", "above", "on")
     )
     return sorted({*words, "background"})
 
 
-def shape_distance(shape: str, x, y, radius, xp=np):
-    """Signed distance (negative inside, pixels) of points `x`, `y` from a shape of `radius` centred at the origin.
+def shape_distance(shape: str, x: Any, y: Any, radius: Any, xp: Any = np) -> Any:
+    """Compute the signed distance of points `x`, `y` from a shape of `radius` at the origin: pixels, negative inside.
 
-    Written against the functions numpy and torch share: `xp` is either module, the arrays are that module's.
+    Uses only functions that numpy and torch share: `xp` is either module, the arrays are its own.
     """
     if shape == "circle":
         return xp.hypot(x, y) - radius
@@ -174,7 +182,7 @@ def shape_distance(shape: str, x, y, radius, xp=np):
 
 _AREA = {"circle": np.pi, "square": 3.0976, "triangle": 1.8706, "cross": 2.3616, "ring": 0.75 * np.pi}  # / radius**2
 _MIN_DISTANCE = 55.0  # RGB distance from the background that makes a pixel foreground
-_MAX_COLOR_ERROR = 70.0  # RGB distance to the named colour
+_MAX_COLOR_ERROR = 70.0  # RGB distance to the named color
 _MIN_IOU = 0.7
 _MAX_PATH_ERROR = 2.5  # pixels, root mean square
 _PULSE_THRESHOLD = 0.1  # relative amplitude of the apparent radius
@@ -183,7 +191,7 @@ _MAX_SHAPE_FRAMES = 6
 
 @dataclass(frozen=True)
 class Adherence:
-    """Which attributes of the prompt the video shows; with two sprites, an attribute must hold for both."""
+    """Tell which attributes of the prompt a video shows; with two sprites, an attribute must hold for both."""
 
     color: bool
     shape: bool
@@ -193,7 +201,7 @@ class Adherence:
 
     @property
     def correct(self) -> bool:
-        """Right in color, shape and motion: the figure that is reported."""
+        """Whether color, shape and motion are right: the reported figure."""
         return self.color and self.shape and self.motion
 
 
@@ -203,31 +211,40 @@ def adherence(frames: np.ndarray, prompt: str, frame_range: tuple[int, int] | No
     Args:
         frames: uint8 `[frames, 64, 64, 3]`.
         prompt: a sentence of the grammar.
-        frame_range: judge only `frames[start:stop]`, e.g. the last chunk of a long stream. At least 8 frames.
+        frame_range: judge only `frames[start:stop]`, at least 8 frames, such as the last chunks of a long stream.
+
+    Raises:
+        ValueError: the prompt is not a sentence of the grammar, or the frames are not such an array of at least 8.
     """
     scene = Scene.from_prompt(prompt)
     frames = frames[slice(*frame_range)] if frame_range is not None else frames
     if frames.ndim != 4 or frames.shape[1:] != (FRAME_SIZE, FRAME_SIZE, 3) or frames.dtype != np.uint8:
         raise ValueError(f"expected uint8 [frames, {FRAME_SIZE}, {FRAME_SIZE}, 3], got {frames.dtype} {frames.shape}")
     if len(frames) < 8:
-        raise ValueError(f"a motion cannot be judged on {len(frames)} frames; give at least 8")
+        raise ValueError(f"a motion cannot be judged on {len(frames)} frames, expected at least 8")
     pixels = frames.astype(np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     half = FRAME_SIZE // len(scene.sprites)
-    seen = [observe(pixels[:, i * half : (i + 1) * half], background) for i in range(len(scene.sprites))]
-    matches = list(zip(seen, scene.sprites, strict=True))
-    return Adherence(
-        color=all(found is not None and found.color == sprite.color for found, sprite in matches),
-        shape=all(found is not None and found.shape == sprite.shape for found, sprite in matches),
-        motion=all(found is not None and found.motion == sprite.motion for found, sprite in matches),
-        size=all(found is not None and found.size == sprite.size for found, sprite in matches),
-        background=_nearest(background, BACKGROUNDS) == scene.background,
-    )
+    observed = [observe(pixels[:, i * half : (i + 1) * half], background) for i in range(len(scene.sprites))]
+
+    def matches(attribute: str) -> bool:
+        pairs = zip(observed, scene.sprites, strict=True)
+        return all(
+            seen is not None and getattr(seen, attribute) == getattr(sprite, attribute) for seen, sprite in pairs
+        )
+
+    attributes = {name: matches(name) for name in ("color", "shape", "motion", "size")}
+    return Adherence(**attributes, background=_nearest(background, BACKGROUNDS) == scene.background)
+
+
+def shows_prompt(frames: np.ndarray, prompt: str) -> bool:
+    """Return whether a video is right in color, shape and motion, see `adherence`: a `fidelity.Judge`."""
+    return adherence(frames, prompt).correct
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the judge saw; None where nothing of the grammar fits well enough."""
+    """Hold what the judge saw; None if nothing of the grammar fits well enough."""
 
     color: str | None
     shape: str | None
@@ -236,7 +253,7 @@ class Observation:
 
 
 def observe(pixels: np.ndarray, background: np.ndarray) -> Observation | None:
-    """The single object in float frames `[frames, height, 64, 3]`; None if some frame shows none (or nothing else)."""
+    """Observe the object in float frames `[frames, height, 64, 3]`; None if it is missing or too large in a frame."""
     distance = np.linalg.norm(pixels - background, axis=-1)
     inside = distance > _MIN_DISTANCE
     counts = inside.sum(axis=(1, 2))
@@ -254,13 +271,14 @@ def observe(pixels: np.ndarray, background: np.ndarray) -> Observation | None:
     return Observation(_nearest(color, COLORS), shape, _best_motion(path, radii), size if shape else None)
 
 
-def _nearest(color: np.ndarray, palette: dict[str, tuple]) -> str | None:
+def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
+    """Name the nearest color of a palette; None if it is too far."""
     name = min(palette, key=lambda key: np.linalg.norm(color - palette[key]))
     return name if np.linalg.norm(color - palette[name]) < _MAX_COLOR_ERROR else None
 
 
 def _centroids(coverage: np.ndarray) -> np.ndarray:
-    """Centroid per frame as x + iy; coordinates that wrap around the picture are unwrapped over time."""
+    """Compute the centroid per frame as x + iy; coordinates that wrap around the picture are unwrapped over time."""
     parts = []
     for axis in (1, 2):
         profile = coverage.sum(axis=axis)  # axis 1 sums over rows and leaves x, axis 2 leaves y
@@ -274,7 +292,7 @@ def _centroids(coverage: np.ndarray) -> np.ndarray:
 
 
 def _best_shape(coverage: np.ndarray, path: np.ndarray) -> str | None:
-    """The template with the highest mean intersection over union, at the centroid and area of each frame."""
+    """Find the template of highest mean intersection over union, at the centroid and area of each frame."""
     height, width = coverage.shape[1:]
     rows, columns = np.mgrid[:height, :width] + 0.5
     scores = dict.fromkeys(SHAPES, 0.0)
@@ -291,7 +309,7 @@ def _best_shape(coverage: np.ndarray, path: np.ndarray) -> str | None:
 
 
 def _best_motion(path: np.ndarray, radii: np.ndarray) -> str | None:
-    """The motion whose model (free start and phase, fixed speed) leaves the smallest residual of the path."""
+    """Find the motion whose model (free start and phase, fixed speed) leaves the smallest residual of the path."""
     time = np.arange(len(path))
     errors = {"still": np.sqrt(np.mean(abs(path - path.mean()) ** 2))}
     for motion, direction in _VELOCITY.items():

@@ -1,4 +1,4 @@
-"""Contact sheets and video files."""
+"""Write contact sheets and video files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files.atomic import atomic_file
 
-_TILE = 128  # pixels; small videos are enlarged without smoothing so that every error stays visible
+_TILE = 128  # pixels; small videos are enlarged without smoothing, so that errors stay visible
 _MARGIN, _GAP = 8, 4
 
-_CONTAINERS = (".mp4", ".mov", ".mkv", ".avi", ".wmv")  # that hold H.264
+_CONTAINERS = (".mp4", ".mov", ".mkv", ".avi", ".wmv")  # of H.264
 _MOVING_PICTURES = (".gif", ".webp")
 
 
 def check_video_name(path: str | os.PathLike[str]) -> None:
-    """Refuse a file name that `video_writer` could not write to.
+    """Check that `video_writer` can write a file of this name.
 
     Raises:
-        ValueError: for the suffix of another format; those that can be written are named.
-        IsADirectoryError: it is a folder.
+        ValueError: the suffix is not that of a format that can be written.
+        IsADirectoryError: `path` is a folder.
     """
     suffixes = (*_CONTAINERS, *_MOVING_PICTURES)
     if Path(path).suffix.lower() not in suffixes:
@@ -35,13 +35,13 @@ def check_video_name(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def video_writer(path: str | os.PathLike[str], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """Hands out a function that appends one frame, uint8 `[height, width, 3]`; the file appears whole, or not at all.
+    """Give a function that appends one frame, uint8 `[height, width, 3]`; the file appears when it is complete.
 
-    What was written is read back, since ffmpeg may fail without a word.
+    The file is read back, since ffmpeg may fail silently.
 
     Raises:
         ValueError: see `check_video_name`.
-        OSError: the file could not be written, or does not hold all frames; named.
+        OSError: the file could not be written, or does not hold all frames. The message names the file.
     """
     import imageio.v2 as imageio
 
@@ -55,6 +55,7 @@ def video_writer(path: str | os.PathLike[str], fps: int) -> Iterator[Callable[[n
         writer = imageio.get_writer(temporary, **options)
 
         def append(frame: np.ndarray) -> None:
+            """Append one frame."""
             nonlocal frames
             with _naming(path):
                 writer.append_data(frame)
@@ -63,7 +64,7 @@ def video_writer(path: str | os.PathLike[str], fps: int) -> Iterator[Callable[[n
         try:
             yield append
         except BaseException:
-            with suppress(OSError):  # which would hide what went wrong first
+            with suppress(OSError):  # it would hide the first error
                 writer.close()
             raise
         with _naming(path):
@@ -73,7 +74,7 @@ def video_writer(path: str | os.PathLike[str], fps: int) -> Iterator[Callable[[n
 
 @contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say which file could not be written, and in one line why."""
+    """Turn an error into an OSError that names the file and gives the reason in one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -82,20 +83,20 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _check_video(written: Path, frames: int) -> None:
-    """Refuse a file that does not hold so many frames; moving pictures show equal ones in a row as one."""
+    """Raise OSError if a file holds fewer frames; GIF and WebP merge equal frames in a row."""
     if written.suffix.lower() in _MOVING_PICTURES:
         with Image.open(written) as image:
-            found = image.n_frames
-            image.seek(found - 1)
+            count = image.n_frames
+            image.seek(count - 1)
             image.load()
-        complete = 0 < found <= frames
+        complete = 0 < count <= frames
     else:
         from imageio_ffmpeg import count_frames_and_secs
 
-        found, _ = count_frames_and_secs(written)
-        complete = found == frames
+        count, _ = count_frames_and_secs(written)
+        complete = count == frames
     if not complete:
-        raise OSError(f"it holds {found} of {frames} frames; is the disk full?")
+        raise OSError(f"it holds {count} of {frames} frames; is the disk full?")
 
 
 def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: int) -> None:
@@ -108,13 +109,13 @@ def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: int) -> N
 def contact_sheet(
     rows: Mapping[str, Sequence[np.ndarray]], path: str | os.PathLike[str], title: str, notes: Mapping[str, str]
 ) -> None:
-    """One PNG: a row per model, a column per chunk, each tile the chunk's middle frame.
+    """Write one PNG: a row per model, a column per chunk, each tile the chunk's middle frame.
 
     Args:
         rows: label -> chunks, each uint8 `[frames, height, width, 3]`.
-        path: where the PNG goes.
-        title: a line above all.
-        notes: label -> a line below the row's label (may lack a label).
+        path: the PNG to write.
+        title: the line at the top.
+        notes: label -> a line below the row's label; labels may be missing.
     """
     columns = max(len(chunks) for chunks in rows.values())
     height, width = next(iter(rows.values()))[0].shape[1:3]

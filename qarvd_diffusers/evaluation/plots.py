@@ -1,11 +1,11 @@
-"""Plots as PNG files; matplotlib comes with the extra `bench`."""
+"""Draw plots as PNG files; matplotlib comes with the extra `bench`."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.sensitivity import SensitivityResult
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def has_matplotlib() -> bool:
-    """Whether plots can be drawn."""
+    """Return whether plots can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def require_matplotlib() -> None:
-    """Raises ImportError, with the remedy, where matplotlib is missing."""
+    """Raise ImportError, with the remedy, if matplotlib is missing."""
     if not has_matplotlib():
         raise ImportError("plots need matplotlib: pip install matplotlib")
 
 
 def plot_chunks(values: Sequence[float | None], path: str | os.PathLike[str], title: str, log: bool = False) -> None:
-    """One metric over chunks; missing and infinite values leave a gap. `log` takes effect from a factor of ten on."""
+    """Plot one metric over chunks; missing and infinite values leave a gap. `log` applies if values differ tenfold."""
     figure, axes = _figure(title, len(values))
     finite = [math.nan if v is None or not math.isfinite(v) else v for v in values]
     axes.plot(range(len(values)), finite, marker="o", color="tab:blue")
@@ -38,7 +38,7 @@ def plot_chunks(values: Sequence[float | None], path: str | os.PathLike[str], ti
 
 
 def plot_sensitivity(result: SensitivityResult, path: str | os.PathLike[str]) -> None:
-    """Sensitivity per chunk, of every prompt and on average, with the fitted exponential."""
+    """Plot the sensitivity per chunk, of every prompt and on average, with the fitted exponential."""
     mean = result.sensitivity
     figure, axes = _figure("error of the whole video when one chunk is quantized", len(mean))
     for matrix in result.errors:
@@ -58,12 +58,34 @@ def plot_sensitivity(result: SensitivityResult, path: str | os.PathLike[str]) ->
     _write(figure, path)
 
 
-def _figure(title: str, chunks: int) -> tuple[Figure, Any]:
+def plot_outliers(layers: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw a bar per layer: the share of its input channels that are outliers.
+
+    Args:
+        layers: `name`, `shape` `[out, in]` and `outliers` of each.
+        path: the PNG to write.
+    """
+    figure, axes = _empty_figure(9, 0.16 * len(layers) + 1.2)
+    axes.barh([layer["name"] for layer in layers], [layer["outliers"] / layer["shape"][1] for layer in layers])
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("share of input channels that are outliers")
+    _write(figure, path)
+
+
+def _empty_figure(width: float, height: float) -> tuple[Figure, Any]:
+    """Make a figure of inches, and its axes."""
     require_matplotlib()
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a backend for the whole process
 
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _figure(title: str, chunks: int) -> tuple[Figure, Any]:
+    """Make a figure whose x axis counts chunks."""
+    figure, axes = _empty_figure(5.6, 3.4)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("chunk")
     axes.set_xticks(range(chunks))
@@ -73,5 +95,6 @@ def _figure(title: str, chunks: int) -> tuple[Figure, Any]:
 
 
 def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, atomically."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")

@@ -1,4 +1,4 @@
-"""Writing an evaluation down: report.json, a plot per metric, and one HTML file that needs nothing else."""
+"""Write an evaluation: report.json, a plot per metric, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_PLOTS = "No plots: they need matplotlib (pip install 'qarvd-diffusers[bench]'
 
 
 class Metric(NamedTuple):
-    """How a metric is shown: title, what it means, format of a number, whether its plot is logarithmic."""
+    """Describe how a metric is shown: title, meaning, format of a number, and whether its plot may be logarithmic."""
 
     title: str
     meaning: str
@@ -30,7 +30,7 @@ class Metric(NamedTuple):
     log: bool = False
 
 
-# By key of a report.
+# By their keys in a report.
 METRICS = {
     "latent_mse": Metric("Latent MSE", "mean squared difference of the latents; lower is better", ".3e", log=True),
     "psnr_db": Metric("PSNR (dB)", "of the frames; higher is better", ".2f"),
@@ -46,14 +46,16 @@ METRICS = {
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto } td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
+td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } figure { margin: 0 } figcaption { color: #555; font-size: .9em }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%), 1fr)); gap: 1em }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; max-width: 60em } figcaption { overflow-wrap: anywhere }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; max-width: 60em }
+figcaption { overflow-wrap: anywhere }
 video { width: 100%; image-rendering: pixelated } .plots img { width: 100% }
 """
 
-# Two videos of one prompt start, stop and jump together, so that they can be compared at the same frame.
+# The two videos of a prompt play, pause and seek together, so that they can be compared frame by frame.
 _SCRIPT = """
 for (const pair of document.querySelectorAll(".pair")) {
   const [a, b] = pair.querySelectorAll("video");
@@ -82,14 +84,14 @@ def write_report(
     Without matplotlib there are no plots, and the page says so.
 
     Args:
-        folder: where to; made if it is not there, files of these names are replaced.
+        folder: where to write; created if missing, files of these names are replaced.
         report: what `fidelity.join` returned.
-        expected: the float rollout.
-        got: the quantized rollout.
+        expected: the rollout of the float model.
+        got: the rollout of the quantized model.
         prompts: one per video.
-        fps: of the videos in the page.
-        max_videos: prompts whose videos are put into the page, from the first one on.
-        names: what the page calls the two models.
+        fps: frames per second of the videos in the page.
+        max_videos: how many prompts, from the first one on, have their videos in the page.
+        names: names of the two models in the page.
 
     Returns:
         Name -> path of the written files.
@@ -108,7 +110,7 @@ def write_report(
 
 
 def strict_json(value: Any) -> Any:
-    """The same JSON value with None for infinity and NaN, which JSON does not have."""
+    """Replace infinity and NaN, which JSON does not have, by None in a JSON value."""
     if isinstance(value, Mapping):
         return {key: strict_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -117,11 +119,13 @@ def strict_json(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _mp4(rollout: Rollout, prompt: int, fps: int) -> bytes:
+    """Encode the video of a prompt, by its index."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         write_video(rollout.video(prompt), path, fps)
@@ -130,13 +134,15 @@ def _mp4(rollout: Rollout, prompt: int, fps: int) -> bytes:
 
 def _page(
     report: Mapping[str, Any],
-    plots: Mapping[str, Path],  # none where matplotlib is missing
+    plots: Mapping[str, Path],  # empty without matplotlib
     videos: Sequence[tuple[str, bytes, bytes]],
     names: Sequence[str],
 ) -> str:
+    """Build the page: tables, plots and videos, all inside one HTML text."""
     names = [html.escape(name) for name in names]
     rows = "".join(
-        f"<section><h3>{html.escape(prompt)}</h3><div class=pair>{_video(names[0], a)}{_video(names[1], b)}</div></section>"
+        f"<section><h3>{html.escape(prompt)}</h3>"
+        f"<div class=pair>{_video(names[0], a)}{_video(names[1], b)}</div></section>"
         for prompt, a, b in videos
     )
     figures = "".join(
@@ -147,8 +153,8 @@ def _page(
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Quantized against float</title><style>{_STYLE}</style></head><body>
 <h1>Quantized against float</h1>
-<p>{report["prompts"]} prompts, {report["num_chunks"]} chunks, seed {report["seed"]}; both models got the same initial noise
-and re-noise.</p>
+<p>{report["prompts"]} prompts, {report["num_chunks"]} chunks, seed {report["seed"]}; both models got the same
+initial noise and re-noise.</p>
 {_models_table(report, names)}
 <h2>Per chunk</h2>
 {_chunks_table(report)}
@@ -162,30 +168,35 @@ and re-noise.</p>
 
 
 def _base64(data: bytes) -> str:
+    """Encode bytes for a data URL."""
     return base64.b64encode(data).decode("ascii")
 
 
 def _video(label: str, mp4: bytes) -> str:
+    """Embed an MP4 file with its caption."""
     source = f"data:video/mp4;base64,{_base64(mp4)}"
     return (
         f"<figure><video src='{source}' controls loop muted autoplay></video><figcaption>{label}</figcaption></figure>"
     )
 
 
-def _number(value: float | None, form: str) -> str:
+def format_number(value: float | None, form: str) -> str:
+    """Format a number; None, a missing value, is empty."""
     return "" if value is None else format(value, form)
 
 
 def _models_table(report: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Compare the two models: bytes, seconds, memory, adherence."""
     lines = (
         ("transformer, bytes", "bytes", ",d"),
         ("seconds per chunk (median)", "seconds_per_chunk", ".3f"),
-        ("seconds in all", "seconds", ".1f"),
+        ("seconds in total", "seconds", ".1f"),
         ("peak memory, bytes", "peak_memory_bytes", ",d"),
         ("prompt adherence", "adherence", ".1%"),
     )
     rows = "".join(
-        f"<tr><td>{title}</td><td>{_number(report.get(f'reference_{key}'), form)}</td><td>{_number(report.get(key), form)}</td></tr>"
+        f"<tr><td>{title}</td><td>{format_number(report.get(f'reference_{key}'), form)}</td>"
+        f"<td>{format_number(report.get(key), form)}</td></tr>"
         for title, key, form in lines
         if report.get(key) is not None
     )
@@ -193,11 +204,12 @@ def _models_table(report: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _chunks_table(report: Mapping[str, Any]) -> str:
+    """List the measured metrics, a row per chunk."""
     measured = {name: metric for name, metric in METRICS.items() if report.get(name) is not None}
     header = "".join(f"<th>{metric.title}</th>" for metric in measured.values())
     rows = "".join(
         f"<tr><td>{chunk}</td>"
-        + "".join(f"<td>{_number(report[name][chunk], metric.form)}</td>" for name, metric in measured.items())
+        + "".join(f"<td>{format_number(report[name][chunk], metric.form)}</td>" for name, metric in measured.items())
         + "</tr>"
         for chunk in range(report["num_chunks"])
     )
