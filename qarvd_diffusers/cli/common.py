@@ -1,10 +1,12 @@
-"""Arguments and output that several commands share."""
+"""Share arguments, checks and output between the commands."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +19,42 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def add_model_argument(parser: argparse.ArgumentParser, name: str = "model", kind: str = "") -> None:
+    """Add the positional argument that names a model; `kind` ("float ") restricts it."""
+    text = f"{kind}model folder or Hub id; `bundled` names the model that ships with the package"
+    parser.add_argument(name, help=text)
+
+
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` and `--dtype`."""
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: bfloat16 on a GPU, float32 on a CPU)")
+
+
+class _Renamed(argparse.Action):
+    """Store the value of an option that was given under its old name, and print the new name."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, new: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+        self.new = new
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        say(f"{option_string} is deprecated and will be removed in the next release: use {self.new}")
+        setattr(namespace, self.dest, values)
+
+
+def keep_old_name(parser: argparse.ArgumentParser, option: argparse.Action, old: str) -> None:
+    """Accept a renamed option under its `old` name too: hidden from `--help`, with a notice on stderr."""
+    new = option.option_strings[0]
+    parser.add_argument(old, action=_Renamed, dest=option.dest, new=new, nargs=option.nargs, type=option.type)
+
+
+def add_chunks_argument(parser: argparse.ArgumentParser, text: str, least: int = 1) -> None:
+    """Add `--num-chunks`, at least `least`, 7 by default."""
+    option = parser.add_argument(
+        "--num-chunks", type=whole(least), default=7, metavar="N", help=f"{text} (default: 7)"
+    )
+    keep_old_name(parser, option, "--chunks")
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -38,47 +73,100 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-seed = whole(-(2**63), 2**63 - 1)  # what torch takes
+seed = whole(-(2**63), 2**63 - 1)  # the range that torch accepts
 
 
 def named_model(name: str) -> str:
-    """The name of a folder or file as given; `bundled` is the model that ships with the package."""
+    """Return the name of a folder or file; `bundled` becomes the folder of the model that ships with the package."""
     from ..bundled import bundled_model_path
 
     return bundled_model_path() if name == "bundled" else name
 
 
 def resolve_model(name: str) -> str:
-    """A model folder or Hub id, see `named_model`.
+    """Return the model folder or Hub id that `name` stands for, see `named_model`.
 
     Raises:
-        OSError: the name is that of a file, or neither that of a folder nor a Hub id.
+        OSError: `name` is a file, or neither a folder nor a Hub id.
         ValueError: the folder holds no model.
     """
     name = named_model(name)
     path = Path(name)
     if path.is_dir():
-        if not any((path / file).is_file() for file in ("model_index.json", "transformer/config.json")):
+        if not is_model_folder(path):
             raise ValueError(f"{name} has no model_index.json, expected the folder of a diffusers model")
     elif path.exists():
         raise NotADirectoryError(
-            f"{name} is a file, expected a model folder or Hub id: `qarvd convert {name} FOLDER` makes a folder of it"
+            f"{name} is a file, expected a model folder or Hub id: make one with `qarvd convert {name} FOLDER`"
         )
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
         raise FileNotFoundError(f"{name}: there is no such folder (and an id on the Hub looks like OWNER/NAME)")
     else:
-        say(f"{name}: there is no such folder, so it is taken for an id on the Hub")
+        say(f"{name}: there is no such folder, so this is read as an id on the Hub")
     return name
 
 
-def require_new_folder(path: str) -> None:
-    """Refuse a folder that is there already: commands that write a model write a new folder, and overwrite none.
+def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--overwrite`, for commands that write a model folder."""
+    text = "replace the model folder OUT; it stays as it is until the new one is complete"
+    parser.add_argument("--overwrite", action="store_true", help=text)
+
+
+def check_new_folder(path: str, overwrite: bool = False, source: str | Path | None = None) -> None:
+    """Check, before any work, that a model folder may be written to `path`.
+
+    Args:
+        path: the folder to write.
+        overwrite: an existing model folder may be replaced.
+        source: the model that is read; never replaced.
 
     Raises:
-        FileExistsError: named.
+        FileExistsError: `path` exists, and `overwrite` is not set or would remove something else than a model folder.
     """
-    if Path(path).exists():
-        raise FileExistsError(f"{path} exists; give a new folder or remove it first")
+    folder = Path(path)
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; give a new folder, or replace this one with --overwrite")
+    if not is_model_folder(folder) and (folder.is_file() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{path} exists and is not a model folder, which --overwrite never removes: give a new folder"
+        )
+    if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
+        raise FileExistsError(
+            f"{path} is, or holds, the model that is read; --overwrite would remove it: give a new folder"
+        )
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Return whether `folder` holds a diffusers pipeline or transformer."""
+    return any((folder / file).is_file() for file in ("model_index.json", "transformer/config.json"))
+
+
+@contextmanager
+def replaced_folder(path: str) -> Iterator[str]:
+    """Give the name of a new folder to write to; it replaces the folder `path`, if there is one, when the block ends.
+
+    When the block raises, `path` stays as it is. Unlike files that are replaced one by one, no shard of the old model
+    is left among those of the new one.
+    """
+    folder = Path(path).resolve()
+    if not folder.exists():
+        yield path
+        return
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        yield str(new)
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    finally:
+        if folder.exists():  # otherwise the old model in `temporary` is the only copy
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def say(text: str) -> None:
@@ -87,7 +175,7 @@ def say(text: str) -> None:
 
 
 def load_pipeline(path: str, args: argparse.Namespace, **kwargs: Any) -> ARVDPipeline:
-    """Load a float or quantized model folder, or Hub id, onto the asked device."""
+    """Load a float or quantized model folder, or Hub id, onto the requested device."""
     import torch
 
     from ..pipelines.pipeline_arvd import ARVDPipeline
@@ -100,7 +188,7 @@ def load_pipeline(path: str, args: argparse.Namespace, **kwargs: Any) -> ARVDPip
 
 
 def watched_roll_out(pipe: ARVDPipeline, prompts: Sequence[str], num_chunks: int, seed: int, what: str) -> Rollout:
-    """See `roll_out`; one bar counts the chunks of all prompts, where there is a terminal."""
+    """Generate as `fidelity.roll_out`; on a terminal, one bar counts the chunks of all prompts."""
     from tqdm.auto import tqdm
 
     from ..evaluation.fidelity import roll_out
@@ -116,7 +204,7 @@ def watched_roll_out(pipe: ARVDPipeline, prompts: Sequence[str], num_chunks: int
 
 @contextmanager
 def layer_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that counts layers, for functions that report what they do, how many are done and how many there are."""
+    """Show a bar of layers, driven by the callback that the block gets: text, layers done, layers in all."""
     from tqdm.auto import tqdm
 
     with tqdm(desc=what, unit="layer") as bar:
@@ -129,7 +217,7 @@ def layer_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def read_prompts(path: str | None) -> tuple[str, ...] | None:
-    """One prompt per line, `#` starts a comment; None if no file was named."""
+    """Read a file of one prompt per line, `#` starts a comment; None without a file."""
     from ..config import parse_prompts
     from ..files.text import read_text
 
@@ -137,7 +225,7 @@ def read_prompts(path: str | None) -> tuple[str, ...] | None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Plain text in aligned columns; numbers to the right."""
+    """Format plain text in aligned columns: the first to the left, the others to the right; None is an empty cell."""
     cells = [list(map(str, header)), *(["" if c is None else str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [

@@ -1,7 +1,7 @@
 """Convert between original checkpoints, diffusers folders and single files.
 
-An original checkpoint becomes a diffusers folder. A float folder becomes a file under original names, a quantized one a
-single file for diffusers and ComfyUI, and that file becomes a folder again.
+An original checkpoint becomes a diffusers folder. A float folder becomes a file under original names. A quantized
+folder becomes a single file for diffusers and ComfyUI, and such a file becomes a folder again.
 """
 
 from __future__ import annotations
@@ -11,66 +11,94 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import DTYPES, named_model, require_new_folder, whole
+from .common import (
+    DTYPES,
+    add_overwrite_argument,
+    check_new_folder,
+    named_model,
+    replaced_folder,
+    whole,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `qarvd convert`."""
     parser.add_argument(
         "source",
         help="checkpoint with original key names (.pt, .safetensors, folder of shards), or a diffusers folder",
     )
-    parser.add_argument("out", help="diffusers folder to write, or for a folder as source a .safetensors file")
+    parser.add_argument("out", help="diffusers folder to write; if SOURCE is one, a .safetensors file")
     parser.add_argument(
         "--family",
         default="self-forcing",
-        help="whose chunk size, steps and window apply; auto: by the names of file and folder",
+        help="model family, which sets chunk size, steps and window; auto: by the names of file and folder "
+        "(default: self-forcing)",
     )
     parser.add_argument(
-        "--base", help="diffusers folder that supplies VAE, text encoder and tokenizer; `bundled` is one"
+        "--base", help="diffusers folder that provides VAE, text encoder and tokenizer; `bundled` is one"
     )
     parser.add_argument(
         "--weights", help="state dict in the file: generator_ema, generator or model (default: the family's)"
     )
     parser.add_argument(
-        "--lora", help="LoRA file to merge (default: the one beside a base that needs it); none: no LoRA"
+        "--lora", help="LoRA file to merge (default: the one in the folder of a base that needs it); none: no LoRA"
     )
     parser.add_argument(
         "--int8-tensorwise",
         action="store_true",
-        help="of a quantized folder write ComfyUI's own int8 format, and say what it cannot hold",
+        help="write a quantized folder in ComfyUI's own int8 format, and list what that format cannot hold",
     )
     parser.add_argument("--heads", type=whole(1), help="attention heads (default: from --base, else width / 128)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as stored)")
+    add_overwrite_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from ..conversion import convert_checkpoint, detect_checkpoint, single_file_to_folder
+    """Convert in the direction that the kind of the source implies."""
     from ..models.single_file_header import read_single_file
 
     source, base = Path(named_model(args.source)), args.base and named_model(args.base)
     if (source / "transformer" / "config.json").is_file():
         return _folder_to_file(source, args)
-    if source.is_file() and source.suffix == ".safetensors" and read_single_file(source) is not None:
-        single_file_to_folder(source, args.out, base)
-        return {"out": args.out, "layout": "diffusers folder, as the file's header tells"}
-    require_new_folder(args.out)
-    found = detect_checkpoint(source, args.family, args.weights)
+    has_header = source.is_file() and source.suffix == ".safetensors" and read_single_file(source) is not None
+    check_new_folder(args.out, args.overwrite, source)
+    with replaced_folder(args.out) as out:
+        written = (
+            _single_file_to_folder(source, out, base) if has_header else _checkpoint_to_folder(source, out, base, args)
+        )
+    return {"out": args.out, **written}
+
+
+def _single_file_to_folder(source: Path, out: str, base: str | None) -> dict[str, Any]:
+    """Write the folder that a file with our header describes."""
+    from ..conversion import single_file_to_folder
+
+    single_file_to_folder(source, out, base)
+    return {"layout": "diffusers folder, as the file's header says"}
+
+
+def _checkpoint_to_folder(source: Path, out: str, base: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Write the folder of an original checkpoint."""
+    import torch
+
+    from ..conversion import convert_checkpoint, detect_checkpoint
+
+    detected = detect_checkpoint(source, args.family, args.weights)
     convert_checkpoint(
         source,
-        args.out,
-        family=found.family,
+        out,
+        family=detected.family,
         base=base,
         weights=args.weights,
         lora=args.lora,
         num_attention_heads=args.heads,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
     )
-    return {"out": args.out, "layout": f"diffusers folder, {found.family}", "source": found.to_dict()}
+    return {"layout": f"diffusers folder, {detected.family}", "source": detected.to_dict()}
 
 
 def _folder_to_file(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Write a folder as one file: a quantized one with its packed tensors, a float one under original names."""
     from ..conversion import export_checkpoint, export_int8_tensorwise, folder_to_single_file
     from ..files.text import read_text
     from ..models import CausalWanTransformer3DModel
@@ -87,6 +115,7 @@ def _folder_to_file(source: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
+    """Say what was written, and from what."""
     lines = [f"wrote {result['out']} ({result['layout']})"]
     if source := result.get("source"):
         lines.append(

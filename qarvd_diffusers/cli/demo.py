@@ -1,4 +1,4 @@
-"""Quantize the bundled model to w8a8 and w4a8, save, reload, generate on identical noise, and show what was lost."""
+"""Quantize the bundled model to w8a8 and w4a8, save, reload, generate on identical noise, and compare."""
 
 from __future__ import annotations
 
@@ -7,56 +7,54 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import say, seed, table, watched_roll_out, whole
+from .common import add_chunks_argument, say, seed, table, watched_roll_out, whole
 
 if TYPE_CHECKING:
+    from ..evaluation.fidelity import Rollout
     from ..pipelines.pipeline_arvd import ARVDPipeline
 
 SCHEMES = ("w8a8", "w4a8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="qarvd_demo", help="folder for videos, pictures and checkpoints")
-    parser.add_argument("--prompts", type=whole(1), default=4, help="held-out prompts to generate (default: 4)")
-    parser.add_argument("--chunks", type=whole(1), default=7, help="chunks per video (default: 7, that is 81 frames)")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of prompts and noise")
+    """Add the options of `qarvd demo`."""
+    parser.add_argument(
+        "--out", default="qarvd_demo", help="folder for videos, pictures and checkpoints (default: qarvd_demo)"
+    )
+    parser.add_argument(
+        "--prompts", type=whole(1), default=4, metavar="N", help="number of held-out prompts to generate (default: 4)"
+    )
+    add_chunks_argument(parser, "chunks per video; 7 are 81 frames")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of prompts and noise (default: 0)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
+    """Run every step for every scheme; the report is also written to `report.json`."""
     from ..bundled import bundled_model_path
     from ..config import QARVDConfig
     from ..evaluation.fidelity import compare, describe
-    from ..evaluation.moving_shapes import adherence, held_out_prompts
+    from ..evaluation.moving_shapes import held_out_prompts, shows_prompt
     from ..files.atomic import atomic_file
-    from ..pipelines.pipeline_arvd import ARVDPipeline
 
     out = Path(args.out)
     # The picture shows the first prompt: two objects show more than one.
     prompts = sorted(held_out_prompts(args.prompts, args.seed, pair_probability=0.5), key=lambda p: " above " not in p)
-
-    def judge(frames: Any, prompt: str) -> bool:
-        return adherence(frames, prompt).correct
-
-    def load(path: str | Path) -> ARVDPipeline:
-        return ARVDPipeline.from_pretrained(str(path), dtype=torch.float32)
-
     say("float model: generating")
-    reference = load(bundled_model_path())
-    expected = watched_roll_out(reference, prompts, args.chunks, args.seed, "float model")
-    report = {"float": describe(reference, expected, prompts, judge)}
+    reference = _load(bundled_model_path())
+    expected = watched_roll_out(reference, prompts, args.num_chunks, args.seed, "float model")
+    report = {"float": describe(reference, expected, prompts, shows_prompt)}
     rollouts = {"float": expected}
     for scheme in SCHEMES:
         say(f"{scheme}: calibrating, saving, reloading, generating")
-        pipe = load(bundled_model_path())
+        pipe = _load(bundled_model_path())
         pipe.quantize(QARVDConfig(scheme))
         pipe.save_pretrained(out / scheme)
-        pipe = load(out / scheme)
-        rollouts[scheme] = watched_roll_out(pipe, prompts, args.chunks, args.seed, f"{scheme} model")
-        report[scheme] = describe(pipe, rollouts[scheme], prompts, judge) | compare(expected, rollouts[scheme])
+        pipe = _load(out / scheme)
+        got = watched_roll_out(pipe, prompts, args.num_chunks, args.seed, f"{scheme} model")
+        rollouts[scheme] = got
+        report[scheme] = describe(pipe, got, prompts, shows_prompt) | compare(expected, got)
     for entry in report.values():
-        # What the quantized layers take; for the float model the same layers as bfloat16.
+        # Bytes of the quantized layers; for the float model, of the same layers in bfloat16.
         entry["bytes"] = entry["quantized_layer_bytes"]
     report["float"]["bytes"] = report[SCHEMES[0]]["quantized_layer_bytes_as_bfloat16"]
     report["files"] = _write_pictures(out, rollouts, prompts, report, reference.config.get("fps") or 16)
@@ -66,9 +64,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def _load(path: str | Path) -> ARVDPipeline:
+    import torch
+
+    from ..pipelines.pipeline_arvd import ARVDPipeline
+
+    return ARVDPipeline.from_pretrained(str(path), dtype=torch.float32)
+
+
 def _write_pictures(
-    out: Path, rollouts: dict[str, Any], prompts: list[str], report: dict[str, Any], fps: int
+    out: Path, rollouts: dict[str, Rollout], prompts: list[str], report: dict[str, Any], fps: int
 ) -> dict[str, str]:
+    """Write a video of the first prompt per model and a contact sheet; return the paths by name."""
     from ..evaluation.pictures import contact_sheet, write_video
 
     files = {}
@@ -88,6 +95,7 @@ def _write_pictures(
 
 
 def render(report: dict[str, Any]) -> str:
+    """Format bytes, adherence, speed and PSNR per model, and the list of files."""
     chunks = range(len(report[SCHEMES[0]]["psnr_db"]))
     rows = []
     for label in ("float", *SCHEMES):
@@ -106,6 +114,6 @@ def render(report: dict[str, Any]) -> str:
     header = ("model", "bytes", "of bf16", "adherence", "s/chunk", *(f"dB chunk {c}" for c in chunks))
     files = "\n".join(f"  {name}: {path}" for name, path in report["files"].items())
     return (
-        f"{table(header, rows)}\n\nbytes: the quantized layers with their scales (float: the same layers in bfloat16). "
+        f"{table(header, rows)}\n\nbytes: the quantized layers with scales (float: the same layers in bfloat16). "
         f"dB: PSNR of the frames against the float model on identical noise.\n\n{files}"
     )

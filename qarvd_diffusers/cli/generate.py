@@ -1,7 +1,7 @@
-"""Stream videos from a float or quantized model into mp4 files; Ctrl-C keeps what is finished.
+"""Stream videos from a float or quantized model into files; Ctrl-C keeps the finished part.
 
 Under `accelerate launch -m qarvd_diffusers generate ...` (or `torchrun`) the processes share the prompts; with
-`--context-parallel` they make each video together.
+`--context-parallel` all of them work on each video.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_device_arguments, load_pipeline, read_prompts, seed, whole
+from .common import (
+    add_chunks_argument,
+    add_device_arguments,
+    add_model_argument,
+    load_pipeline,
+    read_prompts,
+    seed,
+    whole,
+)
 
 if TYPE_CHECKING:
     from ..calibration.processes import Processes
@@ -20,71 +28,53 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="model folder or Hub id; `bundled` names the model that ships with the package")
+    """Add the options of `qarvd generate`."""
+    from ..kv_cache.storage import STORAGES
+
+    add_model_argument(parser)
     text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--prompt")
+    text.add_argument("--prompt", help="what the video shows")
     text.add_argument("--prompts", metavar="FILE", help="one prompt per line, one video for each")
     text.add_argument(
-        "--prompt-embeds", metavar="FILE", help="safetensors file of save_prompt_embeds: no text encoder works"
+        "--prompt-embeds", metavar="FILE", help="safetensors file of save_prompt_embeds; needs no text encoder"
     )
     parser.add_argument(
         "--out",
         required=True,
-        help="file to write (.mp4, .mov, .mkv, .avi, .wmv, .gif, .webp); with --prompts a folder, for 000.mp4, 001.mp4, ...",
+        help="file to write (.mp4, .mov, .mkv, .avi, .wmv, .gif, .webp); with --prompts a folder, for 000.mp4, "
+        "001.mp4, ...",
     )
+    add_chunks_argument(parser, "chunks to generate; 0 continues until Ctrl-C", least=0)
     parser.add_argument(
-        "--chunks", type=whole(0), default=7, help="chunks to generate; 0 goes on until Ctrl-C (default: 7)"
+        "--seed", type=seed, default=0, help="seed of the noise; prompt i of a file gets seed + i (default: 0)"
     )
-    parser.add_argument(
-        "--seed", type=seed, default=0, help="of the first prompt, one more for each other (default: 0)"
-    )
-    parser.add_argument("--height", type=whole(1))
-    parser.add_argument("--width", type=whole(1))
+    parser.add_argument("--height", type=whole(1), help="pixels (default: the model's)")
+    parser.add_argument("--width", type=whole(1), help="pixels (default: the model's)")
     parser.add_argument("--image", metavar="FILE", help="picture that the video starts with")
+    parser.add_argument("--kv-cache", choices=tuple(STORAGES), help="dtype of the cached keys and values")
     parser.add_argument(
-        "--kv-cache", choices=("auto", "bf16", "int8", "fp8"), help="dtype of the cached keys and values"
-    )
-    parser.add_argument(
-        "--memory", metavar="SIZE", help="fit into this much GPU memory, such as 8GB or 8 or 8GiB; see `qarvd plan`"
+        "--memory", metavar="SIZE", help="GPU memory to fit into, such as 8GB, 8 or 8GiB; see `qarvd plan`"
     )
     parser.add_argument("--fps", type=whole(1), help="frames per second of the file (default: the model's, else 16)")
     parser.add_argument(
         "--context-parallel",
         action="store_true",
-        help="all processes of the job, one per GPU, make each video together",
+        help="let all processes of the job, one per GPU, work on each video together",
     )
     add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Generate and write the videos; of several processes, only the main one returns a result."""
     from ..calibration.processes import Processes
 
     _check(args)
     prompts = read_prompts(args.prompts) or (args.prompt,)
-    processes = Processes.launched()  # first, since it gives every process a GPU of its own
-    if processes.count == 1 and args.context_parallel:
-        raise ValueError(
-            "--context-parallel needs processes: torchrun --nproc-per-node 2 -m qarvd_diffusers generate ..."
-        )
-    if processes.count > 1 and not args.prompts and not args.context_parallel:
-        raise ValueError(
-            f"{processes.count} processes for one video: start one, give several --prompts, or --context-parallel"
-        )
-    if args.image:
-        from ..rollout.video_start import read_picture
-
-        read_picture(args.image)  # refused before the model is loaded
-    size = {name: getattr(args, name) for name in ("height", "width") if getattr(args, name)}
-    pipe = load_pipeline(args.model, args, **({"memory": args.memory, **size} if args.memory else {}))
-    mine = range(len(prompts))
-    if args.context_parallel:
-        from diffusers import ContextParallelConfig
-
-        pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=processes.count))
-    else:
-        mine = processes.share(mine)
-    pipe.set_progress_bar_config(disable=not processes.is_main)
-    videos = [_make(pipe, args, index, prompts[index], processes) for index in mine]
+    processes = Processes.launched()  # first: it gives every process its own GPU
+    _check_processes(args, processes.count)
+    pipe = _load(args, processes)
+    indices = range(len(prompts)) if args.context_parallel else processes.share(range(len(prompts)))
+    videos = [_generate(pipe, args, index, prompts[index], processes) for index in indices]
     if not args.context_parallel:
         videos = [video for share in processes.gather(videos) for video in share]
     processes.close()
@@ -94,26 +84,61 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, what could not be done or written."""
+    """Check, before anything is loaded, that the arguments make a video that can be written.
+
+    Raises:
+        ValueError, OSError: they do not.
+    """
     from ..evaluation.pictures import check_video_name
     from ..memory.plan import parse_budget
+    from ..rollout.video_start import read_picture
 
     if args.prompt is not None and not args.prompt.strip():
-        raise ValueError("--prompt is empty: say what the video shows")
-    if args.prompts and args.chunks == 0:
-        raise ValueError("--chunks 0 goes on without end, and would never come to the second prompt")
+        raise ValueError("--prompt is empty: describe what the video shows")
+    if args.prompts and args.num_chunks == 0:
+        raise ValueError("--num-chunks 0 never ends, so the second prompt would never start: give a number of chunks")
     if args.prompts and Path(args.out).is_file():
         raise FileExistsError(f"--out {args.out} is a file: with --prompts it is a folder, for 000.mp4, 001.mp4, ...")
     if not args.prompts:
         check_video_name(args.out)
     if args.memory is not None:
         parse_budget(args.memory)
+    if args.image:
+        read_picture(args.image)
 
 
-def _make(
+def _check_processes(args: argparse.Namespace, count: int) -> None:
+    """Raise ValueError if the processes of the job would have nothing to share."""
+    if count == 1 and args.context_parallel:
+        raise ValueError(
+            "--context-parallel needs several processes: torchrun --nproc-per-node 2 -m qarvd_diffusers generate ..."
+        )
+    if count > 1 and not args.prompts and not args.context_parallel:
+        raise ValueError(
+            f"{count} processes for one video: start one process, or give several prompts with --prompts, or add "
+            "--context-parallel"
+        )
+
+
+def _load(args: argparse.Namespace, processes: Processes) -> ARVDPipeline:
+    """Load the model, within `--memory` if given, and split it over the processes for `--context-parallel`."""
+    options = {}
+    if args.memory:
+        size = {"height": args.height, "width": args.width}
+        options = {"memory": args.memory, **{name: value for name, value in size.items() if value}}
+    pipe = load_pipeline(args.model, args, **options)
+    if args.context_parallel:
+        from diffusers import ContextParallelConfig
+
+        pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=processes.count))
+    pipe.set_progress_bar_config(disable=not processes.is_main)
+    return pipe
+
+
+def _generate(
     pipe: ARVDPipeline, args: argparse.Namespace, index: int, prompt: str | None, processes: Processes
 ) -> dict[str, Any]:
-    """Make the video of one prompt, and write it unless another process does."""
+    """Generate the video of one prompt, and write it unless another process does."""
     import torch
 
     writes = processes.is_main or not args.context_parallel
@@ -121,7 +146,7 @@ def _make(
     stream = pipe.stream(
         prompt,
         prompt_embeds=args.prompt_embeds,
-        num_chunks=args.chunks or None,
+        num_chunks=args.num_chunks or None,
         height=args.height,
         width=args.width,
         kv_cache=args.kv_cache,
@@ -133,15 +158,15 @@ def _make(
         for _ in stream:
             pass
         return {}
-    out = Path(args.out)
-    if args.prompts:
-        out.mkdir(parents=True, exist_ok=True)
-        out = out / f"{index:03d}.mp4"
-    video = {"out": str(out), "fps": args.fps or pipe.config.get("fps") or 16}
-    return ({"prompt": prompt} if args.prompts else {}) | video | _write(stream, out, video["fps"])
+    out, fps = Path(args.out), args.fps or pipe.config.get("fps") or 16
+    if not args.prompts:
+        return {"out": str(out), "fps": fps, **_write(stream, out, fps)}
+    out = out / f"{index:03d}.mp4"
+    return {"prompt": prompt, "out": str(out), "fps": fps, **_write(stream, out, fps)}
 
 
 def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:
+    """Write a stream as one video file; after Ctrl-C, the frames so far."""
     from tqdm.auto import tqdm
 
     from ..evaluation.fidelity import to_uint8
@@ -165,10 +190,12 @@ def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
+    """Say what was written and how fast it was generated."""
     lines = []
     for video in result.get("videos", [result]):
         speed = video["frames"] / sum(video["seconds_per_chunk"])
         lines.append(
-            f"wrote {video['out']}: {video['frames']} frames at {video['fps']} fps, made at {speed:.1f} frames per second"
+            f"wrote {video['out']}: {video['frames']} frames at {video['fps']} fps, "
+            f"generated at {speed:.1f} frames per second"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Versions, devices, and which implementation runs for each operator and why the others were refused."""
+"""Show versions, devices, which implementation runs for each operator, and why the others do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    """Add nothing: `qarvd info` has no options of its own."""
 
 
 def _version(package: str) -> str | None:
@@ -32,7 +32,7 @@ def _version(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices of this machine."""
+    """Return the versions and devices of this machine."""
     import torch
 
     devices = [
@@ -43,13 +43,11 @@ def environment() -> dict[str, Any]:
         }
         for i in range(torch.cuda.device_count())
     ]
-    return {
-        "versions": {package: _version(package) for package in _PACKAGES},
-        "devices": devices,
-    }
+    return {"versions": {package: _version(package) for package in _PACKAGES}, "devices": devices}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the environment, and per operator its implementation and the reasons against the others."""
     import qarvd_kernels
 
     return {
@@ -62,6 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
+    """Format three tables and the list of implementations that are not used."""
     devices = [(d["name"], d["capability"], f"{d['bytes'] / 2**30:.1f} GiB") for d in result["devices"]]
     return "\n\n".join(
         [
@@ -75,7 +74,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def operators(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of operators and implementations, and the reasons against the others, each said once."""
+    """Format a table of operators and implementations, and each reason against the others once."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         for other, reason in row["refused"].items():

@@ -1,4 +1,4 @@
-"""List the Linears of a model folder's transformer: bits, activations, outlier channels, bytes."""
+"""List the linear layers of a model's transformer: bits, activations, outlier channels, bytes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from .common import resolve_model, table
+from .common import add_model_argument, resolve_model, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="model folder or Hub id; `bundled` names the model that ships with the package")
+    """Add the options of `qarvd inspect`."""
+    add_model_argument(parser)
     parser.add_argument(
         "--plot", metavar="PNG", help="draw the share of outlier channels per layer (needs matplotlib)"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Load the transformer and list its layers."""
     import torch
     from diffusers import AutoModel
 
+    from ..evaluation.plots import plot_outliers
     from ..quantization.model import stored_bytes
 
     model = AutoModel.from_pretrained(resolve_model(args.model), subfolder="transformer", dtype=torch.bfloat16)
     layers = list(_layers(model))
     if args.plot:
-        plot(layers, args.plot)
+        plot_outliers(layers, args.plot)
     return {"model": args.model, "quantization": _quantization(model), "layers": layers, "bytes": stored_bytes(model)}
 
 
@@ -35,14 +38,15 @@ def _quantization(model: Any) -> dict[str, Any] | None:
 
 
 def _layers(model: Any) -> Iterator[dict[str, Any]]:
-    """One entry per quantizable Linear: as stored in a quantized model, as detected in a float one."""
+    """Yield one entry per quantizable layer: as stored in a quantized model, as detected in a float one."""
     from ..calibration.outliers import find_outliers
     from ..calibration.targets import quantizable_linears
     from ..config import QARVDConfig
     from ..quantization.model import quantized_linears
 
-    config = QARVDConfig(outlier_detector="mad_zscore")  # all that can be said without data
-    for name, layer in quantized_linears(model).items():
+    config = QARVDConfig(outlier_detector="mad_zscore")  # the detector that needs no data
+    quantized = quantized_linears(model)
+    for name, layer in quantized.items():
         yield {
             "name": name,
             "shape": [layer.out_features, layer.in_features],
@@ -51,7 +55,7 @@ def _layers(model: Any) -> Iterator[dict[str, Any]]:
             "outliers": layer.num_outliers,
             "bytes": sum(p.nbytes for p in layer.parameters()),
         }
-    if not quantized_linears(model):
+    if not quantized:
         for name, layer in quantizable_linears(model, config).items():
             yield {
                 "name": name,
@@ -65,26 +69,8 @@ def _layers(model: Any) -> Iterator[dict[str, Any]]:
             }
 
 
-def plot(layers: list[dict[str, Any]], path: str) -> None:
-    """Bar per layer: share of its input channels that are outliers."""
-    from ..evaluation.plots import require_matplotlib
-    from ..files.atomic import atomic_file
-
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.16 * len(layers) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    axes.barh([layer["name"] for layer in layers], [layer["outliers"] / layer["shape"][1] for layer in layers])
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("share of input channels that are outliers")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-
-
 def render(result: dict[str, Any]) -> str:
+    """Format one row per layer and the size of the transformer."""
     rows = [
         (
             layer["name"],

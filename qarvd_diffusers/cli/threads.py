@@ -1,4 +1,4 @@
-"""How OpenMP threads wait for each other, which has to be decided before torch is imported."""
+"""Set how OpenMP threads wait for each other, which is only possible before torch is imported."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import argparse
 import os
 import sys
 
-# What torch's OpenMP runtime on Linux (GNU's libgomp) takes its policy from, once, when it is loaded.
+# torch's OpenMP runtime on Linux (GNU's libgomp) reads its policy from these variables once, when it is loaded.
 _POLICY, _SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 
 _COMPUTING = {"demo", "quantize", "sensitivity", "evaluate", "generate"}
 
 
 def let_threads_sleep(args: argparse.Namespace) -> None:
-    """Start a command that computes on the CPU anew, with threads that sleep while they wait instead of spinning.
+    """Restart a command that computes on the CPU, with threads that sleep instead of spinning while they wait.
 
-    Spinning threads take the cores from the ones they wait for as soon as anything else wants to run: several times slower
-    on a machine that is not idle, for no measurable gain on one that is. Importing this package imports torch, so the
-    variable can only be set for a process that begins. Whoever sets one of the variables keeps the choice.
+    Spinning threads take the cores from the threads they wait for as soon as anything else runs: several times slower
+    on a busy machine, for no measurable gain on an idle one. Importing this package imports torch, so the variable can
+    only be set for a new process. A value that the user set is kept.
 
     Args:
-        args: of the command.
+        args: those of the command.
     """
     import torch
 

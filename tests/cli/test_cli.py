@@ -70,14 +70,18 @@ def test_quantize_generate_inspect(capsys, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a small red circle moving left on a black background\n")
     out = str(tmp_path / "out")
-    arguments = ["--scheme", "w4a8", "--prompts", str(prompts), "--chunks", "2", "--json"]
+    arguments = ["--scheme", "w4a8", "--calibration-prompts", str(prompts), "--calibration-chunks", "2", "--json"]
     assert main(["quantize", bundled_model_path(), out, *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["report"]["psnr_db"]) == 2 and report["sizes"]["quantized"] < report["sizes"]["bfloat16"] / 3
+    assert len(report["report"]["psnr_db"]) == 2 == report["report"]["num_chunks"]
+    assert (
+        report["report"]["reference_bytes"] > report["report"]["bytes"]
+        and report["sizes"]["quantized"] < report["sizes"]["bfloat16"] / 3
+    )
     assert "4-bit weights" in (tmp_path / "out" / "README.md").read_text()
     video = str(tmp_path / "x.mp4")
     prompt = prompts.read_text().strip()
-    assert main(["generate", out, "--prompt", prompt, "--chunks", "2", "--out", video, "--json"]) == 0
+    assert main(["generate", out, "--prompt", prompt, "--num-chunks", "2", "--out", video, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["frames"] == 21 == len(imageio.mimread(video))
     assert main(["inspect", out, "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
@@ -89,7 +93,7 @@ def test_quantize_generate_inspect(capsys, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["quantize", "{tmp}/nothing", "{tmp}/out"], "nothing"),
-        (["quantize", "bundled", "{tmp}/out", "--prompts", "{tmp}/empty.txt"], "empty.txt"),
+        (["quantize", "bundled", "{tmp}/out", "--calibration-prompts", "{tmp}/empty.txt"], "empty.txt"),
         (["convert", "{tmp}/broken.pt", "{tmp}/out"], "broken.pt"),
         (["generate", "{tmp}/nothing", "--prompt", "a", "--out", "{tmp}/x.mp4"], "nothing"),
         (["inspect", "{tmp}/nothing"], "nothing"),

@@ -22,7 +22,7 @@ def folder(tiny_pipeline, tmp_path, monkeypatch):
 def test_sensitivity_quantize_evaluate(folder, capsys):
     model, prompts = str(folder / "float"), str(folder / "prompts.txt")
     out, plot = str(folder / "s.json"), str(folder / "s.png")
-    common = ["--chunks", "3", "--prompts", prompts]
+    common = ["--num-chunks", "3", "--prompts", prompts]
     arguments = ["sensitivity", model, "--scheme", "w4a16", "--out", out, "--plot", plot, *common]
     assert main([*arguments, "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
@@ -72,11 +72,14 @@ def test_bad_input(folder, capsys):
 
 
 def test_mixed_bits(folder, capsys):
-    arguments = ["quantize", str(folder / "float"), str(folder / "q"), "--scheme", "w4a16", "--mixed", "0.2"]
-    assert main([*arguments, "--chunks", "2", "--evaluate", "0", "--prompts", str(folder / "prompts.txt")]) == 0
+    arguments = ["quantize", str(folder / "float"), str(folder / "q"), "--scheme", "w4a16", "--mixed-precision", "0.2"]
+    arguments += ["--calibration-chunks", "2", "--evaluate", "0"]
+    assert main([*arguments, "--calibration-prompts", str(folder / "prompts.txt")]) == 0
     config = json.loads((folder / "q" / "transformer" / "config.json").read_text())["quantization_config"]
     names = list(config["module_bits"])
     assert "8 bits: " in (shown := capsys.readouterr().out) and all(name in shown for name in names)
     assert {config["modules"][name]["weight_bits"] for name in names} == {8}
     assert main([*arguments, "--from-disk"]) == 1
-    assert "leave out --mixed or --from-disk" in capsys.readouterr().err
+    assert (
+        "--mixed-precision runs the model, --from-disk does not: leave out one of the two" in capsys.readouterr().err
+    )

@@ -17,7 +17,7 @@ def test_generate_from_files(tiny_pipeline, tmp_path, capsys):
     save_prompt_embeds(tiny_pipeline.encode_prompt("a red circle"), tmp_path / "prompt.safetensors")
     Image.fromarray(np.full((20, 30, 3), 200, dtype=np.uint8)).save(tmp_path / "start.png")
     files = {name: str(tmp_path / name) for name in ("model", "prompt.safetensors", "start.png", "x.mp4")}
-    arguments = ["generate", files["model"], "--prompt-embeds", files["prompt.safetensors"], "--chunks", "1"]
+    arguments = ["generate", files["model"], "--prompt-embeds", files["prompt.safetensors"], "--num-chunks", "1"]
     arguments += ["--image", files["start.png"], "--kv-cache", "int8", "--memory", "8GB", "--out", files["x.mp4"]]
     assert main([*arguments, "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["frames"] == 21 == len(imageio.mimread(files["x.mp4"]))
@@ -40,7 +40,7 @@ def test_a_picture_starts_the_video_as_it_is_to_be_seen(tiny_pipeline, tmp_path,
     for name in ("shown", "stored", "phone"):
         arguments = ["generate", str(tmp_path / "model"), "--prompt-embeds", str(tmp_path / "prompt.safetensors")]
         arguments += ["--image", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / f"{name}.mp4")]
-        assert main([*arguments, "--chunks", "1", "--device", "cpu"]) == 0
+        assert main([*arguments, "--num-chunks", "1", "--device", "cpu"]) == 0
         videos[name] = np.stack(imageio.mimread(tmp_path / f"{name}.mp4"))
     assert np.array_equal(videos["phone"], videos["shown"])
     assert np.abs(videos["phone"].astype(int) - videos["stored"]).mean() > 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import imageio.v2 as imageio
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from qarvd_diffusers import QARVDConfig
 from qarvd_diffusers.bundled import bundled_prompts
 from qarvd_diffusers.calibration.pipeline import calibration_prompts
-from qarvd_diffusers.cli import main
+from qarvd_diffusers.cli import build_parser, main
 from qarvd_diffusers.memory.plan import parse_budget
 
 
@@ -47,10 +49,10 @@ def test_sizes_of_memory():
 
 @pytest.mark.parametrize("size", ("8", "8GB", "8000MB"))
 def test_the_same_size_means_the_same_to_plan_and_generate(model, tmp_path, capsys, size):
-    assert main(["plan", model, "--vram", size, "--json"]) == 0
+    assert main(["plan", model, "--memory", size, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["vram_bytes"] == 8_000_000_000
     video = str(tmp_path / "x.mkv")
-    arguments = ["generate", model, "--prompt", "a red circle", "--chunks", "1", "--out", video, "--memory", size]
+    arguments = ["generate", model, "--prompt", "a red circle", "--num-chunks", "1", "--out", video, "--memory", size]
     assert main([*arguments, "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["frames"] == 9 == len(imageio.mimread(video))
@@ -96,7 +98,7 @@ def test_a_name_that_is_no_model(model, tmp_path, capsys):
         ("--seed", "1.5"),
         ("--fps", "0"),
         ("--fps", "-1"),
-        ("--chunks", "-1"),
+        ("--num-chunks", "-1"),
         ("--height", "0"),
         ("--prompt", ""),
         ("--prompt", " \t"),
@@ -111,7 +113,7 @@ def test_values_that_make_no_video_are_refused_before_anything_is_loaded(tmp_pat
 
 def test_the_largest_seed_works(model, tmp_path, capsys):
     video = str(tmp_path / "x.mp4")
-    arguments = ["--prompt", "a red circle", "--chunks", "1", "--seed", str(2**63 - 1)]
+    arguments = ["--prompt", "a red circle", "--num-chunks", "1", "--seed", str(2**63 - 1)]
     assert main(["generate", model, "--out", video, *arguments]) == 0
     assert f"wrote {video}: 9 frames" in capsys.readouterr().out
 
@@ -134,7 +136,7 @@ def test_out_of_the_wrong_kind(tmp_path, capsys):
     assert "is a file" in error and "loading" not in error
 
 
-def test_a_model_folder_that_is_there_is_never_overwritten(tmp_path, capsys):
+def test_an_existing_folder_needs_overwrite(tmp_path, capsys):
     (tmp_path / "there").mkdir()
     (tmp_path / "x.pt").write_bytes(b"not a checkpoint")
     there = str(tmp_path / "there")
@@ -144,15 +146,97 @@ def test_a_model_folder_that_is_there_is_never_overwritten(tmp_path, capsys):
         ("convert", str(tmp_path / "x.pt"), there),
     ):
         error = refused(capsys, *command)
-        assert f"{there} exists; give a new folder or remove it first" in error and "loading" not in error
+        assert f"{there} exists; give a new folder, or replace this one with --overwrite" in error
+        assert "loading" not in error
     assert not list((tmp_path / "there").iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path in it."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_overwrite_replaces_the_whole_folder(model, tmp_path, capsys):
+    """Nothing of the old model is left: an index of its shards would be read instead of the new weights."""
+    stale = "diffusion_pytorch_model.safetensors.index.json"
+    single = str(tmp_path / "x.safetensors")
+    assert main(["convert", model, single]) == 0
+    common = ["--calibration-chunks", "1", "--calibration-prompts", str(tmp_path / "prompts.txt"), "--evaluate", "0"]
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    for name, command in {
+        "quantized": ["quantize", model, "{}", "--scheme", "w8a8_dynamic", *common],
+        "from-disk": ["quantize", model, "{}", "--scheme", "w8a8_dynamic", "--from-disk"],
+        "converted": ["convert", single, "{}", "--base", model],
+    }.items():
+        fresh, replaced = tmp_path / f"{name}-fresh", tmp_path / name
+        assert main([part.format(fresh) for part in command]) == 0
+        shutil.copytree(model, replaced)
+        (replaced / "transformer" / stale).write_text("{}")
+        assert main([*(part.format(replaced) for part in command), "--overwrite"]) == 0
+        assert contents(replaced) == contents(fresh) and str(replaced) in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_overwrite_keeps_what_it_must_not_remove(model, tmp_path, capsys):
+    other, before = tmp_path / "other", contents(Path(model))
+    other.mkdir()
+    (other / "notes.txt").write_text("x")
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    shutil.copy(tmp_path / "broken.pt", tmp_path / "model" / "original.pt")
+    for command, said in (
+        (("quantize", model, str(other)), "is not a model folder, which --overwrite never removes"),
+        (("quantize", model, model), "the model that is read"),
+        (("convert", f"{model}/original.pt", model), "the model that is read"),
+        (("convert", str(tmp_path / "broken.pt"), model), "broken.pt"),
+    ):
+        error = refused(capsys, *command, "--overwrite")
+        assert said in error and "loading" not in error
+    (tmp_path / "model" / "original.pt").unlink()
+    assert contents(Path(model)) == before and [file.name for file in other.iterdir()] == ["notes.txt"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new", "value"),
+    [
+        ("plan", "--vram", "--memory", "8GB"),
+        ("generate", "--chunks", "--num-chunks", 2),
+        ("demo", "--chunks", "--num-chunks", 2),
+        ("evaluate", "--chunks", "--num-chunks", 2),
+        ("sensitivity", "--chunks", "--num-chunks", 2),
+        ("quantize", "--chunks", "--calibration-chunks", 2),
+        ("quantize", "--seed", "--calibration-seed", 2),
+        ("quantize", "--prompts", "--calibration-prompts", "file"),
+        ("quantize", "--mixed", "--mixed-precision", 0.5),
+        ("bench", "--chunks", "--at-chunks", [1, 4]),
+    ],
+)
+def test_old_option_names_work_and_name_the_new_one(command, old, new, value, capsys):
+    required = {
+        "plan": ["m"],
+        "generate": ["m", "--prompt", "a", "--out", "x.mp4"],
+        "evaluate": ["m", "q", "--prompts", "p", "--out", "o"],
+        "sensitivity": ["m", "--prompts", "p", "--out", "o"],
+        "quantize": ["m", "q"],
+    }.get(command, [])
+    given = [str(part) for part in (value if isinstance(value, list) else [value])]
+    parsed = []
+    for option in (old, new):
+        parsed.append(vars(build_parser().parse_args([command, *required, option, *given])))
+        notice = capsys.readouterr().err
+        assert (notice.count(f"{old} is deprecated") == 1 and f"use {new}" in notice) == (option == old)
+    assert parsed[0] == parsed[1] and parsed[0][new[2:].replace("-", "_")] == value
+    assert vars(build_parser().parse_args([command, *required])).keys() == parsed[0].keys()
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "--help"])
+    assert not re.search(rf"{old}\b(?!-)", capsys.readouterr().out)
 
 
 def test_quantize_refuses_before_it_generates(tiny_pipeline, model, tmp_path, capsys):
     out = str(tmp_path / "out")
     error = refused(capsys, "quantize", model, out, "--evaluate", "99")
     assert f"--evaluate is 99, but there are {len(bundled_prompts())} calibration prompts" in error
-    error = refused(capsys, "quantize", model, out, "--scheme", "w8a8", "--mixed", "0.1")
+    error = refused(capsys, "quantize", model, out, "--scheme", "w8a8", "--mixed-precision", "0.1")
     assert "starts from 4-bit weights" in error
     tiny_pipeline.quantize(QARVDConfig("w8a8_dynamic"))
     tiny_pipeline.save_pretrained(tmp_path / "quantized")
@@ -165,7 +249,7 @@ def test_prompt_files_of_editors(model, tiny_pipeline, tmp_path, capsys):
     """A byte order mark makes no prompt of a comment; another encoding is named with the file."""
     for path in (tmp_path / "prompts.txt", tmp_path / "model" / "calibration_prompts.txt"):
         path.write_bytes("# comment\r\na red circle\r\na blue square\r\n".encode("utf-8-sig"))
-    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--chunks", "1", "--out", str(tmp_path / "videos")]
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--num-chunks", "1", "--out", str(tmp_path / "videos")]
     assert main(["generate", model, *arguments, "--json"]) == 0
     videos = json.loads(capsys.readouterr().out)["videos"]
     assert [video["prompt"] for video in videos] == ["a red circle", "a blue square"]
@@ -183,7 +267,7 @@ def test_a_report_without_matplotlib(model, tiny_pipeline, tmp_path, capsys, mon
     tiny_pipeline.quantize(QARVDConfig("w8a8_dynamic"))
     tiny_pipeline.save_pretrained(tmp_path / "quantized")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--chunks", "1", "--out", str(tmp_path / "report")]
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--num-chunks", "1", "--out", str(tmp_path / "report")]
     assert main(["evaluate", model, str(tmp_path / "quantized"), *arguments]) == 0
     captured = capsys.readouterr()
     assert captured.err.count("No plots: they need matplotlib") == 1 and "report.html" in captured.out
