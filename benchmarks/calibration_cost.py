@@ -1,19 +1,20 @@
-"""What calibration costs at the shape of Wan 1.3B, on random weights with planted outliers: seconds, GPU and host memory.
+"""Measure the cost of calibration at the shape of Wan 1.3B, on random weights: seconds, GPU and host memory.
 
-    python benchmarks/calibration_cost.py --json runs/cost.json                              # bars, extrapolated from a part
+    python benchmarks/calibration_cost.py --json runs/cost.json                              # extrapolated
     python benchmarks/calibration_cost.py --solve 1                                          # the same, shorter
     python benchmarks/calibration_cost.py --together --blocks 8 --capture-gib 1.5            # one process ...
-    accelerate launch benchmarks/calibration_cost.py --together --blocks 8 --capture-gib 1.5  # ... and many, same work
+    accelerate launch benchmarks/calibration_cost.py --together --blocks 8 --capture-gib 1.5  # ... and several
     python benchmarks/calibration_cost.py --toy --blocks 2                                   # seconds, on any machine
 
-No checkpoint and no text encoder are needed: costs depend on shapes alone. Two things are measured and extrapolated:
+No checkpoint and no text encoder are needed, since costs depend on shapes alone. Two parts are measured and
+extrapolated:
 
-* ranges (all there is to w8a8): every layer watched, over a few prompts, in two sets of rollouts: one for the split of the
-  channels, one for the ranges. Rollouts are multiplied up to the default number of prompts, the rest is taken as it is.
-* rounding (w4a8): a few blocks watched at once and solved (`--solve` of them). Solving is multiplied up to all blocks;
-  rollouts by the number of prompts and of stages, a stage being as many blocks as fit the memory that rounding allows itself.
-  Peak memory is that of a whole calibration if as many blocks are watched as a stage has (`--blocks`, by default so): it
-  is highest while the first of them are solved.
+* Ranges, which are all of w8a8: every layer is watched over a few prompts, in two sets of rollouts, for the split of
+  the channels and for the ranges. The time of rollouts is extrapolated to the default number of prompts.
+* Rounding, for w4a8: a few blocks (`--blocks`) are watched together, and `--solve` of them are rounded. The time of
+  rounding is extrapolated to all blocks, that of rollouts to all prompts and stages. A stage is as many blocks as fit
+  the memory limit of rounding. If `--blocks` is a stage, as by default, peak memory is that of a whole calibration: it
+  is highest while the first blocks are rounded.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
+from common import append_json_line
 from recipes import plant_outliers
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
@@ -49,9 +49,10 @@ GIB = 2**30
 
 
 class RandomPromptPipeline(ARVDPipeline):
-    """A pipeline whose text encoder is a random generator seeded by the prompt."""
+    """Draw prompt embeddings from a random generator seeded by the prompt."""
 
     def encode_prompt(self, prompt: str | None = None, **kwargs: Any) -> torch.Tensor:
+        """Draw the embeddings of a prompt."""
         if prompt is None:
             return super().encode_prompt(prompt, **kwargs)
         generator = torch.Generator().manual_seed(len(prompt))
@@ -59,13 +60,14 @@ class RandomPromptPipeline(ARVDPipeline):
         return torch.randn(size, generator=generator).to(self.transformer.device, self.transformer.dtype)
 
     def check_stream_inputs(self, prompt: str | None = None, **kwargs: Any) -> Any:
+        """Check the inputs with the drawn embeddings."""
         if prompt is None:
             return super().check_stream_inputs(prompt=None, **kwargs)
         return super().check_stream_inputs(prompt=None, **{**kwargs, "prompt_embeds": self.encode_prompt(prompt)})
 
 
 def build(toy: bool, device: str) -> RandomPromptPipeline:
-    """Random weights, made on the device; channels of o and of cross-attention q made outliers."""
+    """Build a pipeline of random weights on the device, with outlier channels for o and cross-attention q."""
     torch.manual_seed(0)
     with torch.device(device):
         transformer = CausalWanTransformer3DModel(**(TOY if toy else FULL)).eval().requires_grad_(False)
@@ -81,16 +83,17 @@ def build(toy: bool, device: str) -> RandomPromptPipeline:
 
 
 class Enough(Exception):
-    """Enough groups of layers were solved."""
+    """Stop a calibration: enough groups of layers are rounded."""
 
 
 class Stopwatch:
-    """Seconds between marks, the GPU waited for."""
+    """Measure seconds between marks, with the GPU synchronized."""
 
     def __init__(self) -> None:
         self.last = time.perf_counter()
 
     def mark(self) -> float:
+        """Return the seconds since the last mark."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -101,7 +104,7 @@ class Stopwatch:
 def timed_calibration(
     pipe: RandomPromptPipeline, config: QARVDConfig, prompts: list[str], processes: Processes, solve: float = math.inf
 ) -> dict[str, Any]:
-    """Seconds before, in and after every set of rollouts; peak bytes of the GPU. Ends after `solve` groups are rounded."""
+    """Time every set of rollouts and the work in between, until `solve` groups are rounded; measure the GPU's peak."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     watch, rollouts, rest = Stopwatch(), [], []
@@ -147,12 +150,12 @@ def timed_calibration(
 
 
 def only_blocks(pipe: RandomPromptPipeline, count: int) -> tuple[str, ...]:
-    """What to leave out so that the first `count` blocks are calibrated."""
+    """Name the modules to leave out, so that only the first `count` blocks are calibrated."""
     return (*(f"blocks.{i}" for i in range(count, len(pipe.transformer.blocks))), "text_embedder")
 
 
-def bars(pipe: RandomPromptPipeline, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure a part, extrapolate to the whole."""
+def extrapolated(pipe: RandomPromptPipeline, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a part of the calibrations of w8a8 and w4a8, and extrapolate to the whole."""
     prompts = [f"{'x' * i}" for i in range(1, args.prompts + 1)]
     all_prompts, all_blocks = len(bundled_prompts()), len(pipe.transformer.blocks)
     common = {"calibration_chunks": args.chunks}
@@ -196,49 +199,51 @@ def bars(pipe: RandomPromptPipeline, args: argparse.Namespace) -> dict[str, Any]
 
 
 def inputs_of_block(pipe: RandomPromptPipeline) -> list[int]:
-    """Channels of the seven tensors that a block's layers read."""
+    """List the channels of the seven inputs of a block's layers."""
     config = pipe.transformer.config
     width = config.num_attention_heads * config.attention_head_dim
     return [width] * 6 + [config.ffn_dim]
 
 
 def together(pipe: RandomPromptPipeline, args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
-    """The same work by however many processes there are: rounding of some blocks, then sensitivity."""
+    """Time the same work for any number of processes: rounding of some blocks, then sensitivity."""
     prompts = [f"{'x' * i}" for i in range(1, args.prompts + 1)]
     config = QARVDConfig("w4a8", calibration_chunks=args.chunks, modules_to_not_convert=only_blocks(pipe, args.blocks))
-    found = timed_calibration(pipe, config, prompts, processes)
-    codes = [layer.weight_packed.to(torch.int64).sum() for layer in found["result"].layers.values()]
+    timed = timed_calibration(pipe, config, prompts, processes)
+    codes = [layer.weight_packed.to(torch.int64).sum() for layer in timed["result"].layers.values()]
     public = config.replace(scheme="w4a16", rounding="nearest", calibration_chunks=args.sensitivity_chunks)
     nearest = quantize_weights(pipe.transformer, public)
     watch = Stopwatch()
     measured = pipe.measure_sensitivity(public, prompts, result=nearest)
     return {
         "processes": processes.count,
-        "calibration_seconds": found["seconds"],
-        "rollouts": found["rollouts"],
-        "rest": found["rest"],
+        "calibration_seconds": timed["seconds"],
+        "rollouts": timed["rollouts"],
+        "rest": timed["rest"],
         "sum_of_codes": int(sum(codes)),
-        "gpu_gib": gib(found["gpu_bytes"]),
+        "gpu_gib": gib(timed["gpu_bytes"]),
         "sensitivity_seconds": watch.mark(),
         "sensitivity": measured.sensitivity,
     }
 
 
 def gib(count: int | None) -> float | None:
+    """Convert bytes to GiB."""
     return None if count is None else count / GIB
 
 
 def main() -> None:
+    """Measure, and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="a tiny shape, to try the script")
-    parser.add_argument("--prompts", type=int, default=1, help="prompts measured")
-    parser.add_argument("--blocks", type=int, default=11, help="blocks watched and rounded")
-    parser.add_argument("--solve", type=int, help="solve so many blocks of them and stop (default: all)")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts to measure with (default: 1)")
+    parser.add_argument("--blocks", type=int, default=11, help="blocks that are watched together (default: 11)")
+    parser.add_argument("--solve", type=int, help="stop after this many of them are rounded (default: all)")
     parser.add_argument("--chunks", type=int, default=7)
     parser.add_argument("--sensitivity-chunks", type=int, default=3)
-    parser.add_argument("--capture-gib", type=float, help="memory for the statistics of rounding, per process")
-    parser.add_argument("--together", action="store_true", help="compare numbers of processes")
-    parser.add_argument("--json", type=Path, help="append the numbers here")
+    parser.add_argument("--capture-gib", type=float, help="memory limit of rounding's statistics, per process")
+    parser.add_argument("--together", action="store_true", help="time the same work for any number of processes")
+    parser.add_argument("--json", type=Path, help="file to append the figures to")
     args = parser.parse_args()
     if args.capture_gib:
         blocks.CAPTURE_BYTES = int(args.capture_gib * GIB)
@@ -247,15 +252,13 @@ def main() -> None:
     pipe = build(args.toy, device)
     for _ in pipe.stream(prompt_embeds=pipe.encode_prompt(""), num_chunks=1, output_type="latent"):
         pass  # first calls load libraries
-    report = together(pipe, args, processes) if args.together else bars(pipe, args)
+    report = together(pipe, args, processes) if args.together else extrapolated(pipe, args)
     report["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     processes.close()
     if processes.is_main:
         print(json.dumps(report, indent=1))
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            with args.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(report) + "\n")
+            append_json_line(report, args.json)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""One stream on one GPU and on all GPUs of a job: time of a chunk, and whether the latents are the same.
+"""Compare one stream on one GPU and on all GPUs of a job: time of a chunk, and difference of the latents.
 
-    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --shape 14b:20 1.3b --variants bf16 w8a8 w8a8-fp8 --out results.json
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --shape 14b:20 1.3b --variants bf16 w8a8 w8a8-fp8 \\
+        --out runs/context_parallel.json
 
-Random weights, the same in every process; 832 x 480, chunks of 3 latent frames. A chunk is 4 denoising passes and one that
-refreshes the cache, timed over the last of 7 chunks, whose cache holds 21 latent frames. "equal" compares the latents of
-two chunks of a stream in float32 with few layers. A variant is a scheme and the storage of the K/V cache (`w8a8-fp8`).
+Weights are random and the same in every process; videos have 832 x 480 pixels and chunks of 3 latent frames. A chunk
+is 4 denoising passes and a refresh pass, timed at the last of 7 chunks, whose cache holds 21 latent frames. `--equal`
+compares the latents of two chunks of a stream in float32 with few layers. A variant is a scheme and the storage of the
+K/V cache (`w8a8-fp8`).
 """
 
 from __future__ import annotations
@@ -31,24 +33,26 @@ CHUNKS, PASSES = 7, 4
 
 
 def on_all(model: CausalWanTransformer3DModel) -> CausalWanTransformer3DModel:
+    """Split the model's tokens over all processes."""
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     return model
 
 
 def share_weights(model: CausalWanTransformer3DModel) -> None:
-    """The first process's weights in all."""
+    """Copy the first process's weights to all."""
     for tensor in model.parameters():
         dist.broadcast(tensor.data.view(torch.uint8), 0)
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the GPU and for the other processes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
 
 
 def time_chunk(model: CausalWanTransformer3DModel, shape: Shape, storage: str, repeats: int) -> dict:
-    """Milliseconds of the last chunk and of one of its passes: medians of the slowest process's clock."""
+    """Time the last chunk and one of its passes: medians in milliseconds, by the slowest process."""
     device = next(model.parameters()).device
     runner = PassRunner(model, shape, storage)
     for chunk in range(CHUNKS):
@@ -72,13 +76,13 @@ def time_chunk(model: CausalWanTransformer3DModel, shape: Shape, storage: str, r
     if device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
         rows = breakdown(lambda: runner(CHUNKS - 1), shape, CHUNKS - 1, storage == "fp8")
-        # Without what a pass takes at least: that is one GPU's.
+        # `floor_ms` is left out: it is that of one GPU.
         result["operations"] = [{key: row[key] for key in ("operation", "calls", "ms")} for row in rows]
     return result
 
 
 def compare_times(model: CausalWanTransformer3DModel, name: str, shape: Shape, repeats: int) -> dict:
-    """One process (each on its own GPU, at the same time) against all together."""
+    """Compare every process alone, at the same time on its own GPU, with all together."""
     scheme, _, storage = name.partition("-")
     if scheme == "bf16":
         if model.device.type == "cuda":
@@ -88,7 +92,7 @@ def compare_times(model: CausalWanTransformer3DModel, name: str, shape: Shape, r
         share_weights(model)
     one = time_chunk(model, shape, storage or "auto", repeats)
     together = time_chunk(on_all(model), shape, storage or "auto", repeats)
-    model.context_parallel = model._parallel_config = None  # the next variant is made from it
+    model.context_parallel = model._parallel_config = None  # the next variant starts from this model
     flow, other = one.pop("flow"), together.pop("flow")
     error = float((flow - other).norm() / flow.norm())
     return {"variant": name, "one": one, "together": together, "relative_error": error} | {
@@ -98,7 +102,7 @@ def compare_times(model: CausalWanTransformer3DModel, name: str, shape: Shape, r
 
 @torch.no_grad()
 def compare_latents(shape: Shape, scheme: str, device: torch.device, layers: int = 2) -> dict:
-    """Largest difference of the latents of two chunks in float32, all processes against one."""
+    """Compute the largest difference of the latents of two chunks in float32, all processes against one."""
     small = shape.with_layers(layers)
     model = random_transformer(small, device, torch.float32)
     if scheme != "float":
@@ -106,10 +110,11 @@ def compare_latents(shape: Shape, scheme: str, device: torch.device, layers: int
         share_weights(model)
         model = model.float()
     if device.type == "cuda":
-        model.set_attention_backend("native")  # what a variant chose is chosen for the whole process
+        model.set_attention_backend("native")  # a variant sets the backend of the whole process
     latents, text = random_inputs(small, device, torch.float32)
 
     def stream() -> torch.Tensor:
+        """Generate two chunks."""
         pipe = ARVDPipeline(transformer=model)
         pipe.set_progress_bar_config(disable=True)
         noise = {
@@ -128,10 +133,10 @@ def compare_latents(shape: Shape, scheme: str, device: torch.device, layers: int
 
 
 def time_exchange(shape: Shape, device: torch.device) -> dict:
-    """Microseconds of the two exchanges of a block, alone."""
+    """Time the two exchanges of a block alone, in microseconds."""
     parallel = dist.get_world_size()
     rows = 4680 // parallel
-    found = {}
+    times = {}
     for name, width in (("to_heads", 3 * shape.dim), ("to_tokens", shape.dim)):
         sent = torch.randn(parallel * rows, width // parallel, device=device).to(torch.bfloat16)
         got = torch.empty_like(sent)
@@ -141,11 +146,12 @@ def time_exchange(shape: Shape, device: torch.device) -> dict:
             for _ in range(repeats):
                 dist.all_to_all_single(got, sent)
             synchronize(device)
-            found[name] = 1e6 * (time.perf_counter() - start) / repeats
-    return found
+            times[name] = 1e6 * (time.perf_counter() - start) / repeats
+    return times
 
 
 def main() -> None:
+    """Measure every shape and variant; the first process prints a JSON line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--shape", nargs="+", default=["14b"], help="names of shapes; 14b:20 has 20 blocks instead of 40"
@@ -153,7 +159,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=["bf16", "w8a8", "w8a8-fp8"])
     parser.add_argument("--equal", nargs="*", default=["float", "w8a8"], help="schemes whose latents are compared")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", help="JSON file")
+    parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -163,6 +169,7 @@ def main() -> None:
     results: list[dict] = []
 
     def report(result: dict) -> None:
+        """Print a result without its details, and write all results."""
         results.append(result)
         if dist.get_rank() == 0:
             shown = {key: value for key, value in result.items() if key not in ("one", "together")}

@@ -1,12 +1,13 @@
-"""Models larger than memory: host memory of converting, quantizing from disk and loading; group offload on a GPU.
+"""Measure models larger than memory: host memory of converting, quantizing and loading; group offload on a GPU.
 
     python benchmarks/large_models.py host FOLDER --shape 14b --layers 12 --blocks-per-shard 4
     python benchmarks/large_models.py offload FOLDER --shape 14b --layers 40 --scheme w8a8
 
-Random weights. `host`: every step is a process of its own; its peak is VmHWM of /proc/self/status, mapped file pages
-included, less what the process held before the step (Python, torch, diffusers). Mapped pages are counted although the
-kernel can take them back at any time. Loading goes to the GPU where there is one, else the loaded model is part of the peak.
-`offload`: a pass with all weights on the GPU, and with diffusers' group offload of single blocks on a second CUDA stream.
+Weights are random. `host`: every step runs in its own process. Its peak is VmHWM of /proc/self/status, less what the
+process held before the step (Python, torch, diffusers). Mapped file pages are included, although the kernel can
+reclaim them at any time. Models are loaded onto the GPU if there is one; otherwise the loaded model is part of the
+peak. `offload`: times a pass with all weights on the GPU, and with diffusers' group offload of single blocks on a
+second CUDA stream.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ STEPS = ("convert", "quantize", "load")
 
 
 def write_checkpoint(folder: Path, shape: Shape, blocks_per_shard: int) -> None:
-    """A random bfloat16 checkpoint under original names, in shards."""
+    """Write a random bfloat16 checkpoint under original names, in shards."""
     with init_empty_weights():
         model = CausalWanTransformer3DModel(
             num_attention_heads=shape.heads, ffn_dim=shape.ffn, num_layers=shape.layers
@@ -46,6 +47,7 @@ def write_checkpoint(folder: Path, shape: Shape, blocks_per_shard: int) -> None:
     bank = 0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def fetch(key: str) -> torch.Tensor:
+        """Return the values of a tensor."""
         count = specs[key].nbytes // 2
         return bank.repeat(-(-count // len(bank)))[:count].view(specs[key].shape)
 
@@ -59,7 +61,7 @@ def write_checkpoint(folder: Path, shape: Shape, blocks_per_shard: int) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Bytes that /proc/self/status tells."""
+    """Read bytes from /proc/self/status."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {
         line[0][:-1]: 1024 * int(line[1]) for line in lines if line[0] in ("VmHWM:", "VmRSS:", "RssAnon:", "RssFile:")
@@ -67,10 +69,11 @@ def memory() -> dict[str, int]:
 
 
 def measured(step: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and peaks of memory above what was held before; the parts are sampled, and peak at different times."""
+    """Measure seconds and peak memory of a step; the parts are sampled, and peak at different times."""
     before, peaks, done = memory(), {"RssAnon": 0, "RssFile": 0}, threading.Event()
 
     def sample() -> None:
+        """Keep the peaks until the step is done."""
         while not done.wait(0.005):
             now = memory()
             for part in peaks:
@@ -87,12 +90,12 @@ def measured(step: Callable[[], object]) -> dict[str, float]:
 
 
 def run_step(name: str, folder: Path, scheme: str) -> dict[str, float]:
-    """One step, in this process."""
+    """Run one step in this process."""
     source, model, out = folder / "original", folder / "float", folder / scheme
     if name == "convert":
         return measured(lambda: convert_checkpoint(source, model, "self-forcing"))
     if name == "quantize":
-        # One candidate range instead of three: a third of the time, the same memory.
+        # One candidate range instead of three takes a third of the time and the same memory.
         config = QARVDConfig(scheme, rounding="nearest", percentiles=(0.9999,))
         return measured(lambda: quantize_folder(model, out, config))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +103,7 @@ def run_step(name: str, folder: Path, scheme: str) -> dict[str, float]:
     kept = []
 
     def load() -> None:
+        """Load the quantized model."""
         kept.append(CausalWanTransformer3DModel.from_pretrained(out / "transformer", device_map=device))
 
     result = measured(load)
@@ -107,6 +111,7 @@ def run_step(name: str, folder: Path, scheme: str) -> dict[str, float]:
 
 
 def host(args: argparse.Namespace, shape: Shape) -> None:
+    """Run every step in its own process, and print a JSON line for each."""
     folder = Path(args.folder)
     write_checkpoint(folder / "original", shape, args.blocks_per_shard)
     per_block = 2 * (8 * shape.dim**2 + 2 * shape.dim * shape.ffn)
@@ -118,28 +123,29 @@ def host(args: argparse.Namespace, shape: Shape) -> None:
             raise SystemExit(done.stderr)
         result = json.loads(done.stdout.splitlines()[-1])
         shards = [file.stat().st_size for file in (folder / places[name]).glob("*.safetensors")]
-        bar = 1.2 * max(shards) + per_block
-        print(
-            json.dumps({"step": name, "largest_shard": max(shards), "block": per_block, "bar": bar} | result),
-            flush=True,
-        )
+        target = 1.2 * max(shards) + per_block
+        figures = {"step": name, "largest_shard": max(shards), "block": per_block, "target": target} | result
+        print(json.dumps(figures), flush=True)
 
 
 def save_quantized(model: CausalWanTransformer3DModel, folder: Path, scheme: str) -> None:
+    """Save a quantized transformer in shards of 2 GB."""
     attach(model, QARVDConfig(scheme, rounding="nearest"))
     model.save_pretrained(folder, max_shard_size="2GB")
 
 
 @torch.no_grad()
 def offload(args: argparse.Namespace, shape: Shape) -> None:
+    """Time a pass with and without group offload, and print a JSON line for each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_transformer(shape, device, torch.bfloat16)
     if args.scheme != "bf16":
         model = quantized(model, shape, args.scheme)
 
-    runner = PassRunner(model, shape)  # before weights move: its inputs are made where they lie
+    runner = PassRunner(model, shape)  # before the weights move: it creates its inputs on their device
 
     def measure(name: str, repeats: int = 3) -> torch.Tensor:
+        """Time the pass of the third chunk; return its flow."""
         runner.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -175,23 +181,23 @@ def offload(args: argparse.Namespace, shape: Shape) -> None:
         }
         print(json.dumps(error), flush=True)
     if args.scheme != "bf16":
-        del model
-        done = subprocess.run(
-            [sys.executable, __file__, "step", args.folder, "--step", "load", "--scheme", args.scheme],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        shards = [
-            file.stat().st_size for file in (Path(args.folder) / args.scheme / "transformer").glob("*.safetensors")
-        ]
-        print(json.dumps({"largest_shard": max(shards)}), done.stdout.strip() or done.stderr, flush=True)
+        load_quantized(args)
+
+
+def load_quantized(args: argparse.Namespace) -> None:
+    """Load what `save_quantized` wrote in another process, and print its peak memory."""
+    command = [sys.executable, __file__, "step", args.folder, "--step", "load", "--scheme", args.scheme]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    folder = Path(args.folder) / args.scheme / "transformer"
+    largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(json.dumps({"largest_shard": largest}), done.stdout.strip() or done.stderr, flush=True)
 
 
 def main() -> None:
+    """Run the chosen part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=("host", "offload", "step"))
-    parser.add_argument("folder", help="to work in; host needs three times the model's bytes on its disk")
+    parser.add_argument("folder", help="folder to work in; `host` needs three times the model's bytes on its disk")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="14b")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--blocks-per-shard", type=int, default=4)

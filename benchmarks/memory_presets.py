@@ -1,11 +1,11 @@
-"""A memory preset held against the allocator: everything from loading to the last chunk, a change of prompt included.
+"""Check a memory preset by limiting the allocator to it: from loading to the last chunk, with a change of prompt.
 
     python benchmarks/memory_presets.py make FOLDER
     python benchmarks/memory_presets.py measure FOLDER --memory 8GB --chunks 7
 
-`make` writes a pipeline of real sizes: the 1.3B shape with random weights, quantized without data, Wan's VAE, and a text
-encoder of umt5-xxl's shape (of whose tensors only the first rows are random, the rest of the file is a hole). `measure`
-loads a folder under a preset on a GPU whose allocator is not given more than the preset leaves to it.
+`make` writes a pipeline of real sizes: the 1.3B shape with random weights, quantized without data, Wan's VAE, and a
+text encoder of the shape of umt5-xxl. Only the first rows of the encoder's tensors are random; the rest of the file is
+sparse. `measure` loads a folder under a preset, on a GPU whose allocator is limited to what the preset leaves it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RANDOM_BYTES = 1 << 20
 
 
 def write_text_encoder(folder: Path, **sizes: int) -> None:
-    """Config and bfloat16 weights of a UMT5 encoder."""
+    """Write config and bfloat16 weights of a UMT5 encoder."""
     config = UMT5Config(feed_forward_proj="gated-gelu", architectures=["UMT5EncoderModel"], **sizes)
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
@@ -59,6 +59,7 @@ def write_text_encoder(folder: Path, **sizes: int) -> None:
 
 
 def make(folder: Path, shape_name: str) -> None:
+    """Write the pipeline."""
     shape, device = SHAPES[shape_name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     large = shape.heads > 1
     pipe = ARVDPipeline(
@@ -82,17 +83,19 @@ def make(folder: Path, shape_name: str) -> None:
 
 
 def peaks(cuda: bool) -> dict[str, int]:
+    """Read the peak memory of the allocator, and the memory that is used on the device."""
     if not cuda:
         return {"allocated": 0, "reserved": 0, "device": 0}
     free, total = torch.cuda.mem_get_info()
     return {
         "allocated": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
-        "device": total - free,  # of all processes, CUDA's own included, now
+        "device": total - free,  # now, of all processes, including the memory of CUDA itself
     }
 
 
 def measure(folder: Path, memory: str, chunks: int) -> dict[str, Any]:
+    """Load and stream under a preset; return the plan and the measured peaks."""
     cuda, budget = torch.cuda.is_available(), parse_budget(memory)
     plan = choose(ModelShapes.read(folder), memory)
     result: dict[str, Any] = {"memory": memory, "choice": str(plan.choice), "planned": dict(plan.phases)}
@@ -117,14 +120,15 @@ def measure(folder: Path, memory: str, chunks: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Make a pipeline, or measure one and print a JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "measure"))
+    parser.add_argument("step", choices=("make", "measure"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=list(SHAPES), default="1.3b")
     parser.add_argument("--memory", default="8GB")
     parser.add_argument("--chunks", type=int, default=7)
     args = parser.parse_args()
-    if args.what == "make":
+    if args.step == "make":
         shutil.rmtree(args.folder, ignore_errors=True)
         make(args.folder, args.shape)
     else:

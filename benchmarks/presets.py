@@ -1,10 +1,10 @@
-"""Quantized roll-outs of every preset on a small model: does it run, how many passes a chunk takes, how far it is from float.
+"""Quantize a small model of every family, and measure passes per chunk and the error against float.
 
     python benchmarks/presets.py GOLDEN_FAMILY_DIR
 
-The folder holds one model per member with inputs (see tests/data/golden/README.md). Errors are relative to float, on the
-same noise: |quantized - float| / |float| of all latents. The weights are random: the numbers say that a preset's passes are
-calibrated and quantized alike, not how good its videos are.
+The folder holds a model with inputs per family (see tests/data/golden/README.md). Errors are |quantized - float| /
+|float| of all latents on the same noise. The weights are random: the figures show that the passes of a family are
+calibrated and quantized consistently, not how good its videos are.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ CHUNKS = 7
 
 
 def load(folder: Path, family: str) -> tuple[ARVDPipeline, torch.Tensor]:
+    """Load the small model of a family, and prompt embeddings."""
     folder = folder / MEMBERS.get(family, FRAMEWISE)
     transformer = CausalWanTransformer3DModel(**load_transformer_config(folder / "transformer_config.json"))
     transformer.load_state_dict(to_diffusers_keys(load_file(folder / "state_dict.safetensors")))
     fields = PRESETS[family].fields
-    if fields.reencodes:  # there is no VAE beside a small model
+    if fields.reencodes:  # the small models have no VAE
         fields = dataclasses.replace(fields, keep_first_frame=True)
     pipe = ARVDPipeline(transformer.eval(), **fields.to_dict())
     pipe.set_progress_bar_config(disable=True)
@@ -53,6 +54,7 @@ def load(folder: Path, family: str) -> tuple[ARVDPipeline, torch.Tensor]:
 
 
 def roll_out(pipe: ARVDPipeline, embeds: torch.Tensor, on_pass=None, seed: int = 0) -> torch.Tensor:
+    """Generate the latents of `CHUNKS` chunks, `[1, C, F, 6, 8]`."""
     channels = pipe.transformer.config.in_channels
     generator = torch.Generator().manual_seed(seed)
     frames = CHUNKS * pipe.config.num_frames_per_chunk
@@ -64,6 +66,7 @@ def roll_out(pipe: ARVDPipeline, embeds: torch.Tensor, on_pass=None, seed: int =
 
 
 def quantized(pipe: ARVDPipeline, embeds: torch.Tensor, scheme: str) -> ARVDPipeline:
+    """Return a quantized copy, calibrated on a rollout."""
     config = QARVDConfig(scheme, outlier_alignment=8, calibration_chunks=CHUNKS)
     result = calibrate(pipe.transformer, lambda on_pass: roll_out(pipe, embeds, on_pass), config)
     twin = copy.deepcopy(pipe)
@@ -73,10 +76,11 @@ def quantized(pipe: ARVDPipeline, embeds: torch.Tensor, scheme: str) -> ARVDPipe
 
 
 def main() -> None:
+    """Print a table with a row per family."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("golden", type=Path)
     torch.set_num_threads(1)
-    print("| preset | passes of the first and of a later chunk | w8a8 | w4a8 |\n|---|---|---|---|")
+    print("| family | passes of the first and of a later chunk | w8a8 | w4a8 |\n|---|---|---|---|")
     golden = parser.parse_args().golden
     for family in available():
         pipe, embeds = load(golden, family)

@@ -1,43 +1,45 @@
-"""Ways to quantize the bundled model, against its float output: last-chunk latent error, adherence, calibration time.
+"""Compare recipes of quantization on the bundled model: last-chunk latent error, adherence, calibration time.
 
     python benchmarks/recipes.py --scheme w4a8 --prompts 16 --seeds 0 1 2 --json runs/recipes.json
 
-All recipes get the same held-out prompts, noise and re-noise, and calibrate on the same other prompts. A seed decides the
-calibration prompts and noise, and the held-out ones too unless `--held-out-seed` is given. `--plant 8` scales some rows of v down and columns of o up by 8 (and likewise
-norm2 -> cross-attention q) before anything else: the model stays the same function but gets outlier channels.
+All recipes get the same held-out prompts, noise and re-noise, and calibrate on the same other prompts. A seed sets the
+calibration prompts and noise, and the held-out ones too unless `--held-out-seed` is given. `--plant 8` scales some
+rows of v down and columns of o up by 8 (and likewise norm2 and cross-attention q) before anything else: the model gets
+outlier channels but remains the same function.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from common import append_json_line, load_bundled
 from torch import Tensor, nn
 
-from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path
+from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.calibration.inputs import InputQuantizer
 from qarvd_diffusers.calibration.targets import quantizable_linears
 from qarvd_diffusers.evaluation.fidelity import to_uint8
-from qarvd_diffusers.evaluation.moving_shapes import adherence, held_out_prompts, sample_scene
+from qarvd_diffusers.evaluation.moving_shapes import held_out_prompts, sample_scene, shows_prompt
 from qarvd_diffusers.quantization.install import apply
 from qarvd_diffusers.quantization.linear import QARVDLinear
 from qarvd_diffusers.rollout.output import Chunk
 from qarvd_kernels import quantize_dynamic
 
-BATCH = 8  # prompts generated together
+BATCH = 8  # prompts that are generated together
 ALIGNMENT = 16  # the bundled model is 256 wide: the default of 128 would call half of all channels outliers
 
 
 def load(plant: float | None) -> ARVDPipeline:
-    pipe = ARVDPipeline.from_pretrained(bundled_model_path(), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    """Load the bundled model, with planted outliers if asked for."""
+    pipe = load_bundled()
     if plant:
         plant_outliers(pipe.transformer, plant)
     return pipe
@@ -48,7 +50,7 @@ def plant_outliers(transformer: nn.Module, factor: float, share: float = 0.03) -
     """Make some input channels of o and of cross-attention q outliers, without changing the model's function."""
     generator = torch.Generator().manual_seed(0)
     for block in transformer.blocks:
-        attention = [(each.to_v, each.to_out[0]) for each in (block.attn1, block.attn2)]
+        attention = [(attn.to_v, attn.to_out[0]) for attn in (block.attn1, block.attn2)]
         for before, after in (*attention, (block.norm2, block.attn2.to_q)):
             count = max(1, int(share * after.in_features))
             channels = torch.randperm(after.in_features, generator=generator)[:count]
@@ -58,13 +60,13 @@ def plant_outliers(transformer: nn.Module, factor: float, share: float = 0.03) -
 
 
 def calibration_prompts(seed: int, count: int = 8) -> tuple[str, ...]:
-    """Prompts of the training grammar, none of them held out."""
+    """Draw prompts of the training grammar, none of them held out."""
     rng = np.random.default_rng(1000 + seed)
     return tuple(sample_scene(rng, held_out=False).prompt for _ in range(count))
 
 
 def qarvd(pipe: ARVDPipeline, scheme: str, seed: int, mixed: float = 0, **options) -> None:
-    """A recipe of this package, with 8 bits for a share `mixed` of the weights."""
+    """Quantize with this package, with 8 bits for a share `mixed` of the weights."""
     prompts = calibration_prompts(seed)
     options = {"outlier_alignment": ALIGNMENT, "calibration_seed": 10_000 + seed, **options}
     config = QARVDConfig(scheme, calibration_prompts=prompts, **options)
@@ -75,7 +77,7 @@ def qarvd(pipe: ARVDPipeline, scheme: str, seed: int, mixed: float = 0, **option
 def smooth_quant(pipe: ARVDPipeline, scheme: str, seed: int) -> None:
     """Move half of each channel's magnitude from activations to weights (arXiv 2211.10438), then round to nearest.
 
-    The division is done at run time here; a deployment would fold it into the layer before.
+    Inputs are divided at run time here; a deployment would fold the division into the previous layer.
     """
     options = {"rounding": "nearest", "outlier_detector": "none", "chunk_weights": "uniform", "tie_inputs": False}
     linears = quantizable_linears(pipe.transformer, QARVDConfig(scheme))
@@ -102,12 +104,13 @@ def smooth_quant(pipe: ARVDPipeline, scheme: str, seed: int) -> None:
     divisions = {name: divide(name) for name in linears}
     with hooked(divisions, pipe.transformer):
         qarvd(pipe, scheme, seed, **options)
-    for name, division in divisions.items():  # for good: the layers are others now
+    for name, division in divisions.items():  # permanently: quantizing replaced the layers
         pipe.transformer.get_submodule(name).register_forward_pre_hook(division)
 
 
 @contextmanager
 def hooked(hooks: Mapping[str, Callable], module: nn.Module) -> Iterator[None]:
+    """Attach forward pre-hooks to submodules by name, inside the block."""
     handles = [module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         yield
@@ -117,7 +120,7 @@ def hooked(hooks: Mapping[str, Callable], module: nn.Module) -> Iterator[None]:
 
 
 def quanto(pipe: ARVDPipeline, scheme: str, seed: int, weights: str) -> None:
-    """Weight-only quantization of the same layers by optimum-quanto: groups of up to 128 channels at 4 bits."""
+    """Quantize the weights of the same layers with optimum-quanto: groups of up to 128 channels at 4 bits."""
     from optimum.quanto import freeze, qtypes, quantize
 
     for name in quantizable_linears(pipe.transformer, QARVDConfig(scheme)):
@@ -127,7 +130,7 @@ def quanto(pipe: ARVDPipeline, scheme: str, seed: int, weights: str) -> None:
 
 
 def torchao(pipe: ARVDPipeline, scheme: str, seed: int, kind: str) -> None:
-    """The same layers by torchao: int8 weights with int8 activations per token, or int4 weights in groups of 64."""
+    """Quantize the same layers with torchao: int8 weights and per-token activations, or int4 in groups of 64."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
@@ -173,7 +176,7 @@ RECIPES: dict[str, Callable[[ARVDPipeline, str, int], None]] = {
 
 
 class Simulated(nn.Module):
-    """A quantized layer computed in floats on its de-quantized values: on a CPU faster than integers, equal up to rounding."""
+    """Compute a quantized layer in floats: faster than integers on a CPU, equal up to rounding."""
 
     def __init__(self, layer: QARVDLinear) -> None:
         super().__init__()
@@ -189,18 +192,20 @@ class Simulated(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `[..., K]`."""
         x = x if self.quantizer is None else self.quantizer(x.index_select(-1, self.order))
         return nn.functional.linear(x, self.weight, self.bias)
 
 
 def quantized_per_token(x: Tensor, num_outliers: int) -> Tensor:
-    """Permuted channels `[..., K]`, rounded to the grids of `w8a8_dynamic`."""
+    """Round permuted channels `[..., K]` to the grids of `w8a8_dynamic`."""
     codes, scale = quantize_dynamic(x, torch.arange(x.shape[-1], dtype=torch.int32), num_outliers)
     parts = codes.float().tensor_split([num_outliers], dim=-1)
     return torch.cat([part * scale[..., g, None] for g, part in enumerate(parts)], dim=-1)
 
 
 def simulate(transformer: nn.Module) -> None:
+    """Replace every quantized layer by its simulation."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, QARVDLinear):
             simulated = Simulated(layer)
@@ -211,7 +216,7 @@ def simulate(transformer: nn.Module) -> None:
 def roll_out(
     pipe: ARVDPipeline, prompts: Sequence[str], num_chunks: int, seed: int, decode: bool
 ) -> Iterator[list[Chunk]]:
-    """Stream the prompts in batches; prompt i draws its noise from seed + i, whatever batch it is in."""
+    """Stream the prompts in batches; prompt i draws its noise from seed + i in any batch."""
     for start in range(0, len(prompts), BATCH):
         batch = list(prompts[start : start + BATCH])
         generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))]
@@ -222,34 +227,35 @@ def roll_out(
 def roll_out_latents(
     pipe: ARVDPipeline, prompts: Sequence[str], num_chunks: int, seed: int, decode: bool = False
 ) -> tuple[Tensor, float | None]:
-    """Latents `[prompts, chunks, C, F, H, W]` and, if they are decoded, the share of videos that show what was asked for."""
+    """Generate latents `[prompts, chunks, C, F, H, W]` and, if they are decoded, the adherence."""
     latents, right = [], []
     for chunks in roll_out(pipe, prompts, num_chunks, seed, decode):
         latents.append(torch.stack([chunk.latents for chunk in chunks], dim=1))
         for i in range(len(chunks[0].latents) if decode else 0):
             video = np.concatenate([to_uint8(chunk.frames[i]) for chunk in chunks])
-            right.append(adherence(video, prompts[len(right)]).correct)
+            right.append(shows_prompt(video, prompts[len(right)]))
     return torch.cat(latents), float(np.mean(right)) if decode else None
 
 
 def main() -> None:
+    """Quantize with every recipe and seed, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", default="w4a8")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--chunks", type=int, default=7)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--held-out-seed", type=int, help="of the prompts and noise to judge by (default: that of --seeds)"
+        "--held-out-seed", type=int, help="seed of the prompts and noise to judge on (default: that of --seeds)"
     )
     parser.add_argument("--plant", type=float, help="factor of planted outliers")
-    parser.add_argument("--adherence", action="store_true", help="decode and judge the videos too")
+    parser.add_argument("--adherence", action="store_true", help="also decode and judge the videos")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
-    parser.add_argument("--json", type=Path, help="append the numbers here, a line per recipe and seed")
+    parser.add_argument("--json", type=Path, help="file to append the figures to, a line per recipe and seed")
     args = parser.parse_args()
 
     print(
-        "| scheme | recipe | seed | last-chunk latent MSE | all chunks | median prompt | adherence | calibration s |\n|"
-        + "---|" * 8
+        "| scheme | recipe | seed | last-chunk latent MSE | all chunks | median prompt | adherence | calibration s |\n"
+        "|" + "---|" * 8
     )
     for seed in args.seeds:
         noise = seed if args.held_out_seed is None else args.held_out_seed
@@ -268,12 +274,11 @@ def main() -> None:
             row["latent_mse"] = (got - expected).square().mean(dim=(2, 3, 4, 5)).tolist()  # [prompts][chunks]
             report(row)
             if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                with args.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_json_line(row, args.json)
 
 
-def report(row: Mapping) -> None:
+def report(row: Mapping[str, Any]) -> None:
+    """Print a row of the table."""
     errors = np.array(row["latent_mse"])
     adherence = "" if row["adherence"] is None else f"{row['adherence']:.1%}"
     print(
