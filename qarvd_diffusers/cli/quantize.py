@@ -56,7 +56,9 @@ def _add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     from ..config import ROUNDINGS
 
     prompts = parser.add_argument(
-        "--calibration-prompts", metavar="FILE", help="calibration prompts, one per line (default: those of the model)"
+        "--calibration-prompts",
+        metavar="FILE",
+        help="calibration prompts, one per line (default: the model's, else bundled ones)",
     )
     keep_old_name(parser, prompts, "--prompts")
     chunks = parser.add_argument(

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="JSON", required=True, help="file to write; updated after every prompt")
     parser.add_argument("--plot", metavar="PNG", help="draw sensitivity and fitted decay (needs matplotlib)")
     parser.add_argument(
-        "--calibration-prompts", metavar="FILE", help="calibration prompts, one per line (default: those of the model)"
+        "--calibration-prompts",
+        metavar="FILE",
+        help="calibration prompts, one per line (default: the model's, else bundled ones)",
     )
     add_chunks_argument(parser, "chunks per rollout")
     parser.add_argument(
