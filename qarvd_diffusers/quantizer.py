@@ -53,7 +53,8 @@ class QARVDQuantizer(DiffusersQuantizer):
             return
         if "disk" in map(str, device_map.values()):
             raise ValueError(
-                "A qarvd model cannot be dispatched to disk: accelerate would cast its float32 scales. Pass a device_map "
+                "A qarvd model cannot be dispatched to disk: accelerate would cast its float32 scales. Pass a "
+                "device_map "
                 "without 'disk', or load to the CPU and call enable_group_offload(offload_to_disk_path=...)."
             )
         if not self.pre_quantized and len(set(map(str, device_map.values()))) > 1:
@@ -109,8 +110,8 @@ class QARVDQuantizer(DiffusersQuantizer):
         expected = tuple(getattr(current_param, "shape", current_param))
         if expected != tuple(loaded_param.shape):
             raise ValueError(
-                f"{self._source}: {param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, expected {expected}: the file does "
-                "not fit its config.json. Download or quantize it again."
+                f"{self._source}: {param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, expected "
+                f"{expected}: the file does not fit its config.json. Download or quantize it again."
             )
         return True
 
@@ -151,8 +152,8 @@ class QARVDQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if config.resolved_scheme.needs_calibration:
             logger.warning(
-                "Scheme %s needs calibration prompts, which a model alone does not have: using the data-free scheme %s. "
-                "ARVDPipeline.from_pretrained(..., quantization_config=...) calibrates.",
+                "Scheme %s needs calibration prompts, which a model alone does not have: using the data-free scheme "
+                "%s. ARVDPipeline.from_pretrained(..., quantization_config=...) calibrates.",
                 config.scheme,
                 DATA_FREE_SCHEME,
             )
@@ -177,8 +178,8 @@ class QARVDQuantizer(DiffusersQuantizer):
         adapters = sorted({key.split(".base_layer.")[0] for key in state_dict if ".base_layer." in key})
         if adapters:
             raise ValueError(
-                f"{len(adapters)} quantized modules carry a LoRA adapter (first: {adapters[0]}); a checkpoint holds the "
-                "base model alone. Call unload_lora_weights() or delete_adapters() and save again."
+                f"{len(adapters)} quantized modules carry a LoRA adapter (first: {adapters[0]}); a checkpoint holds "
+                "the base model alone. Call unload_lora_weights() or delete_adapters() and save again."
             )
         return state_dict, {}
 

@@ -84,8 +84,8 @@ class InputCapture:
             last.set(x)
             if not bool(x.isfinite().all()):
                 raise ValueError(
-                    f"the input of {name} holds NaN or infinity in {_describe(info)}: the float model itself fails there, "
-                    "try another dtype or seed"
+                    f"the input of {name} holds NaN or infinity in {_describe(info)}: the float model itself fails "
+                    "there, try another dtype or seed"
                 )
             self._observe(index, x, info)
 
@@ -124,14 +124,14 @@ class InputCapture:
         for name, called in self._called.items():
             if not called:
                 raise ValueError(
-                    f"{name} was never called in {len(every)} calibration passes: add it to modules_to_not_convert if the "
-                    "model does not use it"
+                    f"{name} was never called in {len(every)} calibration passes: add it to modules_to_not_convert "
+                    "if the model does not use it"
                 )
             gaps = min(every - set(called), first ^ set(called), key=len)
             if gaps:
                 raise ValueError(
-                    f"{name} was not called as often as it should be: it ran in {len(set(called))} of {len(every)} passes "
-                    f"(expected all, or the first of each of {len(first)} rollouts), first gap in "
+                    f"{name} was not called as often as it should be: it ran in {len(set(called))} of {len(every)} "
+                    f"passes (expected all, or the first of each of {len(first)} rollouts), first gap in "
                     f"{_describe(self._passes[min(gaps)])}"
                 )
 

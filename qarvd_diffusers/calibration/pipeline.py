@@ -102,8 +102,8 @@ def calibrate_pipeline(
     require_float(pipe)
     if getattr(pipe.transformer, "_parallel_config", None) is not None:
         raise ValueError(
-            "The transformer was split by enable_parallelism(): calibrate before it. The processes of a launch share the "
-            "prompts and layers of a calibration by themselves."
+            "The transformer was split by enable_parallelism(): calibrate before it. The processes of a launch share "
+            "the prompts and layers of a calibration by themselves."
         )
     processes = Processes.launched()
     if not config.needs_calibration:

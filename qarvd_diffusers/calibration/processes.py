@@ -97,8 +97,8 @@ class Processes:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"process {self.index} of {self.count} lost another process of this job, whose own message says why. Start "
-                "the job again: with a file or folder to resume from, it continues where it stopped"
+                f"process {self.index} of {self.count} lost another process of this job, whose own message says why. "
+                "Start the job again: with a file or folder to resume from, it continues where it stopped"
             ) from error
 
     def close(self) -> None:

@@ -83,8 +83,8 @@ class SensitivityResult:
         zero = [k for k, s in enumerate(sensitivity) if s <= 0]
         if zero:
             raise ValueError(
-                f"quantizing chunks {zero} alone changed nothing, so they have no weight: the quantized layers are exact, "
-                "or take no part in these chunks"
+                f"quantizing chunks {zero} alone changed nothing, so they have no weight: the quantized layers are "
+                "exact, or take no part in these chunks"
             )
         mean = math.fsum(sensitivity) / len(sensitivity)
         return tuple(s / mean for s in sensitivity)
@@ -147,7 +147,8 @@ class SensitivityResult:
             raise ValueError(f"{path} is not a sensitivity file ({error}): delete it and measure again") from error
         if not (partial or result.complete):
             raise ValueError(
-                f"{path} holds {len(result.errors)} of {result.num_prompts} prompts: run the measurement again, it continues"
+                f"{path} holds {len(result.errors)} of {result.num_prompts} prompts: run the measurement again, it "
+                "continues"
             )
         return result
 
@@ -172,8 +173,8 @@ class SensitivityResult:
         ]
         if differing:
             raise ValueError(
-                f"{source} holds another measurement ({'; '.join(differing)}): choose another file, or delete this one to "
-                "start over"
+                f"{source} holds another measurement ({'; '.join(differing)}): choose another file, or delete this "
+                "one to start over"
             )
 
 

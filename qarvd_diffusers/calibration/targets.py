@@ -41,8 +41,8 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
     }
     if not linears:
         raise ValueError(
-            f"{type(transformer).__name__} has no Linear to quantize beside {list(skipped)}: pass the transformer itself, "
-            "and look at modules_to_not_convert"
+            f"{type(transformer).__name__} has no Linear to quantize beside {list(skipped)}: pass the transformer "
+            "itself, and look at modules_to_not_convert"
         )
     done = [name for name, module in linears.items() if isinstance(module, QARVDLinear)]
     if done:
@@ -50,8 +50,8 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
     odd = [name for name, module in linears.items() if module.in_features * config.scheme_of(name).weight_bits % 8]
     if odd:
         raise ValueError(
-            f"{odd[0]} has {linears[odd[0]].in_features} input channels, an odd number, which has no 4-bit layout: add "
-            f"{odd} to modules_to_not_convert, or use an 8-bit scheme"
+            f"{odd[0]} has {linears[odd[0]].in_features} input channels, an odd number, which has no 4-bit layout: "
+            f"add {odd} to modules_to_not_convert, or use an 8-bit scheme"
         )
     return linears
 
@@ -66,8 +66,8 @@ def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
     wrapped = next((name for name, _ in transformer.named_modules() if "_orig_mod" in name.split(".")), None)
     if wrapped is not None:
         raise ValueError(
-            f"{wrapped.partition('._orig_mod')[0]} is wrapped by torch.compile(), which changes the names of its layers: call "
-            "its compile() method, or the model's compile_repeated_blocks(), instead"
+            f"{wrapped.partition('._orig_mod')[0]} is wrapped by torch.compile(), which changes the names of its "
+            "layers: call its compile() method, or the model's compile_repeated_blocks(), instead"
         )
     wrappers = {name for name, module in transformer.named_modules() if hasattr(module, "base_layer")}
     linears = {}
@@ -103,8 +103,8 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
         bits = {name: config.scheme_of(name).weight_bits for name in group}
         if len(set(bits.values())) > 1:
             raise ValueError(
-                f"module_bits gives {bits}, but these layers read one tensor and are calibrated as one: give them the same "
-                "bits, or set tie_inputs=False"
+                f"module_bits gives {bits}, but these layers read one tensor and are calibrated as one: give them "
+                "the same bits, or set tie_inputs=False"
             )
     return [tuple(group) for group in groups.values()]
 

@@ -1,7 +1,7 @@
 """Convert between original checkpoints, diffusers folders and single files.
 
-An original checkpoint becomes a diffusers folder. A folder, float or quantized, becomes a single file for diffusers and
-ComfyUI, and that file becomes a folder again.
+An original checkpoint becomes a diffusers folder. A folder, float or quantized, becomes a single file for diffusers
+and ComfyUI, and that file becomes a folder again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix",
         default="",
-        help="of a float folder: text before every name in the file; `model.` gives the names of the original releases",
+        help="of a float folder: prefix of every name in the file; `model.` gives the names of the releases",
     )
     parser.add_argument("--heads", type=whole(1), help="attention heads (default: from --base, else width / 128)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: as stored)")

@@ -24,7 +24,8 @@ def can_keep_results() -> bool:
             return True
     except OSError as error:
         logger.warning(
-            "Results will not be kept for another time: %s cannot be written to (%s). Set QARVD_CACHE to a folder that can.",
+            "Results will not be kept for another time: %s cannot be written to (%s). Set QARVD_CACHE to a folder "
+            "that can.",
             cache_folder(),
             error,
         )

@@ -25,20 +25,21 @@ _STATE_FIELDS = (
 
 
 class KVCache:
-    """Hold the state of one rollout: self-attention K/V of the visible latent frames, cross-attention K/V of the prompt.
+    """Hold the state of one rollout: self-attention K/V of the visible latent frames, cross-attention K/V of the
+    prompt.
 
-    This is the rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009). The first pass at a new frame offset
-    appends, and evicts if a window is set. Every later pass over the same frames overwrites them in place. Keys are stored
-    after RoPE at their absolute frame index; eviction never re-indexes them. At the end of the RoPE table all positions
-    move down together and the stored keys rotate with them (`reindex`). Attention depends on differences of positions
-    only, so an endless stream computes what an endless table would give.
+    This is the rolling cache of Self-Forcing (Huang et al. 2025, arXiv 2506.08009). The first pass at a new frame
+    offset appends, and evicts if a window is set. Every later pass over the same frames overwrites them in place. Keys
+    are stored after RoPE at their absolute frame index; eviction never re-indexes them. At the end of the RoPE table
+    all positions move down together and the stored keys rotate with them (`reindex`). Attention depends on differences
+    of positions only, so an endless stream computes what an endless table would give.
 
     `begin_shot` moves the frames that are appended next, and all later ones, further on than their index, and may pin
     them: pinned frames are not evicted while they directly follow the sink (LongLive 2.0). `restart` empties the cache
     for a context that is encoded again.
 
-    With `rope_mode="window"` keys are stored before RoPE, and a frame's position is its slot in the window, counted again
-    in every pass (Infinity-RoPE). `sink_ema` then averages evicted frames into the sink (Reward Forcing).
+    With `rope_mode="window"` keys are stored before RoPE, and a frame's position is its slot in the window, counted
+    again in every pass (Infinity-RoPE). `sink_ema` then averages evicted frames into the sink (Reward Forcing).
 
     A cache belongs to one stream. It is passed to the model as `kv_cache`, and every pass changes it.
 
@@ -46,7 +47,8 @@ class KVCache:
         num_layers: number of transformer blocks.
         local_attention_frames: latent frames kept, sink and current chunk included; -1 keeps all.
         sink_frames: first latent frames that are never evicted.
-        num_frames: latent frames of the whole rollout, if known: a full cache is then allocated once instead of doubling.
+        num_frames: latent frames of the whole rollout, if known: a full cache is then allocated once instead of
+            doubling.
         storage: dtype of the stored K/V: `"auto"` (that of the passes), `"bf16"`, or in 8 bits `"int8"` or `"fp8"`
             (float8 e4m3), with static scales per sample and head, set by the first chunk or by `set_scales`.
         rope_mode: `"absolute"` or `"window"`.

@@ -6,7 +6,8 @@ import torch
 
 from .storage import allocate, decode, encode, fit_scale, is_quantized
 
-# Room above the first chunk's largest value: see benchmarks/kv_cache.py. A float code is as precise under a larger scale.
+# Room above the first chunk's largest value: see benchmarks/kv_cache.py. A float code is as precise under a larger
+# scale.
 _SCALE_MARGINS = {torch.int8: 1.25, torch.float8_e4m3fn: 4.0}
 
 
@@ -16,11 +17,11 @@ class KVLayerCache:
     The `KVCache` does the bookkeeping: `update` only moves tensors, so that it compiles without graph breaks.
 
     Attributes:
-        key: keys after RoPE (before it in window mode), preallocated `[B, capacity or a little more, heads, head_dim]` in
-            storage order (sink first), in the storage dtype; None before the first pass.
+        key: keys after RoPE (before it in window mode), preallocated `[B, capacity or a little more, heads, head_dim]`
+            in storage order (sink first), in the storage dtype; None before the first pass.
         value: see `key`; `storage.allocate` decides the memory layout.
-        key_scale: `[B, heads]` float32 (`[heads]` if set by the caller, or saved by an earlier version) if the storage has
-            8 bits, value = code * scale; else None.
+        key_scale: `[B, heads]` float32 (`[heads]` if set by the caller, or saved by an earlier version) if the storage
+            has 8 bits, value = code * scale; else None.
         value_scale: see `key_scale`.
         text_key: cross-attention keys of the prompt `[B, text_tokens, heads, head_dim]`, or None.
         text_value: see `text_key`.
@@ -44,8 +45,8 @@ class KVLayerCache:
     def update(self, key: torch.Tensor, value: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the current chunk's K/V `[B, tokens, heads, head_dim]` at token `start`; return all that it can see.
 
-        If the storage has another dtype, the pass sees the past as stored and the current chunk at full precision. With
-        gradients enabled, the past is constant and the current chunk's K/V keep their graph.
+        If the storage has another dtype, the pass sees the past as stored and the current chunk at full precision.
+        With gradients enabled, the past is constant and the current chunk's K/V keep their graph.
         """
         stop = start + key.shape[1]
         self.write(key, value, start)
@@ -74,7 +75,8 @@ class KVLayerCache:
         )
 
     def fit_scales(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Widen the scales to hold a pass that sees nothing stored, so that every code is stored under the current scale.
+        """Widen the scales to hold a pass that sees nothing stored, so that every code is stored under the current
+        scale.
 
         `update` calls it for every pass at token 0: after the passes of the first chunk the scales are fixed. It does
         nothing unless `fits_scales`.
@@ -88,7 +90,9 @@ class KVLayerCache:
 
     @property
     def fits_scales(self) -> bool:
-        """Whether a pass at token 0 has to set scales: if storage has 8 bits and the caller set none; in float8 only once."""
+        """Whether a pass at token 0 has to set scales: if storage has 8 bits and the caller set none; in float8 only
+        once.
+        """
         dtype = self.buffers()[0].dtype
         if not is_quantized(dtype) or self.scales_given:
             return False

@@ -31,10 +31,11 @@ def check_storage(storage: str) -> str:
 
 
 def allocate(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, values: bool) -> torch.Tensor:
-    """Allocate zeros `[B, at least tokens, heads, head_dim]` for keys, or for values, of shape `(B, tokens, heads, head_dim)`.
+    """Allocate zeros `[B, at least tokens, heads, head_dim]` for keys, or for values, of shape `(B, tokens, heads,
+    head_dim)`.
 
-    If the device's 8-bit attention needs it, the tokens of the values are innermost in memory. Only the strides differ:
-    code that reads or writes by index need not know.
+    If the device's 8-bit attention needs it, the tokens of the values are innermost in memory. Only the strides
+    differ: code that reads or writes by index need not know.
     """
     batch, tokens, heads, head_dim = shape
     if dtype != torch.float8_e4m3fn or not ops.tokens_innermost(device, head_dim):
@@ -51,7 +52,8 @@ def is_quantized(dtype: torch.dtype) -> bool:
 
 
 def fit_scale(tensor: torch.Tensor, dtype: torch.dtype, margin: float) -> torch.Tensor:
-    """Return the scale `[B, heads]` float32 that represents `margin` times the largest value of `[B, tokens, heads, head_dim]`.
+    """Return the scale `[B, heads]` float32 that represents `margin` times the largest value of `[B, tokens, heads,
+    head_dim]`.
 
     Each sample has its own scale, so that its codes do not depend on the other samples of the batch.
     """
@@ -60,7 +62,8 @@ def fit_scale(tensor: torch.Tensor, dtype: torch.dtype, margin: float) -> torch.
 
 
 def encode(tensor: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Convert values `[B, tokens, heads, head_dim]` to stored ones; `scale` `[B, heads]` or `[heads]`, None for a float dtype.
+    """Convert values `[B, tokens, heads, head_dim]` to stored ones; `scale` `[B, heads]` or `[heads]`, None for a
+    float dtype.
 
     int8 is symmetric and rounds half to even; float8 rounds as the hardware's cast does. Both saturate.
     """

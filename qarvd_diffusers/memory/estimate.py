@@ -215,7 +215,7 @@ def _pass_bytes(
     frames: int,
     text: int,
 ) -> int:
-    """Return the bytes of one pass without weights and cache; runs one block only, since a block frees what it uses."""
+    """Return the bytes of one pass without weights and cache; one block is run, since a block frees what it uses."""
     model = shapes.empty_transformer(layers=1)
     cast(model, dtype)
     heads = (model.config.num_attention_heads, model.config.attention_head_dim)

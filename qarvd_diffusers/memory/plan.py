@@ -41,7 +41,8 @@ def parse_budget(memory: str | float) -> int | None:
 def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **options: Any) -> MemoryPlan:
     """Return the choices that cost least quality and time among those that fit.
 
-    Tries, in this order: the text encoder off the device, an 8-bit K/V cache, a quantized transformer, a smaller window.
+    Tries, in this order: the text encoder off the device, an 8-bit K/V cache, a quantized transformer, a smaller
+    window.
 
     Args:
         shapes: of the model.
@@ -60,9 +61,10 @@ def choose(shapes: ModelShapes, memory: str, *, scheme: str | None = None, **opt
         if plan.fits:
             return plan
     raise ValueError(
-        f"{shapes.name} does not fit into {budget / 1e9:g}GB: with 8-bit K/V, a window of {plan.choice.window} latent frames and a "
-        f"streamed text encoder it needs {plan.total / 1e9:.1f} GB\n{plan.describe()}\nAsk for a smaller picture, or a "
-        "model of fewer parameters or bits."
+        f"{shapes.name} does not fit into {budget / 1e9:g}GB: with 8-bit K/V, a window of {plan.choice.window} "
+        "latent frames and a "
+        f"streamed text encoder it needs {plan.total / 1e9:.1f} GB\n{plan.describe()}\nAsk for a smaller picture, or "
+        "a model of fewer parameters or bits."
     )
 
 

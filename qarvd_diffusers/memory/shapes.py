@@ -161,7 +161,8 @@ def storage_id(tensor: torch.Tensor) -> int:
 
 
 class _AsOnAGPU(TorchFunctionMode):
-    """Make meta tensors allocate as a GPU does: no attention scores, and channels-last convolutions stay channels-last.
+    """Make meta tensors allocate as a GPU does: no attention scores, and channels-last convolutions stay
+    channels-last.
 
     On the meta device torch would allocate all scores, and count copies that a GPU does not make.
     """

@@ -15,8 +15,8 @@ def adapter_scales(transformer: nn.Module) -> dict[str, float]:
     uneven = sorted(name for name, scales in different.items() if len(scales) > 1)
     if uneven:
         raise ValueError(
-            f"adapters {uneven} have different scales in different layers, which a checkpoint cannot record: give each one "
-            "scale with set_adapters before calibrating, or merge them into the float model"
+            f"adapters {uneven} have different scales in different layers, which a checkpoint cannot record: give "
+            "each one scale with set_adapters before calibrating, or merge them into the float model"
         )
     return {name: scales.pop() for name, scales in different.items()}
 

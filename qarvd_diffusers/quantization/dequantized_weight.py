@@ -55,8 +55,8 @@ class DequantizedWeight(Tensor):
         """Raise an error for True: packed integers cannot be trained."""
         if requires_grad:
             raise ValueError(
-                "the weight of a QARVDLinear is frozen: its packed integers take no gradient. Pass requires_grad=False, or "
-                "train on weight.clone()."
+                "the weight of a QARVDLinear is frozen: its packed integers take no gradient. Pass "
+                "requires_grad=False, or train on weight.clone()."
             )
         return self
 
@@ -70,8 +70,8 @@ class DequantizedWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            f"the weight {tuple(self.shape)} of a QARVDLinear is computed from packed integers and cannot be pickled: save "
-            "the layer's state_dict(), or weight.clone()"
+            f"the weight {tuple(self.shape)} of a QARVDLinear is computed from packed integers and cannot be "
+            "pickled: save the layer's state_dict(), or weight.clone()"
         )
 
     @classmethod
@@ -84,8 +84,8 @@ class DequantizedWeight(Tensor):
             if isinstance(weight, cls):
                 raise ValueError(
                     f"the weight {tuple(weight.shape)} of a QARVDLinear is packed integers: what is written to its "
-                    "dequantized copy (merging or fusing an adapter does that) would be lost. Keep the adapter unmerged, or "
-                    "merge it into the float model and quantize that."
+                    "dequantized copy (merging or fusing an adapter does that) would be lost. Keep the adapter "
+                    "unmerged, or merge it into the float model and quantize that."
                 )
         if name == "_has_compatible_shallow_copy_type":
             return False  # so that Module.to replaces this weight instead of writing to it

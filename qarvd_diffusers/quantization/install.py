@@ -30,8 +30,8 @@ def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[
         linear = _submodule(transformer, name)
         if not isinstance(linear, nn.Linear) or isinstance(linear, QARVDLinear):
             raise ValueError(
-                f"{name} is a {type(linear).__name__} in this {type(transformer).__name__}, expected a float Linear: the "
-                "calibration result belongs to another model, or was applied already"
+                f"{name} is a {type(linear).__name__} in this {type(transformer).__name__}, expected a float Linear: "
+                "the calibration result belongs to another model, or was applied already"
             )
         try:
             quantized[name] = QARVDLinear.from_float(linear, qparams)

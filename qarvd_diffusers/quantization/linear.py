@@ -292,8 +292,8 @@ class QARVDLinear(nn.Linear):
         """Raise an error for True: packed integers cannot be trained."""
         if requires_grad:
             raise ValueError(
-                "QARVDLinear is frozen: its packed integer weights take no gradient. Train an adapter on it (LoRA), or the "
-                "float model."
+                "QARVDLinear is frozen: its packed integer weights take no gradient. Train an adapter on it (LoRA), "
+                "or the float model."
             )
         return super().requires_grad_(False)
 

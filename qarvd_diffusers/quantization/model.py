@@ -41,8 +41,8 @@ def install_empty_modules(model: nn.Module, modules: Mapping[str, QuantizedModul
             linear = None
         if not isinstance(linear, nn.Linear):
             raise ValueError(
-                f"config.json lists the quantized module {name!r}, but this {type(model).__name__} has no such Linear: "
-                "the config belongs to another architecture or size."
+                f"config.json lists the quantized module {name!r}, but this {type(model).__name__} has no such "
+                "Linear: the config belongs to another architecture or size."
             )
         empty = QARVDLinear(
             linear.in_features,
@@ -88,8 +88,8 @@ def assign_stored_tensor(
         stored = stored if dtype is None else stored.to(dtype)
     elif stored.dtype != (expected := getattr(module, parameter_name).dtype):
         raise ValueError(
-            f"{name} is stored as {stored.dtype}, expected {expected}: the file was cast or edited. Download or quantize "
-            "it again."
+            f"{name} is stored as {stored.dtype}, expected {expected}: the file was cast or edited. Download or "
+            "quantize it again."
         )
     setattr(module, parameter_name, nn.Parameter(stored.to(device), requires_grad=False))
 

@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Arguments of other pipelines -> (whether a value other than None changes nothing, by the denoising steps of a chunk; the
-# remedy if it does change something).
+# Arguments of other pipelines -> (whether a value other than None changes nothing, by the denoising steps of a chunk;
+# the remedy if it does change something).
 _Argument = tuple[Callable[[Any, int], bool], str]
 _GUIDANCE: _Argument = (
     lambda value, _: isinstance(value, int | float) and value <= 1,
@@ -52,7 +52,8 @@ _FOREIGN: dict[str, _Argument] = {
 def start_arguments(
     owner: str, arguments: Mapping[str, Any], check: Callable[..., Any], call: Callable[..., Any], steps: int
 ) -> dict[str, Any]:
-    """Return the arguments of a call that the pipeline has; arguments of other pipelines are dropped if they change nothing.
+    """Return the arguments of a call that the pipeline has; arguments of other pipelines are dropped if they change
+    nothing.
 
     Args:
         owner: the pipeline's class, for messages.
@@ -98,8 +99,8 @@ def check_scheduler(scheduler: Any) -> None:
     names, open_ended = parameters(scheduler.set_timesteps)
     if "chunk_index" not in names and not open_ended:
         raise ValueError(
-            f"scheduler is a {type(scheduler).__name__}, which has no timesteps per chunk: give one whose set_timesteps takes "
-            "chunk_index, such as FewStepRenoiseScheduler"
+            f"scheduler is a {type(scheduler).__name__}, which has no timesteps per chunk: give one whose "
+            "set_timesteps takes chunk_index, such as FewStepRenoiseScheduler"
         )
 
 

@@ -17,7 +17,8 @@ _STATE_FIELDS = ("_steps_done", "_context_done", "_next_chunk", "_frames_done") 
 
 
 class RunPass(Protocol):
-    """Run one transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the cache.
+    """Run one transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the
+    cache.
 
     With `cache_only` only the cache is needed, and the flow may be None.
     """
@@ -53,11 +54,11 @@ class ChunkScheduler(Protocol):
 class ChunkLoop:
     """Roll out one stream; all of its state is here and in `cache`.
 
-    For every chunk the loop draws noise and lets the scheduler step at each timestep, by the flow and, if it re-noises, by
-    fresh noise. Then one more pass over the clean latents at `context_noise` rewrites the chunk's K/V ("refresh"), after
-    the last chunk too. A chunk is yielded before its refresh, which runs when the loop continues: the caller does not wait
-    for it. If the context is rebuilt, there is no refresh; instead the clean latents that a chunk can see are encoded
-    again before it, one pass per earlier chunk, each seeing those before it ("rebuild").
+    For every chunk the loop draws noise and lets the scheduler step at each timestep, by the flow and, if it
+    re-noises, by fresh noise. Then one more pass over the clean latents at `context_noise` rewrites the chunk's K/V
+    ("refresh"), after the last chunk too. A chunk is yielded before its refresh, which runs when the loop continues:
+    the caller does not wait for it. If the context is rebuilt, there is no refresh; instead the clean latents that a
+    chunk can see are encoded again before it, one pass per earlier chunk, each seeing those before it ("rebuild").
 
     Noise is drawn chunk by chunk: starting noise, then one draw per re-noising step. Streams of different lengths
     therefore agree as far as they go.
@@ -163,13 +164,15 @@ class ChunkLoop:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Rewrite the K/V of the last chunk, if that is still to be done; call it before the cache is read or copied."""
+        """Rewrite the K/V of the last chunk if that is still to be done; call it before reading or copying the cache."""
         if self._stale is not None:
             info, self._stale = self._stale, None
             self._pass(self._recent[-1], info)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the state between two refreshed chunks, without the cache, as tensors and JSON types for `load_state`."""
+        """Return the state between two refreshed chunks, without the cache, as tensors and JSON types for
+        `load_state`.
+        """
         tensors = {f"recent.{index}": latents for index, latents in enumerate(self._recent)}
         tensors |= {} if self._first is None else {"first": self._first}
         return tensors, {name: getattr(self, name) for name in _STATE_FIELDS}
@@ -195,8 +198,8 @@ class ChunkLoop:
     def switch_prompt(self, prompt_embeds: torch.Tensor, how: str) -> None:
         """Switch to another prompt between two chunks; `how` is one of `PROMPT_SWITCHES`.
 
-        Re-caching is one pass without a mask over the frames of the window, at their own positions. If the sink is global
-        and the window has moved on, the sink stays as it is, and the frames after it attend to it.
+        Re-caching is one pass without a mask over the frames of the window, at their own positions. If the sink is
+        global and the window has moved on, the sink stays as it is, and the frames after it attend to it.
         """
         self.refresh()
         self.replace_prompt(prompt_embeds)
@@ -322,6 +325,6 @@ def _check_finite(finite: torch.Tensor, chunk: int, timesteps: list[float]) -> N
     for step, fine in enumerate(finite.tolist()):
         if not fine:
             raise FloatingPointError(
-                f"NaN or infinity in chunk {chunk}, step {step} (timestep {timesteps[step]:g}): run the transformer in "
-                "bfloat16 or float32, and check prompt_embeds, latents and, if it is quantized, its calibration"
+                f"NaN or infinity in chunk {chunk}, step {step} (timestep {timesteps[step]:g}): run the transformer "
+                "in bfloat16 or float32, and check prompt_embeds, latents and, if it is quantized, its calibration"
             )

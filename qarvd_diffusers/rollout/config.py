@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 PROMPT_SWITCHES = ("keep", "recache", "new_text_only", "cut")
-"""What happens to cached frames when the prompt changes. `keep`: they stay, and the picture follows the new prompt slowly.
-`recache`: the frames in the window are encoded again under the new prompt (LongLive, arXiv 2509.22622). `new_text_only`:
+"""What happens to cached frames when the prompt changes. `keep`: they stay, and the picture follows the new prompt
+slowly.
+`recache`: the frames in the window are encoded again under the new prompt (LongLive, arXiv 2509.22622).
+    `new_text_only`:
 they are dropped, which cuts to a new scene. `cut`: they stay, and the next chunk begins a new shot, `shot_rope_offset`
 positions away (LongLive 2.0; Infinity-RoPE, arXiv 2511.20649)."""
 
@@ -36,19 +38,21 @@ class RolloutConfig:
         independent_first_frame: the first chunk of a video (or of its initial latents) is a single latent frame.
         on_prompt_switch: what a new prompt does to the cached frames if a call does not say, one of `PROMPT_SWITCHES`.
         global_sink: once the window has moved on, re-caching keeps the sink as encoded under the first prompt.
-        rope_mode: `absolute`: a frame's position is its index in the video. `window`: its index among the visible frames,
-            so that no position exceeds the window.
-        sink_ema: share of the old sink when the frames that leave the window are averaged into it; None keeps the sink.
-        shot_rope_offset: positions added between the chunk after a cut and the frames before. With absolute positions this
-            also moves all later chunks; in a window, where every pass counts positions again, only that chunk.
+        rope_mode: `absolute`: a frame's position is its index in the video. `window`: its index among the visible
+            frames, so that no position exceeds the window.
+        sink_ema: share of the old sink when the frames that leave the window are averaged into it; None keeps the
+            sink.
+        shot_rope_offset: positions added between the chunk after a cut and the frames before. With absolute positions
+            this also moves all later chunks; in a window, where every pass counts positions again, only that chunk.
         shot_prefix: text that `set_prompt` adds in front of the prompt of a cut.
         pin_shots: the first chunk of the latest shot is not evicted while it directly follows the sink.
-        context_mode: `refresh`: a pass over every chunk's clean latents writes its K/V into the cache. `rebuild`: before
-            every chunk the cache is emptied and filled from the latest clean latents, chunk by chunk (Krea Realtime).
-        keep_first_frame: a rebuilt context begins with the video's first frame; else with the frame that has just left the
-            window, decoded and encoded again as a single picture, like the start of a video.
-        clamped_start: initial latents need not be whole chunks: the rest begins generated chunk 0, at timestep 0, and is
-            restored after every step.
+        context_mode: `refresh`: a pass over every chunk's clean latents writes its K/V into the cache. `rebuild`:
+            before every chunk the cache is emptied and filled from the latest clean latents, chunk by chunk (Krea
+            Realtime).
+        keep_first_frame: a rebuilt context begins with the video's first frame; else with the frame that has just left
+            the window, decoded and encoded again as a single picture, like the start of a video.
+        clamped_start: initial latents need not be whole chunks: the rest begins generated chunk 0, at timestep 0, and
+            is restored after every step.
         sampler: `renoise` (`FewStepRenoiseScheduler`) or `unipc` (`ChunkUniPCScheduler`), which draws no noise.
     """
 
@@ -115,8 +119,8 @@ class RolloutConfig:
         require(
             self.sink_ema is None or (0 < self.sink_ema < 1 and averages and not self.independent_first_frame),
             "sink_ema",
-            "None, or a number in (0, 1) where rope_mode is 'window', sink_frames equals num_frames_per_chunk and the window "
-            "is a whole number of chunks",
+            "None, or a number in (0, 1) where rope_mode is 'window', sink_frames equals num_frames_per_chunk and "
+            "the window is a whole number of chunks",
         )
         require(self.shot_rope_offset >= 0, "shot_rope_offset", "0 or a positive number of latent frames")
         holds = (window == -1 or window >= self.sink_frames + 2 * chunk) and self.sink_ema is None
@@ -128,8 +132,8 @@ class RolloutConfig:
         require(
             self.context_mode == "refresh" or whole,
             "context_mode",
-            "'refresh' here: 'rebuild' needs local_attention_frames of two or more whole chunks, no sink_frames and no "
-            "independent_first_frame",
+            "'refresh' here: 'rebuild' needs local_attention_frames of two or more whole chunks, no sink_frames and "
+            "no independent_first_frame",
         )
 
     @classmethod
@@ -178,7 +182,9 @@ class RolloutConfig:
         return self.context_mode == "rebuild" and not self.keep_first_frame
 
     def context_frames(self, num_frames: int) -> int:
-        """Return how many of `num_frames` initial latent frames get passes of their own; the rest begin generated chunk 0."""
+        """Return how many of `num_frames` initial latent frames get passes of their own; the rest begin generated
+        chunk 0.
+        """
         return num_frames - (num_frames % self.num_frames_per_chunk if self.clamped_start else 0)
 
     def context_pieces(self, num_frames: int) -> list[int]:
@@ -218,8 +224,8 @@ class RolloutConfig:
         chunks, rest = divmod(num_frames - first, self.num_frames_per_chunk)
         if num_frames < first or rest:
             raise ValueError(
-                f"{source} asks for {num_frames} generated latent frames, which is not a whole number of chunks: the first "
-                f"chunk has {first}, every other has {self.num_frames_per_chunk}"
+                f"{source} asks for {num_frames} generated latent frames, which is not a whole number of chunks: the "
+                f"first chunk has {first}, every other has {self.num_frames_per_chunk}"
             )
         return chunks + 1
 

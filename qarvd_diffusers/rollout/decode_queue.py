@@ -25,8 +25,8 @@ class _Job:
 class DecodeQueue:
     """Decode the chunks of one stream in order.
 
-    With `overlap`, and latents on a CUDA device, decoding runs on a second CUDA stream while the next chunk is denoised:
-    both share the device. Only the first chunk comes out at once. On other devices `overlap` has no effect.
+    With `overlap`, and latents on a CUDA device, decoding runs on a second CUDA stream while the next chunk is
+    denoised: both share the device. Only the first chunk comes out at once. On other devices `overlap` has no effect.
 
     Args:
         decoder: decoder of the stream.

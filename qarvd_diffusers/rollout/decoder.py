@@ -10,7 +10,7 @@ import torch
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Decode the chunks of one stream. `reset`, `state_dict` and `load_state_dict` of `StatefulDecoder` are optional."""
+    """Decode the chunks of one stream; `reset`, `state_dict`, `load_state_dict` of `StatefulDecoder` are optional."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode the next latents `[B, C, F, H, W]` to pixels `[B, 3, frames, height, width]` in [-1, 1]."""
@@ -88,7 +88,8 @@ def check_decoder(
 
     Args:
         decoder: an object with `decode`, or a class or function that makes one. `latents_mean` and `latents_std` (a
-            number per channel) say which latents it was made for: those of the VAE whose normalized latents it decodes.
+            number per channel) say which latents it was made for: those of the VAE whose normalized latents it
+            decodes.
         channels: latent channels of the transformer.
         mean: of the pipeline's VAE; None if it has none, and only the number of channels can be compared.
         std: see `mean`.

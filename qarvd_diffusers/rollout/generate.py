@@ -110,7 +110,9 @@ def _pass_hook(pipe: StreamHost, callback: Callable[[PassInfo], None] | None) ->
 def _step_hook(
     pipe: StreamHost, loop: ChunkLoop, bar: Any, callback: StepCallback
 ) -> Callable[[int, float, torch.Tensor], torch.Tensor]:
-    """Return the hook that runs after a denoising step: progress, then the caller's callback, which may replace tensors."""
+    """Return the hook that runs after a denoising step: progress, then the caller's callback, which may replace
+    tensors.
+    """
 
     def on_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
         bar.update()

@@ -146,15 +146,17 @@ def check_generator(generator: Any, batch: int) -> None:
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
     if not all(isinstance(one, torch.Generator) for one in generators):
         raise ValueError(
-            f"generator is {generator!r}, expected a torch.Generator, such as torch.Generator().manual_seed(0), a list of one "
-            "per sample, or None"
+            f"generator is {generator!r}, expected a torch.Generator, such as torch.Generator().manual_seed(0), a "
+            "list of one per sample, or None"
         )
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one, or one per sample")
 
 
 def check_tensors(**arguments: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
-    """Raise ValueError if a named argument is neither None nor a float tensor; `renoise_latents` may be a list of them."""
+    """Raise ValueError if a named argument is neither None nor a float tensor; `renoise_latents` may be a list of
+    them.
+    """
     for name, value in arguments.items():
         tensors = value if name == "renoise_latents" and isinstance(value, list | tuple) else [value]
         for tensor in tensors:

@@ -11,15 +11,16 @@ class PassInfo:
 
     Attributes:
         chunk: index of the generated chunk; -1 for passes over initial latents.
-        role: `"denoise"`, `"refresh"` (rewrites the chunk's K/V from its clean latents), `"context"` (fills the K/V cache
-            from initial latents), `"recache"` (encodes the frames before the chunk again under a new prompt) or `"rebuild"`
-            (encodes them again because the model keeps no K/V from chunk to chunk).
-        step: index of the denoising step inside the chunk, or of the pass among those that rebuild; 0 for the other roles.
+        role: `"denoise"`, `"refresh"` (rewrites the chunk's K/V from its clean latents), `"context"` (fills the K/V
+            cache from initial latents), `"recache"` (encodes the frames before the chunk again under a new prompt) or
+            `"rebuild"` (encodes them again because the model keeps no K/V from chunk to chunk).
+        step: index of the denoising step inside the chunk, or of the pass among those that rebuild; 0 for the other
+            roles.
         timestep: the timestep that the transformer gets.
         frame_offset: absolute index of the first latent frame of the pass.
         num_frames: latent frames in the pass.
-        share: weight of the pass in calibration. 1 if all chunks take equally many passes; 1/2 in a chunk of twice as many,
-            since sensitivities are measured per chunk.
+        share: weight of the pass in calibration. 1 if all chunks take equally many passes; 1/2 in a chunk of twice as
+            many, since sensitivities are measured per chunk.
     """
 
     chunk: int

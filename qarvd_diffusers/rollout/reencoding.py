@@ -12,10 +12,11 @@ _FRAME = "frame."  # prefix in the state dict
 
 
 class ReencodingDecoder:
-    """Wrap the decoder of a stream, keep a picture of each of the last latent frames, and encode it as the start of a video.
+    """Wrap the decoder of a stream, keep a picture of each of the last latent frames, and encode it as the start of a
+    video.
 
-    For models whose context begins with such a frame: a latent frame stands for one picture at the start of a video, and
-    for several later on.
+    For models whose context begins with such a frame: a latent frame stands for one picture at the start of a video,
+    and for several later on.
 
     Args:
         decoder: of the stream.
@@ -42,7 +43,7 @@ class ReencodingDecoder:
         return pixels
 
     def reencode(self, frame: int) -> torch.Tensor:
-        """Return latents `[B, C, 1, H, W]` of the last picture of latent frame `frame`, as if a video began with it."""
+        """Return latents `[B, C, 1, H, W]` of the last picture of latent frame `frame`, as if a video began there."""
         return self._encode(self._pictures[frame])
 
     def reset(self) -> None:

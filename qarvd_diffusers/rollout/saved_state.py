@@ -40,10 +40,11 @@ class _SavableCache(Protocol):
 
 
 def fingerprint(pipe: StreamHost) -> dict[str, str]:
-    """Return short hashes of what a resumed stream depends on: rollout config, transformer, VAE, and its share of the heads.
+    """Return short hashes of what a resumed stream depends on: rollout config, transformer, VAE, and its share of the
+    heads.
 
-    Only a few values of each tensor are hashed. Those of a quantized layer are sorted first, since the layout for a kernel
-    may change their order.
+    Only a few values of each tensor are hashed. Those of a quantized layer are sorted first, since the layout for a
+    kernel may change their order.
     """
     hashes = {"causal fields": hashlib.blake2b(json.dumps(pipe.rollout_config.to_dict()).encode(), digest_size=8)}
     for name in ("transformer", "vae"):
@@ -212,8 +213,8 @@ class SavedStream:
         differing = [name for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]
         if differing:
             raise ValueError(
-                f"{self.path} was saved with another model: {' and '.join(differing)} differ from this pipeline's. Load the "
-                "model, scheme and dtype that the stream was made with"
+                f"{self.path} was saved with another model: {' and '.join(differing)} differ from this pipeline's. "
+                "Load the model, scheme and dtype that the stream was made with"
             )
 
     def _check_adapters(self, pipe: StreamHost) -> None:
@@ -223,8 +224,10 @@ class SavedStream:
         for name in sorted(saved.keys() | own.keys()):
             if saved.get(name) != own.get(name):
                 raise ValueError(
-                    f"{self.path} was saved with adapter {name!r} {_describe_scales(saved.get(name))}, this pipeline has it "
-                    f"{_describe_scales(own.get(name))}: load it and set its scale with set_adapters(), or disable or unload it"
+                    f"{self.path} was saved with adapter {name!r} {_describe_scales(saved.get(name))}, this pipeline "
+                    "has it "
+                    f"{_describe_scales(own.get(name))}: load it and set its scale with set_adapters(), or disable "
+                    "or unload it"
                 )
 
     def session(
@@ -239,8 +242,8 @@ class SavedStream:
         """Return the session of the resumed stream; the arguments are those of `StreamableMixin.restore_stream`.
 
         Raises:
-            ValueError: if frames are asked for, but the stream was one of latents; or for `num_chunks` or a `generator`
-                that the stream cannot continue with.
+            ValueError: if frames are asked for, but the stream was one of latents; or for `num_chunks` or a
+                `generator` that the stream cannot continue with.
         """
         output_type = output_type or self.header["output_type"]
         if output_type != "latent" and self.header["output_type"] == "latent":
@@ -277,8 +280,8 @@ class SavedStream:
                 raise ValueError(f"the noise of {self.path} was drawn by one generator per sample: pass no generator")
             if saved.device.type != generator.device.type:
                 raise ValueError(
-                    f"generator is on {generator.device.type}, expected one on {saved.device.type}, where {self.path} drew "
-                    "its noise"
+                    f"generator is on {generator.device.type}, expected one on {saved.device.type}, where "
+                    f"{self.path} drew its noise"
                 )
             generator.set_state(saved.get_state())
             inputs = replace(inputs, generator=generator)

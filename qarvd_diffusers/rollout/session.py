@@ -107,7 +107,8 @@ class LiveStream:
 
 @dataclass
 class StreamSession:
-    """What a stream and its generator share. The generator does not know the stream: dropping the stream ends it at once.
+    """What a stream and its generator share. The generator does not know the stream: dropping the stream ends it at
+    once.
 
     Attributes:
         request: what the caller asked for.
@@ -127,7 +128,8 @@ class StreamSession:
         return None if self.live is None else self.live.loop
 
     def encode_changes(self, pipe: StreamHost, before: torch.Tensor) -> list[PromptChange]:
-        """Encode the prompts of `changes`, split a change over several chunks into one per chunk, and return `changes`.
+        """Encode the prompts of `changes`, split a change over several chunks into one per chunk, and return
+        `changes`.
 
         Args:
             pipe: encodes prompts.
@@ -141,8 +143,8 @@ class StreamSession:
             after = pipe.embed_prompt(**change.text)
             if change.chunks > 1 and after.shape != before.shape:
                 raise ValueError(
-                    f"prompt_embeds has shape {list(after.shape)}, expected {list(before.shape)}, that of the current prompt, "
-                    "to change over several chunks"
+                    f"prompt_embeds has shape {list(after.shape)}, expected {list(before.shape)}, that of the "
+                    "current prompt, to change over several chunks"
                 )
             for step in range(1, change.chunks + 1):
                 embeds = after if step == change.chunks else torch.lerp(before, after, step / change.chunks)

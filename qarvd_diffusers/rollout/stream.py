@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 class Stream(Iterator[Chunk]):
     """Iterate over the `Chunk`s of one video; `ARVDMixin.stream` returns it.
 
-    The stream owns all of its state. It ends with its last chunk, with `close`, with an exception, or when it is dropped.
-    However it ends, its memory is freed immediately, and the pipeline can be used again. Use it in a `with` block if its
-    end must not wait for the garbage collector.
+    The stream owns all of its state. It ends with its last chunk, with `close`, with an exception, or when it is
+    dropped. However it ends, its memory is freed immediately, and the pipeline can be used again. Use it in a `with`
+    block if its end must not wait for the garbage collector.
 
-    `set_prompt`, `pause`, `resume` and `close` may be called from another thread than the one that iterates. A model still
+    `set_prompt`, `pause`, `resume` and `close` may be called from another thread than the one that iterates. A model
+    still
     runs one pass at a time: do not iterate over two streams of a pipeline in two threads.
     """
 
@@ -92,7 +93,8 @@ class Stream(Iterator[Chunk]):
         Args:
             prompt: one prompt, or one per sample, as many as the stream was started with.
             prompt_embeds: `[B, text_tokens, text_dim]` instead of `prompt`, or a file of `save_prompt_embeds`.
-            on_prompt_switch: what happens to the cached frames, one of `PROMPT_SWITCHES`; None takes the pipeline config's.
+            on_prompt_switch: what happens to the cached frames, one of `PROMPT_SWITCHES`; None takes the pipeline
+                config's.
             over_chunks: number of chunks over which to interpolate to the new embeddings, in equal steps.
 
         Raises:
@@ -104,7 +106,8 @@ class Stream(Iterator[Chunk]):
             raise ValueError(f"on_prompt_switch is {how!r}, expected one of {', '.join(PROMPT_SWITCHES)}")
         if over_chunks < 1 or (over_chunks > 1 and how not in ("keep", "recache")):
             raise ValueError(
-                f"over_chunks is {over_chunks} with on_prompt_switch={how!r}, expected 1, or more with 'keep' or 'recache'"
+                f"over_chunks is {over_chunks} with on_prompt_switch={how!r}, expected 1, or more with 'keep' or "
+                "'recache'"
             )
         prompt_embeds = load_prompt_embeds(prompt_embeds)
         self._pipe.check_prompt(prompt, prompt_embeds, session.request.inputs.shape[0])
@@ -128,7 +131,7 @@ class Stream(Iterator[Chunk]):
         self._go.set()
 
     def close(self) -> None:
-        """End the stream and free its memory; a chunk in progress in another thread is dropped after its current step."""
+        """End the stream and free its memory; a chunk in the making (in another thread) ends after its current step."""
         self._session.closing = True
         self._go.set()
         if self._running.acquire(blocking=False):
@@ -156,8 +159,8 @@ class Stream(Iterator[Chunk]):
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write the state after the latest chunk to a safetensors file.
 
-        `ARVDMixin.restore_stream` resumes from it, bit-identical to this stream, in any process with the same model. If
-        one stream runs on several GPUs, each process saves its own part: give each another file.
+        `ARVDMixin.restore_stream` resumes from it, bit-identical to this stream, in any process with the same model.
+        If one stream runs on several GPUs, each process saves its own part: give each another file.
 
         Raises:
             ValueError: if the stream has not started, has ended, or has state that cannot be saved.

@@ -36,17 +36,19 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class StreamableMixin(ABC):
-    """Stream from a causal `DiffusionPipeline`; put it (through `ARVDMixin`) before `DiffusionPipeline` among the bases.
+    """Stream from a causal `DiffusionPipeline`; put it (through `ARVDMixin`) before `DiffusionPipeline` among the
+    bases.
 
     The host pipeline has a `transformer`, a `scheduler` (see `ChunkScheduler`), a `video_processor`, and the fields of
     `RolloutConfig` in its config. It implements `encode_prompt`, `check_stream_inputs`, `run_pass`, `make_cache` and
     `make_decoder`.
 
-    A stream owns all of its state (K/V cache, scheduler copy, decoder memory). Any number of streams can be interleaved
-    on one pipeline, and a stream that is closed early or fails leaves nothing behind.
+    A stream owns all of its state (K/V cache, scheduler copy, decoder memory). Any number of streams can be
+    interleaved on one pipeline, and a stream that is closed early or fails leaves nothing behind.
 
     Attributes:
-        kv_cache: storage of keys and values if a call does not say, see `KVCache`; a run-time choice that is not saved.
+        kv_cache: storage of keys and values if a call does not say, see `KVCache`; a run-time choice that is not
+            saved.
         text_encoder_offload: where the text encoder is kept between prompts, see `offload_text_encoder`.
         window: latent frames that streams keep, instead of the config's `local_attention_frames`; not saved either.
     """
@@ -114,7 +116,9 @@ class StreamableMixin(ABC):
         """Return a decoder for one stream."""
 
     def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels `[B, 3, F, height, width]` in [-1, 1] to normalized latents; used if `RolloutConfig.reencodes`."""
+        """Encode pixels `[B, 3, F, height, width]` in [-1, 1] to normalized latents; used if
+        `RolloutConfig.reencodes`.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot encode frames")
 
     @property
@@ -164,21 +168,24 @@ class StreamableMixin(ABC):
             latents: starting noise of all chunks, `[B, C, F, H, W]`.
             renoise_latents: noise between the steps, `[num_chunks, num_steps - 1, B, C, frames, H, W]`, or one tensor
                 `[num_steps - 1, B, C, frames, H, W]` per chunk.
-            initial_latents: clean normalized latents `[B, C, F, H, W]` of the frames that the video starts with; they come out
-                first, as chunk -1.
-            generator: source of the noise that is not passed. It is drawn chunk by chunk: starting noise, then one draw per
-                re-noising step, so that streams of different lengths agree.
+            initial_latents: clean normalized latents `[B, C, F, H, W]` of the frames that the video starts with; they
+                come out first, as chunk -1.
+            generator: source of the noise that is not passed. It is drawn chunk by chunk: starting noise, then one
+                draw per re-noising step, so that streams of different lengths agree.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`, see `Frames`.
             max_sequence_length: text tokens; None takes the pipeline config's.
-            kv_cache: dtype in which keys and values of earlier frames are kept: `"auto"` (the model's), `"bf16"`, `"int8"`
-                or `"fp8"`; None takes the pipeline's `kv_cache`.
-            overlap_decoding: on a CUDA device, decode on a second CUDA stream while the next chunk is denoised. Chunks then
-                come out one chunk later, except the first, and a prompt takes effect one chunk later.
-            decoder: decodes instead of the pipeline's VAE, which may then be missing: an object with `decode(latents)` (see
-                `Decoder`) and the `latents_mean` and `latents_std` it was made for, or a function that makes one for this
-                stream. An object remembers earlier frames of one stream: do not interleave two streams over it.
-            callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every denoising step; `step` counts
-                over all chunks. May return replaced tensors, and may set `pipeline._interrupt = True` to end the stream.
+            kv_cache: dtype in which keys and values of earlier frames are kept: `"auto"` (the model's), `"bf16"`,
+                `"int8"` or `"fp8"`; None takes the pipeline's `kv_cache`.
+            overlap_decoding: on a CUDA device, decode on a second CUDA stream while the next chunk is denoised. Chunks
+                then come out one chunk later, except the first, and a prompt takes effect one chunk later.
+            decoder: decodes instead of the pipeline's VAE, which may then be missing: an object with `decode(latents)`
+                (see `Decoder`) and the `latents_mean` and `latents_std` it was made for, or a function that makes one
+                for
+                this stream. An object remembers earlier frames of one stream: do not interleave two streams over it.
+            callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after every denoising step; `step`
+                counts over all chunks. May return replaced tensors, and may set `pipeline._interrupt = True` to end
+                the
+                stream.
             callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to pass to the callback.
             on_pass: called with a `PassInfo` right before every transformer pass.
             **start: further ways to start that the pipeline has, such as `image` and `video` of `ARVDPipeline`.
@@ -198,11 +205,13 @@ class StreamableMixin(ABC):
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}, expected names among {self._callback_tensor_inputs}"
+                f"callback_on_step_end_tensor_inputs has {unknown}, expected names among "
+                f"{self._callback_tensor_inputs}"
             )
         if overlap_decoding and self.rollout_config.reencodes:
             raise ValueError(
-                "overlap_decoding cannot be combined with a model whose next chunk needs the decoded frames of the last"
+                "overlap_decoding cannot be combined with a model whose next chunk needs the decoded frames of the "
+                "last"
             )
         steps = len(self.rollout_config.denoising_timesteps)
         start = start_arguments(type(self).__name__, start, self.check_stream_inputs, self.stream, steps)
@@ -256,8 +265,8 @@ class StreamableMixin(ABC):
             on_pass: see `stream`.
 
         Raises:
-            ValueError: if the file is not a saved stream, is one of another model or rollout config, or an argument does
-                not fit the saved stream.
+            ValueError: if the file is not a saved stream, is one of another model or rollout config, or an argument
+                does not fit the saved stream.
         """
         saved = path if isinstance(path, SavedStream) else SavedStream.load(path)
         saved.check(self)
@@ -279,7 +288,8 @@ class StreamableMixin(ABC):
         return ChunkLoop(
             self.run_pass,
             copy.deepcopy(self.scheduler),
-            # A pipeline's own cache need not have a storage argument: it gets one only if the caller asks for a storage.
+            # A pipeline's own cache need not have a storage argument: it gets one only if the caller asks for a
+            # storage.
             self.make_cache(inputs.num_latent_frames, **({} if storage == "auto" else {"storage": storage})),
             inputs,
             self.embed_prompt(**text),
@@ -299,8 +309,9 @@ class StreamableMixin(ABC):
         """Choose where the text encoder is kept between prompts.
 
         Args:
-            mode: `"keep"` with the other components; `"cpu"` in host memory, as a whole; `"stream"` in host memory, moving
-                to the device layer by layer while it runs; `"free"` nowhere: it is dropped after the first prompt.
+            mode: `"keep"` with the other components; `"cpu"` in host memory, as a whole; `"stream"` in host memory,
+                moving to the device layer by layer while it runs; `"free"` nowhere: it is dropped after the first
+                prompt.
             device: where a streamed encoder runs; None takes the pipeline's device.
         """
         offload_text_encoder(self, mode, device)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from .host import StreamHost
 
 OFFLOADS = ("keep", "cpu", "stream", "free")
-"""`keep`: it stays with the other components. `cpu`: it is in host memory and moves to the device to encode. `stream`: its
-layers move to the device one by one while it encodes, so that the device never holds more than the largest of them; the
-token embedding table stays in host memory, because a prompt needs only a few rows. `free`: it is dropped after the first
-prompt; later prompts must be embeddings."""
+"""`keep`: it stays with the other components. `cpu`: it is in host memory and moves to the device to encode. `stream`:
+its layers move to the device one by one while it encodes, so that the device never holds more than the largest of
+them; the token embedding table stays in host memory, because a prompt needs only a few rows. `free`: it is dropped
+after the first prompt; later prompts must be embeddings.
+"""
 
 _KEY = "prompt_embeds"
 
@@ -36,8 +37,8 @@ def offload_text_encoder(pipe: StreamHost, mode: str, device: torch.device | str
         device: where it runs in mode `stream`; None takes the pipeline's device.
 
     Raises:
-        ValueError: for an unknown mode, for another mode after `stream` (diffusers' hooks stay), or for streaming an int8
-            encoder, whose packed weights those hooks do not move.
+        ValueError: for an unknown mode, for another mode after `stream` (diffusers' hooks stay), or for streaming an
+            int8 encoder, whose packed weights those hooks do not move.
     """
     if mode not in OFFLOADS:
         raise ValueError(f"the text encoder's offload is {mode!r}, expected one of {', '.join(OFFLOADS)}")

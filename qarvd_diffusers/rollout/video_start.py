@@ -18,10 +18,11 @@ from ..vae.streaming import latent_statistics
 from .config import RolloutConfig
 
 Picture = PIL.Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
-"""A PIL image of any mode except F, the path of an image file, an array `[H, W, C]` or a tensor `[C, H, W]` (or the other
-order if only that one is possible), or grey `[H, W]`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha). Values are
-bool, uint8, uint16, or float in [0, 1]; floats are read as [-1, 1] if any is below `_SIGNED_BELOW`. Transparent pixels
-become white."""
+"""A PIL image of any mode except F, the path of an image file, an array `[H, W, C]` or a tensor `[C, H, W]` (or the
+other order if only that one is possible), or grey `[H, W]`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
+Values are bool, uint8, uint16, or float in [0, 1]; floats are read as [-1, 1] if any is below `_SIGNED_BELOW`.
+Transparent pixels become white.
+"""
 
 _CHANNELS = (1, 2, 3, 4)
 _FULL_SCALE = {"bool": 1, "uint8": 255, "uint16": 65535}
@@ -38,8 +39,8 @@ def start_pixels(
 
     Args:
         image: one picture, or one per sample (a sequence, or a further leading dimension).
-        video: pictures in order, an array `[F, H, W, C]` or a tensor `[F, C, H, W]`, instead of `image`; or one of these per
-            sample.
+        video: pictures in order, an array `[F, H, W, C]` or a tensor `[F, C, H, W]`, instead of `image`; or one of
+            these per sample.
         processor: maps [0, 1] to the values of the VAE.
         size: height and width in pixels.
 
@@ -47,8 +48,8 @@ def start_pixels(
         `[B, 3, F, height, width]` in [-1, 1], float32.
 
     Raises:
-        ValueError: if both are passed, a video has no frames, samples differ in length, or a picture has an unsupported
-            shape, dtype or range of values.
+        ValueError: if both are passed, a video has no frames, samples differ in length, or a picture has an
+            unsupported shape, dtype or range of values.
     """
     if image is not None and video is not None:
         raise ValueError("give either image or video as a start, got both")
@@ -124,12 +125,13 @@ def _check(frame: Any) -> None:
         raise ValueError(f"a frame of the start has shape {shape}, expected [H, W, 3] or, as tensor, [3, H, W]")
     if len(shape) == 3 and shape[0] not in _CHANNELS and shape[2] not in _CHANNELS:
         raise ValueError(
-            f"a frame of the start has shape {shape} and so {shape[_usual_axis(frame)]} channels, expected 1 (grey), 2 (grey, "
-            "alpha), 3 (RGB) or 4 (RGB, alpha)"
+            f"a frame of the start has shape {shape} and so {shape[_usual_axis(frame)]} channels, expected 1 (grey), "
+            "2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha)"
         )
     if _dtype(frame) not in (*_FULL_SCALE, *_FLOATS):
         raise ValueError(
-            f"a frame of the start is of dtype {_dtype(frame)}, expected uint8, uint16, or float with values from 0 to 1"
+            f"a frame of the start is of dtype {_dtype(frame)}, expected uint8, uint16, or float with values from 0 "
+            "to 1"
         )
 
 
@@ -150,8 +152,8 @@ def _is_signed(floats: Sequence[Any]) -> bool:
         if -1 - _SLACK <= low <= _SIGNED_BELOW:
             return True
     raise ValueError(
-        f"float pictures of the start have values from {low:g} to {high:g}, expected 0 to 1: divide those of 0 to 255 by 255, clamp "
-        "what resampling left outside"
+        f"float pictures of the start have values from {low:g} to {high:g}, expected 0 to 1: divide those of 0 to "
+        "255 by 255, clamp what resampling left outside"
         if finite
         else "float pictures of the start have values that are not finite (NaN or infinity)"
     )
@@ -200,15 +202,15 @@ def _array(picture: PIL.Image.Image) -> np.ndarray:
         # Mode I has 32 bits. Older versions of Pillow read 16-bit files into it; other code puts 8 bits there.
         if low < 0 or high > 65535 or (picture.mode == "I" and 0 < high < 256):
             raise ValueError(
-                f"a PIL picture of mode I has values from {low} to {high}, expected 16 bits (to 65535): give an array, "
-                "uint8 if it has 8"
+                f"a PIL picture of mode I has values from {low} to {high}, expected 16 bits (to 65535): give an "
+                "array, uint8 if it has 8"
             )
         return grey.astype(np.uint16)
     return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
 
 
 def _fit(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Crop the middle of `[3, H, W]` in [0, 1] to the aspect ratio of `size`, and resize it to `[3, height, width]`."""
+    """Crop the middle of `[3, H, W]` in [0, 1] to the aspect ratio of `size`; resize it to `[3, height, width]`."""
     (height, width), (rows, columns) = size, pixels.shape[1:]
     kept = (max(1, min(rows, round(columns * height / width))), max(1, min(columns, round(rows * width / height))))
     top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
@@ -233,7 +235,8 @@ def fit_length(pixels: torch.Tensor, fields: RolloutConfig, temporal_scale: int)
     latent_frames = 1 + (num_frames - 1) // temporal_scale
     if latent_frames < least:
         raise ValueError(
-            f"a start of {num_frames} frames is too short: this model starts with at least {1 + temporal_scale * (least - 1)}"
+            f"a start of {num_frames} frames is too short: this model starts with at least "
+            f"{1 + temporal_scale * (least - 1)}"
         )
     latent_frames -= (latent_frames - lead) % chunk
     return pixels[:, :, -(1 + temporal_scale * (latent_frames - 1)) :]
@@ -241,7 +244,9 @@ def fit_length(pixels: torch.Tensor, fields: RolloutConfig, temporal_scale: int)
 
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Encode pixels `[B, 3, F, H, W]` in [-1, 1] to normalized latents `[B, C, frames, h, w]`, the mode of the posterior."""
+    """Encode pixels `[B, 3, F, H, W]` in [-1, 1] to normalized latents `[B, C, frames, h, w]`, the mode of the
+    posterior.
+    """
     latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode()
     mean, std = latent_statistics(vae, latents)
     return (latents - mean) / std

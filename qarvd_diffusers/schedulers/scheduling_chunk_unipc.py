@@ -12,8 +12,8 @@ from .scheduling_few_step_renoise import FewStepRenoiseSchedulerOutput, distille
 class ChunkUniPCScheduler(UniPCMultistepScheduler):
     """Apply `UniPCMultistepScheduler` (Zhao et al. 2023, arXiv 2302.04867) for flow matching to a list of timesteps.
 
-    This is the sampler of LongLive 2.0. The solver is of second order, with its corrector. It draws no noise, and the last
-    step returns the clean sample. The model gets timesteps truncated to integers, as in diffusers' scheduler.
+    This is the sampler of LongLive 2.0. The solver is of second order, with its corrector. It draws no noise, and the
+    last step returns the clean sample. The model gets timesteps truncated to integers, as in diffusers' scheduler.
 
     Args:
         denoising_timesteps: timesteps of a chunk, falling.
@@ -57,7 +57,9 @@ class ChunkUniPCScheduler(UniPCMultistepScheduler):
         noise: None = None,
         return_dict: bool = True,
     ) -> FewStepRenoiseSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Make one step in float32, cast to the dtype of `sample`; see `FewStepRenoiseScheduler.step`. `noise` is ignored."""
+        """Make one step in float32, cast to the dtype of `sample`; see `FewStepRenoiseScheduler.step`. `noise` is
+        ignored.
+        """
         (moved,) = super().step(model_output.float(), timestep, sample.float(), return_dict=False)
         previous, original = moved.to(sample.dtype), self.model_outputs[-1].to(sample.dtype)
         if not return_dict:

@@ -1,7 +1,7 @@
 """Predict the clean sample, add fresh noise at the next level, repeat.
 
-This is the sampling rule of distribution-matching distilled video models: CausVid (Yin et al. 2024, arXiv 2412.07772) and
-Self-Forcing (Huang et al. 2025, arXiv 2506.08009), over the flow-matching noise table of Wan.
+This is the sampling rule of distribution-matching distilled video models: CausVid (Yin et al. 2024, arXiv 2412.07772)
+and Self-Forcing (Huang et al. 2025, arXiv 2506.08009), over the flow-matching noise table of Wan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def shifted_noise_table(num_steps: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return noise levels and timesteps of flow matching, falling from 1 and 1000: two float32 `[num_steps]` tensors."""
+    """Return noise levels and timesteps of flow matching, from 1 and 1000 down: two float32 `[num_steps]`."""
     linear = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float32)[:-1]
     sigmas = shift * linear / (1 + (shift - 1) * linear)
     return sigmas, sigmas * 1000
@@ -127,7 +127,9 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
         return self._sigma_table.to(timestep.device)[index]
 
     def _sigma_for(self, timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
-        """Return noise levels, per sample `[B]` or per frame `[B, F]`, shaped to broadcast over `sample` `[B, C, F, H, W]`."""
+        """Return noise levels, per sample `[B]` or per frame `[B, F]`, shaped to broadcast over `sample` `[B, C, F, H,
+        W]`.
+        """
         sigma = self._sigma(torch.as_tensor(timestep))  # on the device of the timestep
         if sigma.ndim == 0 and sigma.device.type == "cpu":
             return sigma  # torch takes a CPU scalar on any device; copying it would wait for the previous pass
@@ -149,14 +151,16 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
     def predict_flow(
         self, original_sample: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Invert `predict_original`: `(sample - original) / sigma` in float64, cast to the dtype of `original_sample`."""
+        """Invert `predict_original`: `(sample - original) / sigma` in float64, cast to `original_sample`'s dtype."""
         sigma = _exact(self._sigma_for(timestep, sample))
         return ((_exact(sample) - _exact(original_sample)) / sigma).to(original_sample.dtype)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float
     ) -> torch.Tensor:
-        """Return `(1 - sigma) * original + sigma * noise` in float32, cast to the dtype of `noise`; `timesteps` as above."""
+        """Return `(1 - sigma) * original + sigma * noise` in float32, cast to the dtype of `noise`; `timesteps` as
+        above.
+        """
         sigma = self._sigma_for(timesteps, original_samples)
         return ((1 - sigma) * original_samples.float() + sigma * noise.float()).to(noise.dtype)
 

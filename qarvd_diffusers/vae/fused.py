@@ -1,9 +1,9 @@
 """Replace modules in the decoder of Wan's VAE by fused ones, which read and write memory less often.
 
-A chunk at 832x480 is a tensor of 0.9 GB before every convolution of the last stage. For a norm, a SiLU, cached frames and
-padding, diffusers reads or writes such a tensor about twenty times; the fused modules read and write it once. Each class
-computes what its base class computes, without gradients. Installing changes the class of a module: parameters, names and
-hooks stay.
+A chunk at 832x480 is a tensor of 0.9 GB before every convolution of the last stage. For a norm, a SiLU, cached frames
+and padding, diffusers reads or writes such a tensor about twenty times; the fused modules read and write it once. Each
+class computes what its base class computes, without gradients. Installing changes the class of a module: parameters,
+names and hooks stay.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class FastCausalConv3d(WanCausalConv3d):
         return self.convolve(torch.cat(pieces, dim=2) if len(pieces) > 1 else x, self.bias)
 
     def convolve(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Convolve `x`, past frames in front. torch adds a bias in a separate pass: leave it to the next module if possible."""
+        """Convolve `x`, past frames in front. torch adds a bias in a separate pass: leave it to the next module if
+        possible.
+        """
         return F.conv3d(x, self.weight, bias, self.stride, (0, self._padding[2], self._padding[0]))
 
 
@@ -52,7 +54,9 @@ class FastNormSiLU(WanRMS_norm):
         past: torch.Tensor | None = None,
         lead: int = 0,
     ) -> torch.Tensor:
-        """Map `[B, C, F, H, W]` to `[B, C, lead + F, H, W]`, channels-last; the other arguments are those of `rms_norm_silu`."""
+        """Map `[B, C, F, H, W]` to `[B, C, lead + F, H, W]`, channels-last; the other arguments are those of
+        `rms_norm_silu`.
+        """
         past = None if past is None else _rows(past)
         out = ops.rms_norm_silu(_rows(x), bias, self.gamma.flatten(), past, lead)
         return out.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)

@@ -15,14 +15,17 @@ class StreamingVAEDecoder:
     """Decode one stream with a shared `AutoencoderKLWan`.
 
     Wan's VAE decodes frame by frame through causal convolutions that cache their last inputs. Its `decode` clears this
-    cache after every call, so a chunk decoded alone loses frames and starts with a seam. This class keeps the cache per
+    cache after every call, so a chunk decoded alone loses frames and starts with a seam. This class keeps the cache
+    per
     stream: the chunks together equal one `decode` of the whole video, and streams with one VAE are independent.
 
     Args:
         vae: the VAE; its state does not change.
-        frames_at_once: latent frames that go through the decoder together. More frames take more memory and, on a GPU, less
-            time unless the decoder is optimized (`optimize_vae`). The result is bit-identical with 1, and otherwise differs
-            by the order of float sums. None takes 1 on the CPU or if the decoder is optimized, else all frames of a call.
+        frames_at_once: latent frames that go through the decoder together. More frames take more memory and, on a GPU,
+            less time unless the decoder is optimized (`optimize_vae`). The result is bit-identical with 1, and
+            otherwise
+            differs by the order of float sums. None takes 1 on the CPU or if the decoder is optimized, else all frames
+            of a call.
 
     Raises:
         ValueError: if the VAE is of another class or has tiling enabled.
@@ -46,8 +49,8 @@ class StreamingVAEDecoder:
             latents: normalized latents `[B, C, F, H, W]`, as the transformer sees them.
 
         Returns:
-            Pixels `[B, 3, frames, height, width]` in [-1, 1]: the first latent frame of a stream gives one frame, every
-            later one `scale_factor_temporal` frames.
+            Pixels `[B, 3, frames, height, width]` in [-1, 1]: the first latent frame of a stream gives one frame,
+            every later one `scale_factor_temporal` frames.
         """
         vae = self._vae
         if hasattr(vae, "_hf_hook") and hasattr(vae._hf_hook, "pre_forward"):
@@ -67,7 +70,7 @@ class StreamingVAEDecoder:
         return pixels.clamp(-1.0, 1.0)
 
     def _groups(self, hidden: torch.Tensor, first: bool) -> list[int]:
-        """Return the sizes of the groups of frames; the first frame of a video is decoded differently, and so alone."""
+        """Return the sizes of the groups of frames; the first frame of a video is decoded alone, since differently."""
         rest = hidden.shape[2] - int(first)
         one_by_one = hidden.device.type == "cpu" or is_fast(self._vae.decoder)
         size = self._frames_at_once or (1 if one_by_one else max(rest, 1))
@@ -79,7 +82,9 @@ class StreamingVAEDecoder:
         self._memory = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the inputs that the convolutions cache; an empty tensor stands for the VAE's mark of a repeated first frame."""
+        """Return the inputs that the convolutions cache; an empty tensor stands for the VAE's mark of a repeated first
+        frame.
+        """
         memory = self._memory or []
         return {
             str(index): entry if isinstance(entry, torch.Tensor) else torch.empty(0)
@@ -105,7 +110,7 @@ class StreamingVAEDecoder:
 
 
 def latent_statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of a VAE's latents, `[1, C, 1, 1, 1]`, with the device and dtype of `like`."""
+    """Return mean and deviation of a VAE's latents, `[1, C, 1, 1, 1]`, on the device and in the dtype of `like`."""
     mean, std = (
         torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config["latents_mean"], vae.config["latents_std"])

@@ -119,7 +119,9 @@ def test_window_with_sink():
 @pytest.mark.parametrize("family", ("krea", "longlive-2"))
 @pytest.mark.parametrize("storage", ("auto", "int8"))
 def test_whole_roll_outs(tiny_pipeline, family, storage):
-    """A rebuilt context, a shot's offset, a clamped start: what the pipeline does to the cache, the fused pass follows."""
+    """A rebuilt context, a shot's offset, a clamped start: what the pipeline does to the cache, the fused pass
+    follows.
+    """
     changes = {"num_frames_per_chunk": 3, "local_attention_frames": 9, "sink_frames": 0, "keep_first_frame": True}
     fields = dataclasses.replace(FAMILIES[family].fields, **changes)
     pipe = ARVDPipeline(**{**tiny_pipeline.components, "scheduler": None}, **fields.to_dict(), height=32, width=48)
@@ -269,7 +271,9 @@ def test_rows_in_another_order_change_nothing():
 
 
 def test_weights_put_back_as_they_were_before_a_fused_pass_are_read_right():
-    """As ComfyUI does it: it keeps parameters and buffers, sets copies in their place, and later sets the kept ones again."""
+    """As ComfyUI does it: it keeps parameters and buffers, sets copies in their place, and later sets the kept ones
+    again.
+    """
     model = quantized()
     expected, state = roll_out(model, True)[0], copy.deepcopy(model.state_dict())
     layers = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
@@ -320,7 +324,7 @@ def test_a_replaced_parameter_is_noticed(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ("w8a8", "w4a8", "w8a16"))
 def test_group_offload_on_a_stream(scheme):
-    """Weights that were laid out for fused kernels leave the GPU between passes; the flow is that of layer by layer."""
+    """Weights laid out for fused kernels leave the GPU between passes; the flow is that of layer by layer."""
     device, shape = torch.device("cuda"), SHAPES["toy"]
     model = quantized_by_one_pass(random_transformer(shape, device, torch.bfloat16), shape, scheme)
     runner = PassRunner(model, shape)  # inputs on the GPU

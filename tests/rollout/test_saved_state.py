@@ -24,7 +24,9 @@ def frames(stream):
 
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
 def test_a_state_in_memory_is_continued_exactly_and_again(pipe, kv_cache):
-    """The stream that was saved, two restored ones and one of full length make the same frames; a state stays as it is."""
+    """The stream that was saved, two restored ones and one of full length make the same frames; a state stays as it
+    is.
+    """
     options = {"output_type": "pt", "kv_cache": kv_cache}
     expected = frames(pipe.stream(PROMPT, num_chunks=5, generator=seeded(), **options))
     stream = pipe.stream(PROMPT, num_chunks=3, generator=seeded(), **options)
