@@ -164,7 +164,7 @@ class ChunkLoop:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Rewrite the K/V of the last chunk if that is still to be done; call it before reading or copying the cache."""
+        """Rewrite the K/V of the last chunk if that is still to do; call it before reading or copying the cache."""
         if self._stale is not None:
             info, self._stale = self._stale, None
             self._pass(self._recent[-1], info)

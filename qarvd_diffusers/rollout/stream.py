@@ -131,7 +131,7 @@ class Stream(Iterator[Chunk]):
         self._go.set()
 
     def close(self) -> None:
-        """End the stream and free its memory; a chunk in the making (in another thread) ends after its current step."""
+        """End the stream and free its memory; a chunk that another thread makes ends after its current step."""
         self._session.closing = True
         self._go.set()
         if self._running.acquire(blocking=False):
