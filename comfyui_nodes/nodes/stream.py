@@ -193,8 +193,6 @@ class QARVDStreamGenerate(io.ComfyNode):
         """Generate, or show again what was generated from the same inputs."""
         if preview not in PREVIEWS:
             raise NodeError(f"preview is {preview!r}.", f"Choose one of: {', '.join(PREVIEWS)}.")
-        if pipeline.pipe.vae is None:
-            raise NodeError(f"{pipeline.name} has no VAE.", "Convert or save the model together with its VAE.")
         pipe = _streaming_pipeline(pipeline, timesteps, kv_window, sink)
         size = _check_size(pipeline, width, height)
         fps = fps or float(pipe.config.fps)
@@ -280,6 +278,8 @@ def _restored(pipe: Any, before: StreamState, settings: str, num_chunks: int, ho
 
 def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int, sink: int) -> Any:
     """Return the pipeline with the node's settings in place of the model's own."""
+    if pipeline.pipe.vae is None:
+        raise NodeError(f"{pipeline.name} has no VAE.", "Convert or save the model together with its VAE.")
     fields: dict[str, Any] = {}
     try:
         if timesteps.strip():

@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_calibration_arguments(parser)
     parser.add_argument(
+        "--evaluate",
+        type=whole(0),
+        default=1,
+        metavar="N",
+        help="compare the model with its float model on the last N calibration prompts (default: 1)",
+    )
+    parser.add_argument(
         "--from-disk",
         action="store_true",
         help="work block by block on the folder's files, for models larger than memory (schemes without calibration)",
@@ -52,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `QARVDConfig` that concern calibration, and `--evaluate`."""
+    """Add the options of `QARVDConfig` that concern calibration."""
     from ..config import ROUNDINGS
 
     prompts = parser.add_argument(
@@ -74,13 +81,6 @@ def _add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     )
     keep_old_name(parser, noise, "--seed")
     parser.add_argument("--sensitivity", metavar="JSON", help="take chunk weights from a file of `qarvd sensitivity`")
-    parser.add_argument(
-        "--evaluate",
-        type=whole(0),
-        default=1,
-        metavar="N",
-        help="compare the model with its float model on the last N calibration prompts (default: 1)",
-    )
     parser.add_argument("--reference-compat", action="store_true", help="reproduce the recipe of the public reference")
     parser.add_argument(
         "--rounding",
