@@ -58,7 +58,7 @@ def test_mixed_layers_are_calibrated_saved_and_loaded(tiny_pipeline, tmp_path):
     loaded = ARVDPipeline.from_pretrained(tmp_path / "q")
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(video(loaded), video(tiny_pipeline)) and loaded.quantization.module_bits == mixed.module_bits
-    assert "4-bit weights (8 in `ffn.net.2`, 8 in `attn1.to_q`" in (tmp_path / "q" / "README.md").read_text()
+    assert "4-bit weights (8 bits in `ffn.net.2`, 8 bits in `attn1.to_q`" in (tmp_path / "q" / "README.md").read_text()
 
 
 def test_layers_that_read_one_tensor_must_agree(tiny_pipeline):
