@@ -18,7 +18,7 @@ from .plots import has_matplotlib, plot_chunks
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
-NO_PLOTS = "No plots: they need matplotlib (pip install 'qarvd-diffusers[bench]')."
+NO_PLOTS = "No plots: they need matplotlib (pip install matplotlib)."
 
 
 class Metric(NamedTuple):
