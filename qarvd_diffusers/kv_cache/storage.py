@@ -38,7 +38,7 @@ def allocate(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch
     differ: code that reads or writes by index need not know.
     """
     batch, tokens, heads, head_dim = shape
-    if dtype != torch.float8_e4m3fn or not ops.tokens_innermost(device, head_dim):
+    if not ops.tokens_innermost(device, head_dim, dtype):
         return torch.zeros(shape, device=device, dtype=dtype)
     room = -(-tokens // _ROOM_MULTIPLE) * _ROOM_MULTIPLE
     if not values:

@@ -120,14 +120,23 @@ def attention_arguments(length=S, batch=B, tokens=T, heads=H, head_dim=D, room=S
     return [query.to(dtype), key, value, key_scale, value_scale, length]
 
 
-def attention_reference(arguments):
-    """float64 attention of queries rounded to 255 levels per row."""
+def attention_reference(arguments, tile=ops.KEY_TILE):
+    """float64 attention of queries rounded to 255 levels per row, and of weights to 256 per row and tile of keys.
+
+    Weights are not rounded if `tile` is None.
+    """
     query, key, value, key_scale, value_scale, length = arguments
     step = query.float().abs().amax(-1, keepdim=True) / 127
     codes = (query.float() / step.where(step > 0, 1)).round().double()
     key, value = (x.double() * over_channels(scale) for x, scale in ((key, key_scale), (value, value_scale)))
     query, key, value = (t.transpose(1, 2) for t in (codes * step.double(), key[:, :length], value[:, :length]))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
+    if tile is not None:
+        largest = [part.amax(-1, keepdim=True) for part in weights.split(tile, -1)]
+        levels = [(255 * part / m).round() / 255 * m for part, m in zip(weights.split(tile, -1), largest, strict=True)]
+        weights = torch.cat(levels, -1)
+        weights /= weights.sum(-1, keepdim=True)
+    return (weights @ value).transpose(1, 2)
 
 
 def error(got, want):
@@ -141,6 +150,7 @@ def test_attention_int8(length, mean):
     got, want = ops.attention_int8(*arguments), attention_reference(arguments)
     assert got.dtype == torch.bfloat16 and got.shape == want.shape
     assert error(got, want) < 2e-3
+    assert error(got, attention_reference(arguments, tile=None)) < 5e-3  # what the rounding of weights costs
     arguments[1][:, length:] = 99  # what lies after `length` is not seen
     assert torch.equal(ops.attention_int8(*arguments), got)
 
@@ -200,7 +210,8 @@ def test_scales_of_each_sample(dtype):
 
 
 def test_no_gpu_wants_tokens_innermost():
-    assert not ops.tokens_innermost(torch.device("cpu"), 128)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        assert not ops.tokens_innermost(torch.device("cpu"), 128, dtype)
 
 
 def calls():

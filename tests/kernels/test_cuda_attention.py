@@ -160,7 +160,8 @@ class TestOnGPU:
     def test_in_the_operator(self):
         arguments = cached(1, 130, 400, 2)
         assert torch.equal(ops.attention_fp8(*arguments), attention.attention_fp8(*arguments))
-        assert ops.tokens_innermost(torch.device("cuda"), 128) and not ops.tokens_innermost(torch.device("cuda"), 64)
+        assert ops.tokens_innermost(torch.device("cuda"), 128, FP8)
+        assert not ops.tokens_innermost(torch.device("cuda"), 64, FP8)
         arguments[2] = arguments[2].contiguous()  # not its layout: another implementation takes over
         assert error(ops.attention_fp8(*arguments), fp8_reference(arguments)) < 0.03
 

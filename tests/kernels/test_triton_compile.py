@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qarvd_kernels import KEY_TILE
+
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="pip install -e '.[test]' on Linux, x86-64"),
     pytest.mark.skipif(
@@ -82,19 +84,21 @@ def test_gemm(capability, epilogue, tmp_path):
     assert_no_spills(kernel, tmp_path)
 
 
+@pytest.mark.parametrize("innermost", (0, 1))
 @pytest.mark.parametrize("dim", (64, 128))
 @pytest.mark.parametrize("capability", (80, 89, 90, 120))
-def test_attention(capability, dim, tmp_path):
+def test_attention(capability, dim, innermost, tmp_path):
     from qarvd_kernels.triton.attention import attention_int8_kernel
 
-    rows, keys, *options = settings(capability)["attention"][str(dim)]
+    rows, *options = settings(capability)["attention"][str(dim)]
     signature = {"query": HALF, "keys": CODES, "values": CODES, "key_scale": FLOAT, "value_scale": FLOAT}
-    signature |= dict.fromkeys(("tokens", "room_key", "room_value", "length"), "i32") | {"score_scale": "fp32"}
+    signature |= dict.fromkeys(("tokens", "room_key", "room_value", "pitch", "length"), "i32")
+    signature |= {"score_scale": "fp32"}
     signature["result"] = HALF
-    constants = {"HEADS": HEADS, "DIM": dim, "ROWS": rows, "KEYS": keys}
+    constants = {"HEADS": HEADS, "DIM": dim, "ROWS": rows, "KEYS": KEY_TILE, "INNERMOST": innermost}
     kernel = compiled(attention_int8_kernel, signature, constants, capability, options)
     name = "wgmma.mma_async" if capability == 90 else "mma.sync"
-    assert instructions(kernel) == {(name, "s8"), (name, "f16")}
+    assert instructions(kernel) == {(name, "s8")}
     assert_no_spills(kernel, tmp_path)
 
 

@@ -13,7 +13,7 @@ import torch
 from . import dispatch
 from .attention_backends import attention, tokens_innermost
 from .declare import OPERATORS as _OPERATORS
-from .ops.attention import attention_fp8, attention_int8, qk_norm_rope_append
+from .ops.attention import KEY_TILE, attention_fp8, attention_int8, qk_norm_rope_append
 from .ops.channel_norm import add_bias, rms_norm_silu
 from .ops.gemm import (
     dual_scale_gemm,
@@ -59,6 +59,7 @@ def accelerated(device: torch.device | str) -> bool:
 
 
 __all__ = [
+    "KEY_TILE",
     "OPERATORS",
     "LayerRefused",
     "PreparedLinear",

@@ -33,11 +33,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*parts).transpose(1, 2)
 
 
-def tokens_innermost(device: torch.device, head_dim: int) -> bool:
-    """Return whether `attention_fp8` needs values with tokens innermost on this device.
+def tokens_innermost(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    """Return whether attention to an 8-bit cache needs values with tokens innermost on this device.
 
     That is `[B, S, H, D]` by shape and `[B, H, D, S]` in memory, S a multiple of 16 in keys and values. Other
     implementations accept both layouts and are faster with channels innermost.
+
+    Args:
+        device: of the cache.
+        head_dim: D.
+        dtype: of the cache.
     """
-    choice = dispatch.choose("attention_fp8", "attention", device)
-    return choice.backend == "cuda" and head_dim == 128
+    operator = {torch.int8: "attention_int8", torch.float8_e4m3fn: "attention_fp8"}.get(dtype)
+    if operator is None or head_dim != 128:
+        return False
+    return dispatch.choose(operator, "attention", device).backend == "cuda"

@@ -9,6 +9,8 @@ from .. import checks
 from ..declare import operator
 from .arguments import CacheScales, QKNorm
 
+KEY_TILE = 128  # keys whose softmax weights `attention_int8` quantizes together
+
 
 @operator(mutates=["key_cache", "value_cache"])
 def qk_norm_rope_append(
@@ -69,19 +71,22 @@ def qk_norm_rope_append(
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Compute softmax attention over an int8 cache, without a mask; queries times keys is an integer product.
+    """Compute softmax attention over an int8 cache, without a mask; both products are exact integer products.
 
-    Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127), as in SageAttention
-    (Zhang et al. 2024, arXiv 2410.02367); keys and values have one scale per head, or per sample and head. The softmax
-    weights are not quantized: kernels multiply them in float16, which holds int8 values exactly.
+    Every query row is quantized to int8 with a scale of its own (its largest magnitude / 127); keys and values have
+    one scale per head, or per sample and head (SageAttention, Zhang et al. 2024, arXiv 2410.02367). Softmax weights
+    are quantized to `round(255 * exp(score - m))`, m being the row's largest score among the `KEY_TILE` keys of their
+    own tile. The codes of a tile times its values are summed as integers, which `exp(m)` turns into its share of the
+    row; the row is divided by the sum of the same codes. With one m for a whole row, long rows would lose all keys of
+    little weight, which matter together.
 
     Args:
         query: bfloat16 or float16 `[B, T, H, D]`.
         key: int8 `[B, S, H, D]`.
-        value: int8 `[B, S, H, D]`.
+        value: int8 `[B, S, H, D]`; `tokens_innermost` says which memory layout is fastest.
         key_scale: float32 `[H]`, or `[B, H]` (one per sample).
         value_scale: float32 `[H]` or `[B, H]`.
-        length: the first `length` tokens of key and value are visible, 1 to S.
+        length: the first `length` tokens of key and value are visible, 1 to S. Tiles begin at multiples of `KEY_TILE`.
 
     Returns:
         `[B, T, H, D]` in the dtype of `query`.

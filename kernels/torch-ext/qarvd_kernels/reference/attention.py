@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..attention_backends import attention
+from ..ops.attention import KEY_TILE
 
-QUERY_LEVELS = 127
+QUERY_LEVELS, WEIGHT_LEVELS = 127, 255
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -58,16 +59,25 @@ def qk_norm_rope_append(qkv: Tensor, *arguments: Any) -> Tensor:
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Return `[B, T, H, D]`: attention of int8 queries (one scale per row) to int8 keys; scores are float32."""
-    value = value[:, :length].to(torch.float32) * per_channel(value_scale)
+    """Return `[B, T, H, D]`, tile by tile; float32 sums these integers exactly."""
     rows = query.to(torch.float32)
     scale = rows.abs().amax(-1, keepdim=True) / QUERY_LEVELS
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     codes = (rows / scale).round().clamp(-QUERY_LEVELS, QUERY_LEVELS)
-    # Sums of at most head_dim * 127 * 127 are exact in float32, so the product needs no integer type here.
-    scores = torch.einsum("bthd,bshd->bhts", codes, key[:, :length].to(torch.float32))
-    scores = scores * (scale.movedim(1, 2) * (key_scale * query.shape[3] ** -0.5)[..., None, None])
-    out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), value)
+    factor = scale.movedim(1, 2) * (key_scale * query.shape[3] ** -0.5)[..., None, None]  # [B, H, T, 1]
+    peak = torch.full_like(factor, -torch.inf)
+    total, weights = torch.zeros_like(codes.movedim(1, 2)), torch.zeros_like(factor)
+    for start in range(0, length, KEY_TILE):
+        tile = slice(start, min(start + KEY_TILE, length))
+        scores = torch.einsum("bthd,bshd->bhts", codes, key[:, tile].to(torch.float32))
+        largest = scores.amax(-1, keepdim=True)
+        levels = (WEIGHT_LEVELS * ((scores - largest) * factor).exp()).round()
+        new_peak = torch.maximum(peak, largest * factor)
+        fade, share = (peak - new_peak).exp(), (largest * factor - new_peak).exp()
+        total = fade * total + share * torch.einsum("bhts,bshd->bhtd", levels, value[:, tile].to(torch.float32))
+        weights = fade * weights + share * levels.sum(-1, keepdim=True)
+        peak = new_peak
+    out = (total / weights).movedim(1, 2) * per_channel(value_scale)
     return out.to(query.dtype).contiguous()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..checks import per_sample
 from ..dispatch import takes_strides
+from ..ops.attention import KEY_TILE
 from .configs import attention_config
 from .launch import Launcher, round_to_int, unsupported_device, unsupported_empty
 
@@ -34,6 +35,7 @@ _VALUE_TOKENS = 64  # of one program that stores values with tokens innermost
 _room = cache(triton.next_power_of_2)
 _MAGIC = tl.constexpr(0x4B400000)  # bits of 1.5 * 2^23: added to an integer below 2^22 it is that integer as a float
 _MAGIC_FLOAT = tl.constexpr(12582912.0)
+_LOG2_255 = tl.constexpr(7.994353436858858)
 
 
 def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
@@ -47,22 +49,28 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
         return "float8 needs compute capability 8.9"
     if operator == "attention_int8":
         head_dim = arguments["query"].shape[3]
-        return None if head_dim in _HEAD_DIMS else f"head_dim {head_dim} is none of {_HEAD_DIMS}"
+        if head_dim not in _HEAD_DIMS:
+            return f"head_dim {head_dim} is none of {_HEAD_DIMS}"
+        return _unsupported_layout(arguments["key"], arguments["value"])
     head_dim = arguments["key_cache"].shape[3]
     if head_dim != triton.next_power_of_2(head_dim):
         return f"head_dim {head_dim} is no power of two"
     width = arguments["q_weight"].shape[0]
     if width > _LARGEST_ROW:
         return f"rows of {width} channels do not fit the registers of one program ({_LARGEST_ROW})"
-    value_cache = arguments["value_cache"]
-    if not arguments["key_cache"].is_contiguous() or not (value_cache.is_contiguous() or _tokens_last(value_cache)):
+    return _unsupported_layout(arguments["key_cache"], arguments["value_cache"])
+
+
+def _unsupported_layout(key: Tensor, value: Tensor) -> str | None:
+    """Return what the memory layout of a cache has that the kernels do not support, or None."""
+    if not key.is_contiguous() or not (value.is_contiguous() or _tokens_last(value)):
         return "the cache is neither contiguous nor, in its values, with tokens innermost"
     return None
 
 
-def _tokens_last(value_cache: Tensor) -> bool:
-    """Return whether `[B, S, H, D]` has the memory layout `[B, H, D, S]`."""
-    return value_cache.permute(0, 2, 3, 1).is_contiguous()
+def _tokens_last(value: Tensor) -> bool:
+    """Return whether `[B, S, H, D]` has the memory layout `[B, H, D, S]`, S a multiple of 16."""
+    return value.shape[1] % 16 == 0 and value.permute(0, 2, 3, 1).is_contiguous()
 
 
 @triton.jit
@@ -188,12 +196,43 @@ def append_values_kernel(
 
 
 @triton.jit
+def _int_to_float(x):
+    """Convert integers below 2^22 by a bit cast: a conversion instruction is slow."""
+    return (x + _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_FLOAT
+
+
+@triton.jit
+def _value_tile(
+    values,
+    token,
+    length,
+    pitch,
+    STRIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    INNERMOST: tl.constexpr,
+):
+    """Load the values of some tokens, `[KEYS, DIM]`; `pitch` is the room for tokens / 16 where they are innermost."""
+    channel = tl.arange(0, DIM)
+    if INNERMOST:
+        at = token[:, None] + (channel.to(tl.int64) * (pitch * 16))[None, :]
+    else:
+        at = (token.to(tl.int64) * STRIDE)[:, None] + channel[None, :]
+    if MASKED:
+        value = tl.load(values + at, mask=(token < length)[:, None], other=0)
+    else:
+        value = tl.load(values + at)
+    return value
+
+
+@triton.jit
 def _attend(
     codes,
     factor,
     keys,
     values,
     length,
+    pitch,
     first,
     last,
     peak,
@@ -204,29 +243,34 @@ def _attend(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    INNERMOST: tl.constexpr,
 ):
-    """Run online softmax over keys `first ... last`; a bit cast, not a conversion, makes integer scores floats."""
+    """Run online softmax over the tiles of keys from `first` to `last`.
+
+    Weights are 0 ... 255 and tensor cores want operands of one type, so -128 ... 127 is multiplied, and 128 times the
+    sums of the values added.
+    """
     channel = tl.arange(0, DIM)
     for position in range(first, last, KEYS):
         token = position + tl.arange(0, KEYS)
-        at = token.to(tl.int64) * STRIDE
+        at = (token.to(tl.int64) * STRIDE)[None, :] + channel[:, None]
         if MASKED:
-            seen = token < length
-            key = tl.load(keys + at[None, :] + channel[:, None], mask=seen[None, :], other=0)
+            key = tl.load(keys + at, mask=(token < length)[None, :], other=0)
         else:
-            key = tl.load(keys + at[None, :] + channel[:, None])
-        scores = tl.dot(codes, key, tl.full([ROWS, KEYS], _MAGIC, tl.int32), out_dtype=tl.int32)
-        scores = (scores.to(tl.float32, bitcast=True) - _MAGIC_FLOAT) * factor[:, None]
+            key = tl.load(keys + at)
+        scores = _int_to_float(tl.dot(codes, key, out_dtype=tl.int32))
         if MASKED:
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            value = tl.load(values + at[:, None] + channel[None, :], mask=seen[:, None], other=0)
-        else:
-            value = tl.load(values + at[:, None] + channel[None, :])
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        probability = tl.exp2(scores - new_peak[:, None])
-        fade = tl.exp2(peak - new_peak)
-        total = total * fade + tl.sum(probability, axis=1)
-        out = tl.dot(probability.to(tl.float16), value.to(tl.float16), out * fade[:, None])
+            scores = tl.where((token < length)[None, :], scores, float("-inf"))
+        largest = tl.max(scores, axis=1)
+        levels = tl.exp2((scores - largest[:, None]) * factor[:, None] + _LOG2_255)
+        levels = round_to_int(tl.minimum(levels, 255.0))
+        value = _value_tile(values, token, length, pitch, STRIDE, DIM, MASKED, INNERMOST)
+        sums = tl.dot((levels - 128).to(tl.int8), value, out_dtype=tl.int32)
+        sums += 128 * tl.sum(value.to(tl.int32), axis=0)[None, :]
+        new_peak = tl.maximum(peak, largest * factor)
+        fade, share = tl.exp2(peak - new_peak), tl.exp2(largest * factor - new_peak)
+        total = total * fade + tl.sum(levels, axis=1).to(tl.float32) * share
+        out = out * fade[:, None] + _int_to_float(sums) * share[:, None]
         peak = new_peak
     return peak, total, out
 
@@ -239,7 +283,7 @@ def _quantize_rows(q):
     return round_to_int(q / scale[:, None]).to(tl.int8), scale
 
 
-@triton.jit(do_not_specialize=["tokens", "room_key", "room_value", "length", "score_scale"])
+@triton.jit(do_not_specialize=["tokens", "room_key", "room_value", "pitch", "length", "score_scale"])
 def attention_int8_kernel(
     query,
     keys,
@@ -250,12 +294,14 @@ def attention_int8_kernel(
     tokens,
     room_key,
     room_value,
+    pitch,
     length,
     score_scale,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    INNERMOST: tl.constexpr,
 ):
     STRIDE: tl.constexpr = HEADS * DIM
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -270,14 +316,46 @@ def attention_int8_kernel(
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, DIM], tl.float32)
     keys += batch * room_key * STRIDE + head * DIM
-    values += batch * room_value * STRIDE + head * DIM
+    values += batch * room_value * STRIDE + head * DIM * (pitch * 16 if INNERMOST else 1)
     whole = (length // KEYS) * KEYS
     peak, total, out = _attend(
-        codes, factor, keys, values, length, 0, whole, peak, total, out, STRIDE, DIM, ROWS, KEYS, False
+        codes,
+        factor,
+        keys,
+        values,
+        length,
+        pitch,
+        0,
+        whole,
+        peak,
+        total,
+        out,
+        STRIDE,
+        DIM,
+        ROWS,
+        KEYS,
+        False,
+        INNERMOST,
     )
     if whole < length:
         peak, total, out = _attend(
-            codes, factor, keys, values, length, whole, length, peak, total, out, STRIDE, DIM, ROWS, KEYS, True
+            codes,
+            factor,
+            keys,
+            values,
+            length,
+            pitch,
+            whole,
+            length,
+            peak,
+            total,
+            out,
+            STRIDE,
+            DIM,
+            ROWS,
+            KEYS,
+            True,
+            INNERMOST,
         )
     out *= tl.load(value_scale + batch * HEADS + head) / total[:, None]
     tl.store(result + at, out.to(result.dtype.element_ty), mask=row[:, None] < tokens)
@@ -319,21 +397,24 @@ def qk_norm_rope_append(qkv: Tensor, *arguments: Any) -> Tensor:
     return query
 
 
+@takes_strides
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor, length: int
 ) -> Tensor:
-    """Return `[B, T, H, D]`; values are converted to float16, which holds each of them exactly."""
+    """Return `[B, T, H, D]`."""
+    query = query.contiguous()
     result = torch.empty_like(query)
     batch, tokens, heads, head_dim = query.shape
     key_scale, value_scale = per_sample(key_scale, batch), per_sample(value_scale, batch)
-    rows, keys, warps, stages = attention_config(query.get_device(), head_dim)
+    rows, warps, stages = attention_config(query.get_device(), head_dim)
+    innermost = _tokens_last(value)
     score_scale = head_dim**-0.5 * 1.4426950408889634  # softmax in base 2
     _attention(
         (triton.cdiv(tokens, rows), heads, batch),
         (query, key, value, key_scale, value_scale, result),
-        (tokens, key.shape[1], value.shape[1], length, score_scale),
-        (heads, head_dim, rows, keys),
+        (tokens, key.shape[1], value.shape[1], value.shape[1] // 16, length, score_scale),
+        (heads, head_dim, rows, KEY_TILE, int(innermost)),
         (warps, stages),
-        (query.dtype,),
+        (query.dtype, innermost),
     )
     return result

@@ -2,7 +2,7 @@
 
 Per class of GPUs: `gemm` holds `[BLOCK_M, BLOCK_N, BLOCK_K, STRIPE, warps, stages]` per shape `NxK` with a default,
 two for fewer rows (a text prompt) and one for the residual epilogue, which needs registers; `attention` holds `[query
-rows, keys per step, warps, stages]` per head dimension.
+rows, warps, stages]` per head dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 _FILE = Path(__file__).with_name("configs.json")
 _FEW_ROWS, _SOME_ROWS = 64, 768
-_INTERPRETED_GEMM, _INTERPRETED_ATTENTION = (16, 16, 32, 4, 1, 1), (16, 32, 1, 1)
+_INTERPRETED_GEMM, _INTERPRETED_ATTENTION = (16, 16, 32, 4, 1, 1), (16, 1, 1)
 
 
 @cache
