@@ -1,7 +1,7 @@
 """Measure speed: matrix products, attention, transformer passes and whole videos, next to other implementations."""
 
 SHAPE_NAMES = ("1.3b", "14b", "toy")
-# Variants of a transformer pass: the float model, other quantizers, our schemes ("-attention8": 8-bit K/V).
+# Variants of a transformer pass: the float model, other quantizers, our schemes ("-int8", "-fp8": storage of K/V).
 PASS_VARIANTS = (
     "bf16",
     "bf16-compiled",
@@ -9,8 +9,10 @@ PASS_VARIANTS = (
     "torchao-int8",
     "w8a8",
     "w4a8",
-    "w8a8-attention8",
-    "w4a8-attention8",
+    "w8a8-int8",
+    "w4a8-int8",
+    "w8a8-fp8",
+    "w4a8-fp8",
 )
 # Variants of whole videos; "-overlap": frames are decoded during the next chunk's denoising.
 VIDEO_VARIANTS = (
@@ -18,7 +20,8 @@ VIDEO_VARIANTS = (
     "bf16-compiled",
     "w8a8",
     "w8a8-overlap",
-    "w8a8-attention8",
-    "w8a8-attention8-overlap",
-    "w4a8-attention8",
+    "w8a8-int8",
+    "w8a8-int8-overlap",
+    "w4a8-int8",
+    "w8a8-fp8",
 )

@@ -36,17 +36,23 @@ def _candidates(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable
 
     length = key.shape[1]
     q8, k8, v8 = (quantized(x, torch.float8_e4m3fn, 448.0) for x in (query, key, value))
-    cached = [allocate(key.shape, torch.float8_e4m3fn, key.device, values=values) for values in (False, True)]
-    for buffer, (codes, _) in zip(cached, (k8, v8), strict=True):
-        buffer[:, :length] = codes
-    scales = (q8[1], k8[1], v8[1])
     k_int, v_int = (quantized(x, torch.int8, 127.0) for x in (key, value))
+
+    def cached(*tensors: Tensor) -> list[Tensor]:
+        """Lay out codes of keys and values as a cache does."""
+        buffers = [allocate(x.shape, x.dtype, x.device, values=i == 1) for i, x in enumerate(tensors)]
+        for buffer, codes in zip(buffers, tensors, strict=True):
+            buffer[:, :length] = codes
+        return buffers
+
+    fp8, int8 = cached(k8[0], v8[0]), cached(k_int[0], v_int[0])
+    scales = (q8[1], k8[1], v8[1])
     candidates = {
         "cuDNN bf16": lambda: _sdpa(SDPBackend.CUDNN_ATTENTION, query, key, value),
         "flash bf16": lambda: _sdpa(SDPBackend.FLASH_ATTENTION, query, key, value),
         "chosen 16-bit": lambda: ops.attention(query, key, value),
-        "chosen fp8": lambda: ops.attention_fp8(q8[0], *cached, *scales, length),
-        "int8 (Triton)": lambda: ops.attention_int8(query, k_int[0], v_int[0], k_int[1], v_int[1], length),
+        "chosen fp8": lambda: ops.attention_fp8(q8[0], *fp8, *scales, length),
+        "chosen int8": lambda: ops.attention_int8(query, *int8, k_int[1], v_int[1], length),
     }
     if fa3.unavailable_reason(key.device) is None:
         candidates["FlashAttention-3 fp8"] = lambda: fa3.attention_fp8(q8[0], k8[0], v8[0], *scales, length)

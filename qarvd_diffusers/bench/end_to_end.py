@@ -19,7 +19,7 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..pipelines.pipeline_arvd import ARVDPipeline
 from ..vae.streaming import StreamingVAEDecoder, optimize_vae
 from .shapes import WINDOW_FRAMES, Shape, random_transformer
-from .transformer import quantized
+from .transformer import kv_cache_of, quantized
 from .vae import random_vae
 
 WARM_UP = 4  # chunks; the first three compile
@@ -80,7 +80,7 @@ def _arguments(name: str) -> dict[str, Any]:
     """Return the arguments of `stream` for variant `name`."""
     _, *options = name.split("-") if name.startswith("w") else [name]
     return {
-        **({"kv_cache": "fp8"} if "attention8" in options else {}),
+        "kv_cache": kv_cache_of(options),
         **({"overlap_decoding": True} if "overlap" in options else {}),
     }
 

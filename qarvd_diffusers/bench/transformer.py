@@ -101,6 +101,11 @@ def quantized(transformer: CausalWanTransformer3DModel, shape: Shape, scheme: st
     return model
 
 
+def kv_cache_of(options: list[str]) -> str:
+    """Return the storage of the K/V cache that the options of a variant, such as `["int8", "overlap"]`, ask for."""
+    return next((option for option in options if option in ("int8", "fp8")), "auto")
+
+
 def build(name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> PassRunner:
     """Build the variant `name` of a float transformer, which is not changed.
 
@@ -108,8 +113,8 @@ def build(name: str, transformer: CausalWanTransformer3DModel, shape: Shape) -> 
         ImportError: the package that the variant needs is not installed.
     """
     if name.startswith("w"):
-        scheme, _, attention = name.partition("-")
-        return PassRunner(quantized(transformer, shape, scheme), shape, "fp8" if attention else "auto")
+        scheme, *options = name.split("-")
+        return PassRunner(quantized(transformer, shape, scheme), shape, kv_cache_of(options))
     model = copy.deepcopy(transformer)
     if name.startswith("torchao"):
         _quantize_with_torchao(model, name)

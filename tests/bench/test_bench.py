@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def test_variants_compute_the_same_pass():
     """Every variant's flow is the float model's up to its quantization, at every chunk."""
-    names = ("bf16", "w8a8", "w4a8", "w8a8-attention8", "torchao-fp8")
+    names = ("bf16", "w8a8", "w4a8", "w8a8-int8", "torchao-fp8")
     results = {one["name"]: one for one in bench_passes(SHAPES["toy"], names, CPU, chunks=(0, 2), repeats=1)}
     assert results["bf16"]["relative_error"] == {"1": 0.0, "3": 0.0}
     for chunk in ("1", "3"):
@@ -119,7 +119,7 @@ def test_a_variant_that_takes_too_long_is_given_up():
 def test_whole_videos(tmp_path):
     out = tmp_path / "video.json"
     arguments = ["bench", "--shape", "toy", "--device", "cpu", "--end-to-end", "--frames", "21", "--out", str(out)]
-    variants = ["bf16", "w8a8", "w8a8-attention8-overlap", "w4a8-attention8"]
+    variants = ["bf16", "w8a8", "w8a8-int8-overlap", "w4a8-int8"]
     assert main([*arguments, "--variants", *variants]) == 0
     results = json.loads(out.read_text())["end_to_end"]
     assert [one["name"] for one in results] == variants

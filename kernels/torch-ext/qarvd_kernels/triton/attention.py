@@ -196,12 +196,6 @@ def append_values_kernel(
 
 
 @triton.jit
-def _int_to_float(x):
-    """Convert integers below 2^22 by a bit cast: a conversion instruction is slow."""
-    return (x + _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_FLOAT
-
-
-@triton.jit
 def _value_tile(
     values,
     token,
@@ -247,8 +241,8 @@ def _attend(
 ):
     """Run online softmax over the tiles of keys from `first` to `last`.
 
-    Weights are 0 ... 255 and tensor cores want operands of one type, so -128 ... 127 is multiplied, and 128 times the
-    sums of the values added.
+    Weights and values are integers that float16 holds exactly, and a tile's sums of products are exact in float32.
+    Integer tensor cores would want both operands signed and the summed dimension innermost in both, which costs more.
     """
     channel = tl.arange(0, DIM)
     for position in range(first, last, KEYS):
@@ -258,19 +252,20 @@ def _attend(
             key = tl.load(keys + at, mask=(token < length)[None, :], other=0)
         else:
             key = tl.load(keys + at)
-        scores = _int_to_float(tl.dot(codes, key, out_dtype=tl.int32))
+        # A bit cast, not a conversion, makes integer scores floats.
+        scores = tl.dot(codes, key, tl.full([ROWS, KEYS], _MAGIC, tl.int32), out_dtype=tl.int32)
+        scores = scores.to(tl.float32, bitcast=True) - _MAGIC_FLOAT
         if MASKED:
             scores = tl.where((token < length)[None, :], scores, float("-inf"))
         largest = tl.max(scores, axis=1)
         levels = tl.exp2((scores - largest[:, None]) * factor[:, None] + _LOG2_255)
-        levels = round_to_int(tl.minimum(levels, 255.0))
+        levels = (levels + _MAGIC_FLOAT) - _MAGIC_FLOAT  # rounds to an integer
         value = _value_tile(values, token, length, pitch, STRIDE, DIM, MASKED, INNERMOST)
-        sums = tl.dot((levels - 128).to(tl.int8), value, out_dtype=tl.int32)
-        sums += 128 * tl.sum(value.to(tl.int32), axis=0)[None, :]
+        sums = tl.dot(levels.to(tl.float16), value.to(tl.float16))
         new_peak = tl.maximum(peak, largest * factor)
         fade, share = tl.exp2(peak - new_peak), tl.exp2(largest * factor - new_peak)
-        total = total * fade + tl.sum(levels, axis=1).to(tl.float32) * share
-        out = out * fade[:, None] + _int_to_float(sums) * share[:, None]
+        total = total * fade + tl.sum(levels, axis=1) * share
+        out = out * fade[:, None] + sums * share[:, None]
         peak = new_peak
     return peak, total, out
 

@@ -146,7 +146,7 @@ struct AttentionRows {
     const int consumer, warp, lane;
 
     __device__ __forceinline__ AttentionRows(const AttentionParameters& p)
-        : p(p), consumer(threadIdx.x / 128 - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
+        : p(p), consumer(__shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
 
     // A block's share of the split tiles is at most one tile's worth of keys: it touches two at most.
     __device__ __forceinline__ float4* piece(int block, bool second) const {

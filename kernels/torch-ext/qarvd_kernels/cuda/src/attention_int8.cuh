@@ -2,9 +2,9 @@
 // in ops/attention.py, which defines it.
 //
 // One block holds 128 query rows of a head: a producer warp keeps rings of key and value tiles filled by TMA loads,
-// two consumer warpgroups of 64 rows each run both products. They are not synchronized: while one computes
-// exponentials, the other has the tensor cores. Within a warpgroup the weighted sum of a tile is issued together with the
-// scores of the next one.
+// two consumer warpgroups of 64 rows each run both products. They take turns: while one computes exponentials, the
+// other has the tensor cores (the ping-pong schedule of FlashAttention-3). Within a warpgroup the weighted sum of a tile
+// is issued together with the scores of the next one.
 //
 // Scores and sums are exact integers. They become floats without a conversion instruction, which is slow: an integer
 // below 2^22, added to the bits of 1.5 * 2^23, is that float plus the integer. Weights become bytes in the same way
@@ -24,14 +24,15 @@ constexpr float slack_bits = 16.0f;  // by which a tile may exceed the reference
 struct Int8AttentionShared {
     using Block = AttentionBlock<2>;
     static constexpr int stages = 6;
-    static constexpr int query_bytes = 0, key_bytes = key_tile * head_dim;
+    static constexpr int query_bytes = 0, key_bytes = key_tile * head_dim;  // queries are not loaded by TMA
+    static constexpr int code_bytes = Block::query_tile * head_dim;
     static constexpr int segment_bytes = 16;
     static constexpr int bytes =
-        2 * stages * key_bytes + (4 * stages + 2) * int(sizeof(uint64_t)) + 2 * segment_bytes;
+        code_bytes + 2 * stages * key_bytes + (4 * stages + 2) * int(sizeof(uint64_t)) + 2 * segment_bytes;
 
     uint32_t base;
     __device__ __forceinline__ uint32_t query() const { return base; }
-    __device__ __forceinline__ uint32_t key(int stage) const { return base + stage * key_bytes; }
+    __device__ __forceinline__ uint32_t key(int stage) const { return base + code_bytes + stage * key_bytes; }
     __device__ __forceinline__ uint32_t value(int stage) const { return key(stages + stage); }
     __device__ __forceinline__ uint32_t key_full(int stage) const { return key(2 * stages) + stage * 8; }
     __device__ __forceinline__ uint32_t key_empty(int stage) const { return key_full(stages + stage); }
@@ -43,6 +44,14 @@ struct Int8AttentionShared {
         return key_full(4 * stages + 2) + slot * segment_bytes;
     }
 };
+
+// Two warpgroups take turns: one waits at its own barrier until the other one has arrived there.
+__device__ __forceinline__ void await_turn(int consumer) {
+    asm volatile("bar.sync %0, 256;" ::"r"(1 + consumer) : "memory");
+}
+__device__ __forceinline__ void give_turn(int consumer) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(2 - consumer) : "memory");
+}
 
 // The lowest bytes of four words, the first one lowest.
 __device__ __forceinline__ uint32_t lowest_bytes(float a, float b, float c, float d) {
@@ -69,7 +78,9 @@ __device__ __forceinline__ float row_sum(float x) {
 class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
   public:
     __device__ __forceinline__ Int8AttentionConsumer(const AttentionParameters& p, Int8AttentionShared shared)
-        : AttentionRows(p), shared(shared) {}
+        : AttentionRows(p), shared(shared) {
+        if (consumer == 1) give_turn(consumer);
+    }
 
     // One segment. Returns false when there is none.
     __device__ __forceinline__ bool run() {
@@ -81,7 +92,9 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
         uint32_t weights[16];
         {
             int scores[64];
+            await_turn(consumer);
             issue_scores(scores);
+            give_turn(consumer);
             wgmma_wait<0>();
             wgmma_pin(scores);
             release_keys();
@@ -101,7 +114,9 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
         for (int i = 0; i < channel_sums; ++i) total[i] = 0.0f;
         for (int left = segment.last - segment.first - 1; left > 0; --left) next_tile(weights);
         int out[64];
+        await_turn(consumer);
         issue_sums(out, weights);
+        give_turn(consumer);
         wgmma_wait<0>();
         wgmma_pin(out);
         release_values();
@@ -120,21 +135,22 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
     const Int8AttentionShared shared;
     Ring<Int8AttentionShared::stages> keys, values;
     Ring<1> query;
-    uint32_t queries[16];  // 64 rows of the warpgroup, as the register operand of four products
     float total[channel_sums];
     float sums[2];    // of weights; of the keys that this thread holds until the end of a segment
     float scale[2];   // of scores, to exponents of 2
     float offset[2];  // the reference of the total is -offset
     float factor[2];  // of the last tile's weights to that reference
 
-    // Quantizes the rows: each thread holds channels 4 (lane % 4) to + 3 of every 16, of two rows.
+    // Quantizes the rows: each thread has channels 4 (lane % 4) to + 3 of every 16, of two rows.
     __device__ __forceinline__ void load_queries(int index) {
         const QueryTile<Int8AttentionShared::Block> tile(p, index);
         const float key_scale = __ldg(p.key_scale + tile.sequence * p.heads + tile.head) * p.softmax_scale;
+        sync_warpgroup();  // nobody reads the last rows any more
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = tile.row + consumer * 64 + warp * 16 + half * 8 + lane / 4;
-            const long long token = static_cast<long long>(tile.sequence) * p.queries + min(row, p.queries - 1);
+            const int own = consumer * 64 + warp * 16 + half * 8 + lane / 4;
+            const long long token =
+                static_cast<long long>(tile.sequence) * p.queries + min(tile.row + own, p.queries - 1);
             const __nv_bfloat16* from = p.query + (token * p.heads + tile.head) * head_dim + lane % 4 * 4;
             uint2 packed[head_dim / 16];
             float largest = 0.0f;
@@ -145,21 +161,29 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
                 for (int k = 0; k < 4; ++k) largest = fmaxf(largest, fabsf(channel(packed[i], k)));
             }
             const float step = row_maximum(largest) / largest_query_code;
-            const float divisor = step < 1.17549435e-38f ? 1.0f : step;
+            const float divisor = step < 1.17549435e-38f ? 1.0f : step, inverse = __frcp_rn(divisor);
             scale[half] = divisor * key_scale;
+            const uint32_t to = shared.query() + own * head_dim + lane % 4 * 4;
 #pragma unroll
-            for (int i = 0; i < head_dim / 16; ++i)
-                queries[i * 2 + half] = lowest_bytes(code(packed[i], 0, divisor), code(packed[i], 1, divisor),
-                                                     code(packed[i], 2, divisor), code(packed[i], 3, divisor));
+            for (int i = 0; i < head_dim / 16; ++i) {
+                const uint32_t codes = lowest_bytes(code(packed[i], 0, inverse), code(packed[i], 1, inverse),
+                                                    code(packed[i], 2, inverse), code(packed[i], 3, inverse));
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + (i ^ own % 8) * 16), "r"(codes) : "memory");
+            }
         }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        sync_warpgroup();
         barrier_arrive(shared.query_empty());
+    }
+    __device__ __forceinline__ void sync_warpgroup() const {
+        asm volatile("bar.sync %0, 128;" ::"r"(3 + consumer) : "memory");
     }
     static __device__ __forceinline__ float channel(const uint2& packed, int k) {
         const uint32_t word = k < 2 ? packed.x : packed.y;
         return __uint_as_float(k % 2 ? word & 0xFFFF0000u : word << 16);
     }
-    static __device__ __forceinline__ float code(const uint2& packed, int k, float divisor) {
-        return __fdiv_rn(channel(packed, k), divisor) + magic_float;
+    static __device__ __forceinline__ float code(const uint2& packed, int k, float inverse) {
+        return fmaf(channel(packed, k), inverse, magic_float);
     }
 
     // The key of a tile that score i of this thread belongs to.
@@ -182,11 +206,11 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
 
     __device__ __forceinline__ void issue_scores(int (&scores)[64]) {
         barrier_wait(shared.key_full(keys.index), keys.phase);
+        const uint64_t a = wgmma_operand<128>(shared.query() + consumer * 64 * head_dim);
         const uint64_t b = wgmma_operand<128>(shared.key(keys.index));
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < head_dim / 32; ++step)
-            wgmma_signed(scores, queries + step * 4, b + step * 2, step > 0);
+        for (int step = 0; step < head_dim / 32; ++step) wgmma<key_tile>(scores, a + step * 2, b + step * 2, step > 0);
         wgmma_commit();
     }
     __device__ __forceinline__ void issue_sums(int (&out)[64], const uint32_t (&weights)[16]) {
@@ -208,10 +232,16 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
     }
 
     static __device__ __forceinline__ void row_maxima(const int (&scores)[64], int (&largest)[2]) {
-        largest[0] = scores[0], largest[1] = scores[2];
+        int parts[2][4];  // chains of their own: a maximum takes several cycles
 #pragma unroll
-        for (int i = 0; i < 64; ++i) largest[i / 2 % 2] = max(largest[i / 2 % 2], scores[i]);
-        largest[0] = row_maximum(largest[0]), largest[1] = row_maximum(largest[1]);
+        for (int i = 0; i < 64; ++i) {
+            int& part = parts[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+            part = i < 8 ? scores[i] : max(part, scores[i]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            largest[half] = row_maximum(
+                max(max(parts[half][0], parts[half][1]), max(parts[half][2], parts[half][3])));
     }
     // Weights of a tile, 255 for its largest score, as the register operand of four products; beside(word) is done after
     // every sixteenth of them.
@@ -247,15 +277,37 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
         total[i] = fmaf(__int_as_float(out[i] + magic) - magic_float, factor[i / 2 % 2], total[i]);
     }
 
+    // How far the maxima are above the reference of the total, which moves if that is too much.
+    __device__ __forceinline__ void follow(const int (&largest)[2], float (&above)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            above[half] = fmaf(static_cast<float>(largest[half]), scale[half], offset[half]);
+        if (__any_sync(0xFFFFFFFF, fmaxf(above[0], above[1]) > slack_bits)) {
+            float keep[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float move = fmaxf(above[half], 0.0f);
+                keep[half] = power_of_two(-move);
+                offset[half] -= move, above[half] -= move, sums[half] *= keep[half], factor[half] *= keep[half];
+            }
+#pragma unroll
+            for (int i = 0; i < channel_sums; ++i) total[i] *= keep[i / 2 % 2];
+        }
+    }
+
     // Sums of a tile; scores and weights of the next one.
     __device__ __forceinline__ void next_tile(uint32_t (&weights)[16]) {
         int scores[64], out[64], largest[2];
+        await_turn(consumer);
         issue_scores(scores);
         issue_sums(out, weights);
+        give_turn(consumer);
         wgmma_wait<1>();
         wgmma_pin(scores);
         release_keys();
         row_maxima(scores, largest);
+        float above[2];
+        follow(largest, above);  // its branch also keeps the maxima before the wait
         wgmma_wait<0>();
         wgmma_pin(out);
         release_values();
@@ -263,20 +315,6 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
 #pragma unroll
             for (int i = word * 4; i < word * 4 + 4; ++i) add_to_total(i, out);
         });
-        float above[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) above[half] = fmaf(static_cast<float>(largest[half]), scale[half], offset[half]);
-        if (__any_sync(0xFFFFFFFF, fmaxf(above[0], above[1]) > slack_bits)) {
-            float keep[2];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float move = fmaxf(above[half], 0.0f);
-                keep[half] = power_of_two(-move);
-                offset[half] -= move, above[half] -= move, sums[half] *= keep[half];
-            }
-#pragma unroll
-            for (int i = 0; i < channel_sums; ++i) total[i] *= keep[i / 2 % 2];
-        }
         factor[0] = power_of_two(above[0]), factor[1] = power_of_two(above[1]);
         add_weights(weights);
     }
