@@ -12,8 +12,13 @@ from qarvd_diffusers import ARVDPipeline, bundled_model_path
 
 
 def load_bundled(**fields: Any) -> ARVDPipeline:
-    """Load the bundled float model in float32, without progress bars; `fields` replace those of its config."""
+    """Load the bundled float model in float32, on the GPU if there is one, without progress bars.
+
+    Args:
+        **fields: replace those of its config.
+    """
     pipe = ARVDPipeline.from_pretrained(bundled_model_path(), dtype=torch.float32, **fields)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
