@@ -57,7 +57,7 @@ def fit_scale(tensor: torch.Tensor, dtype: torch.dtype, margin: float) -> torch.
 
     Each sample has its own scale, so that its codes do not depend on the other samples of the batch.
     """
-    largest = tensor.detach().abs().amax(dim=(1, 3)).float()
+    largest = torch.linalg.vector_norm(tensor.detach(), torch.inf, dim=(1, 3)).float()  # one kernel
     return (largest * (margin / _LIMITS[dtype])).clamp_min(_SMALLEST_SCALE)
 
 
