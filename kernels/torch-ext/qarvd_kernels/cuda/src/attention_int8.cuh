@@ -6,10 +6,10 @@
 // other has the tensor cores (the ping-pong schedule of FlashAttention-3). Within a warpgroup the weighted sum of a tile
 // is issued together with the scores of the next one.
 //
-// Scores and sums are exact integers. They become floats without a conversion instruction, which is slow: an integer
-// below 2^22, added to the bits of 1.5 * 2^23, is that float plus the integer. Weights become bytes in the same way
-// backwards. They refer to the largest score of their own tile, so that the codes of a tile always use the whole range; a
-// tile's sums are added to a float32 total, which has a reference of its own and follows the row's maximum lazily.
+// Scores and sums are exact integers. A score less the largest one of its tile becomes a float in the same addition: an
+// integer below 2^22, added to the bits of 1.5 * 2^23, is that float plus the integer. Weights refer to the largest
+// score of their own tile, so that the codes of a tile always use the whole range; a tile's sums are added to a float32
+// total, which has a reference of its own and follows the row's maximum lazily.
 #pragma once
 #include "attention_common.cuh"
 #include "wgmma_int8.cuh"
@@ -53,11 +53,22 @@ __device__ __forceinline__ void give_turn(int consumer) {
     asm volatile("bar.arrive %0, 256;" ::"r"(2 - consumer) : "memory");
 }
 
-// The lowest bytes of four words, the first one lowest.
-__device__ __forceinline__ uint32_t lowest_bytes(float a, float b, float c, float d) {
-    const uint32_t low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
-    const uint32_t high = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
-    return __byte_perm(low, high, 0x5410);
+// Four floats as rounded bytes, the first one lowest. Two take one instruction (F2IP).
+template <bool is_signed>
+__device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float d) {
+    uint32_t high, packed;
+    if (is_signed) {
+        asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(__float2int_rn(d)), "r"(__float2int_rn(c)));
+        asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+            : "=r"(packed)
+            : "r"(__float2int_rn(b)), "r"(__float2int_rn(a)), "r"(high));
+    } else {
+        asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(__float2int_rn(d)), "r"(__float2int_rn(c)));
+        asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;"
+            : "=r"(packed)
+            : "r"(__float2int_rn(b)), "r"(__float2int_rn(a)), "r"(high));
+    }
+    return packed;
 }
 
 // Maximum, or sum, over the four threads that share a row.
@@ -166,8 +177,9 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
             const uint32_t to = shared.query() + own * head_dim + lane % 4 * 4;
 #pragma unroll
             for (int i = 0; i < head_dim / 16; ++i) {
-                const uint32_t codes = lowest_bytes(code(packed[i], 0, inverse), code(packed[i], 1, inverse),
-                                                    code(packed[i], 2, inverse), code(packed[i], 3, inverse));
+                const uint32_t codes =
+                    pack_bytes<true>(quotient(packed[i], 0, divisor, inverse), quotient(packed[i], 1, divisor, inverse),
+                                     quotient(packed[i], 2, divisor, inverse), quotient(packed[i], 3, divisor, inverse));
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + (i ^ own % 8) * 16), "r"(codes) : "memory");
             }
         }
@@ -182,8 +194,10 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
         const uint32_t word = k < 2 ? packed.x : packed.y;
         return __uint_as_float(k % 2 ? word & 0xFFFF0000u : word << 16);
     }
-    static __device__ __forceinline__ float code(const uint2& packed, int k, float inverse) {
-        return fmaf(channel(packed, k), inverse, magic_float);
+    // A channel divided and correctly rounded: bfloat16 values are often half way between two codes.
+    static __device__ __forceinline__ float quotient(const uint2& packed, int k, float divisor, float inverse) {
+        const float x = channel(packed, k), estimate = x * inverse;
+        return fmaf(fmaf(-estimate, divisor, x), inverse, estimate);
     }
 
     // The key of a tile that score i of this thread belongs to.
@@ -259,22 +273,22 @@ class Int8AttentionConsumer : AttentionRows<Int8AttentionShared::Block> {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float score = __int_as_float(scores[first + i / 2 * 4 + i % 2] + raise[half]);
-                y[i] = power_of_two(fmaf(score, scale[half], shift[half])) + magic_float;
+                y[i] = power_of_two(fmaf(score, scale[half], shift[half]));
             }
-            weights[word] = lowest_bytes(y[0], y[1], y[2], y[3]);
+            weights[word] = pack_bytes<false>(y[0], y[1], y[2], y[3]);
             beside(word);
         }
     }
     __device__ __forceinline__ void add_weights(const uint32_t (&weights)[16]) {
-        uint32_t sum[2] = {0, 0};
+        uint32_t sum[2] = {0, 0};  // at most 255 * 32
 #pragma unroll
         for (int word = 0; word < 16; ++word) sum[word % 2] = __dp4a(weights[word], 0x01010101u, sum[word % 2]);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            sums[half] = fmaf(__int_as_float(sum[half] + magic) - magic_float, factor[half], sums[half]);
+            sums[half] = fmaf(static_cast<float>(int(sum[half])), factor[half], sums[half]);
     }
     __device__ __forceinline__ void add_to_total(int i, const int (&out)[64]) {
-        total[i] = fmaf(__int_as_float(out[i] + magic) - magic_float, factor[i / 2 % 2], total[i]);
+        total[i] = fmaf(static_cast<float>(out[i]), factor[i / 2 % 2], total[i]);
     }
 
     // How far the maxima are above the reference of the total, which moves if that is too much.
