@@ -39,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)"
     )
-    parser.add_argument("--variants", nargs="+", choices=names, help="variants of the passes or videos (default: all)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=lambda name: name.replace("attention8", "fp8"),  # as 0.1 named them
+        choices=names,
+        help="variants of the passes or videos (default: all)",
+    )
     positions = parser.add_argument(
         "--at-chunks",
         nargs="+",
