@@ -31,20 +31,28 @@ def print_table(reports: dict[str, dict[str, Any]], args: argparse.Namespace) ->
         f"{args.prompts} prompts, {args.chunks} chunks, seed {args.seed}\n"
     )
     chunks = " | ".join(f"dB {chunk}" for chunk in range(args.chunks))
-    print(f"| scheme | of bf16 bytes | adherence | last-chunk latent MSE | s/chunk | {chunks} |")
-    print("|" + "---|" * (5 + args.chunks))
+    last = "last chunk: 95 % interval | geometric mean | worst prompt"
+    print(f"| scheme | of bf16 bytes | adherence | last-chunk latent MSE | s/chunk | {chunks} | {last} |")
+    print("|" + "---|" * (8 + args.chunks))
     for name, report in reports.items():
         size = report["quantized_layer_bytes_as_bfloat16"]
         ratio = f"{report['quantized_layer_bytes'] / size:.3f}" if size else ""
         mse = f"{report['latent_mse'][-1]:.2e}" if "latent_mse" in report else ""
         psnr = " | ".join(f"{value:.1f}" for value in report.get("psnr_db", [])) or " | " * (args.chunks - 1)
-        print(f"| {name} | {ratio} | {report['adherence']:.1%} | {mse} | {report['seconds_per_chunk']:.3f} | {psnr} |")
+        spread = " | | "
+        if "psnr_interval_db" in report:
+            low, high = report["psnr_interval_db"][-1]
+            spread = (
+                f"{low:.1f} to {high:.1f} | {report['psnr_geometric_db'][-1]:.1f} | {report['psnr_worst_db'][-1]:.1f}"
+            )
+        figures = f"{report['adherence']:.1%} | {mse} | {report['seconds_per_chunk']:.3f} | {psnr} | {spread}"
+        print(f"| {name} | {ratio} | {figures} |")
 
 
 def main() -> None:
     """Generate with the float model and every scheme, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--chunks", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))

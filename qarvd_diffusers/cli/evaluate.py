@@ -103,7 +103,7 @@ def _judge(rollout: Rollout, prompts: tuple[str, ...]) -> Judge | None:
 
 def render(report: dict[str, Any]) -> str:
     """Format the metrics per chunk, bytes, speed, memory and adherence per model, and the path of the page."""
-    from ..evaluation.report import METRICS, format_number
+    from ..evaluation.report import METRICS, format_number, interval_note
 
     columns = {name: metric.form for name, metric in METRICS.items() if report[name] is not None}
     rows = [
@@ -124,6 +124,7 @@ def render(report: dict[str, Any]) -> str:
         [
             table(("chunk", *columns), rows),
             table(("model", "bytes", "s/chunk", "peak MB", "adherence"), models),
+            interval_note(report),
             report["lpips_note"],
             f"wrote {report['files']['page']}",
         ]

@@ -33,7 +33,9 @@ class Metric(NamedTuple):
 # By their keys in a report.
 METRICS = {
     "latent_mse": Metric("Latent MSE", "mean squared difference of the latents; lower is better", ".3e", log=True),
-    "psnr_db": Metric("PSNR (dB)", "of the frames; higher is better", ".2f"),
+    "psnr_db": Metric("PSNR (dB)", "of the frames, of the error's mean over prompts; higher is better", ".2f"),
+    "psnr_geometric_db": Metric("PSNR, mean of prompts (dB)", "of the error's geometric mean over prompts", ".2f"),
+    "psnr_worst_db": Metric("PSNR, worst prompt (dB)", "of the frames of the prompt that is worst there", ".2f"),
     "ssim": Metric("SSIM", "structural similarity of the frames, 11 x 11 Gaussian window; 1 is equal", ".4f"),
     "flicker_error": Metric(
         "Flicker error", "mean absolute difference of the changes from frame to frame; 0 is equal", ".4f"
@@ -158,6 +160,7 @@ initial noise and re-noise.</p>
 {_models_table(report, names)}
 <h2>Per chunk</h2>
 {_chunks_table(report)}
+<p>{html.escape(interval_note(report))}</p>
 <p>{html.escape(report.get("lpips_note", ""))}</p>
 {f"<div class='row plots'>{figures}</div>" if plots else f"<p>{NO_PLOTS}</p>"}
 <h2>Videos</h2>
@@ -183,6 +186,14 @@ def _video(label: str, mp4: bytes) -> str:
 def format_number(value: float | None, form: str) -> str:
     """Format a number; None, a missing value, is empty."""
     return "" if value is None else format(value, form)
+
+
+def interval_note(report: Mapping[str, Any]) -> str:
+    """Say how far the PSNR of the last chunk depends on the choice of prompts; empty for reports of 0.1."""
+    if not report.get("psnr_interval_db"):
+        return ""
+    low, high = (format_number(value, ".1f") or "infinity" for value in report["psnr_interval_db"][-1])
+    return f"PSNR of the last chunk: 95 % of sets of prompts drawn from these give {low} to {high} dB."
 
 
 def _models_table(report: Mapping[str, Any], names: Sequence[str]) -> str:

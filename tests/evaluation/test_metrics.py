@@ -1,11 +1,13 @@
 """Each metric against a value known otherwise: closed forms, and an independent implementation."""
 
 import importlib.util
+import math
 
 import numpy as np
 import pytest
 
 from qarvd_diffusers.evaluation import metrics
+from qarvd_diffusers.evaluation.fidelity import psnr_over_prompts
 
 
 def pictures():
@@ -74,3 +76,23 @@ def test_lpips_says_why_it_is_absent(monkeypatch, tmp_path):
     assert distance is None
     missing = [name for name in ("torchmetrics", "torchvision") if importlib.util.find_spec(name) is None]
     assert note.startswith("LPIPS was not measured: ") and (missing[0] if missing else str(tmp_path)) in note
+
+
+def test_psnr_over_prompts():
+    """Errors of 1 and 100 differ by 20 dB: their mean is near the worse one, the geometric mean in the middle."""
+    best = 10 * math.log10(255**2)
+    summary = psnr_over_prompts([1.0, 100.0])
+    assert summary["psnr_db"] == pytest.approx(best - 10 * math.log10(50.5))
+    assert summary["psnr_geometric_db"] == pytest.approx(best - 10)
+    assert summary["psnr_worst_db"] == pytest.approx(best - 20)
+    assert summary["psnr_interval_db"] == pytest.approx([best - 20, best])
+    assert psnr_over_prompts([4.0] * 9)["psnr_interval_db"] == pytest.approx([best - 10 * math.log10(4)] * 2)
+    assert psnr_over_prompts([0.0])["psnr_db"] == math.inf
+
+
+def test_interval_of_many_prompts():
+    """The bootstrap of a mean of n errors gives its standard error: 1.96 times std / sqrt(n) either way."""
+    errors = np.random.default_rng(1).gamma(4.0, size=400)
+    low, high = (255**2 / 10 ** (db / 10) for db in psnr_over_prompts(errors)["psnr_interval_db"][::-1])
+    half = 1.96 * errors.std() / 20
+    assert (low, high) == pytest.approx((errors.mean() - half, errors.mean() + half), rel=0.01)

@@ -19,7 +19,16 @@ from qarvd_diffusers.hub.model_card import model_card
 
 PROMPTS = ("a red circle", "a <blue> square & more")
 DESCRIPTION = {"adherence": None, "bytes": 10, "seconds_per_chunk": 0.5, "seconds": 2.0, "peak_memory_bytes": 1000}
-PER_CHUNK = ("psnr_db", "latent_mse", "ssim", "flicker_error", "motion_energy_error")
+PER_CHUNK = (
+    "psnr_db",
+    "psnr_geometric_db",
+    "psnr_worst_db",
+    "psnr_interval_db",
+    "latent_mse",
+    "ssim",
+    "flicker_error",
+    "motion_energy_error",
+)
 
 
 def random_rollout(seed, noise=0):
