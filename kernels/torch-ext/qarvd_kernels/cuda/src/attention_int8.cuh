@@ -342,11 +342,11 @@ static __global__ void __launch_bounds__(Int8AttentionShared::Block::threads, 1)
     if (threadIdx.x == 0) prepare_attention(maps, shared);
     __syncthreads();
     if (role == 0) {
-        registers_decrease<24>();
+        registers_decrease<40>();
         if (threadIdx.x == 0) produce(maps, p, shared);
         __syncwarp();
     } else {
-        registers_increase<240>();
+        registers_increase<232>();
         Int8AttentionConsumer consumer(p, shared);
         while (consumer.run()) continue;
     }
