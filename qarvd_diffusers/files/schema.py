@@ -88,9 +88,9 @@ def _finite(text: str) -> float:
 def from_fields(cls: type[T], values: Mapping[str, Any], where: object, *, extra: bool = False) -> T:
     """Build a dataclass from a JSON object, each value checked by the annotation of its field before it is used.
 
-    Fields may be `int` (no bool, no 3.0), `float` (finite; integers too), `bool`, `str`, enums of texts, `None`,
-    `Literal`, `Any`, unions, `tuple`, `list`, `Mapping` and `dict` of them, and other such dataclasses. Numbers keep
-    their type; lists become tuples where a tuple is expected.
+    Fields may be `int` (no bool, no 3.0, at most 64 bits), `float` (finite; integers too), `bool`, `str`, enums of
+    texts, `None`, `Literal`, `Any`, unions, `tuple`, `list`, `Mapping` and `dict` of them, and other such dataclasses.
+    Numbers keep their type; lists become tuples where a tuple is expected.
 
     Args:
         cls: a dataclass; its own ValueErrors are passed on with `where`.
@@ -208,7 +208,7 @@ def _is_plain(value: Any, expected: Any) -> bool:
     if expected in (None, type(None)):
         return value is None
     if expected is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
+        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**64
     if expected is float:
         if not isinstance(value, Real) or isinstance(value, bool):
             return False
