@@ -17,6 +17,7 @@ from ..config import QARVDConfig
 from ..conversion.folder import FEW_STEP_SCHEDULERS, write_portable_parts
 from ..files.atomic import atomic_directory
 from ..hub import publish
+from ..hub.model_card import owned_files
 from ..quantization.result import CalibrationResult
 from .arguments import loading_arguments
 from .quantization import check_stored_config, quantize_pipeline, quantize_text_encoder, split_config
@@ -158,7 +159,8 @@ class QuantizableMixin:
         card. An int8 text encoder is stored in float, as it was loaded, and quantized again when loading.
 
         Args:
-            save_directory: folder to write; files of the same names are replaced, others are kept.
+            save_directory: folder to write. It is replaced at once when all is written; files that others put there
+                are kept, but no weights of a component that was saved, and no card or report of another model.
             push_to_hub: upload afterwards; `kwargs` may then include those of `push_to_hub`.
             report: what `evaluate` returned, for the model card.
             **kwargs: `variant`, `max_shard_size` as in `DiffusionPipeline.save_pretrained`.
@@ -173,7 +175,7 @@ class QuantizableMixin:
         }
         if not push_to_hub and upload:
             raise ValueError(f"{sorted(upload)} need push_to_hub=True")
-        with atomic_directory(save_directory) as folder:
+        with atomic_directory(save_directory, owned_files(save_directory)) as folder:
             self._write(folder, report, upload.get("repo_id"), **kwargs)
         if push_to_hub:
             self._upload(Path(save_directory), **{"repo_id": Path(save_directory).name, **upload})
