@@ -24,6 +24,7 @@ from ..files.text import parse_prompts, read_text
 from ..quantization.adapters import adapter_scales
 from ..quantization.model import quantized_linears
 from ..quantization.result import REVISION, CalibrationResult
+from ..rollout.exclusive import model_lock
 from ..rollout.pass_info import PassInfo
 from .calibrate import Progress, Work, calibrate, plan_work, quantize_weights
 from .processes import Processes
@@ -224,7 +225,15 @@ def _by_kind(bar: WorkBar, work: Work) -> Progress:
 
 @contextmanager
 def undisturbed(pipe: PipelineHost) -> Iterator[None]:
-    """Hide the bars of single rollouts, and move the pipeline to the GPU, if there is one, and back afterwards."""
+    """Hide the bars of single rollouts, and move the pipeline to the GPU, if there is one, and back afterwards.
+
+    Streams of other threads wait meanwhile: their passes would be observed, too.
+    """
+    with model_lock(pipe.transformer):
+        yield from _undisturbed(pipe)
+
+
+def _undisturbed(pipe: PipelineHost) -> Iterator[None]:
     home = pipe.device
     bar_config = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
