@@ -29,6 +29,7 @@ from ..rollout.pass_info import PassInfo
 from .calibrate import Progress, Work, calibrate, plan_work, quantize_weights
 from .processes import Processes
 from .resume import ResumeFolder
+from .targets import quantizable_linears
 from .work_bar import WorkBar, work_totals
 
 if TYPE_CHECKING:
@@ -116,13 +117,13 @@ def calibrate_pipeline(
     fingerprint = content_hash(pipe, config, embeds)
     processes.require_same(fingerprint, "model, config, prompts or settings")
     path = cache_folder() / "calibration" / f"{fingerprint}.safetensors"
-    cached = processes.from_main(_cached(path) if processes.is_main and use_cache else None)
+    cached = processes.from_main(_cached(path, pipe, config) if processes.is_main and use_cache else None)
     if cached is not None:
         return cached
     use_cache = processes.from_main(processes.is_main and use_cache and can_keep_results())
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
     parts = unfinished or resume
-    folder = None if parts is None else ResumeFolder(parts, fingerprint)
+    folder = None if parts is None else ResumeFolder(parts, fingerprint, disposable=resume is None)
     rollouts = list(enumerate(embeds))
     share = processes.share(rollouts)
     passes = sum(sum(pipe.rollout_config.passes(chunk).values()) for chunk in range(config.calibration_chunks))
@@ -178,14 +179,16 @@ def progress_on_device(pipe: PipelineHost, what: str, unit: str, total: int) -> 
         yield bar.update
 
 
-def _cached(path: Path) -> CalibrationResult | None:
-    """Load an earlier result, if there is one that can be read."""
+def _cached(path: Path, pipe: PipelineHost, config: QARVDConfig) -> CalibrationResult | None:
+    """Load an earlier result, if there is one that can be read and is one of this model and config."""
     if not path.is_file():
         return None
     try:
-        result = CalibrationResult.load(path)
+        result = CalibrationResult.load(path, config)
+        if result.layers.keys() != quantizable_linears(pipe.transformer, config).keys():
+            raise ValueError(f"{path} holds other layers than the model's")
     except (OSError, ValueError) as error:
-        logger.warning("A cached calibration is not used: %s", error)
+        logger.warning("A cached calibration is not used, it is made again: %s", error)
         return None
     logger.info("Calibration found in %s", path)
     return result
