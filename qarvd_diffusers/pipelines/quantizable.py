@@ -21,6 +21,7 @@ from ..hub.model_card import owned_files
 from ..quantization.result import CalibrationResult
 from .arguments import loading_arguments
 from .quantization import check_stored_config, quantize_pipeline, quantize_text_encoder, split_config
+from .stored_components import check_components
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,6 +51,7 @@ class QuantizableMixin:
         Raises:
             ValueError: if the repository is quantized with another config, or `quantization_config` names a component
                 that the pipeline does not have.
+            ValueError: if a file lacks a tensor, or has one of another shape or kind; see `check_components`.
             OSError: if a file is missing, truncated or damaged; the message names the file.
         """
         kwargs = loading_arguments(cls, kwargs)
@@ -64,6 +66,8 @@ class QuantizableMixin:
                 raise
             raise OSError(f"{error}. The file is truncated or damaged: download or save it again.") from error
         pipe.source = str(pretrained_model_name_or_path)
+        passed = {name for name in pipe.components if name in kwargs}
+        check_components({k: v for k, v in pipe.components.items() if k not in passed}, kwargs.get("variant"))
         unknown = sorted(set(getattr(rest, "quant_mapping", None) or {}) - set(pipe.components))
         if unknown:
             raise ValueError(f"quantization_config names {unknown}, the pipeline has {sorted(pipe.components)}")
