@@ -46,7 +46,7 @@ def test_a_quantized_file_beside_a_float_config_is_refused(tiny_pipeline, tmp_pa
     config.write_text(
         json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "quantization_config"})
     )
-    with pytest.raises(ValueError, match="holds a quantized model, .*lacks its quantization_config"):
+    with pytest.raises(ValueError, match=r"holds a quantized model, .*lacks its quantization_config"):
         ARVDPipeline.from_pretrained(tmp_path)
 
 
