@@ -219,6 +219,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def check_finite(tensor: torch.Tensor, where: str, *, positive: bool = False) -> None:
     """Check the values of a tensor on any device; raise ValueError for NaN, infinity or, if `positive`, <= 0."""
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch compares no float8
     valid = torch.isfinite(tensor) & (tensor > 0) if positive else torch.isfinite(tensor)
     if not valid.all():
         value = tensor[~valid][0].item()

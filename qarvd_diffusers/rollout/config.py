@@ -212,9 +212,21 @@ class RolloutConfig:
         single = self.independent_first_frame and chunk == 0 and context_frames == 0
         return 1 if single else self.num_frames_per_chunk
 
-    def chunks(self, num_chunks: int | None, context_frames: int = 0) -> Iterator[tuple[int, int, int]]:
-        """Yield `(chunk, frame_offset, num_frames)` of every generated chunk; endless for `num_chunks=None`."""
-        chunk, offset = 0, context_frames
+    def frames_before(self, chunk: int, context_frames: int = 0) -> int:
+        """Return the latent frames of all generated chunks before `chunk`."""
+        return 0 if chunk == 0 else self.chunk_frames(0, context_frames) + (chunk - 1) * self.num_frames_per_chunk
+
+    def steps_before(self, chunk: int) -> int:
+        """Return the denoising steps of all generated chunks before `chunk`."""
+        return 0 if chunk == 0 else len(self.timesteps_of_chunk(0)) + (chunk - 1) * len(self.denoising_timesteps)
+
+    def chunks(
+        self, num_chunks: int | None, context_frames: int = 0, first: int = 0
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield `(chunk, frame_offset, num_frames)` of the generated chunks from `first` on; endless for
+        `num_chunks=None`.
+        """
+        chunk, offset = first, context_frames + self.frames_before(first, context_frames)
         while num_chunks is None or chunk < num_chunks:
             frames = self.chunk_frames(chunk, context_frames)
             yield chunk, offset, frames
