@@ -23,7 +23,7 @@ from ..files.hashing import hash_tensors
 from ..files.text import parse_prompts, read_text
 from ..quantization.adapters import adapter_scales
 from ..quantization.model import quantized_linears
-from ..quantization.result import REVISION, CalibrationResult
+from ..quantization.result import REVISION, CalibrationResult, require_layers
 from ..rollout.exclusive import model_lock
 from ..rollout.pass_info import PassInfo
 from .calibrate import Progress, Work, calibrate, plan_work, quantize_weights
@@ -122,8 +122,7 @@ def calibrate_pipeline(
         return cached
     use_cache = processes.from_main(processes.is_main and use_cache and can_keep_results())
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
-    parts = unfinished or resume
-    folder = None if parts is None else ResumeFolder(parts, fingerprint, disposable=resume is None)
+    folder = _unfinished(unfinished, fingerprint) if unfinished else resume and ResumeFolder(resume, fingerprint)
     rollouts = list(enumerate(embeds))
     share = processes.share(rollouts)
     passes = sum(sum(pipe.rollout_config.passes(chunk).values()) for chunk in range(config.calibration_chunks))
@@ -180,18 +179,27 @@ def progress_on_device(pipe: PipelineHost, what: str, unit: str, total: int) -> 
 
 
 def _cached(path: Path, pipe: PipelineHost, config: QARVDConfig) -> CalibrationResult | None:
-    """Load an earlier result, if there is one that can be read and is one of this model and config."""
+    """Load an earlier result, if there is one that can be read and is of this model and config."""
     if not path.is_file():
         return None
     try:
         result = CalibrationResult.load(path, config)
-        if result.layers.keys() != quantizable_linears(pipe.transformer, config).keys():
-            raise ValueError(f"{path} holds other layers than the model's")
+        require_layers(result.layers, quantizable_linears(pipe.transformer, config), path)
     except (OSError, ValueError) as error:
-        logger.warning("A cached calibration is not used, it is made again: %s", error)
+        logger.warning("A cached calibration is not used: %s", error)
         return None
     logger.info("Calibration found in %s", path)
     return result
+
+
+def _unfinished(path: Path, fingerprint: str) -> ResumeFolder:
+    """Open the folder of an interrupted calibration in the cache; one that cannot be read starts over."""
+    try:
+        return ResumeFolder(path, fingerprint)
+    except ValueError as error:
+        logger.warning("An interrupted calibration is not continued: %s", error)
+        shutil.rmtree(path, ignore_errors=True)
+        return ResumeFolder(path, fingerprint)
 
 
 def _cache(result: CalibrationResult, path: Path) -> None:

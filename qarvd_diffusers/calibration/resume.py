@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import nn
 
 from ..files.atomic import write_json
 from ..files.schema import check_mapping, read_json
 from ..quantization.qparams import LinearQParams
-from ..quantization.result import CalibrationResult
-
-logger = logging.getLogger(__name__)
+from ..quantization.result import CalibrationResult, require_layers
 
 MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
 
 
 class ResumeFolder:
@@ -24,67 +25,50 @@ class ResumeFolder:
     Args:
         path: folder, made if absent.
         fingerprint: of everything the calibration depends on: model, config, prompts.
-        disposable: what is damaged is removed with a warning, and made again; for a folder that nobody has asked for.
 
     Raises:
         ValueError: the folder belongs to a calibration with another fingerprint, or its manifest is unreadable; the
-            folder is left as it is. Not if it is disposable.
+            folder is left as it is.
         OSError: the folder cannot be written to; the message names it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fingerprint: str, disposable: bool = False) -> None:
-        self.path, self.fingerprint, self.disposable = Path(path), fingerprint, disposable
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
+        self.path, self.fingerprint = Path(path), fingerprint
         manifest = self.path / MANIFEST
-        try:
-            held = self._check(manifest)
-        except ValueError as error:
-            if not disposable:
-                raise
-            logger.warning("What an interrupted calibration left is not used: %s", error)
-            shutil.rmtree(self.path)
-            held = False
-        if not held:
-            write_json({"fingerprint": fingerprint}, manifest)
-
-    def _check(self, manifest: Path) -> bool:
-        """Return whether the folder holds parts; raise ValueError if they are not of this calibration."""
         if manifest.is_file():
             try:
-                stored = check_mapping(read_json(manifest), {"fingerprint": str}, "it")["fingerprint"]
+                stored = check_mapping(read_json(manifest), {"fingerprint": str}, manifest)["fingerprint"]
             except ValueError as error:
                 raise ValueError(
                     f"{manifest} is not the manifest of a calibration ({error}): pass another folder"
                 ) from error
-            if stored != self.fingerprint:
+            if stored != fingerprint:
                 raise ValueError(
                     f"{self.path} holds a calibration of another model, config or prompts (fingerprint {stored[:12]}, "
-                    f"expected {self.fingerprint[:12]}): pass another folder, or remove this one"
+                    f"expected {fingerprint[:12]}): pass another folder, or remove this one"
                 )
-        return manifest.is_file()
+            return
+        write_json({"fingerprint": fingerprint}, manifest)
 
     def holds(self, part: str) -> bool:
         """Tell whether a part is finished."""
         return self._file(part).is_file()
 
-    def load(self, part: str, names: Iterable[str]) -> Mapping[str, LinearQParams] | None:
+    def load(self, part: str, linears: Mapping[str, nn.Linear]) -> Mapping[str, LinearQParams] | None:
         """Load the layers of a finished part; None if it is not there.
 
-        Raises:
-            ValueError: its file is damaged or holds other layers; the message names it. Not if the folder is
-                disposable: the part is removed then.
+        None with a warning if its file is damaged, or of another calibration or other layers: the part is done again.
         """
         path = self._file(part)
         if not self.holds(part):
             return None
         try:
             result = CalibrationResult.load(path)
-            if result.config_hash != self.fingerprint or set(result.layers) != set(names):
-                raise ValueError(f"{path} belongs to another calibration: remove it")
-        except ValueError as error:
-            if not self.disposable:
-                raise
-            logger.warning("What an interrupted calibration left is not used: %s", error)
-            path.unlink()
+            if result.config_hash != self.fingerprint:
+                raise ValueError(f"{path} belongs to another calibration")
+            require_layers(result.layers, linears, path)
+        except (OSError, ValueError) as error:
+            logger.warning("A finished part of the calibration is not used, and done again: %s", error)
             return None
         return result.layers
 

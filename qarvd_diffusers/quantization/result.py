@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import PACKED_FORMAT, QARVDConfig, QuantizedModule
 from ..files.atomic import atomic_file
@@ -22,7 +22,7 @@ from .qparams import LinearQParams, check_values, stored_tensors
 
 FORMAT = f"qarvd-calibration-{PACKED_FORMAT}"
 _DESCRIBED = {"format": str, "config_hash": str, "layers": dict[str, QuantizedModule]}
-_REMEDY = "calibrate again"
+REMEDY = "calibrate again"
 METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results must be equal files
 
 # Incremented when the same config gives other numbers than before, so that older cached results are not used.
@@ -90,17 +90,33 @@ class CalibrationResult:
         with open_tensors(path) as file:
             described = parse_json((file.metadata() or {}).get(METADATA, "{}"), f"{path}: {METADATA}")
             if described.get("format") != FORMAT:
-                raise ValueError(f"{path} has format {described.get('format')!r}, expected {FORMAT!r}: {_REMEDY}")
+                raise ValueError(f"{path} has format {described.get('format')!r}, expected {FORMAT!r}: {REMEDY}")
             values = check_mapping(described, _DESCRIBED, f"{path}: {METADATA}")
             if config is not None and values["config_hash"] != config_hash(config):
                 raise ValueError(
                     f"{path} was calibrated with another config: calibrate again, or pass the config it was made with"
                 )
             modules = values["layers"]
-            check_specs(path, _expected_tensors(path, modules), read_specs(path), _REMEDY)
+            check_specs(path, _expected_tensors(path, modules), read_specs(path), REMEDY)
             layers = {name: _layer(name, description, file.get_tensor) for name, description in modules.items()}
         check_values(layers, path)
         return cls(layers, values["config_hash"])
+
+
+def require_layers(layers: Mapping[str, LinearQParams], linears: Mapping[str, nn.Linear], source: object) -> None:
+    """Check that layers read from `source` are those of a model, by name and size.
+
+    Raises:
+        ValueError: they are not; the message names the first one that differs.
+    """
+    found = {name: (len(layer.weight_scale), len(layer.channel_order)) for name, layer in layers.items()}
+    expected = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    if differing := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+        name = differing[0]
+        raise ValueError(
+            f"{source}: {len(differing)} layers are not the model's, the first is {name} of size {found.get(name)}, "
+            f"expected {expected.get(name)}: {REMEDY}"
+        )
 
 
 def _expected_tensors(path: object, modules: Mapping[str, QuantizedModule]) -> dict[str, TensorSpec]:
@@ -111,7 +127,7 @@ def _expected_tensors(path: object, modules: Mapping[str, QuantizedModule]) -> d
         if len(order) != 1 or len(scale) != 2 or not 0 <= description.num_outliers <= order[0]:
             raise ValueError(
                 f"{path}: channel_order and weight_scale of {name} are {list(order)} and {list(scale)}, expected [K] "
-                f"and [N, 2] with K of at least {description.num_outliers}: {_REMEDY}"
+                f"and [N, 2] with K of at least {description.num_outliers}: {REMEDY}"
             )
         for key, (shape, dtype) in stored_tensors(order[0], scale[0], description).items():
             expected[f"{name}.{key}"] = TensorSpec(shape, dtype)

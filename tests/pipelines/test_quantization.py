@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -16,7 +15,6 @@ from qarvd_diffusers.cli import main
 from qarvd_diffusers.evaluation.fidelity import evaluate
 from qarvd_diffusers.files.cache import cache_folder
 from qarvd_diffusers.quantization.model import quantized_linears
-from qarvd_diffusers.quantization.result import config_hash
 
 PROMPTS = ("a red circle", "a blue square")
 
@@ -206,7 +204,7 @@ def test_a_cache_is_not_needed(tiny_pipeline, tmp_path, monkeypatch, caplog):
     (kept,) = (tmp_path / "cache" / "calibration").iterdir()
     kept.write_bytes(kept.read_bytes()[:-10])
     results = [tiny_pipeline.calibrate(config()).layers]
-    assert f"A cached calibration is not used, it is made again: {kept}" in caplog.text
+    assert f"A cached calibration is not used: {kept}" in caplog.text
     monkeypatch.setenv("QARVD_CACHE", str(kept / "below a file"))
     results.append(tiny_pipeline.calibrate(config()).layers)
     assert "Set QARVD_CACHE" in caplog.text and "below a file cannot be written to" in caplog.text
@@ -215,44 +213,6 @@ def test_a_cache_is_not_needed(tiny_pipeline, tmp_path, monkeypatch, caplog):
     caplog.clear()
     assert tiny_pipeline.choose_bits(config("w4a16"), 0.2).module_bits
     assert "Set QARVD_CACHE" in caplog.text
-
-
-def test_a_foreign_result_in_the_cache_is_not_taken(tiny_pipeline, tmp_path, caplog):
-    want = tiny_pipeline.calibrate(config()).layers
-    (kept,) = (tmp_path / "cache" / "calibration").iterdir()
-    foreign = tiny_pipeline.calibrate(config("w4a8"), use_cache=False)
-    foreign.save(kept)
-    again = tiny_pipeline.calibrate(config()).layers
-    assert "another config" in caplog.text and {layer.description.weight_bits for layer in again.values()} == {8}
-    dataclasses.replace(foreign, layers=dict(list(want.items())[1:]), config_hash=config_hash(config())).save(kept)
-    again = tiny_pipeline.calibrate(config()).layers
-    assert "other layers than the model" in caplog.text and again.keys() == want.keys()
-    assert all(torch.equal(again[name].weight_packed, layer.weight_packed) for name, layer in want.items())
-
-
-def test_damaged_parts_of_an_interrupted_calibration_are_made_again(tiny_pipeline, tmp_path, caplog):
-    """In the cache, where nobody has put them; a folder that the caller named is refused instead."""
-
-    def interrupted(resume=None):
-        def stop(text, step, steps):
-            if "rounding" in text:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            tiny_pipeline.calibrate(config("w4a8"), resume=resume, progress=stop)
-        (part,) = (resume or next((tmp_path / "cache" / "unfinished").iterdir())).glob("*.safetensors")
-        part.write_bytes(part.read_bytes()[:-10])
-
-    want = tiny_pipeline.calibrate(config("w4a8"), use_cache=False).layers
-    interrupted()
-    got = tiny_pipeline.calibrate(config("w4a8")).layers
-    assert "an interrupted calibration left is not used" in caplog.text
-    assert all(torch.equal(got[name].weight_packed, layer.weight_packed) for name, layer in want.items())
-    for path in (tmp_path / "cache" / "calibration").iterdir():
-        path.unlink()
-    interrupted(tmp_path / "mine")
-    with pytest.raises(ValueError, match=r"mine/ranges\.safetensors: holds"):
-        tiny_pipeline.calibrate(config("w4a8"), resume=tmp_path / "mine")
 
 
 def test_a_quantized_model_is_refused_before_work(tiny_pipeline, tmp_path, monkeypatch, capsys):
