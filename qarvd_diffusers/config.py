@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from .files.schema import check_fields, check_value
 
 
 class QARVDMethod(str, Enum):
@@ -77,6 +79,7 @@ class QuantizedModule:
     activation: str
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.weight_bits not in (4, 8) or self.activation not in ACTIVATIONS or self.num_outliers < 0:
             raise ValueError(f"{self} is not a valid description of a quantized module")
 
@@ -216,21 +219,18 @@ class QARVDConfig(QuantizationConfigMixin):
     quant_method: str = dataclasses.field(default=QARVDMethod.QARVD, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        self.quant_method = QARVDMethod(self.quant_method)
         for name in _SEQUENCES:
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"QARVDConfig.{name} must be a sequence of values, got the single string {value!r}")
-            setattr(self, name, None if value is None else tuple(value))
+            if isinstance(value, Iterable) and not isinstance(value, Mapping):
+                setattr(self, name, tuple(value))
+        check_fields(self)
+        self.quant_method = QARVDMethod(self.quant_method)
         if not isinstance(self.chunk_weights, str):
             self.chunk_weights = tuple(float(weight) for weight in self.chunk_weights)
         if self.modules is None:
             self.format = None
-        else:
-            self.modules = {
-                name: entry if isinstance(entry, QuantizedModule) else QuantizedModule(**entry)
-                for name, entry in self.modules.items()
-            }
         self._check()
         self.__dict__["_frozen"] = True
 
@@ -379,6 +379,7 @@ class QARVDConfig(QuantizationConfigMixin):
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> QARVDConfig | tuple[QARVDConfig, dict[str, Any]]:
         """Build from a dict such as `config.json`'s `quantization_config`; unknown keys raise an error."""
+        check_value(config_dict, Mapping[str, Any], "quantization_config")
         known = {field.name for field in dataclasses.fields(cls)}
         values = {**config_dict, **{key: kwargs.pop(key) for key in list(kwargs) if key in known}}
         unknown = sorted(set(values) - known)

@@ -142,10 +142,13 @@ class QARVDQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         """Check and align a stored checkpoint, or quantize a float model without data."""
         from .calibration.calibrate import quantize_weights
-        from .quantization.model import align_float_tensors, check_loaded
+        from .quantization.model import align_float_tensors, check_loaded, quantized_linears
+        from .quantization.qparams import check_values
 
         if self.pre_quantized:
             check_loaded(model, self._source)
+            clamped = self.quantization_config.recipe.clamp_zero_points
+            check_values(quantized_linears(model), self._source, clamped)
             align_float_tensors(model)
             _declare_float32_scales(model)
             return model
@@ -217,10 +220,13 @@ def install(model: ModelMixin, result: CalibrationResult, config: QARVDConfig) -
         config: stored in the model's config by `save_pretrained`, without the calibration prompts.
 
     Raises:
-        ValueError: a layer of the result is absent, quantized already, or of another size; nothing is replaced.
+        ValueError: a layer of the result is absent, quantized already, of another size, or holds values that `config`
+            does not give; nothing is replaced.
     """
     from .quantization.install import apply
+    from .quantization.qparams import check_values
 
+    check_values(result.layers, "the calibration result", config.recipe.clamp_zero_points)
     apply(model, result)
     attach(model, config)
 

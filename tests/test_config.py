@@ -66,6 +66,43 @@ def test_bad_values_are_named(field, value):
         QARVDConfig(**{field: value})
 
 
+OTHER_TYPES = [None, True, 1, 128.5, "w8a8", [1], [None], {"a": 1}, {"a": None}, [[0.9]], float("nan"), 10**400]
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(QARVDConfig)])
+def test_values_of_another_type_are_named_before_they_are_compared(field):
+    """Whatever JSON holds: a config, or a ValueError with the field."""
+    accepted = 0
+    for value in OTHER_TYPES:
+        try:
+            QARVDConfig(**{field: value})
+            accepted += 1
+        except ValueError as error:
+            assert field in str(error) or "QARVDMethod" in str(error)
+    assert accepted < len(OTHER_TYPES) / 2
+    for values in (None, [], "w8a8", 3):
+        with pytest.raises(ValueError, match="quantization_config"):
+            QARVDConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 3, [], {}, {"num_outliers": 1, "weight_bits": 8, "activation": "none", "x": 1}]
+)
+def test_a_damaged_module_is_named(entry):
+    with pytest.raises(ValueError, match=r"modules\['blocks\.0'\]"):
+        QARVDConfig(modules={"blocks.0": entry}, format=PACKED_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field in ("num_outliers", "weight_bits") for value in (True, 8.0, "8", None, [8], -1)]
+    + [("activation", value) for value in (None, 1, ["static"], "Static")],
+)
+def test_a_description_of_another_type_is_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        QuantizedModule(**{"num_outliers": 8, "weight_bits": 8, "activation": "static", field: value})
+
+
 def test_sensitivity_continues_the_last_ratio_and_has_mean_one():
     weights = QARVDConfig(chunk_weights=(4.0, 2.0)).sensitivity(4)
     assert weights == pytest.approx([4 / 1.875, 2 / 1.875, 1 / 1.875, 0.5 / 1.875])

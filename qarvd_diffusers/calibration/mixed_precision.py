@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..config import QARVDConfig
 from ..files.atomic import write_json
 from ..files.cache import cache_folder, can_keep_results
+from ..files.schema import check_value, read_json
 from ..quantization.install import quantized_layers
 from .measure_sensitivity import SEED, describe_measurement
 from .pipeline import calibrate_pipeline, calibration_prompts, progress_on_device
@@ -23,6 +25,8 @@ from .targets import input_groups, quantizable_linears
 
 if TYPE_CHECKING:
     from ..rollout.host import PipelineHost
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = 4  # calibration prompts that errors are measured on, by default
 
@@ -87,7 +91,7 @@ def layer_errors(
         By the names of the layers of a group.
 
     Raises:
-        ValueError: the pipeline is quantized, or the file of what was measured before is damaged; it is named.
+        ValueError: the pipeline is quantized.
     """
     groups = input_groups(pipe.transformer, quantizable_linears(pipe.transformer, config), config)
     layers = quantized_layers(pipe.transformer, calibrate_pipeline(pipe, config))
@@ -130,14 +134,14 @@ def _errors_file(measured: Mapping[str, object]) -> Path:
 
 
 def _read_errors(path: Path) -> dict[str, list[float]]:
-    """Read one error per prompt, by the names of the layers of a group; empty without a file."""
+    """Read one error per prompt, by the names of the layers of a group; empty without a file that can be read."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return {str(names): [float(error) for error in per_prompt] for names, per_prompt in stored.items()}
+        return check_value(read_json(path), dict[str, list[float]], path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file of layer errors ({error}): delete it and measure again") from error
+    except (OSError, ValueError) as error:
+        logger.warning("Layer errors measured before are not used: %s", error)
+        return {}
 
 
 def most_costly(

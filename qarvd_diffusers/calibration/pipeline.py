@@ -23,11 +23,13 @@ from ..files.hashing import hash_tensors
 from ..files.text import parse_prompts, read_text
 from ..quantization.adapters import adapter_scales
 from ..quantization.model import quantized_linears
-from ..quantization.result import REVISION, CalibrationResult
+from ..quantization.result import REVISION, CalibrationResult, require_layers
+from ..rollout.exclusive import model_lock
 from ..rollout.pass_info import PassInfo
 from .calibrate import Progress, Work, calibrate, plan_work, quantize_weights
 from .processes import Processes
 from .resume import ResumeFolder
+from .targets import quantizable_linears
 from .work_bar import WorkBar, work_totals
 
 if TYPE_CHECKING:
@@ -115,13 +117,12 @@ def calibrate_pipeline(
     fingerprint = content_hash(pipe, config, embeds)
     processes.require_same(fingerprint, "model, config, prompts or settings")
     path = cache_folder() / "calibration" / f"{fingerprint}.safetensors"
-    cached = processes.from_main(_cached(path) if processes.is_main and use_cache else None)
+    cached = processes.from_main(_cached(path, pipe, config) if processes.is_main and use_cache else None)
     if cached is not None:
         return cached
     use_cache = processes.from_main(processes.is_main and use_cache and can_keep_results())
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
-    parts = unfinished or resume
-    folder = None if parts is None else ResumeFolder(parts, fingerprint)
+    folder = _unfinished(unfinished, fingerprint) if unfinished else resume and ResumeFolder(resume, fingerprint)
     rollouts = list(enumerate(embeds))
     share = processes.share(rollouts)
     passes = sum(sum(pipe.rollout_config.passes(chunk).values()) for chunk in range(config.calibration_chunks))
@@ -177,17 +178,28 @@ def progress_on_device(pipe: PipelineHost, what: str, unit: str, total: int) -> 
         yield bar.update
 
 
-def _cached(path: Path) -> CalibrationResult | None:
-    """Load an earlier result, if there is one that can be read."""
+def _cached(path: Path, pipe: PipelineHost, config: QARVDConfig) -> CalibrationResult | None:
+    """Load an earlier result, if there is one that can be read and is of this model and config."""
     if not path.is_file():
         return None
     try:
-        result = CalibrationResult.load(path)
+        result = CalibrationResult.load(path, config)
+        require_layers(result.layers, quantizable_linears(pipe.transformer, config), path)
     except (OSError, ValueError) as error:
         logger.warning("A cached calibration is not used: %s", error)
         return None
     logger.info("Calibration found in %s", path)
     return result
+
+
+def _unfinished(path: Path, fingerprint: str) -> ResumeFolder:
+    """Open the folder of an interrupted calibration in the cache; one that cannot be read starts over."""
+    try:
+        return ResumeFolder(path, fingerprint)
+    except ValueError as error:
+        logger.warning("An interrupted calibration is not continued: %s", error)
+        shutil.rmtree(path, ignore_errors=True)
+        return ResumeFolder(path, fingerprint)
 
 
 def _cache(result: CalibrationResult, path: Path) -> None:
@@ -224,7 +236,15 @@ def _by_kind(bar: WorkBar, work: Work) -> Progress:
 
 @contextmanager
 def undisturbed(pipe: PipelineHost) -> Iterator[None]:
-    """Hide the bars of single rollouts, and move the pipeline to the GPU, if there is one, and back afterwards."""
+    """Hide the bars of single rollouts, and move the pipeline to the GPU, if there is one, and back afterwards.
+
+    Streams of other threads wait meanwhile: their passes would be observed, too.
+    """
+    with model_lock(pipe.transformer):
+        yield from _undisturbed(pipe)
+
+
+def _undisturbed(pipe: PipelineHost) -> Iterator[None]:
     home = pipe.device
     bar_config = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
+
 from ..files.atomic import write_json
+from ..files.schema import check_mapping, read_json
 from ..quantization.qparams import LinearQParams
-from ..quantization.result import CalibrationResult
+from ..quantization.result import CalibrationResult, require_layers
 
 MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
 
 
 class ResumeFolder:
@@ -32,9 +37,11 @@ class ResumeFolder:
         manifest = self.path / MANIFEST
         if manifest.is_file():
             try:
-                stored = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{manifest} is not the manifest of a calibration: pass another folder") from error
+                stored = check_mapping(read_json(manifest), {"fingerprint": str}, manifest)["fingerprint"]
+            except ValueError as error:
+                raise ValueError(
+                    f"{manifest} is not the manifest of a calibration ({error}): pass another folder"
+                ) from error
             if stored != fingerprint:
                 raise ValueError(
                     f"{self.path} holds a calibration of another model, config or prompts (fingerprint {stored[:12]}, "
@@ -47,18 +54,22 @@ class ResumeFolder:
         """Tell whether a part is finished."""
         return self._file(part).is_file()
 
-    def load(self, part: str, names: Iterable[str]) -> Mapping[str, LinearQParams] | None:
+    def load(self, part: str, linears: Mapping[str, nn.Linear]) -> Mapping[str, LinearQParams] | None:
         """Load the layers of a finished part; None if it is not there.
 
-        Raises:
-            ValueError: its file is damaged or holds other layers; the message names it.
+        None with a warning if its file is damaged, or of another calibration or other layers: the part is done again.
         """
         path = self._file(part)
         if not self.holds(part):
             return None
-        result = CalibrationResult.load(path)
-        if result.config_hash != self.fingerprint or set(result.layers) != set(names):
-            raise ValueError(f"{path} belongs to another calibration: remove it")
+        try:
+            result = CalibrationResult.load(path)
+            if result.config_hash != self.fingerprint:
+                raise ValueError(f"{path} belongs to another calibration")
+            require_layers(result.layers, linears, path)
+        except (OSError, ValueError) as error:
+            logger.warning("A finished part of the calibration is not used, and done again: %s", error)
+            return None
         return result.layers
 
     def save(self, part: str, layers: Mapping[str, LinearQParams]) -> None:

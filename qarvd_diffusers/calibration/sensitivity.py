@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_json
-from ..files.text import read_text
+from ..files.schema import from_fields, read_json
 
 FORMAT = "qarvd-sensitivity-1"
 
@@ -137,13 +137,12 @@ class SensitivityResult:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such sensitivity file; `qarvd sensitivity` writes one")
         try:
-            values = json.loads(read_text(path))
-            if values["format"] != FORMAT:
-                raise ValueError(f"format is {values['format']!r}, expected {FORMAT!r}")
-            errors = tuple(tuple(tuple(map(float, row)) for row in matrix) for matrix in values["errors"])
-            result = cls(values["measured"], int(values["num_prompts"]), tuple(values["frames"]), errors)
+            values = read_json(path)
+            if values.get("format") != FORMAT:
+                raise ValueError(f"format is {values.get('format')!r}, expected {FORMAT!r}")
+            result = from_fields(cls, values, "it", extra=True)
             result._check_shape()
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not a sensitivity file ({error}): delete it and measure again") from error
         if not (partial or result.complete):
             raise ValueError(
@@ -154,6 +153,8 @@ class SensitivityResult:
 
     def _check_shape(self) -> None:
         chunks = len(self.frames)
+        if min((1, *self.frames)) < 1 or min((0.0, *(e for m in self.errors for row in m for e in row))) < 0:
+            raise ValueError("chunks without frames, or negative errors")
         for matrix in self.errors:
             if len(matrix) != chunks or any(len(row) != chunks for row in matrix):
                 raise ValueError(f"an error matrix is not {chunks} x {chunks}")

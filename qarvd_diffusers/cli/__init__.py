@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -59,13 +60,20 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # passed by diffusers, not by us
 
 
+def _terminate(number: int, frame: object) -> None:
+    """End as by ctrl-C: temporary files are removed, and what is finished is kept."""
+    print("qarvd: terminated", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `qarvd` script and return its exit code."""
     args = build_parser().parse_args(argv)
     if argv is None:  # run as a script, not called by other code
         let_threads_sleep(args)
-    quiet_libraries()
+        signal.signal(signal.SIGTERM, _terminate)
     try:
+        quiet_libraries()
         result = args.run(args)
     except KeyboardInterrupt:
         print("qarvd: interrupted", file=sys.stderr)

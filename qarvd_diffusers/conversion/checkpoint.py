@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import zipfile
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..files.safetensors import TensorSpec
+from ..files.schema import check_mapping, read_json
 from .layout import StateDict, choose, is_network, own_keys, state_dicts, tensors_of
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,8 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
 
 def _listed(index: Path, files: Sequence[Path]) -> list[Path]:
     """Return the files that an index lists; raise ValueError if one is missing."""
-    listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    expected = {"weight_map": dict[str, str]}
+    listed = set(check_mapping(read_json(index), expected, index, extra=True)["weight_map"].values())
     missing = sorted(listed - {file.name for file in files})
     if missing:
         raise ValueError(f"{index.parent}: {index.name} lists {missing}, which are missing: download them")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from ..files.safetensors import TensorSpec
+from ..files.schema import check_value, parse_json
 
 _SCALES = ("scale_weight", "weight_scale")
 _NOTES = ("scale_input", "input_scale", "comfy_quant")  # how ComfyUI computes; not part of the weight
@@ -66,8 +67,11 @@ def check_formats(source: str, notes: Mapping[str, torch.Tensor], header: Mappin
         ValueError: for another format; the message names the layer.
     """
     try:
-        layers = {name: json.loads(bytes(note.to(torch.uint8).flatten().tolist())) for name, note in notes.items()}
-        layers |= json.loads(header.get("_quantization_metadata", "{}")).get("layers", {})
+        layers = {
+            name: parse_json(bytes(note.to(torch.uint8).flatten().tolist()), name) for name, note in notes.items()
+        }
+        others = parse_json(header.get("_quantization_metadata", "{}"), "_quantization_metadata").get("layers", {})
+        layers |= check_value(others, dict[str, Any], "_quantization_metadata: layers")
         formats = {
             name: (note.get("format"), {**note, **note.get("params", {})}.get("convrot"))
             for name, note in layers.items()

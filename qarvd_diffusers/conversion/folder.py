@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
+from ..files.schema import read_json
 from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
 from .network import load_transformer_config
 
@@ -52,7 +53,7 @@ def copy_base_components(base: str | Path | None, folder: Path) -> dict[str, lis
     index_path = Path(base) / "model_index.json"
     if not index_path.is_file():
         raise ValueError(f"{index_path} is missing: base must be a local diffusers folder of a Wan model")
-    index = json.loads(index_path.read_text(encoding="utf-8"))
+    index = read_json(index_path)
     for name in names:
         if name not in index or not (Path(base) / name).is_dir():
             raise ValueError(

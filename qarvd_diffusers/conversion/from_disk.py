@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from ..calibration.weights import quantize_weight
 from ..config import QARVDConfig, QuantizedModule
 from ..files.atomic import atomic_directory
 from ..files.safetensors import TensorSpec, write_shards
+from ..files.schema import read_json
 from ..hub.model_card import CARD_FILE, model_card, stated_licence
 from ..models import CausalWanTransformer3DModel
 from ..quantization.packing import pack
@@ -98,7 +98,7 @@ def _without_float8(
 
 def _empty_model(path: Path) -> ModelMixin:
     """Build the transformer that a `config.json` describes, on the meta device."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     if values.get("quantization_config") is not None:
         raise ValueError(f"{path.parent.parent} is quantized already: quantize the float model")
     name = values.get("_class_name", WanTransformer3DModel.__name__)
@@ -117,7 +117,7 @@ def _pipeline_of(src: Path, model: ModelMixin) -> str:
     if isinstance(model, WanTransformer3DModel):
         return "qarvd_diffusers.ARVDPipeline"
     index = src / "model_index.json"
-    values = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    values = read_json(index) if index.is_file() else {}
     return f"diffusers.{values.get('_class_name', DiffusionPipeline.__name__)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,20 @@ import torch
 from accelerate import init_empty_weights
 
 from ..files.safetensors import TensorSpec
-from ..files.text import read_text
+from ..files.schema import check_mapping, read_json
 from ..models import CausalWanTransformer3DModel
 
 _HEAD_DIM = 128  # of every released Wan model; cannot be inferred from tensor shapes
 
 
 def load_transformer_config(path: str | Path) -> dict[str, Any]:
-    """Read `WanTransformer3DModel` arguments from a diffusers or an original `config.json`."""
-    values = json.loads(read_text(path))
+    """Read `WanTransformer3DModel` arguments from a diffusers or an original `config.json`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, or lacks an argument; the message names file and entry.
+    """
+    values = read_json(path)
     if "attention_head_dim" in values:
         return {key: value for key, value in values.items() if not key.startswith("_")}
     names = {
@@ -32,8 +36,12 @@ def load_transformer_config(path: str | Path) -> dict[str, Any]:
         "out_dim": "out_channels",
         "eps": "eps",
     }
+    kinds = dict.fromkeys((*names, "dim"), int) | {"eps": float, "patch_size": tuple[int, ...]}
+    values = check_mapping(values, kinds, path, optional=("patch_size",), extra=True)
+    if values["num_heads"] < 1:
+        raise ValueError(f"{path}: num_heads is {values['num_heads']}, expected at least 1")
     config = {new: values[old] for old, new in names.items()}
-    patch_size = tuple(values.get("patch_size", (1, 2, 2)))
+    patch_size = values.get("patch_size", (1, 2, 2))
     return {**config, "attention_head_dim": values["dim"] // values["num_heads"], "patch_size": patch_size}
 
 

@@ -21,6 +21,7 @@ from qarvd_kernels import unpack_weight
 from ..config import QARVDConfig
 from ..files.atomic import atomic_directory, atomic_file
 from ..files.safetensors import TensorSpec, write_shards, write_tensors
+from ..files.schema import read_json
 from ..models.single_file_header import SingleFileHeader, comfyui_metadata, read_single_file
 from ..quantization.model import quantized_linears, unwrapped
 from ..rollout.config import RolloutConfig
@@ -79,7 +80,7 @@ def folder_to_single_file(folder: str | Path, out: str | Path, prefix: str = "")
         raise ValueError(
             f"{path.parent} has no config.json or no safetensors: expected a diffusers folder of a Wan model"
         )
-    header = _header(_json(path), _json(index) if index.is_file() else {})
+    header = _header(read_json(path), read_json(index) if index.is_file() else {})
     if header.quantization is not None and (prefix or not index.is_file()):
         raise ValueError(f"{folder} is quantized: expected no prefix, and a model_index.json of the pipeline")
     described = not prefix and (header.quantization is not None or header.pipeline)
@@ -226,7 +227,3 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
         "none": "Float activations are lost: ComfyUI quantizes the inputs of these layers to 8 bits.",
     }
     return [*lost, kinds[some.activation]]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..config import QARVDConfig
+from ..files.schema import read_json
 
-CARD_FILE = "README.md"
+logger = logging.getLogger(__name__)
+
+CARD_FILE, REPORT_FILE = "README.md", "fidelity.json"
+_TAG = "qarvd"
 _UNMEASURED = (
     "Fidelity was not measured for this checkpoint. Measure it with "
     "`qarvd_diffusers.evaluate(float_pipe, pipe, prompts)`.\n"
@@ -31,12 +37,53 @@ def is_non_commercial(licence: str | None) -> bool:
     return "nc" in (licence or "").lower().replace("_", "-").split("-") or "non-commercial" in (licence or "").lower()
 
 
+def _card_data(folder: str | os.PathLike[str]) -> ModelCardData | None:
+    """Read the header of a folder's model card; None if there is no card, or one that cannot be read."""
+    path = Path(folder) / CARD_FILE
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path).data
+    except Exception as error:  # a README is anybody's text, and no reason not to save a model
+        logger.warning("%s is not read as a model card, its licence is not known: %s", path, error)
+        return None
+
+
 def stated_licence(folder: str | os.PathLike[str]) -> str | None:
     """Return the licence identifier in a folder's model card, None if there is no card or it states no licence."""
+    licence = getattr(_card_data(folder), "license", None)
+    if licence is not None and not isinstance(licence, str):
+        logger.warning("%s: license is %r, expected an identifier", Path(folder) / CARD_FILE, licence)
+        return None
+    return licence
+
+
+def stored_report(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Read the report of `evaluate` that a folder was saved with; None if there is none, or a damaged one."""
+    path = Path(folder) / REPORT_FILE
+    if not path.is_file():
+        return None
     try:
-        return ModelCard.load(Path(folder) / CARD_FILE).data.license if (Path(folder) / CARD_FILE).is_file() else None
-    except ValueError:
-        return None  # a README that is not a model card
+        report = read_json(path)
+        _fidelity(report)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        logger.warning("%s is damaged, the model card says that nothing was measured: %s", path, error)
+        return None
+    return report
+
+
+def owned_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Name the files of a saved pipeline that speak of its weights: a save that does not write them removes them.
+
+    A README that is none of our model cards is its user's.
+    """
+    tags = getattr(_card_data(folder), "tags", None)
+    return [REPORT_FILE, *([CARD_FILE] if isinstance(tags, list) and _TAG in tags else [])]
+
+
+def _code(text: str) -> str:
+    """Set a text that a checkpoint brought as code, without characters that would end it or begin something else."""
+    return "`" + re.sub(r"[`|<>\s]+", " ", text)[:100] + "`"
 
 
 def _tags(licence: str | None, *tags: str) -> list[str]:
@@ -51,7 +98,7 @@ def _licence_text(licence: str | None) -> str:
     warning = ""
     if is_non_commercial(licence):
         warning = "**Non-commercial**: these weights may not be used or sold commercially. "
-    return f"{warning}`{licence}`, inherited from the base model."
+    return f"{warning}{_code(licence)}, inherited from the base model."
 
 
 def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
@@ -114,9 +161,16 @@ def _fidelity(report: Mapping[str, Any] | None) -> str:
     return text
 
 
+def _base_model(name: str | None) -> str:
+    """Write the base model as a link if its name is one of a Hub repository."""
+    if not name:
+        return "An autoregressive video diffusion model"
+    return f"[{name}](https://huggingface.co/{name})" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else _code(name)
+
+
 def _exceptions(config: QARVDConfig) -> str:
     """List the layers whose number of bits differs from the scheme's."""
-    listed = ", ".join(f"{bits} bits in `{name}`" for name, bits in (config.module_bits or {}).items())
+    listed = ", ".join(f"{bits} bits in {_code(name)}" for name, bits in (config.module_bits or {}).items())
     return f" ({listed})" if listed else ""
 
 
@@ -157,7 +211,7 @@ def model_card(
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-video",
-        tags=_tags(licence, "qarvd", "quantized", "autoregressive-video-diffusion", config.scheme),
+        tags=_tags(licence, _TAG, "quantized", "autoregressive-video-diffusion", config.scheme),
         base_model=base_model,
         license=licence,
     )
@@ -168,7 +222,7 @@ def model_card(
 
 # {(repo_id or "Autoregressive video diffusion model").split("/")[-1]} ({config.scheme})
 
-{f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "An autoregressive video diffusion model"}
+{_base_model(base_model)}
 quantized with Q-ARVD ([arXiv 2605.21072](https://arxiv.org/abs/2605.21072)):
 {scheme.weight_bits}-bit weights{_exceptions(config)}, {activations} activations,
 and a separate scale for outlier channels.

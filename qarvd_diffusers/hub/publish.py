@@ -17,11 +17,9 @@ from torch import nn
 from ..config import QARVDConfig
 from ..files.atomic import atomic_file
 from ..quantization.model import stored_bytes
-from .model_card import CARD_FILE, is_non_commercial, model_card, stated_licence
+from .model_card import CARD_FILE, REPORT_FILE, is_non_commercial, model_card, stated_licence, stored_report
 
 logger = logging.getLogger(__name__)
-
-REPORT_FILE = "fidelity.json"
 
 
 class Publishable(Protocol):
@@ -70,7 +68,7 @@ def complete_folder(
     text_encoder = getattr(pipe, "text_encoder", None)
     if pipe.quantization.text_encoder == "int8" and text_encoder is not None:
         _copy_float_files(text_encoder.name_or_path, folder / "text_encoder")
-    write_card(pipe, folder, report or _stored_report(pipe.source), repo_id)
+    write_card(pipe, folder, report or (stored_report(pipe.source) if pipe.source else None), repo_id)
 
 
 def write_card(
@@ -159,12 +157,6 @@ def find_licence(*models: str | None) -> str | None:
         if licence is not None:
             return licence
     return None
-
-
-def _stored_report(source: str | None) -> dict[str, Any] | None:
-    """Read the report saved with the checkpoint that a pipeline was loaded from."""
-    path = Path(source or "") / REPORT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _remove_local_paths(folder: Path) -> None:

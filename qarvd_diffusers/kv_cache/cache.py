@@ -8,20 +8,25 @@ from typing import Any
 
 import torch
 
+from ..files.safetensors import TensorSpec
+from ..files.schema import check_mapping
 from .layer import KVLayerCache
 from .storage import STORAGES, check_storage, is_quantized
 
 _FIRST_CHUNKS = 4  # room of a full cache of unknown length; each doubling moves buffers and recompiles compiled blocks
-_STATE_FIELDS = (
-    "frames",
-    "origin",
-    "shift",
-    "pinned",
-    "_shot",
-    "_next_frame",
-    "_tokens_per_frame",
-    "_capacity",
-)  # bookkeeping that a saved cache keeps
+_MOST_AT_ONCE = 1024  # frames; a longer cache grows by doubling, whatever length is announced
+_LARGEST = 2**31  # frames and positions
+# Bookkeeping that a saved cache keeps.
+_STATE_FIELDS = {
+    "frames": list[int],
+    "origin": int,
+    "shift": int,
+    "pinned": list[int],
+    "_shot": tuple[int, bool] | None,
+    "_next_frame": int | None,
+    "_tokens_per_frame": int,
+    "_capacity": int,
+}
 
 
 class KVCache:
@@ -207,7 +212,7 @@ class KVCache:
         known = self.local_attention_frames if self.local_attention_frames != -1 else self.num_frames
         if known is None or known < needed:
             known = max(2 * self._capacity, _FIRST_CHUNKS * coming)
-        self._capacity = max(needed, known)
+        self._capacity = max(needed, min(known, max(2 * self._capacity, _MOST_AT_ONCE)))
         tokens, dtype = self._capacity * self._tokens_per_frame, STORAGES[self.storage] or like.dtype
         for layer in self.layers:
             layer.reserve(tokens, shape, like.device, dtype)
@@ -274,10 +279,71 @@ class KVCache:
         fields = {name: getattr(self, name) for name in _STATE_FIELDS}
         return tensors, fields | {"scales_given": self.layers[0].scales_given}
 
+    def expected_state(
+        self,
+        fields: Mapping[str, Any],
+        found: Mapping[str, TensorSpec],
+        shape: tuple[int, int, int, int],
+        frames_done: int,
+        where: str,
+    ) -> dict[str, TensorSpec]:
+        """Return the tensors of a state with these `fields`, for a cache made with the same arguments.
+
+        What a cache learns from its first pass (heads, head_dim, dtype) is taken from the first layer that is found.
+
+        Args:
+            fields: JSON values that `state` returned.
+            found: the tensors that there are.
+            shape: `(batch, channels, height, width)` of the latents.
+            frames_done: latent frames of the stream so far.
+            where: name of the fields in errors.
+
+        Raises:
+            ValueError: the fields are of other types, or contradict each other.
+        """
+        fields = check_mapping(fields, {**_STATE_FIELDS, "scales_given": bool}, where)
+        self._check_fields(fields, shape, frames_done, where)
+        batch = shape[0]
+        key = found.get("0.key", TensorSpec((batch, 0, 0, 0), torch.float32))
+        dtype = STORAGES[self.storage] or (key.dtype if key.dtype.is_floating_point else torch.float32)
+        tokens, heads = len(fields["frames"]) * fields["_tokens_per_frame"], key.shape[2:]
+        specs = dict.fromkeys(
+            ("key", "value") if fields["_capacity"] else (), TensorSpec((batch, tokens, *heads), dtype)
+        )
+        if is_quantized(dtype) and (specs or fields["scales_given"]):
+            scale = found.get("0.key_scale", TensorSpec((batch, *heads[:1]), torch.float32)).shape
+            last = heads[:1] if specs else scale[-1:]
+            last = last if len(scale) == 1 else (batch, *last)  # see `KVLayerCache.key_scale`
+            specs |= dict.fromkeys(("key_scale", "value_scale"), TensorSpec(last, torch.float32))
+        return {f"{index}.{name}": spec for index in range(len(self.layers)) for name, spec in specs.items()}
+
+    @staticmethod
+    def _check_fields(
+        fields: Mapping[str, Any], shape: tuple[int, int, int, int], frames_done: int, where: str
+    ) -> None:
+        """Raise ValueError if the fields of a state contradict each other, or the frames that the stream has made."""
+        frames, origin = fields["frames"], fields["origin"]
+        end = max([frame + 1 for frame in frames[-1:]] + [fields["_next_frame"] or 0])
+        offset = (fields["_shot"] or (0,))[0]
+        numbers = (*frames, *fields["pinned"], end, offset, fields["shift"], origin, fields["_tokens_per_frame"])
+        wrong = {
+            "a negative or very large number": not all(0 <= number < _LARGEST for number in numbers),
+            "frames out of order": frames != sorted(set(frames)),
+            f"another last frame than the stream's, {frames_done - 1}": end not in (0, frames_done),
+            "an origin after the last frame": origin > end + fields["shift"],
+            "less capacity than frames": fields["_capacity"] < len(frames),
+            "more tokens than a frame has latents": fields["_tokens_per_frame"] > shape[2] * shape[3],
+        }
+        for what, is_so in wrong.items():
+            if is_so:
+                raise ValueError(f"{where}: {what}; the file is damaged")
+
     def load_state(self, tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any], device: torch.device) -> None:
         """Restore what `state` returned; buffers are allocated on `device`."""
         for name in _STATE_FIELDS:
             setattr(self, name, fields[name])
+        known = self.local_attention_frames if self.local_attention_frames != -1 else self.num_frames or 0
+        self._capacity = min(self._capacity, max(_FIRST_CHUNKS * len(self.frames), min(known, _MOST_AT_ONCE)))
         for index, layer in enumerate(self.layers):
             layer.scales_given = fields["scales_given"]
             for name in ("key_scale", "value_scale"):

@@ -23,6 +23,7 @@ from transformers import AutoConfig, UMT5EncoderModel
 
 from ..calibration.targets import quantizable_linears
 from ..config import QARVDConfig, QuantizedModule
+from ..files.schema import read_json
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..rollout.config import RolloutConfig
 
@@ -61,7 +62,7 @@ class ModelShapes:
         def read(file: str) -> dict[str, Any]:
             local = Path(name) / file
             path = local if Path(name).is_dir() else hf_hub_download(str(name), file, **hub)
-            return json.loads(Path(path).read_text(encoding="utf-8"))
+            return read_json(path)
 
         index = read("model_index.json")
         if (index.get("transformer") or [None, None])[1] != "WanTransformer3DModel":

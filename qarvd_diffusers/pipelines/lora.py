@@ -18,6 +18,7 @@ from ..calibration.targets import base_linears
 from ..conversion import LORA_NESTINGS, check_fit, load_checkpoint, read_lora, to_peft
 from ..conversion.lora import DIFFERENCES
 from ..conversion.peft import with_bias_pairs
+from ..files.safetensors import check_finite
 
 
 class LoraMixin(WanLoraLoaderMixin):
@@ -55,8 +56,11 @@ class LoraMixin(WanLoraLoaderMixin):
             given = {key: tensor.clone() for key, tensor in given.items()}
         try:
             tensors, metadata = _fetch(given, **kwargs)
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{source}: unreadable or truncated ({error}); download the file again") from error
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                check_finite(tensor, f"{source}: {name}")
         lora = read_lora(tensors, source)
         if metadata is None:
             tensors, metadata = to_peft(lora)

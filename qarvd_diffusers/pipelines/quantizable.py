@@ -17,9 +17,11 @@ from ..config import QARVDConfig
 from ..conversion.folder import FEW_STEP_SCHEDULERS, write_portable_parts
 from ..files.atomic import atomic_directory
 from ..hub import publish
+from ..hub.model_card import owned_files
 from ..quantization.result import CalibrationResult
 from .arguments import loading_arguments
 from .quantization import check_stored_config, quantize_pipeline, quantize_text_encoder, split_config
+from .stored_components import check_components
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,6 +51,7 @@ class QuantizableMixin:
         Raises:
             ValueError: if the repository is quantized with another config, or `quantization_config` names a component
                 that the pipeline does not have.
+            ValueError: if a file lacks a tensor, or has one of another shape or kind; see `check_components`.
             OSError: if a file is missing, truncated or damaged; the message names the file.
         """
         kwargs = loading_arguments(cls, kwargs)
@@ -63,6 +66,8 @@ class QuantizableMixin:
                 raise
             raise OSError(f"{error}. The file is truncated or damaged: download or save it again.") from error
         pipe.source = str(pretrained_model_name_or_path)
+        passed = {name for name in pipe.components if name in kwargs}
+        check_components({k: v for k, v in pipe.components.items() if k not in passed}, kwargs.get("variant"))
         unknown = sorted(set(getattr(rest, "quant_mapping", None) or {}) - set(pipe.components))
         if unknown:
             raise ValueError(f"quantization_config names {unknown}, the pipeline has {sorted(pipe.components)}")
@@ -158,7 +163,8 @@ class QuantizableMixin:
         card. An int8 text encoder is stored in float, as it was loaded, and quantized again when loading.
 
         Args:
-            save_directory: folder to write; files of the same names are replaced, others are kept.
+            save_directory: folder to write. It is replaced at once when all is written; files that others put there
+                are kept, but no weights of a component that was saved, and no card or report of another model.
             push_to_hub: upload afterwards; `kwargs` may then include those of `push_to_hub`.
             report: what `evaluate` returned, for the model card.
             **kwargs: `variant`, `max_shard_size` as in `DiffusionPipeline.save_pretrained`.
@@ -173,7 +179,7 @@ class QuantizableMixin:
         }
         if not push_to_hub and upload:
             raise ValueError(f"{sorted(upload)} need push_to_hub=True")
-        with atomic_directory(save_directory) as folder:
+        with atomic_directory(save_directory, owned_files(save_directory)) as folder:
             self._write(folder, report, upload.get("repo_id"), **kwargs)
         if push_to_hub:
             self._upload(Path(save_directory), **{"repo_id": Path(save_directory).name, **upload})

@@ -14,6 +14,7 @@ from ..config import QARVDConfig
 from ..quantization.adapters import adapter_scales
 from ..quantization.result import CalibrationResult
 from ..quantizer import install
+from ..rollout.exclusive import model_lock
 
 if TYPE_CHECKING:
     from ..rollout.host import PipelineHost
@@ -61,12 +62,13 @@ def check_stored_config(stored: QARVDConfig, wanted: QARVDConfig) -> None:
 
 def quantize_pipeline(pipe: PipelineHost, config: QARVDConfig, result: CalibrationResult | None = None) -> None:
     """Quantize the pipeline's transformer in place; without a result, calibrate first."""
-    require_float(pipe)
-    result = result or calibrate_pipeline(pipe, config)
-    hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
-    adapters = adapter_scales(pipe.transformer) if config.needs_calibration else {}
-    config = config.replace(base_model=config.base_model or hub_id, calibration_adapters=adapters or None)
-    install(pipe.transformer, result, config)
+    with model_lock(pipe.transformer):  # streams of other threads wait
+        require_float(pipe)
+        result = result or calibrate_pipeline(pipe, config)
+        hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
+        adapters = adapter_scales(pipe.transformer) if config.needs_calibration else {}
+        config = config.replace(base_model=config.base_model or hub_id, calibration_adapters=adapters or None)
+        install(pipe.transformer, result, config)
 
 
 def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import qarvd_kernels as ops
-from qarvd_kernels.checks import accumulator
 
 from ..config import QuantizedModule
 from .dequantized_weight import DequantizedWeight
-from .qparams import LinearQParams, stored_tensors
+from .qparams import LinearQParams, check_values, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +94,8 @@ class QARVDLinear(nn.Linear):
         """Build the quantized counterpart of `linear`, on its device, with its bias and dtype.
 
         Raises:
-            ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or zero-points so far out
-                that integer sums could overflow.
+            ValueError: a tensor of `qparams` is missing or has the wrong shape or dtype, or values that no calibration
+                gives (see `qparams.check_values`).
         """
         layer = cls(
             linear.in_features,
@@ -119,14 +118,8 @@ class QARVDLinear(nn.Linear):
             raise ValueError(f"{sorted(tensors)} have no place in a layer with {qparams.description}")
         if linear.bias is not None:
             layer.bias = _frozen(linear.bias.detach().clone())
-        layer._check_sums()
+        check_values({"": layer}, None)
         return layer.train(linear.training)
-
-    def _check_sums(self) -> None:
-        """Check that integer sums cannot overflow."""
-        for group, width in enumerate((self.num_outliers, self.in_features - self.num_outliers)):
-            zero_point = None if self.input_zero_point is None else self.input_zero_point[group]
-            accumulator(width, zero_point, self.weight_zero_point[:, group], self.weight_bits)
 
     def store_rows_in(self, order: Tensor | None) -> None:
         """Store the output channels in another order; output, `weight` and state dict keep the natural order.

@@ -1,8 +1,10 @@
-"""Hold what quantization decides about one Linear (`LinearQParams`), and specify the tensors that are stored."""
+"""Hold what quantization decides about one Linear (`LinearQParams`); specify and check the tensors that are stored."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,3 +68,70 @@ def stored_tensors(
     if description.activation == "static":
         specs |= {"input_scale": ((2,), torch.float32), "input_zero_point": ((2,), torch.int32)}
     return specs
+
+
+def check_values(layers: Mapping[str, Any], source: object, clamped: bool = False) -> None:
+    """Check the values of packed layers: kernels read where `channel_order` says, and divide by scales.
+
+    Layers of one shape are checked together, since a model has hundreds.
+
+    Args:
+        layers: by name, `LinearQParams` or `QARVDLinear`, with tensors of the right shapes and dtypes.
+        source: file, for errors; None names the tensor alone.
+        clamped: zero-points are codes, as all recipes but `Recipe.reference` make them.
+
+    Raises:
+        ValueError: a channel order is no permutation, a scale not positive and finite, a zero-point no code, or so far
+            out that integer sums could overflow; the message names file and tensor.
+    """
+    alike: dict[tuple, list[tuple[str, Any, int]]] = {}
+    for name, layer in layers.items():
+        what, order = layer.description, layer.channel_order
+        key = (order.shape, order.device, layer.weight_scale.shape, what.weight_bits, what.activation)
+        alike.setdefault(key, []).append((name, layer, what.num_outliers))
+    for (*_, bits, _), group in alike.items():
+        names, members, outliers = zip(*group, strict=True)
+        for tensor, expected, valid in _rules(members, outliers, 2**bits - 1, clamped):
+            if not valid.all():
+                name = names[int(valid.int().argmin())]
+                where = f"{source}: {name}." if source else ""
+                raise ValueError(f"{where}{tensor} holds wrong values, expected {expected}")
+
+
+def _rules(
+    layers: Sequence[Any], outliers: Sequence[int], levels: int, clamped: bool
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield tensor, expectation and which of the layers, alike in shape, meet it: bool `[L]`."""
+
+    def bounds(name: str) -> tuple[Tensor, Tensor]:
+        """Least and greatest value of each layer and group, `[L, 2]`; NaN where there is one."""
+        stacked = torch.stack([getattr(layer, name).detach() for layer in layers])
+        stacked = stacked if stacked.ndim == 3 else stacked[:, None]
+        return stacked.amin(1), stacked.amax(1)
+
+    def within(low: Tensor, high: Tensor, levels: int) -> Tensor:
+        return ((low >= 0) & (high <= levels)).all(1)
+
+    def reach(low: Tensor, high: Tensor, levels: int) -> Tensor:
+        return torch.maximum(high.long(), levels - low.long())
+
+    order = torch.stack([layer.channel_order.detach() for layer in layers]).long()
+    channels = order.shape[1]
+    seen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order.clamp(0, max(channels - 1, 0)), True)
+    yield "channel_order", f"each of 0..{channels - 1} once", seen.all(1)
+    static = layers[0].input_scale is not None
+    for name in ("weight_scale", "input_scale") if static else ("weight_scale",):
+        low, high = bounds(name)
+        yield name, "positive finite numbers", ((low > 0) & (high < float("inf"))).all(1)
+    sums = order.new_tensor(127)
+    if static:
+        low, high = bounds("input_zero_point")
+        if clamped:
+            yield "input_zero_point", "codes in 0..255", within(low, high, 255)
+        sums = reach(low, high, 255)
+    low, high = bounds("weight_zero_point")
+    if clamped:
+        yield "weight_zero_point", f"codes in 0..{levels}", within(low, high, levels)
+    first = order.new_tensor(outliers)
+    largest = torch.stack([first, channels - first], 1) * sums * reach(low, high, levels)
+    yield "weight_zero_point", "a largest integer sum of this layer below 2**31", (largest < 2**31).all(1)

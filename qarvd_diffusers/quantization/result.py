@@ -6,20 +6,23 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import PACKED_FORMAT, QARVDConfig, QuantizedModule
 from ..files.atomic import atomic_file
-from .qparams import LinearQParams, stored_tensors
+from ..files.safetensors import TensorSpec, check_specs, open_tensors, read_specs
+from ..files.schema import check_mapping, parse_json
+from .qparams import LinearQParams, check_values, stored_tensors
 
 FORMAT = f"qarvd-calibration-{PACKED_FORMAT}"
+_DESCRIBED = {"format": str, "config_hash": str, "layers": dict[str, QuantizedModule]}
+REMEDY = "calibrate again"
 METADATA = "qarvd"  # one entry: safetensors writes several in any order, and equal results must be equal files
 
 # Incremented when the same config gives other numbers than before, so that older cached results are not used.
@@ -84,39 +87,57 @@ class CalibrationResult:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such calibration result")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error}): calibrate again") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}: calibrate again")
-        if config is not None and metadata["config_hash"] != config_hash(config):
+        with open_tensors(path) as file:
+            described = parse_json((file.metadata() or {}).get(METADATA, "{}"), f"{path}: {METADATA}")
+            if described.get("format") != FORMAT:
+                raise ValueError(f"{path} has format {described.get('format')!r}, expected {FORMAT!r}: {REMEDY}")
+            values = check_mapping(described, _DESCRIBED, f"{path}: {METADATA}")
+            if config is not None and values["config_hash"] != config_hash(config):
+                raise ValueError(
+                    f"{path} was calibrated with another config: calibrate again, or pass the config it was made with"
+                )
+            modules = values["layers"]
+            check_specs(path, _expected_tensors(path, modules), read_specs(path), REMEDY)
+            layers = {name: _layer(name, description, file.get_tensor) for name, description in modules.items()}
+        check_values(layers, path)
+        return cls(layers, values["config_hash"])
+
+
+def require_layers(layers: Mapping[str, LinearQParams], linears: Mapping[str, nn.Linear], source: object) -> None:
+    """Check that layers read from `source` are those of a model, by name and size.
+
+    Raises:
+        ValueError: they are not; the message names the first one that differs.
+    """
+    found = {name: (len(layer.weight_scale), len(layer.channel_order)) for name, layer in layers.items()}
+    expected = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    if differing := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+        name = differing[0]
+        raise ValueError(
+            f"{source}: {len(differing)} layers are not the model's, the first is {name} of size {found.get(name)}, "
+            f"expected {expected.get(name)}: {REMEDY}"
+        )
+
+
+def _expected_tensors(path: object, modules: Mapping[str, QuantizedModule]) -> dict[str, TensorSpec]:
+    """Return the tensors of all layers; their sizes are those of the order and the scales that the file has."""
+    found, expected = read_specs(path), {}
+    for name, description in modules.items():
+        order, scale = (getattr(found.get(f"{name}.{key}"), "shape", ()) for key in ("channel_order", "weight_scale"))
+        if len(order) != 1 or len(scale) != 2 or not 0 <= description.num_outliers <= order[0]:
             raise ValueError(
-                f"{path} was calibrated with another config: calibrate again, or pass the config it was made with"
+                f"{path}: channel_order and weight_scale of {name} are {list(order)} and {list(scale)}, expected [K] "
+                f"and [N, 2] with K of at least {description.num_outliers}: {REMEDY}"
             )
-        described = {name: QuantizedModule(**value) for name, value in metadata["layers"].items()}
-        layers = {name: _layer(path, name, description, tensors) for name, description in described.items()}
-        if tensors:
-            raise ValueError(f"{path} holds unexpected tensors {sorted(tensors)[:5]}: calibrate again")
-        return cls(layers, metadata["config_hash"])
+        for key, (shape, dtype) in stored_tensors(order[0], scale[0], description).items():
+            expected[f"{name}.{key}"] = TensorSpec(shape, dtype)
+    return expected
 
 
-def _layer(path: object, name: str, description: QuantizedModule, tensors: dict[str, Tensor]) -> LinearQParams:
-    """Take the tensors of one layer out of `tensors`, checked against each other."""
-    prefix = f"{name}."
-    try:
-        sizes = tensors[f"{prefix}channel_order"].numel(), tensors[f"{prefix}weight_scale"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the tensor {error}: calibrate again") from None
+def _layer(name: str, description: QuantizedModule, fetch: Callable[[str], Tensor]) -> LinearQParams:
+    """Read the tensors of one layer, which have been checked."""
     fields: dict[str, Any] = {"input_scale": None, "input_zero_point": None}
-    for key, (shape, dtype) in stored_tensors(*sizes, description).items():
-        tensor = tensors.pop(prefix + key, None)
-        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            got = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{path}: {prefix}{key} is {got}, expected {dtype} {shape}: calibrate again")
-        fields[key] = tensor
+    fields |= {key: fetch(f"{name}.{key}") for key in stored_tensors(2, 1, description)}
     return LinearQParams(description=description, **fields)
 
 

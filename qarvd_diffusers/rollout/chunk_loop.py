@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 
+from ..files.safetensors import TensorSpec
+from ..files.schema import check_mapping
 from ..kv_cache.cache import KVCache
 from .inputs import StreamInputs
 from .pass_info import PassInfo
 
-_STATE_FIELDS = ("_steps_done", "_context_done", "_next_chunk", "_frames_done")  # progress that a saved loop keeps
+# Progress that a saved loop keeps.
+_STATE_FIELDS = {"_steps_done": int, "_context_done": bool, "_next_chunk": int, "_frames_done": int}
 
 
 class RunPass(Protocol):
@@ -140,9 +142,7 @@ class ChunkLoop:
             self._context_done = True
             self._remember(latents)
             yield -1, latents
-        for chunk, offset, frames in itertools.islice(
-            fields.chunks(self.inputs.num_chunks, context), self._next_chunk, None
-        ):
+        for chunk, offset, frames in fields.chunks(self.inputs.num_chunks, context, self._next_chunk):
             if self.interrupted():
                 return
             self.refresh()
@@ -184,6 +184,46 @@ class ChunkLoop:
         count = sum(name.startswith("recent.") for name in tensors)
         self._recent = [tensors[f"recent.{index}"].to(self.device) for index in range(count)]
         self._first = tensors["first"].to(self.device) if "first" in tensors else None
+
+    @staticmethod
+    def expected_state(
+        inputs: StreamInputs, fields: Mapping[str, Any], dtype: torch.dtype, count: int, where: str
+    ) -> dict[str, TensorSpec]:
+        """Return the tensors of the state with these `fields`, for a stream of these `inputs`.
+
+        Args:
+            inputs: of the stream.
+            fields: JSON values that `state` returned.
+            dtype: of the latents.
+            count: number of tensors that there are; what is expected is listed up to one more.
+            where: name of the fields in errors.
+
+        Raises:
+            ValueError: the fields are of other types, or contradict each other.
+        """
+        fields = check_mapping(fields, _STATE_FIELDS, where)
+        rollout, context, done = inputs.fields, inputs.context_frames, fields["_next_chunk"]
+        if done < 0 or (inputs.num_chunks is not None and done > inputs.num_chunks):
+            raise ValueError(f"{where}: _next_chunk is {done}, expected 0 to num_chunks = {inputs.num_chunks}")
+        right = {
+            "_steps_done": rollout.steps_before(done),
+            "_context_done": True,
+            "_next_chunk": done,
+            "_frames_done": context + rollout.frames_before(done, context),
+        }
+        if fields != right:
+            raise ValueError(f"{where}: {dict(fields)} contradict each other, expected {right} after {done} chunks")
+        batch, channels, height, width = inputs.shape
+        pieces: list[int] = []
+        window = rollout.local_attention_frames
+        for chunk in range(done - 1, -2, -1):
+            frames = context if chunk < 0 else rollout.chunk_frames(chunk, context)
+            if not frames or len(pieces) > count or (window != -1 and sum(pieces) >= window):
+                break
+            pieces.insert(0, frames)
+        names = {f"recent.{index}": frames for index, frames in enumerate(pieces)}
+        names |= {"first": 1} if rollout.keep_first_frame and pieces else {}
+        return {name: TensorSpec((batch, channels, frames, height, width), dtype) for name, frames in names.items()}
 
     def _remember(self, latents: torch.Tensor) -> None:
         """Keep the latents of one window, in whole chunks."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ..files.schema import check_fields
 
 PROMPT_SWITCHES = ("keep", "recache", "new_text_only", "cut")
 """What happens to cached frames when the prompt changes. `keep`: they stay, and the picture follows the new prompt
@@ -20,6 +22,7 @@ positions away (LongLive 2.0; Infinity-RoPE, arXiv 2511.20649)."""
 ROPE_MODES = ("absolute", "window")
 CONTEXT_MODES = ("refresh", "rebuild")
 SAMPLERS = ("renoise", "unipc")
+MAX_CHUNK = 4096  # latent frames, far beyond what any model generates together
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         for name in ("denoising_timesteps", "first_chunk_timesteps"):
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
+            if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+                object.__setattr__(self, name, tuple(value))
+        check_fields(self)
         self._check()
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
@@ -89,7 +94,8 @@ class RolloutConfig:
 
     def _check(self) -> None:
         require = self._require
-        require(self.num_frames_per_chunk >= 1, "num_frames_per_chunk", "a positive integer")
+        frames = self.num_frames_per_chunk
+        require(1 <= frames <= MAX_CHUNK, "num_frames_per_chunk", f"a positive integer, at most {MAX_CHUNK}")
         require(_is_falling(self.denoising_timesteps), "denoising_timesteps", "falling numbers in [0, 1000]")
         first = self.first_chunk_timesteps
         require(first is None or _is_falling(first), "first_chunk_timesteps", "None or falling numbers in [0, 1000]")
@@ -206,9 +212,21 @@ class RolloutConfig:
         single = self.independent_first_frame and chunk == 0 and context_frames == 0
         return 1 if single else self.num_frames_per_chunk
 
-    def chunks(self, num_chunks: int | None, context_frames: int = 0) -> Iterator[tuple[int, int, int]]:
-        """Yield `(chunk, frame_offset, num_frames)` of every generated chunk; endless for `num_chunks=None`."""
-        chunk, offset = 0, context_frames
+    def frames_before(self, chunk: int, context_frames: int = 0) -> int:
+        """Return the latent frames of all generated chunks before `chunk`."""
+        return 0 if chunk == 0 else self.chunk_frames(0, context_frames) + (chunk - 1) * self.num_frames_per_chunk
+
+    def steps_before(self, chunk: int) -> int:
+        """Return the denoising steps of all generated chunks before `chunk`."""
+        return 0 if chunk == 0 else len(self.timesteps_of_chunk(0)) + (chunk - 1) * len(self.denoising_timesteps)
+
+    def chunks(
+        self, num_chunks: int | None, context_frames: int = 0, first: int = 0
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield `(chunk, frame_offset, num_frames)` of the generated chunks from `first` on; endless for
+        `num_chunks=None`.
+        """
+        chunk, offset = first, context_frames + self.frames_before(first, context_frames)
         while num_chunks is None or chunk < num_chunks:
             frames = self.chunk_frames(chunk, context_frames)
             yield chunk, offset, frames

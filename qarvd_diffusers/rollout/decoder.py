@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..files.safetensors import TensorSpec
+
 
 @runtime_checkable
 class Decoder(Protocol):
@@ -24,6 +26,13 @@ class StatefulDecoder(Decoder, Protocol):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the memory of earlier chunks; raises ValueError if it cannot be saved."""
+
+    def expected_state(
+        self, shape: tuple[int, int, int, int], frames: int, found: Mapping[str, TensorSpec]
+    ) -> dict[str, TensorSpec] | None:
+        """Return the tensors of `state_dict` after `frames` latent frames of `shape` `(B, C, H, W)`, given those that
+        are `found`; None if the decoder does not say.
+        """
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned; raises ValueError if that is not possible."""
@@ -65,6 +74,13 @@ class CheckedDecoder:
             ValueError: if the decoder has no `state_dict`.
         """
         return self._method("state_dict", "saved")()
+
+    def expected_state(
+        self, shape: tuple[int, int, int, int], frames: int, found: Mapping[str, TensorSpec]
+    ) -> dict[str, TensorSpec] | None:
+        """Return what the decoder's own `expected_state` does; None without one."""
+        method = getattr(self._decoder, "expected_state", None)
+        return None if method is None else method(shape, frames, found)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned.

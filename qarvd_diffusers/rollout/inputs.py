@@ -90,15 +90,12 @@ class StreamInputs:
         """Latent frames of the whole video, the initial ones included; None if endless."""
         if self.num_chunks is None:
             return None
-        generated = sum(frames for _, _, frames in self.fields.chunks(self.num_chunks, self.context_frames))
-        return self.context_frames + generated
+        return self.context_frames + self.fields.frames_before(self.num_chunks, self.context_frames)
 
     @property
     def num_steps(self) -> int | None:
         """Denoising steps of the whole stream; None if endless."""
-        if self.num_chunks is None:
-            return None
-        return sum(len(self.fields.timesteps_of_chunk(chunk)) for chunk in range(self.num_chunks))
+        return None if self.num_chunks is None else self.fields.steps_before(self.num_chunks)
 
     def noise(self, offset: int, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Return the starting noise of the chunk at absolute frame `offset`."""

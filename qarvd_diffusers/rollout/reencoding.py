@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ..files.safetensors import TensorSpec
 from .decoder import StatefulDecoder
 
 _FRAME = "frame."  # prefix in the state dict
@@ -55,6 +56,17 @@ class ReencodingDecoder:
         """Return the decoder's state and the pictures."""
         pictures = {f"{_FRAME}{frame}": picture for frame, picture in self._pictures.items()}
         return {**self._decoder.state_dict(), **pictures}
+
+    def expected_state(
+        self, shape: tuple[int, int, int, int], frames: int, found: Mapping[str, TensorSpec]
+    ) -> dict[str, TensorSpec] | None:
+        """Return what `state_dict` holds, see `StatefulDecoder`; the size of the pictures is that of the first one."""
+        names = [f"{_FRAME}{index}" for index in range(max(0, frames - self._frames), frames)]
+        picture = next((spec for name in names if (spec := found.get(name))), TensorSpec((), torch.float32))
+        dtype = picture.dtype if picture.dtype.is_floating_point else torch.float32
+        pictures = dict.fromkeys(names, TensorSpec((shape[0], 3, 1, *picture.shape[3:]), dtype))
+        others = self._decoder.expected_state(shape, frames, found)
+        return None if others is None else others | pictures
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..files.atomic import atomic_file
 from ..files.hashing import hash_tensors
+from ..files.safetensors import TensorSpec, check_finite, open_tensors, read_header
+from ..files.schema import parse_json
 from ..quantization.adapters import layer_scales
 from ..quantization.model import quantized_linears
 from .chunk_loop import ChunkLoop
@@ -24,6 +25,7 @@ from .decoder import StatefulDecoder
 from .inputs import StreamInputs
 from .pass_info import PassInfo
 from .session import PromptChange, StepCallback, StreamRequest, StreamSession
+from .state_schema import REMEDY, below, check_parts, check_state
 
 if TYPE_CHECKING:
     from .host import StreamHost
@@ -180,17 +182,21 @@ class SavedStream:
         """Read a file that `save_state` wrote.
 
         Raises:
-            ValueError: if it is another kind of file, or damaged.
+            OSError: if it cannot be read.
+            ValueError: if it is another kind of file, or damaged; names file and entry.
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if header else {}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}): save the stream again") from error
-        if not header or header.get("version") != _VERSION:
+        path = os.fspath(path)
+        specs, texts = read_header(path)
+        header: dict[str, Any] = parse_json(texts.get(_KEY, "{}"), f"{path}: {_KEY}")  # empty: another kind of file
+        if header.get("version") != _VERSION:
             raise ValueError(f"{path} is no stream saved by Stream.save_state of this version")
-        return cls(os.fspath(path), header, tensors)
+        check_state(path, header, specs)
+        with open_tensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in specs}
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                check_finite(tensor, f"{path}: {name}", positive=name.endswith(("key_scale", "value_scale")))
+        return cls(path, header, tensors)
 
     @property
     def num_chunks(self) -> int:
@@ -210,6 +216,8 @@ class SavedStream:
         """
         own, saved = fingerprint(pipe), self.header["model"]
         self._check_adapters(pipe)
+        if pipe.rollout_config != RolloutConfig.from_config(self.header["fields"]):
+            own = own | {"causal fields": ""}
         differing = [name for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]
         if differing:
             raise ValueError(
@@ -290,14 +298,12 @@ class SavedStream:
     @property
     def _inputs(self) -> StreamInputs:
         """The inputs that `_pack_inputs` packed."""
-        state, tensors = self.header["inputs"], self._part("inputs.")
-        generators = []
-        for index in range(sum(name.startswith("generator.") for name in tensors)):
-            generators.append(torch.Generator(state["generator_device"]))
-            generators[-1].set_state(tensors[f"generator.{index}"])
-        renoise = [
-            tensors[f"renoise.{index}"] for index in range(sum(name.startswith("renoise.") for name in tensors))
-        ]
+        state, tensors = self.header["inputs"], below("inputs.", self.tensors)
+        states, renoise = (
+            [tensors[f"{kind}.{index}"] for index in range(sum(name.startswith(f"{kind}.") for name in tensors))]
+            for kind in ("generator", "renoise")
+        )
+        generators = [_generator(state["generator_device"], bits, self.path) for bits in states]
         return StreamInputs(
             RolloutConfig.from_config(self.header["fields"]),
             tuple(state["shape"]),
@@ -309,13 +315,25 @@ class SavedStream:
         )
 
     def restore(self, loop: ChunkLoop, decoder: StatefulDecoder | None) -> None:
-        """Restore the state into a new loop and decoder, and drop the tensors of this copy."""
-        loop.load_state(self._part("loop."), self.header["loop"])
-        loop.cache.load_state(self._part("cache."), self.header["cache"], loop.device)
+        """Restore the state into a new loop and decoder, and drop the tensors of this copy.
+
+        Raises:
+            ValueError: if the cache or the decoder expects other tensors; names file and entry.
+        """
+        specs = {name: TensorSpec.of(tensor) for name, tensor in self.tensors.items()}
+        check_parts(self.path, self.header, specs, loop.cache, decoder)
+        loop.load_state(below("loop.", self.tensors), self.header["loop"])
+        loop.cache.load_state(below("cache.", self.tensors), self.header["cache"], loop.device)
         if decoder is not None:
-            decoder.load_state_dict(self._part("decoder."))
+            decoder.load_state_dict(below("decoder.", self.tensors))
         self.tensors.clear()  # they are on the device now
 
-    def _part(self, prefix: str) -> Mapping[str, torch.Tensor]:
-        """Return the tensors whose name begins with `prefix`, without it."""
-        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+def _generator(device: str, bits: torch.Tensor, path: str) -> torch.Generator:
+    """Return a generator in a saved state; raise ValueError if there is no such device, or the state is damaged."""
+    try:
+        generator = torch.Generator(device)
+        generator.set_state(bits)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path}: inputs.generator of device {device!r} ({error}): {REMEDY}") from error
+    return generator

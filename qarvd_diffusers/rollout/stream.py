@@ -7,11 +7,13 @@ import os
 import threading
 import weakref
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .config import PROMPT_SWITCHES
+from .exclusive import model_lock
 from .output import Chunk
 from .saved_state import SavedStream, take_state
 from .session import PromptChange, StreamSession
@@ -28,22 +30,22 @@ class Stream(Iterator[Chunk]):
     dropped. However it ends, its memory is freed immediately, and the pipeline can be used again. Use it in a `with`
     block if its end must not wait for the garbage collector.
 
-    `set_prompt`, `pause`, `resume` and `close` may be called from another thread than the one that iterates. A model
-    still
-    runs one pass at a time: do not iterate over two streams of a pipeline in two threads.
+    `set_prompt`, `pause`, `resume` and `close` may be called from another thread than the one that iterates. Streams
+    of one model may be iterated in several threads: they take turns, a chunk each, and none changes another's video.
     """
 
     def __init__(self, pipe: StreamHost, session: StreamSession, chunks: Generator[Chunk]) -> None:
         self._pipe = pipe
         self._session = session
         self._chunks = chunks
+        self._model = model_lock(pipe.transformer)  # taken before `_running`
         self._running = threading.RLock()  # held while a chunk is generated
         self._making = False
         self._go = threading.Event()
         self._go.set()
         self._paused_by: int | None = None
         # Runs at interpreter exit too: if it closed any later, diffusers could not import what it needs.
-        weakref.finalize(self, _end, chunks)
+        weakref.finalize(self, self._model.soon, partial(_end, chunks))
 
     def __next__(self) -> Chunk:
         if not self._go.is_set():
@@ -52,7 +54,7 @@ class Stream(Iterator[Chunk]):
                     "the stream is paused by the thread that asks for its next chunk: call resume() first"
                 )
             self._go.wait()
-        with self._running:
+        with self._model, self._running:
             if not self._session.closing:
                 self._making = True
                 try:
@@ -134,14 +136,12 @@ class Stream(Iterator[Chunk]):
         """End the stream and free its memory; a chunk that another thread makes ends after its current step."""
         self._session.closing = True
         self._go.set()
-        if self._running.acquire(blocking=False):
-            try:
-                if (
-                    not self._making
-                ):  # else a callback of the pass in progress called this: the pass ends at the next step
-                    self._chunks.close()
-            finally:
-                self._running.release()
+        if not self._running.acquire(blocking=False):
+            return  # the thread that makes a chunk ends it at the next step, and then the stream
+        self._running.release()
+        with self._model, self._running:
+            if not self._making:  # else a callback of the pass in progress called this
+                self._chunks.close()
 
     def state(self) -> SavedStream:
         """Copy all that the stream continues from, after the chunk handed out last, to host memory.
@@ -151,7 +151,7 @@ class Stream(Iterator[Chunk]):
         Raises:
             ValueError: if the stream has not started, has ended, or has state that cannot be copied.
         """
-        with self._running:
+        with self._model, self._running:
             if self._making:
                 raise ValueError("a callback cannot save the stream in the middle of a chunk: save it between two")
             return take_state(self._pipe, self._session)

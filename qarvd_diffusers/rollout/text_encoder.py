@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.hooks import apply_group_offloading
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ..files.atomic import atomic_file
+from ..files.safetensors import check_finite, open_tensors, read_specs
 
 if TYPE_CHECKING:
     from .host import StreamHost
@@ -109,15 +109,17 @@ def load_prompt_embeds(prompt_embeds: torch.Tensor | str | os.PathLike[str] | No
     """Return embeddings as they are, or read them from a file of `save_prompt_embeds`.
 
     Raises:
-        ValueError: if it is not a safetensors file, or has no `prompt_embeds`.
+        ValueError: if it is not a safetensors file, or has no finite `prompt_embeds` of three dimensions.
     """
     if not isinstance(prompt_embeds, str | os.PathLike):
         return prompt_embeds
-    try:
-        with safe_open(os.fspath(prompt_embeds), framework="pt") as file:
-            names = list(file.keys())
-            if _KEY not in names:
-                raise ValueError(f"{prompt_embeds} has no tensor named {_KEY!r}, but {names[:5]}")
-            return file.get_tensor(_KEY)
-    except SafetensorError as error:
-        raise ValueError(f"{prompt_embeds} is no readable safetensors file ({error})") from error
+    with open_tensors(prompt_embeds) as file:
+        found = read_specs(prompt_embeds)
+        if _KEY not in found:
+            raise ValueError(f"{prompt_embeds} has no tensor named {_KEY!r}, but {list(found)[:5]}")
+        spec = found[_KEY]
+        if not spec.dtype.is_floating_point or len(spec.shape) != 3:
+            raise ValueError(f"{prompt_embeds}: {_KEY} is {spec}, expected floats [B, text_tokens, text_dim]")
+        embeds: torch.Tensor = file.get_tensor(_KEY)
+    check_finite(embeds, f"{prompt_embeds}: {_KEY}")
+    return embeds

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
 
+from ..files.safetensors import TensorSpec
 from ..quantization.model import unwrapped
 from .fused import install_fast_modules, is_fast
 
@@ -90,6 +91,21 @@ class StreamingVAEDecoder:
             str(index): entry if isinstance(entry, torch.Tensor) else torch.empty(0)
             for index, entry in enumerate(memory)
             if entry is not None
+        }
+
+    def expected_state(
+        self, shape: tuple[int, int, int, int], frames: int, found: Mapping[str, TensorSpec]
+    ) -> dict[str, TensorSpec]:
+        """Return the tensors of `state_dict` after `frames` latent frames of `shape` `(B, C, H, W)`."""
+        with torch.device("meta"):  # shapes only
+            like = StreamingVAEDecoder(type(self._vae).from_config(self._vae.config), frames_at_once=1)
+            batch, channels, height, width = shape
+            for _ in range(min(frames, 3)):  # later ones change nothing
+                like.decode(torch.empty(batch, channels, 1, height, width))
+        marks = TensorSpec.of(torch.empty(0))
+        specs = {name: TensorSpec.of(entry) for name, entry in like.state_dict().items()}
+        return {
+            name: spec if spec == marks else TensorSpec(spec.shape, self._vae.dtype) for name, spec in specs.items()
         }
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

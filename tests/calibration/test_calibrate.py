@@ -213,15 +213,26 @@ Q = "blocks.0.attn1.to_q"
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is truncated or not a safetensors file"),
-        (damage(lambda t, m: t.pop(f"{Q}.input_scale")), f"{Q}.input_scale is missing"),
-        (damage(lambda t, m: t.pop(f"{Q}.channel_order")), f"lacks the tensor '{Q}.channel_order'"),
-        (damage(lambda t, m: t.update(extra=torch.zeros(1))), "unexpected tensors ['extra']"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "bytes of tensors, its header lists"),
+        (damage(lambda t, m: t.pop(f"{Q}.input_scale")), f"1 missing ({Q}.input_scale)"),
+        (damage(lambda t, m: t.pop(f"{Q}.channel_order")), f"channel_order and weight_scale of {Q} are []"),
+        (damage(lambda t, m: t.update(extra=torch.zeros(1))), "1 unexpected (extra)"),
         (
             damage(lambda t, m: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"].half()})),
-            "expected torch.float32",
+            f"{Q}.weight_scale is float16 [32, 2], expected float32 [32, 2]",
         ),
-        (damage(lambda t, m: t.update({f"{Q}.input_scale": torch.ones(3)})), "(3,), expected torch.float32 (2,)"),
+        (damage(lambda t, m: t.update({f"{Q}.input_scale": torch.ones(3)})), "is float32 [3], expected float32 [2]"),
+        (damage(lambda t, m: t[f"{Q}.channel_order"].fill_(1)), f"{Q}.channel_order holds wrong values"),
+        (damage(lambda t, m: t[f"{Q}.channel_order"].add_(1)), f"{Q}.channel_order holds wrong values"),
+        (
+            damage(lambda t, m: t[f"{Q}.weight_scale"].neg_()),
+            f"{Q}.weight_scale holds wrong values, expected positive",
+        ),
+        (damage(lambda t, m: t[f"{Q}.input_scale"].fill_(float("nan"))), f"{Q}.input_scale holds wrong values"),
+        (damage(lambda t, m: m["layers"][Q].update(num_outliers=True)), "num_outliers"),
+        (damage(lambda t, m: m["layers"][Q].update(num_outliers=10**9)), "with K of at least 1000000000"),
+        (damage(lambda t, m: m["layers"][Q].pop("weight_bits")), "weight_bits"),
+        (damage(lambda t, m: m.update(layers=[])), "layers"),
         (damage(lambda t, m: m.update(format="other")), "has format 'other'"),
     ],
 )

@@ -84,7 +84,7 @@ def test_errors_are_those_of_one_group_alone(tiny_pipeline):
     assert errors[group] == pytest.approx((1.5 * per_chunk[0] + 0.5 * per_chunk[1]).item() / 2, rel=1e-6)
 
 
-def test_measuring_goes_on_where_it_was_interrupted(tiny_pipeline, tmp_path, monkeypatch):
+def test_measuring_goes_on_where_it_was_interrupted(tiny_pipeline, tmp_path, monkeypatch, caplog):
     """Killed after 20 of 34 rollouts; another process knows the 18 errors, and measures 14 after the float rollout."""
     public, stream, rollouts = config("w4a16"), tiny_pipeline.stream, []
     tiny_pipeline.calibrate(public)
@@ -103,10 +103,8 @@ def test_measuring_goes_on_where_it_was_interrupted(tiny_pipeline, tmp_path, mon
     assert layer_errors(tiny_pipeline, public, PROMPTS) == errors and len(rollouts) == 36
     (file,) = (tmp_path / "cache" / "layer_errors").iterdir()
     file.write_text("[1]")
-    with pytest.raises(ValueError, match=f"{file.name} is not a file of layer errors"):
-        layer_errors(tiny_pipeline, public, PROMPTS)
-    file.unlink()
     assert layer_errors(tiny_pipeline, public, PROMPTS) == errors and len(rollouts) == 36 + 34
+    assert f"{file.name}: holds [1], expected an object" in caplog.text
     layer_errors(tiny_pipeline, public, PROMPTS, seed=5)  # another measurement
     assert len(rollouts) == 36 + 2 * 34
 

@@ -184,7 +184,7 @@ def test_faults_are_named(tiny_pipeline, tmp_path):
         ARVDPipeline.from_single_file(tmp_path / "plain.safetensors")
     data = path.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cut\.safetensors: unreadable or truncated"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors: holds .* bytes of tensors, its header lists"):
         ARVDPipeline.from_single_file(tmp_path / "cut.safetensors")
     pipe.load_lora_weights(as_file(random_lora(pipe.transformer), "diffusers"))
     with pytest.raises(ValueError, match="carries adapters"):

@@ -251,6 +251,60 @@ def test_close_frees_a_paused_consumer(pipe):
     assert ended == ["end"]
 
 
+def test_streams_in_several_threads_give_their_own_videos(pipe):
+    """Passes keep state on the modules of the model: 30 videos, two threads, half of them on a second pipeline."""
+    second = type(pipe)(**pipe.components, **{k: v for k, v in pipe.config.items() if k in ("height", "width")})
+    second.register_to_config(
+        **{k: v for k, v in pipe.config.items() if not k.startswith("_") and k not in pipe.components}
+    )
+    second.set_progress_bar_config(disable=True)
+
+    def video(host, seed, chunks):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"generator": generator, "num_chunks": chunks, "output_type": "latent"}
+        return torch.cat([chunk.latents for chunk in host.stream(PROMPT, **options)], dim=2)
+
+    jobs = [(seed, 1 + seed % 3) for seed in range(30)]
+    expected = {seed: video(pipe, seed, chunks) for seed, chunks in jobs}
+    got, errors = {}, []
+
+    def work(host, share):
+        try:
+            for seed, chunks in share:
+                got[seed] = video(host, seed, chunks)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(host, jobs[i::2])) for i, host in enumerate((pipe, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not errors and all(torch.equal(got[seed], expected[seed]) for seed, _ in jobs)
+
+
+def test_dropping_a_stream_never_waits_for_another_thread(pipe):
+    """A collector may drop a stream anywhere: its end is left to the thread that makes a chunk just then."""
+    dropped = pipe.stream(PROMPT, generator=seeded(), output_type="latent")
+    next(dropped)
+    session, entered, leave = dropped._session, threading.Event(), threading.Event()
+
+    def hold(*_):
+        entered.set()
+        leave.wait(60)
+        return {}
+
+    busy = pipe.stream(PROMPT, generator=seeded(), num_chunks=1, output_type="latent", callback_on_step_end=hold)
+    worker = threading.Thread(target=lambda: next(busy))
+    worker.start()
+    assert entered.wait(60)
+    del dropped
+    assert session.live is not None, "the other thread runs the model"
+    leave.set()
+    worker.join(60)
+    assert session.live is None
+
+
 # States in files
 
 
@@ -336,7 +390,7 @@ def test_states_are_refused_by_name(pipe, tmp_path):
     with pytest.raises(ValueError, match="no stream saved by"):
         pipe.restore_stream(tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match="truncated, or not a safetensors file"):
         pipe.restore_stream(tmp_path / "broken.safetensors")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qarvd_diffusers import QARVDConfig
 from qarvd_diffusers.rollout.text_encoder import save_prompt_embeds
@@ -67,9 +67,18 @@ def test_embeddings_from_a_file(tiny_pipeline, tmp_path):
     save_file({"embeds": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="has no tensor named 'prompt_embeds', but"):
         stream.set_prompt(prompt_embeds=tmp_path / "other.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="no readable safetensors file"):
-        tiny_pipeline.stream(prompt_embeds=tmp_path / "broken.safetensors")
+    right = load_file(path)["prompt_embeds"]
+    for wrong, message in (
+        (b"no", "truncated, or not a safetensors file"),
+        (path.read_bytes()[:-1], "holds 767 bytes of tensors, its header lists 768"),
+        (right.int(), r"prompt_embeds is int32 .*, expected floats \[B, text_tokens, text_dim\]"),
+        (right[0], r"prompt_embeds is float32 .*, expected floats"),
+        (torch.full_like(right, float("nan")), "prompt_embeds holds nan, expected finite values"),
+    ):
+        broken = tmp_path / "broken.safetensors"
+        broken.write_bytes(wrong) if isinstance(wrong, bytes) else save_file({"prompt_embeds": wrong}, broken)
+        with pytest.raises(ValueError, match=rf"broken\.safetensors: {message}"):
+            tiny_pipeline.stream(prompt_embeds=broken)
 
 
 def test_int8_encoder_is_close_and_can_wait(tiny_pipeline):

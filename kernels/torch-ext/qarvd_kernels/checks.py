@@ -83,25 +83,6 @@ def integer_activation(a: Tensor, in_features: int, out_dtype: torch.dtype) -> N
     require(out_dtype.is_floating_point, "out_dtype", out_dtype, "a floating-point dtype")
 
 
-def accumulator(in_features: int, input_zero_point: Tensor | None, weight_zero_point: Tensor, bits: int) -> None:
-    """Check that zero-points cannot make a sum of K products overflow int32.
-
-    Reads tensor values, so it belongs where a layer is built, not into an operator.
-    """
-
-    def reach(zero_point: Tensor, levels: int) -> int:
-        return max(int(zero_point.max()), levels - int(zero_point.min()))
-
-    a = 127 if input_zero_point is None else reach(input_zero_point, 255)
-    w = reach(weight_zero_point, 2**bits - 1)
-    require(
-        in_features * a * w < 2**31,
-        "the largest integer sum of this layer",
-        f"{in_features} * {a} * {w}",
-        "less than 2**31; zero-points clamped to the code range stay below it up to 33000 input channels",
-    )
-
-
 def matrix(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int, int] | None = None) -> None:
     """Check for two dimensions, and for `dtype` or, if that is None, any floating dtype."""
     require(value.ndim == 2, f"shape of {name}", tuple(value.shape), "two dimensions")
