@@ -91,6 +91,16 @@ class StockModel:
             return torch.cat([x.flatten().float() for x in _tensors(self.forward(model, Draw(timestep, seed, dtype)))])
 
 
+def aligned(model: nn.Module) -> nn.Module:
+    """Move the tensors of a loaded model to memory of their own.
+
+    Mapped from a file they start at any address, and the order of a CPU's float sums depends on that.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Relative Euclidean distance of two vectors."""
     return ((got - expected).norm() / expected.norm()).item()

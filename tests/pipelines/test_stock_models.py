@@ -1,0 +1,45 @@
+"""The video transformers of diffusers, quantized without data and stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stock_models import STOCK_MODELS, StockModel, aligned, relative_error
+from torch import nn
+
+from qarvd_diffusers import QARVDConfig, quantized_linears
+
+ALL = pytest.mark.parametrize("stock", STOCK_MODELS, ids=[stock.name for stock in STOCK_MODELS])
+
+# Relative error of the output of w8a8_dynamic that is allowed; twice what rounding to nearest gives at most.
+LIMIT = 0.015
+
+
+def load(stock: StockModel, folder, **arguments) -> nn.Module:
+    return aligned(stock.cls.from_pretrained(folder, **arguments)).eval()
+
+
+@ALL
+def test_quantizes_without_data_and_reloads_bit_for_bit(stock, tmp_path):
+    float_model = stock.build()
+    float_model.save_pretrained(tmp_path / "float")
+    model = load(stock, tmp_path / "float", quantization_config=QARVDConfig("w8a8_dynamic"))
+    assert quantized_linears(model)
+    output = stock.run(model)
+    assert relative_error(output, stock.run(float_model)) < LIMIT
+    model.save_pretrained(tmp_path / "quantized")
+    again = load(stock, tmp_path / "quantized")
+    assert type(again) is stock.cls
+    assert torch.equal(stock.run(again), output)
+
+
+@ALL
+def test_a_quantized_model_keeps_its_dtype(stock, tmp_path):
+    stock.build().save_pretrained(tmp_path / "float")
+    dtypes = []
+    for config in (None, QARVDConfig("w8a8_dynamic")):
+        model = stock.cls.from_pretrained(tmp_path / "float", torch_dtype=torch.bfloat16, quantization_config=config)
+        dtypes.append(model.dtype)
+    assert dtypes[1] == dtypes[0]
+    model.save_pretrained(tmp_path / "quantized")
+    assert stock.cls.from_pretrained(tmp_path / "quantized", torch_dtype=torch.bfloat16).dtype == dtypes[0]
