@@ -39,11 +39,10 @@ BEGIN, END = "<!-- table of benchmarks/third_party.py -->", "<!-- end of table -
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one class: one cell per column, and what remains to be explained."""
+    """What was found for one class: one cell per column."""
 
     name: str
     cells: dict[str, str]
-    notes: tuple[str, ...]
 
 
 def rollouts(stock: StockModel, model: nn.Module) -> list[Callable[[], None]]:
@@ -143,7 +142,7 @@ def measure(stock: StockModel, folder: Path) -> Row:
     floats = {name for name, _ in model.named_parameters()}
     model.save_pretrained(folder / "float")
     expected = held_out(stock, model)
-    cells, notes = {}, []
+    cells = {}
     errors = [relative_error(held_out(stock, load(stock, folder / "float", s)), expected) for s in DATA_FREE]
     cells["data free"] = _numbers(errors)
     errors, bits = [], []
@@ -160,7 +159,7 @@ def measure(stock: StockModel, folder: Path) -> Row:
     cells["LoRA"] = _mark(adapters_work(stock, model))
     cells["offload"] = _mark(offloads(stock, model))
     cells["dequantize"] = _mark(dequantizes(stock, folder / "float"))
-    return Row(stock.name, cells, tuple(notes))
+    return Row(stock.name, cells)
 
 
 def _numbers(values: list[float]) -> str:

@@ -56,8 +56,9 @@ def scout(
     """Run one float rollout.
 
     Returns:
-        The Linears that stay float: outside repeated blocks, not called in every pass, called on nothing, or reading
-        the time embedding; and whether the layers that the config ties read the same tensors.
+        The Linears that stay float: outside repeated blocks, beside experts (a router: its error sends a token to
+        another expert), not called in every pass, called on nothing, or reading the time embedding; and whether the
+        layers that the config ties read the same tensors.
     """
     linears = quantizable_linears(transformer, config)
     blocks = tuple(
@@ -65,6 +66,8 @@ def scout(
         for name, module in transformer.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len(set(map(type, module))) == 1
     )
+    experts = [name for name, tensor in transformer.named_parameters() if tensor.ndim == 3 and name[-7:] != ".weight"]
+    routing = {name.rpartition(".")[0].rpartition(".")[0] for name in experts} - {""}
     rows, inputs, passes = defaultdict(list), {}, []
 
     def record(name: str) -> Callable[..., None]:
@@ -84,6 +87,7 @@ def scout(
         name
         for name in linears
         if not name.startswith(blocks)
+        or name.rpartition(".")[0] in routing
         or len(rows[name]) < len(passes)
         or min(rows[name]) == 0
         or max(rows[name]) <= MODULATION_ROWS
