@@ -68,12 +68,19 @@ class StockModel:
         return getattr(diffusers, self.name)
 
     def build(self) -> nn.Module:
-        """Build the tiny model in float32; what its class initializes to zero is drawn, so that every layer counts."""
+        """Build the tiny model in float32; what its class leaves at zero or uninitialized is drawn, to count."""
         torch.manual_seed(0)
-        model = self.cls(**self.config)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
+        try:
+            model = self.cls(**self.config)
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
         with torch.no_grad():
             for parameter in model.parameters():
-                if not torch.isfinite(parameter).all() or not parameter.any() or parameter.abs().max() > 100:
+                if not torch.isfinite(parameter).all():
+                    parameter.normal_(0, parameter.shape[1] ** -0.5)
+                elif not parameter.any():
                     parameter.normal_(0, 0.02)
         return model.eval()
 
