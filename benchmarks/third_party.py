@@ -22,12 +22,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import qarvd_diffusers
-from qarvd_diffusers import QARVDConfig, quantized_linears
+from qarvd_diffusers import QARVDConfig, quantize, quantized_linears
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from stock_calibration import quantize  # noqa: E402
 from stock_models import STOCK_MODELS, StockModel, aligned, relative_error  # noqa: E402
 
 TIMESTEPS = (1000.0, 750.0, 500.0, 250.0)

@@ -6,11 +6,7 @@ import pytest
 import torch
 from stock_pipelines import STOCK_PIPELINES
 
-import qarvd_diffusers
-from qarvd_diffusers import QARVDConfig
-
-quantize = getattr(qarvd_diffusers, "quantize", None)
-pytestmark = pytest.mark.skipif(quantize is None, reason="qarvd_diffusers.quantize is not there yet")
+from qarvd_diffusers import QARVDConfig, quantize
 
 
 def _blocks(model: torch.nn.Module) -> dict[str, torch.Tensor]:

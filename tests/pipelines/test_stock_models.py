@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stock_calibration import quantize
 from stock_models import STOCK_MODELS, StockModel, aligned, relative_error
 from torch import nn
 
-from qarvd_diffusers import QARVDConfig, quantized_linears
+from qarvd_diffusers import QARVDConfig, quantize, quantized_linears
 
 ALL = pytest.mark.parametrize("stock", STOCK_MODELS, ids=[stock.name for stock in STOCK_MODELS])
 

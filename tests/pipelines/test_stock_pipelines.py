@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stock_calibration import quantize
 from stock_models import relative_error
 from stock_pipelines import STOCK_PIPELINES, StockPipeline
 
-from qarvd_diffusers import QARVDConfig, quantized_linears
+from qarvd_diffusers import QARVDConfig, quantize, quantized_linears
 
 # Relative error of the pixels that is allowed; untrained models spread the error of a step to all later ones.
 LIMITS = {"w8a8": 0.03, "w4a8": 0.06}
