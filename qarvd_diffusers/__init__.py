@@ -28,6 +28,8 @@ _PUBLIC = {
     "convert_checkpoint": "conversion",
     "evaluate": "evaluation.fidelity",
     "export_int8_tensorwise": "conversion",
+    "choose_bits": "pipelines.any_pipeline",
+    "measure_rollouts": "pipelines.any_pipeline",
     "measure_sensitivity": "calibration.measure_sensitivity",
     "quantize": "pipelines.any_pipeline",
     "quantize_folder": "conversion",
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from .evaluation.fidelity import evaluate
     from .kv_cache.cache import KVCache
     from .models.transformer_causal_wan import CausalWanTransformer3DModel
-    from .pipelines.any_pipeline import quantize
+    from .pipelines.any_pipeline import choose_bits, measure_rollouts, quantize
     from .pipelines.arvd_mixin import ARVDMixin
     from .pipelines.pipeline_arvd import ARVDPipeline
     from .quantization.linear import QARVDLinear
@@ -85,9 +87,11 @@ __all__ = [
     "Stream",
     "bundled_model_path",
     "calibrate",
+    "choose_bits",
     "convert_checkpoint",
     "evaluate",
     "export_int8_tensorwise",
+    "measure_rollouts",
     "measure_sensitivity",
     "quantize",
     "quantize_folder",

@@ -22,12 +22,15 @@ from ..files.cache import cache_folder, can_keep_results
 from ..files.hashing import hash_tensors
 from ..files.text import parse_prompts, read_text
 from ..quantization.adapters import adapter_scales
-from ..quantization.model import quantized_linears
+from ..quantization.model import quantized_linears, unwrapped
 from ..quantization.result import REVISION, CalibrationResult
 from ..rollout.pass_info import PassInfo
 from .calibrate import Progress, Work, calibrate, plan_work, quantize_weights
 from .processes import Processes
+from .report import with_chunk_weights
 from .resume import ResumeFolder
+from .scout import scout
+from .targets import Targets, is_published_family, select
 from .work_bar import WorkBar, work_totals
 
 if TYPE_CHECKING:
@@ -110,6 +113,7 @@ def calibrate_pipeline(
         work = plan_work(pipe.transformer, config)
         with WorkBar(work_totals(work, 0, 0), progress, desc="quantizing", disable=_hidden(pipe)) as bar:
             return quantize_weights(pipe.transformer, config, _by_kind(bar, work))
+    config, _ = with_chunk_weights(pipe.transformer, config)
     with torch.no_grad():
         embeds = [pipe.encode_prompt(prompt) for prompt in calibration_prompts(pipe, config)]
     fingerprint = content_hash(pipe, config, embeds)
@@ -123,14 +127,15 @@ def calibrate_pipeline(
     parts = unfinished or resume
     folder = None if parts is None else ResumeFolder(parts, fingerprint)
     rollouts = list(enumerate(embeds))
+    targets, config = pipeline_targets(pipe, config, embeds[0])
     share = processes.share(rollouts)
     passes = sum(sum(pipe.rollout_config.passes(chunk).values()) for chunk in range(config.calibration_chunks))
-    work = plan_work(pipe.transformer, config, folder, processes)
+    work = plan_work(pipe.transformer, config, folder, processes, targets)
     totals = work_totals(work, passes * len(rollouts), passes * len(share))
     hidden = _hidden(pipe)
     with undisturbed(pipe), WorkBar(totals, progress, desc="calibrating", disable=hidden) as bar:
         run, run_share = (partial(_run, pipe, config, bar, some) for some in (rollouts, share))
-        result = calibrate(pipe.transformer, run, config, _by_kind(bar, work), folder, processes, run_share)
+        result = calibrate(pipe.transformer, run, config, _by_kind(bar, work), folder, processes, run_share, targets)
     if processes.is_main and use_cache:
         _cache(result, path)
     if processes.is_main and unfinished is not None:
@@ -138,17 +143,32 @@ def calibrate_pipeline(
     return result
 
 
+def pipeline_targets(
+    pipe: PipelineHost, config: QARVDConfig, prompt_embeds: torch.Tensor
+) -> tuple[Targets, QARVDConfig]:
+    """Select what to quantize in a pipeline: by its structure in the published family, else by a float rollout.
+
+    Returns:
+        See `scout`.
+    """
+    if is_published_family(pipe.transformer) or not config.needs_calibration:
+        return select(pipe.transformer, config), config
+    with undisturbed(pipe):
+        return scout(unwrapped(pipe.transformer), config, partial(_run, pipe, config, None, [(0, prompt_embeds)]))
+
+
 def _run(
     pipe: PipelineHost,
     config: QARVDConfig,
-    bar: WorkBar,
+    bar: WorkBar | None,
     rollouts: Sequence[tuple[int, torch.Tensor]],
     on_pass: Callable[[PassInfo], None],
 ) -> None:
     """Run rollouts, pairs of index and prompt embeddings; `on_pass` is called before every pass."""
 
     def observed(info: PassInfo) -> None:
-        bar.advance("pass", "running the model")
+        if bar is not None:
+            bar.advance("pass", "running the model")
         on_pass(info)
 
     for index, prompt_embeds in rollouts:

@@ -17,7 +17,7 @@ from ..quantization.result import CalibrationResult
 from .targets import PUBLISHED_FAMILY, Targets, is_published_family, repeated_blocks
 
 FORMAT = "qarvd-report-1"
-NOT_A_LINEAR = "not a Linear"
+NOT_A_LINEAR, NOT_RUN = "not a Linear", "not run"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def with_chunk_weights(transformer: nn.Module, config: QARVDConfig) -> tuple[QAR
 
 
 def make_report(
-    transformer: nn.Module, targets: Targets, result: CalibrationResult, config: QARVDConfig, why: str
+    transformer: nn.Module, targets: Targets, result: CalibrationResult, config: QARVDConfig, why: str = ""
 ) -> Report:
     """Describe a result before it is put into its float transformer.
 
@@ -98,7 +98,7 @@ def make_report(
         targets: what was selected.
         result: what calibration decided.
         config: what it was made with.
-        why: why the config has its chunk weights.
+        why: why the config has its chunk weights; empty for data-free schemes.
     """
     lists = repeated_blocks(transformer)
     sizes = {name.replace(".base_layer.", "."): tensor for name, tensor in transformer.named_parameters()}
@@ -106,6 +106,7 @@ def make_report(
     done = {f"{name}.{leaf}" for name in result.layers for leaf in ("weight", "bias")} & sizes.keys()
     others = {name.rpartition(".")[0] or name for name in sizes.keys() - done}
     kept = {name: targets.kept.get(name, NOT_A_LINEAR) for name in sorted(others)}
+    kept |= dict.fromkeys(targets.linears.keys() - result.layers.keys(), NOT_RUN)
     total = sum(tensor.nbytes for tensor in sizes.values())
     stored = sum(tensor.nbytes for layer in result.layers.values() for tensor in layer.tensors().values())
     return Report(
