@@ -65,7 +65,7 @@ def is_published_family(transformer: nn.Module) -> bool:
 
 
 def repeated_blocks(transformer: nn.Module) -> tuple[str, ...]:
-    """Find the lists of repeated blocks: of modules of one class that have parts.
+    """Find the lists of repeated blocks: of modules of one class. Names end in a dot.
 
     A list of a single module counts if the class of the model declares it (`_repeated_blocks` of diffusers).
     """
@@ -75,7 +75,7 @@ def repeated_blocks(transformer: nn.Module) -> tuple[str, ...]:
         blocks = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
         kinds = {type(block) for block in blocks}
         enough = len(blocks) > 1 or any(kind.__name__ in declared for kind in kinds)
-        if len(kinds) == 1 and enough and any(True for _ in blocks[0].children()):
+        if len(kinds) == 1 and enough:
             found.append(f"{name}." if name else "")
     return tuple(found)
 
