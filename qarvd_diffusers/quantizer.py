@@ -164,8 +164,8 @@ class QARVDQuantizer(DiffusersQuantizer):
         config = config.replace(rounding="nearest")  # a model alone has no data for another rounding
         targets = select(model, config)
         result = quantize_weights(model, config, targets=targets)
-        report = make_report(model, targets, result, config)
-        install(model, result, config, report)
+        self.report = make_report(model, targets, result, config)
+        install(model, result, config, self.report)
         self.quantization_config = model.hf_quantizer.quantization_config
         return model
 
