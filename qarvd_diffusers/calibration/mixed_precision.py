@@ -18,6 +18,7 @@ from ..quantization.install import quantized_layers
 from .measure_sensitivity import SEED, describe_measurement
 from .pipeline import calibrate_pipeline, calibration_prompts, pipeline_targets, progress_on_device
 from .processes import Processes
+from .report import with_chunk_weights
 from .switch import QuantizationSwitch
 from .targets import quantizable_linears
 
@@ -98,6 +99,7 @@ def layer_errors(
     Raises:
         ValueError: the pipeline is quantized, or the file of what was measured before is damaged; it is named.
     """
+    config, _ = with_chunk_weights(pipe.transformer, config)
     targets, _ = pipeline_targets(pipe, config, pipe.encode_prompt(prompts[0]))
     groups = targets.measured
     layers = quantized_layers(pipe.transformer, calibrate_pipeline(pipe, config))

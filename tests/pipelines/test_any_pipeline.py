@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from stock_models import STOCK_MODELS, StockModel
+from stock_pipelines import STOCK_PIPELINES
 
 from qarvd_diffusers import (
     ARVDPipeline,
@@ -19,7 +24,9 @@ from qarvd_diffusers import (
     quantize,
     quantized_linears,
 )
-from qarvd_diffusers.calibration.watch import by_timestep
+from qarvd_diffusers.calibration.scout import scout
+from qarvd_diffusers.calibration.targets import select
+from qarvd_diffusers.calibration.watch import Watch, by_timestep
 
 PROMPTS = ("a red circle moves to the left", "a blue square moves up")
 TIMESTEPS = (1000.0, 500.0)
@@ -168,3 +175,40 @@ def test_without_data_a_model_keeps_its_bits_and_reports(tmp_path, caplog):
     assert model.config["quantization_config"].scheme == "w4a8_dynamic"
     assert {layer.weight_bits for layer in quantized_linears(model).values()} == {4}
     assert "w4a8_dynamic" in caplog.text and str(model.hf_quantizer.report) in caplog.text
+
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_any_pipeline import QARVDConfig, quantize, rollouts, stock
+from qarvd_diffusers.calibration.processes import Processes
+torch.set_num_threads(1)
+kind = stock("SkyReelsV2Transformer3DModel")
+model = kind.build()
+quantize(model, rollouts(kind, model, videos=3), QARVDConfig("w4a8"))
+processes = Processes.launched()
+model.save_pretrained(sys.argv[2] + f"/{processes.count}-{processes.index}")
+processes.close()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_a_launch_give_the_bytes_of_one(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    arguments = [str(tmp_path / "worker.py"), str(here), str(tmp_path)]
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        subprocess.run([sys.executable, *launcher, *arguments], check=True, env={**os.environ, "PYTHONPATH": path})
+    files = [tmp_path / name / "diffusion_pytorch_model.safetensors" for name in ("1-0", "2-0", "2-1")]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_what_reads_the_prompt_alone_is_seen():
+    pipeline = next(one for one in STOCK_PIPELINES if one.name == "WanPipeline")
+    pipe = pipeline.build()
+    watch = Watch(pipe.transformer, pipeline.rollouts(pipe))
+    targets, _ = scout(pipe.transformer, QARVDConfig("w8a8"), lambda on_pass: watch.run(on_pass, watch.rollouts[:1]))
+    assert targets.prompt == select(pipe.transformer, QARVDConfig("w8a8")).prompt
+    assert targets.words == select(pipe.transformer, QARVDConfig("w8a8")).words
