@@ -52,8 +52,8 @@ ACTIVATIONS = ("static", "dynamic", "none")
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
 PERCENTILES = (0.999, 0.9999, 0.99999)
-_SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", "modules_to_convert")
-_SEQUENCES += ("modules_to_not_convert", "rounding_skips")
+_NAME_LISTS = ("modules_to_not_convert", "modules_to_convert", "rounding_skips")
+_SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", *_NAME_LISTS)
 
 PACKED_FORMAT = 2
 """Layout of packed tensors in checkpoints and calibration results. 2: 8-bit codes are stored as the signed operand of

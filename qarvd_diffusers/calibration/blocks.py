@@ -24,7 +24,7 @@ from .rounding import ROUNDINGS, OnStep, Rounding
 # Device memory for the groups that one process observes together; at least one block is observed.
 CAPTURE_BYTES = 4 * 2**30
 
-Run = Callable[[Callable[[PassInfo], None]], None]
+Run = Callable[[Callable[[PassInfo], None]], object]
 
 
 def round_blocks(

@@ -84,12 +84,12 @@ def plan_work(
 
 def calibrate(
     transformer: nn.Module,
-    run: Callable[[Callable[[PassInfo], None]], None],
+    run: Callable[[Callable[[PassInfo], None]], object],
     config: QARVDConfig,
     progress: Progress | None = None,
     folder: ResumeFolder | None = None,
     processes: Processes = SINGLE_PROCESS,
-    run_share: Callable[[Callable[[PassInfo], None]], None] | None = None,
+    run_share: Callable[[Callable[[PassInfo], None]], object] | None = None,
     targets: Targets | None = None,
 ) -> CalibrationResult:
     """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072), which does not change.
@@ -149,7 +149,7 @@ def _observe_inputs(
     targets: Targets,
     outliers: Sequence[OutlierSet],
     layers: Mapping[str, LinearQParams],
-    run: Callable[[Callable[[PassInfo], None]], None],
+    run: Callable[[Callable[[PassInfo], None]], object],
     config: QARVDConfig,
     processes: Processes,
 ) -> dict[str, LinearQParams]:

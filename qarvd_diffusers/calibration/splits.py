@@ -89,7 +89,7 @@ def stored_split(layer: LinearQParams) -> OutlierSet:
 
 def input_extents(
     targets: Targets,
-    run: Callable[[Callable[[PassInfo], None]], None],
+    run: Callable[[Callable[[PassInfo], None]], object],
     config: QARVDConfig,
     processes: Processes,
 ) -> list[Extent]:

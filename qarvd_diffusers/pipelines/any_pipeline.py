@@ -70,7 +70,7 @@ def quantize(
             no repeated blocks or is quantized already, or an activation is not finite. The transformer is then as it
             was, as after any error in a rollout.
     """
-    model = unwrapped(transformer)
+    model: Any = unwrapped(transformer)
     watch = Watch(model, tuple(rollouts), pass_info)
     targets, config, result, why = _calibrated(model, watch, config, progress)
     report = make_report(model, targets, result, config, why)
