@@ -28,8 +28,13 @@ _PUBLIC = {
     "convert_checkpoint": "conversion",
     "evaluate": "evaluation.fidelity",
     "export_int8_tensorwise": "conversion",
+    "choose_bits": "pipelines.any_pipeline",
+    "measure_rollouts": "pipelines.any_pipeline",
     "measure_sensitivity": "calibration.measure_sensitivity",
+    "quantize": "pipelines.any_pipeline",
     "quantize_folder": "conversion",
+    "PassInfo": "rollout.pass_info",
+    "Report": "calibration.report",
     "save_single_file": "conversion",
     "quantized_linears": "quantization.model",
     "stored_bytes": "quantization.model",
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from .bundled import bundled_model_path
     from .calibration.calibrate import calibrate
     from .calibration.measure_sensitivity import measure_sensitivity
+    from .calibration.report import Report
     from .calibration.sensitivity import SensitivityResult
     from .config import QARVDConfig
     from .conversion import (
@@ -55,10 +61,12 @@ if TYPE_CHECKING:
     from .evaluation.fidelity import evaluate
     from .kv_cache.cache import KVCache
     from .models.transformer_causal_wan import CausalWanTransformer3DModel
+    from .pipelines.any_pipeline import choose_bits, measure_rollouts, quantize
     from .pipelines.arvd_mixin import ARVDMixin
     from .pipelines.pipeline_arvd import ARVDPipeline
     from .quantization.linear import QARVDLinear
     from .quantization.model import quantized_linears, stored_bytes
+    from .rollout.pass_info import PassInfo
     from .rollout.stream import Stream
     from .rollout.text_encoder import save_prompt_embeds
     from .schedulers.scheduling_chunk_unipc import ChunkUniPCScheduler
@@ -71,16 +79,21 @@ __all__ = [
     "ChunkUniPCScheduler",
     "FewStepRenoiseScheduler",
     "KVCache",
+    "PassInfo",
     "QARVDConfig",
     "QARVDLinear",
+    "Report",
     "SensitivityResult",
     "Stream",
     "bundled_model_path",
     "calibrate",
+    "choose_bits",
     "convert_checkpoint",
     "evaluate",
     "export_int8_tensorwise",
+    "measure_rollouts",
     "measure_sensitivity",
+    "quantize",
     "quantize_folder",
     "quantized_linears",
     "save_prompt_embeds",

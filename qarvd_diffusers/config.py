@@ -54,7 +54,8 @@ ACTIVATIONS = ("static", "dynamic", "none")
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
 PERCENTILES = (0.999, 0.9999, 0.99999)
-_SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", "modules_to_not_convert", "rounding_skips")
+_NAME_LISTS = ("modules_to_not_convert", "modules_to_convert", "rounding_skips")
+_SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", *_NAME_LISTS)
 
 PACKED_FORMAT = 2
 """Layout of packed tensors in checkpoints and calibration results. 2: 8-bit codes are stored as the signed operand of
@@ -177,8 +178,9 @@ class QARVDConfig(QuantizationConfigMixin):
             stored in a checkpoint.
         calibration_chunks: chunks per calibration rollout.
         calibration_seed: seed of the calibration noise.
-        modules_to_not_convert: names (or their leading or trailing parts) of Linears that stay float, besides the time
-            embedding, the patch embedding and the output head.
+        modules_to_not_convert: names (or whole parts of them) of Linears that stay float, besides those outside the
+            repeated blocks, and routers.
+        modules_to_convert: names (or whole parts of them) of Linears that are quantized wherever they are.
         module_bits: name (or whole parts of it) of Linears -> 4 or 8 bits for their weights, in place of the scheme's;
             of several that fit a layer the longest counts, and layers that read one tensor must agree. All else
             (rounding, percentiles, detector) stays as the scheme says. `ARVDPipeline.choose_bits` finds suitable ones.
@@ -209,6 +211,7 @@ class QARVDConfig(QuantizationConfigMixin):
     calibration_chunks: int = 7
     calibration_seed: int = 0
     modules_to_not_convert: tuple[str, ...] = ()
+    modules_to_convert: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     module_bits: Mapping[str, int] | None = None
     text_encoder: str | None = None
     base_model: str | None = None
@@ -367,12 +370,15 @@ class QARVDConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        if not self.modules_to_convert:
+            del values["modules_to_convert"]  # files and hashes are those of versions without this field
+        return values
 
     def to_diff_dict(self) -> dict[str, Any]:
         """List the fields that differ from their defaults, plus the method; used by diffusers' repr."""
         defaults = QARVDConfig().to_dict()
-        return {k: v for k, v in self.to_dict().items() if k == "quant_method" or v != defaults[k]}
+        return {k: v for k, v in self.to_dict().items() if k == "quant_method" or v != defaults.get(k)}
 
     @classmethod
     def from_dict(

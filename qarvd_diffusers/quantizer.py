@@ -16,11 +16,10 @@ from .config import QARVDConfig, QARVDMethod
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
 
+    from .calibration.report import Report
     from .quantization.result import CalibrationResult
 
 logger = logging.getLogger(__name__)
-
-DATA_FREE_SCHEME = "w8a8_dynamic"
 
 
 class QARVDQuantizer(DiffusersQuantizer):
@@ -28,13 +27,14 @@ class QARVDQuantizer(DiffusersQuantizer):
 
     A stored checkpoint names every quantized module (`QARVDConfig.modules`), so its empty modules are built before any
     tensor is read. A missing, unexpected, wrong-shape or wrong-dtype tensor raises an error that names it. A float
-    checkpoint is quantized after loading, from its weights alone: schemes that need calibration become `w8a8_dynamic`,
-    since a model has no prompts. `ARVDPipeline.from_pretrained` calibrates.
+    checkpoint is quantized after loading, from its weights alone: schemes that need calibration become dynamic ones
+    of the same bits, since a model has no prompts. `ARVDPipeline.from_pretrained` calibrates.
     """
 
     # Otherwise diffusers ignores the model's own list, and norms and modulation tables are cast from float32.
     use_keep_in_fp32_modules = True
     requires_calibration = False
+    report: Report | None = None  # of the quantization, where it happened in this process
 
     def __init__(self, quantization_config: QARVDConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -142,6 +142,8 @@ class QARVDQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         """Check and align a stored checkpoint, or quantize a float model without data."""
         from .calibration.calibrate import quantize_weights
+        from .calibration.report import make_report
+        from .calibration.targets import select
         from .quantization.model import align_float_tensors, check_loaded, quantized_linears
         from .quantization.qparams import check_values
 
@@ -154,15 +156,19 @@ class QARVDQuantizer(DiffusersQuantizer):
             return model
         config = self.quantization_config
         if config.resolved_scheme.needs_calibration:
+            data_free = f"{config.scheme}_dynamic"
             logger.warning(
                 "Scheme %s needs calibration prompts, which a model alone does not have: using the data-free scheme "
-                "%s. ARVDPipeline.from_pretrained(..., quantization_config=...) calibrates.",
+                "%s. ARVDPipeline.from_pretrained(..., quantization_config=...) and quantize(...) calibrate.",
                 config.scheme,
-                DATA_FREE_SCHEME,
+                data_free,
             )
-            config = config.replace(scheme=DATA_FREE_SCHEME)
+            config = config.replace(scheme=data_free)
         config = config.replace(rounding="nearest")  # a model alone has no data for another rounding
-        install(model, quantize_weights(model, config), config)
+        targets = select(model, config)
+        result = quantize_weights(model, config, targets=targets)
+        self.report = make_report(model, targets, result, config)
+        install(model, result, config, self.report)
         self.quantization_config = model.hf_quantizer.quantization_config
         return model
 
@@ -211,24 +217,29 @@ class QARVDQuantizer(DiffusersQuantizer):
         return True
 
 
-def install(model: ModelMixin, result: CalibrationResult, config: QARVDConfig) -> None:
+def install(model: ModelMixin, result: CalibrationResult, config: QARVDConfig, report: Report | None = None) -> None:
     """Replace the Linears of a float model by quantized ones, and mark the model as quantized, in place.
 
     Args:
         model: float model of diffusers.
         result: what calibration decided for it.
         config: stored in the model's config by `save_pretrained`, without the calibration prompts.
+        report: of the quantization; logged, and kept as `model.hf_quantizer.report`.
 
     Raises:
         ValueError: a layer of the result is absent, quantized already, of another size, or holds values that `config`
             does not give; nothing is replaced.
     """
     from .quantization.install import apply
+    from .quantization.model import unwrapped
     from .quantization.qparams import check_values
 
     check_values(result.layers, "the calibration result", config.recipe.clamp_zero_points)
     apply(model, result)
     attach(model, config)
+    if report is not None:
+        unwrapped(model).hf_quantizer.report = report
+        logger.info("%s", report)
 
 
 def attach(model: ModelMixin, config: QARVDConfig) -> None:

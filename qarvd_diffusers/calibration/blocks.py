@@ -24,7 +24,7 @@ from .rounding import ROUNDINGS, OnStep, Rounding
 # Device memory for the groups that one process observes together; at least one block is observed.
 CAPTURE_BYTES = 4 * 2**30
 
-Run = Callable[[Callable[[PassInfo], None]], None]
+Run = Callable[[Callable[[PassInfo], None]], object]
 
 
 def round_blocks(
@@ -146,7 +146,8 @@ def _observe(groups: Sequence[LayerGroup], kind: type[Rounding], run: Run, confi
         roundings[index].add(x, weigh(info) if weighted else 1.0)
 
     linears = {name: linear for group in groups for name, linear in group.linears.items()}
-    with torch.no_grad(), InputCapture(linears, [tuple(group.linears) for group in groups], observe) as capture:
+    names, every_pass = [tuple(group.linears) for group in groups], all(group.every_pass for group in groups)
+    with torch.no_grad(), InputCapture(linears, names, observe, every_pass) as capture:
         run(capture.on_pass)
     capture.check(range(config.calibration_chunks))
     return roundings

@@ -27,7 +27,8 @@ from .processes import SINGLE_PROCESS, Processes
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS
 from .splits import input_extents, split_inputs, stored_split
-from .targets import input_groups, quantizable_linears, skips_rounding
+from .targets import Targets, select, skips_rounding
+from .targets import quantizable_linears as quantizable_linears
 from .weights import quantize_weight
 
 # Called with what is being done, how many steps of it are done, and how many there are.
@@ -56,16 +57,17 @@ def plan_work(
     config: QARVDConfig,
     folder: ResumeFolder | None = None,
     processes: Processes = SINGLE_PROCESS,
+    targets: Targets | None = None,
 ) -> Work:
     """Count what `calibrate` will do with the same arguments; what the folder holds is not done again.
 
     Raises:
         ValueError: there is no layer to quantize.
     """
-    linears = quantizable_linears(transformer, config)
+    targets = targets or select(transformer, config)
+    linears, groups = targets.linears, targets.measured
     if not config.needs_calibration:
         return Work(layers=len(linears))
-    groups = input_groups(transformer, linears, config)
     held = [part for part in ("ranges", *(names[0] for names in groups)) if folder is not None and folder.holds(part)]
     finished = set(processes.from_main(held))
     work = Work()
@@ -82,12 +84,13 @@ def plan_work(
 
 def calibrate(
     transformer: nn.Module,
-    run: Callable[[Callable[[PassInfo], None]], None],
+    run: Callable[[Callable[[PassInfo], None]], object],
     config: QARVDConfig,
     progress: Progress | None = None,
     folder: ResumeFolder | None = None,
     processes: Processes = SINGLE_PROCESS,
-    run_share: Callable[[Callable[[PassInfo], None]], None] | None = None,
+    run_share: Callable[[Callable[[PassInfo], None]], object] | None = None,
+    targets: Targets | None = None,
 ) -> CalibrationResult:
     """Find outlier channels, ranges and integer weights of a transformer (arXiv 2605.21072), which does not change.
 
@@ -105,6 +108,7 @@ def calibrate(
         processes: that call this together, with the same model and config; all get the result.
         run_share: as `run`, for this process's share of the rollouts: ranges are searched in shares, whereas in
             rounding every process runs all rollouts and observes its own layers. Required with more than one process.
+        targets: what is quantized; None selects it by the structure of the model.
 
     Returns:
         The result; `apply` puts it into the model.
@@ -115,26 +119,26 @@ def calibrate(
     """
     transformer = unwrapped(transformer)
     if not config.needs_calibration:
-        return quantize_weights(transformer, config, progress)
-    linears = quantizable_linears(transformer, config)
-    groups = input_groups(transformer, linears, config)
+        return quantize_weights(transformer, config, progress, targets)
+    targets = targets or select(transformer, config)
+    linears, groups = targets.linears, targets.groups
     layers = processes.from_main(folder.load("ranges", linears) if folder is not None and processes.is_main else None)
     if layers is not None:
         outliers = [stored_split(layers[names[0]]) for names in groups]
     else:
         extents = None
         if config.resolved_outlier_detector == "input":
-            extents = input_extents(linears, groups, run_share or run, config, processes)
-        outliers = split_inputs(transformer, linears, groups, config, extents)
-        layers = _quantize_weights(linears, groups, outliers, config, progress)
+            extents = input_extents(targets, run_share or run, config, processes)
+        outliers = split_inputs(transformer, linears, groups, config, extents, targets.words | targets.dynamic)
+        layers = _quantize_weights(targets, outliers, config, progress)
         if config.resolved_scheme.needs_calibration:
-            layers = _observe_inputs(linears, groups, outliers, layers, run_share or run, config, processes)
+            layers = _observe_inputs(targets, outliers, layers, run_share or run, config, processes)
         if folder is not None and processes.is_main:
             folder.save("ranges", layers)
     if config.resolved_rounding != "nearest":
         rounded = [
-            _layer_group(names, linears, split, layers)
-            for names, split in zip(groups, outliers, strict=True)
+            _layer_group(names, targets, split, layers)
+            for names, split in zip(targets.measured, outliers, strict=False)
             if not skips_rounding(names[0], config)
         ]
         layers = round_blocks(transformer, rounded, layers, run, config, folder, progress, processes)
@@ -142,23 +146,23 @@ def calibrate(
 
 
 def _observe_inputs(
-    linears: Mapping[str, nn.Linear],
-    groups: Sequence[Sequence[str]],
+    targets: Targets,
     outliers: Sequence[OutlierSet],
     layers: Mapping[str, LinearQParams],
-    run: Callable[[Callable[[PassInfo], None]], None],
+    run: Callable[[Callable[[PassInfo], None]], object],
     config: QARVDConfig,
     processes: Processes,
 ) -> dict[str, LinearQParams]:
     """Observe one set of rollouts and add a static input quantizer to every layer."""
-    observers = [OBSERVERS[config.recipe.observer](group) for group in outliers]
+    linears, groups = targets.linears, targets.measured
+    observers = [OBSERVERS[config.recipe.observer](group) for group in outliers[: len(groups)]]
     weigh = pass_weight(config)
     observed_weights = _rounded_weights(linears, layers) if config.recipe.observe_rounded else nullcontext()
 
     def observe(group: int, x: Tensor, info: PassInfo) -> None:
         observers[group].add(x, weigh(info))
 
-    with torch.no_grad(), observed_weights, InputCapture(linears, groups, observe) as capture:
+    with torch.no_grad(), observed_weights, InputCapture(linears, groups, observe, not targets.observed) as capture:
         run(capture.on_pass)
     if capture.ran or processes.count == 1:  # of many processes some may have had no prompt
         capture.check(range(config.calibration_chunks))
@@ -172,17 +176,20 @@ def _observe_inputs(
 
 
 def _layer_group(
-    names: Sequence[str], linears: Mapping[str, nn.Linear], outliers: OutlierSet, layers: Mapping[str, LinearQParams]
+    names: Sequence[str], targets: Targets, outliers: OutlierSet, layers: Mapping[str, LinearQParams]
 ) -> LayerGroup:
     """Build the group of some layers, with the input quantizer that was observed for them."""
     first, quantizer = layers[names[0]], None
     if first.input_scale is not None:
         quantizer = InputQuantizer(first.input_scale, first.input_zero_point, outliers.num_outliers)
-    return LayerGroup({name: linears[name] for name in names}, outliers, quantizer)
+    return LayerGroup({name: targets.linears[name] for name in names}, outliers, quantizer, not targets.observed)
 
 
 def quantize_weights(
-    transformer: nn.Module, config: QARVDConfig, progress: Progress | None = None
+    transformer: nn.Module,
+    config: QARVDConfig,
+    progress: Progress | None = None,
+    targets: Targets | None = None,
 ) -> CalibrationResult:
     """Quantize without data: round to nearest, whatever `config.rounding` says.
 
@@ -191,26 +198,26 @@ def quantize_weights(
     """
     if config.resolved_scheme.needs_calibration:
         raise ValueError(f"scheme {config.scheme} needs calibration data: call calibrate, or use w8a8_dynamic")
-    linears = quantizable_linears(transformer, config)
-    groups = input_groups(transformer, linears, config)
-    outliers = split_inputs(transformer, linears, groups, config)
-    packed = _quantize_weights(linears, groups, outliers, config, progress)
+    targets = targets or select(transformer, config)
+    outliers = split_inputs(transformer, targets.linears, targets.groups, config)
+    packed = _quantize_weights(targets, outliers, config, progress)
     return CalibrationResult(packed, config_hash(config))
 
 
 def _quantize_weights(
-    linears: Mapping[str, nn.Linear],
-    groups: Sequence[Sequence[str]],
+    targets: Targets,
     outliers: Sequence[OutlierSet],
     config: QARVDConfig,
     progress: Progress | None,
 ) -> dict[str, LinearQParams]:
-    """Compute integer weights of every layer, on the CPU and in the order of `linears`, without input quantizers."""
-    splits = {name: outlier_set for group, outlier_set in zip(groups, outliers, strict=True) for name in group}
+    """Compute integer weights of every layer, on the CPU and in module order, without input quantizers."""
+    linears = targets.linears
+    splits = {name: outlier_set for group, outlier_set in zip(targets.groups, outliers, strict=True) for name in group}
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
         scheme = config.scheme_of(name)
-        description = QuantizedModule(splits[name].num_outliers, scheme.weight_bits, scheme.activation)
+        activation = "dynamic" if scheme.needs_calibration and name in targets.dynamic else scheme.activation
+        description = QuantizedModule(splits[name].num_outliers, scheme.weight_bits, activation)
         codes, grid = quantize_weight(linear.weight, splits[name], config, name)
         tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), splits[name].channel_order)
         layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)

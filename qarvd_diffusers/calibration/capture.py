@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -38,17 +39,23 @@ class InputCapture:
         linears: Mapping[str, nn.Linear],
         groups: Sequence[Sequence[str]],
         observe: Callable[[int, Tensor, PassInfo], None],
+        every_pass: bool = True,
     ) -> None:
         """
         Args:
-            linears: layers by name.
+            linears: layers by name; those of no group are left alone.
             groups: names of layers that read the same tensor; the first one's input is observed.
-            observe: called with the index of the group, its input `[..., K]` and the current pass.
+            observe: called with the index of the group, its input `[..., K]` and the current pass; once for every
+                chunk where a pass spans several, and not for inputs without rows.
+            every_pass: whether a pass without one of the layers is an error.
         """
+        self._every_pass = every_pass
         self._linears, self._groups, self._observe = linears, groups, observe
         self._ends = ExitStack()
         self._passes: list[PassInfo] = []
-        self._called: dict[str, list[int]] = {name: [] for name in linears}  # index into _passes, one per call
+        grouped = {name for group in groups for name in group}
+        # Index into _passes, one per call.
+        self._called: dict[str, list[int]] = {name: [] for name in linears if name in grouped}
 
     def on_pass(self, info: PassInfo) -> None:
         """Announce the next transformer pass."""
@@ -87,7 +94,8 @@ class InputCapture:
                     f"the input of {name} holds NaN or infinity in {_describe(info)}: the float model itself fails "
                     "there, try another dtype or seed"
                 )
-            self._observe(index, x, info)
+            for part, place in _chunks(x, info):
+                self._observe(index, part, place)
 
         return hook
 
@@ -112,7 +120,7 @@ class InputCapture:
         """
         if not self._passes:
             raise ValueError("calibration ran no pass: run(on_pass) must call on_pass before every transformer pass")
-        reached = {info.chunk for info in self._passes}
+        reached = {chunk for info in self._passes for chunk in (info.chunk, *info.chunks)}
         missing = sorted(set(chunks) - reached)
         if missing:
             raise ValueError(
@@ -127,7 +135,7 @@ class InputCapture:
                     f"{name} was never called in {len(every)} calibration passes: add it to modules_to_not_convert "
                     "if the model does not use it"
                 )
-            gaps = min(every - set(called), first ^ set(called), key=len)
+            gaps = self._every_pass and min(every - set(called), first ^ set(called), key=len)
             if gaps:
                 raise ValueError(
                     f"{name} was not called as often as it should be: it ran in {len(set(called))} of {len(every)} "
@@ -151,6 +159,20 @@ class _Last:
         last = self._tensor()
         if last is not x and (last is None or last.data_ptr() != x.data_ptr() or last.shape != x.shape):
             raise ValueError(f"{name} does not read the same tensor as {leader}: set tie_inputs=False for this model")
+
+
+def _chunks(x: Tensor, info: PassInfo) -> Iterator[tuple[Tensor, PassInfo]]:
+    """Divide an input `[..., tokens, K]` among the chunks that its pass spans; tokens are in the order of frames."""
+    frames = len(info.chunks)
+    if not x.numel():
+        return
+    if frames == 0 or x.ndim < 2 or x.shape[-2] % frames:
+        yield x, info
+        return
+    parts = x.unflatten(-2, (frames, -1)).movedim(-3, 0)
+    for chunk in sorted(set(info.chunks)):
+        own = [i for i, c in enumerate(info.chunks) if c == chunk]
+        yield parts[own].flatten(0, -2), dataclasses.replace(info, chunk=chunk, share=info.share * len(own) / frames)
 
 
 def _starts_rollout(info: PassInfo) -> bool:

@@ -24,11 +24,13 @@ class LayerGroup:
         linears: the float layers.
         outliers: their common outlier channels.
         quantizer: of their common input; None for float activations.
+        every_pass: whether a pass without these layers is an error.
     """
 
     linears: Mapping[str, nn.Linear]
     outliers: OutlierSet
     quantizer: InputQuantizer | None
+    every_pass: bool = True
 
     @property
     def name(self) -> str:

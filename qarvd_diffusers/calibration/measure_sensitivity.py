@@ -19,11 +19,17 @@ from ..files.hashing import hash_tensors
 from ..quantization.install import quantized_layers
 from ..quantization.result import CalibrationResult
 from ..rollout.chunk_loop import ChunkLoop
-from .pipeline import calibrate_pipeline, calibration_prompts, content_hash, progress_on_device, require_float
+from .pipeline import (
+    calibrate_pipeline,
+    calibration_prompts,
+    content_hash,
+    pipeline_targets,
+    progress_on_device,
+    require_float,
+)
 from .processes import Processes
 from .sensitivity import SensitivityResult
 from .switch import QuantizationSwitch
-from .targets import prompt_linears
 
 if TYPE_CHECKING:
     from ..rollout.host import PipelineHost
@@ -48,7 +54,7 @@ def measure_sensitivity(
     each of these rollouts branches off it at chunk `k` with a copy of the K/V cache: `C + C (C + 1) / 2` generated
     chunks per prompt instead of `C + C^2`, with the same bits on the CPU. Two caches are alive at a time.
 
-    Layers that read the prompt alone (`prompt_linears`) stay float: their output is cached once for all chunks. With
+    Layers that read the prompt alone stay float: their output is cached once for all chunks. With
     `reference_compat` they are quantized in the passes of chunk 0 and so act in every chunk of that rollout, as in the
     reference implementation, which inflates `s_0`.
 
@@ -95,8 +101,8 @@ def measure_sensitivity(
     with progress_on_device(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt) as step:
         layers = quantized_layers(pipe.transformer, result)
         if not config.recipe.cached_in_chunk_0:
-            for name in prompt_linears(pipe.transformer, layers):
-                del layers[name]
+            targets, _ = pipeline_targets(pipe, config, pipe.encode_prompt(prompts[0]))
+            layers = {name: layer for name, layer in layers.items() if name not in targets.prompt}
         try:
             with QuantizationSwitch(pipe.transformer, layers) as switch:
                 for indices in rounds:

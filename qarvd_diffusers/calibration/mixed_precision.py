@@ -18,10 +18,11 @@ from ..files.cache import cache_folder, can_keep_results
 from ..files.schema import check_value, read_json
 from ..quantization.install import quantized_layers
 from .measure_sensitivity import SEED, describe_measurement
-from .pipeline import calibrate_pipeline, calibration_prompts, progress_on_device
+from .pipeline import calibrate_pipeline, calibration_prompts, pipeline_targets, progress_on_device
 from .processes import Processes
+from .report import with_chunk_weights
 from .switch import QuantizationSwitch
-from .targets import input_groups, quantizable_linears
+from .targets import quantizable_linears
 
 if TYPE_CHECKING:
     from ..rollout.host import PipelineHost
@@ -55,6 +56,21 @@ def choose_bits(
     Raises:
         ValueError: another scheme, a config that has `module_bits` already, or a budget outside (0, 1].
     """
+    require_four_bits(config, budget)
+    prompts = tuple(prompts or calibration_prompts(pipe, config)[:PROMPTS])
+    errors = layer_errors(pipe, config, prompts, num_chunks, seed)
+    linears = quantizable_linears(pipe.transformer, config)
+    sizes = {group: sum(linears[name].weight.numel() for name in group) for group in errors}
+    chosen = most_costly(errors, sizes, budget * sum(sizes.values()))
+    return config.replace(module_bits={name: 8 for group in chosen for name in group})
+
+
+def require_four_bits(config: QARVDConfig, budget: float) -> None:
+    """Check that bits can be chosen.
+
+    Raises:
+        ValueError: another scheme, a config that has `module_bits` already, or a budget outside (0, 1].
+    """
     if config.resolved_scheme.weight_bits != 4 or config.module_bits:
         raise ValueError(
             f"choosing bits starts from 4-bit weights in all layers, got scheme {config.scheme} with module_bits "
@@ -62,12 +78,6 @@ def choose_bits(
         )
     if not 0 < budget <= 1:
         raise ValueError(f"budget is {budget}, expected a share of the weights in (0, 1]")
-    prompts = tuple(prompts or calibration_prompts(pipe, config)[:PROMPTS])
-    errors = layer_errors(pipe, config, prompts, num_chunks, seed)
-    linears = quantizable_linears(pipe.transformer, config)
-    sizes = {group: sum(linears[name].weight.numel() for name in group) for group in errors}
-    chosen = most_costly(errors, sizes, budget * sum(sizes.values()))
-    return config.replace(module_bits={name: 8 for group in chosen for name in group})
 
 
 def layer_errors(
@@ -93,7 +103,9 @@ def layer_errors(
     Raises:
         ValueError: the pipeline is quantized.
     """
-    groups = input_groups(pipe.transformer, quantizable_linears(pipe.transformer, config), config)
+    config, _ = with_chunk_weights(pipe.transformer, config)
+    targets, _ = pipeline_targets(pipe, config, pipe.encode_prompt(prompts[0]))
+    groups = targets.measured
     layers = quantized_layers(pipe.transformer, calibrate_pipeline(pipe, config))
     weights = torch.tensor(config.sensitivity(num_chunks), dtype=torch.float64)
     processes = Processes.launched()

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,16 @@ from ..files.cache import cache_folder, can_keep_results
 from ..files.hashing import hash_tensors
 from ..files.text import parse_prompts, read_text
 from ..quantization.adapters import adapter_scales
-from ..quantization.model import quantized_linears
-from ..quantization.result import REVISION, CalibrationResult, require_layers
+from ..quantization.model import quantized_linears, unwrapped
+from ..quantization.result import REVISION, CalibrationResult, config_hash, require_layers
 from ..rollout.exclusive import model_lock
 from ..rollout.pass_info import PassInfo
 from .calibrate import Progress, Work, calibrate, plan_work, quantize_weights
 from .processes import Processes
+from .report import with_chunk_weights
 from .resume import ResumeFolder
-from .targets import quantizable_linears
+from .scout import scout
+from .targets import Targets, is_published_family, quantizable_linears, select
 from .work_bar import WorkBar, work_totals
 
 if TYPE_CHECKING:
@@ -112,6 +115,7 @@ def calibrate_pipeline(
         work = plan_work(pipe.transformer, config)
         with WorkBar(work_totals(work, 0, 0), progress, desc="quantizing", disable=_hidden(pipe)) as bar:
             return quantize_weights(pipe.transformer, config, _by_kind(bar, work))
+    config, _ = with_chunk_weights(pipe.transformer, config)
     with torch.no_grad():
         embeds = [pipe.encode_prompt(prompt) for prompt in calibration_prompts(pipe, config)]
     fingerprint = content_hash(pipe, config, embeds)
@@ -124,14 +128,16 @@ def calibrate_pipeline(
     unfinished = cache_folder() / "unfinished" / fingerprint if use_cache and resume is None else None
     folder = _unfinished(unfinished, fingerprint) if unfinished else resume and ResumeFolder(resume, fingerprint)
     rollouts = list(enumerate(embeds))
+    targets, scouted = pipeline_targets(pipe, config, embeds[0])
     share = processes.share(rollouts)
     passes = sum(sum(pipe.rollout_config.passes(chunk).values()) for chunk in range(config.calibration_chunks))
-    work = plan_work(pipe.transformer, config, folder, processes)
+    work = plan_work(pipe.transformer, scouted, folder, processes, targets)
     totals = work_totals(work, passes * len(rollouts), passes * len(share))
     hidden = _hidden(pipe)
     with undisturbed(pipe), WorkBar(totals, progress, desc="calibrating", disable=hidden) as bar:
         run, run_share = (partial(_run, pipe, config, bar, some) for some in (rollouts, share))
-        result = calibrate(pipe.transformer, run, config, _by_kind(bar, work), folder, processes, run_share)
+        result = calibrate(pipe.transformer, run, scouted, _by_kind(bar, work), folder, processes, run_share, targets)
+    result = replace(result, config_hash=config_hash(config))
     if processes.is_main and use_cache:
         _cache(result, path)
     if processes.is_main and unfinished is not None:
@@ -139,17 +145,32 @@ def calibrate_pipeline(
     return result
 
 
+def pipeline_targets(
+    pipe: PipelineHost, config: QARVDConfig, prompt_embeds: torch.Tensor
+) -> tuple[Targets, QARVDConfig]:
+    """Select what to quantize in a pipeline: by its structure in the published family, else by a float rollout.
+
+    Returns:
+        See `scout`.
+    """
+    if is_published_family(pipe.transformer) or not config.needs_calibration:
+        return select(pipe.transformer, config), config
+    with undisturbed(pipe):
+        return scout(unwrapped(pipe.transformer), config, partial(_run, pipe, config, None, [(0, prompt_embeds)]))
+
+
 def _run(
     pipe: PipelineHost,
     config: QARVDConfig,
-    bar: WorkBar,
+    bar: WorkBar | None,
     rollouts: Sequence[tuple[int, torch.Tensor]],
     on_pass: Callable[[PassInfo], None],
 ) -> None:
     """Run rollouts, pairs of index and prompt embeddings; `on_pass` is called before every pass."""
 
     def observed(info: PassInfo) -> None:
-        bar.advance("pass", "running the model")
+        if bar is not None:
+            bar.advance("pass", "running the model")
         on_pass(info)
 
     for index, prompt_embeds in rollouts:
@@ -184,7 +205,10 @@ def _cached(path: Path, pipe: PipelineHost, config: QARVDConfig) -> CalibrationR
         return None
     try:
         result = CalibrationResult.load(path, config)
-        require_layers(result.layers, quantizable_linears(pipe.transformer, config), path)
+        linears = quantizable_linears(pipe.transformer, config)
+        if not is_published_family(pipe.transformer):  # a rollout has left some of them out
+            linears = {name: linear for name, linear in linears.items() if name in result.layers}
+        require_layers(result.layers, linears, path)
     except (OSError, ValueError) as error:
         logger.warning("A cached calibration is not used: %s", error)
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..rollout.pass_info import PassInfo
 from .capture import InputCapture
 from .outliers import OutlierSet, find_outliers, min_noise_split
 from .processes import Processes
-from .targets import repeated_name, word_linears
+from .targets import Targets, repeated_name
 
 Extent = tuple[Tensor, Tensor]  # smallest and largest value of every channel, float32 `[K]`
 
@@ -25,6 +25,7 @@ def split_inputs(
     groups: Sequence[Sequence[str]],
     config: QARVDConfig,
     extents: Sequence[Extent] | None = None,
+    words: Collection[str] = (),
 ) -> list[OutlierSet]:
     """Find one outlier set per group of layers that read one tensor, from their stacked weights.
 
@@ -36,8 +37,9 @@ def split_inputs(
         linears: its layers by name.
         groups: their partition.
         config: detector and alignment.
-        extents: per group, for the detector `input`. Layers whose input is made of the prompt's words (`word_linears`)
-            are still split by their weights: a few prompts have few words, and do not represent others.
+        extents: per group, for the detector `input`.
+        words: layers that are split by their weights even then: a few prompts have few words, and do not represent
+            others.
 
     Raises:
         ValueError: a weight is on the meta device or not finite; the message names the layer.
@@ -51,7 +53,6 @@ def split_inputs(
         weight = linear.weight.float() if linear.weight.dtype.itemsize == 1 else linear.weight
         if not bool(weight.isfinite().all()):
             raise ValueError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-    words = word_linears(transformer, linears)
 
     def find(index: int, at_least: int = 0) -> OutlierSet:
         """Find the outliers of one group."""
@@ -87,20 +88,20 @@ def stored_split(layer: LinearQParams) -> OutlierSet:
 
 
 def input_extents(
-    linears: Mapping[str, nn.Linear],
-    groups: Sequence[Sequence[str]],
-    run: Callable[[Callable[[PassInfo], None]], None],
+    targets: Targets,
+    run: Callable[[Callable[[PassInfo], None]], object],
     config: QARVDConfig,
     processes: Processes,
 ) -> list[Extent]:
-    """Observe one set of rollouts: smallest and largest value of every channel of every group's input."""
+    """Observe one set of rollouts: smallest and largest value of every channel of the input of measured groups."""
+    groups = targets.measured
     extents: list[Extent | None] = [None] * len(groups)
 
     def observe(index: int, x: Tensor, info: PassInfo) -> None:
         """Extend the extent of one group."""
         extents[index] = _joined(extents[index], x.detach().flatten(0, -2).to(torch.float32).aminmax(dim=0))
 
-    with torch.no_grad(), InputCapture(linears, groups, observe) as capture:
+    with torch.no_grad(), InputCapture(targets.linears, groups, observe, not targets.observed) as capture:
         run(capture.on_pass)
     if capture.ran or processes.count == 1:  # of many processes some may have had no prompt
         capture.check(range(config.calibration_chunks))

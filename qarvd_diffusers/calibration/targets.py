@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -10,39 +11,128 @@ from ..config import QARVDConfig, named_by
 from ..quantization.linear import QARVDLinear
 from ..quantization.model import unwrapped
 
-# Outside the blocks, only the text embedding is quantized: the rest is small, and the whole video depends on it.
-KEEP_FLOAT = ("time_embedder", "time_proj", "image_embedder", "patch_embedding", "norm_out", "proj_out")
+# The family that the method was published for (arXiv 2605.21072): its chunk sensitivities were measured there, and its
+# text embedding is quantized although it lies outside the blocks.
+PUBLISHED_FAMILY = "WanTransformer3DModel"
 _TEXT_EMBEDDING = "text_embedder"
+
+OUTSIDE, ROUTER, BY_NAME = "outside the repeated blocks", "router of experts", "named by modules_to_not_convert"
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """List what calibration quantizes in a transformer, and what is known about it.
+
+    Attributes:
+        linears: to quantize, by name and in module order.
+        groups: partition of their names into layers that read one tensor; `dynamic` ones come last.
+        kept: the other Linears, with the reason why they stay float.
+        prompt: those that read the prompt alone.
+        words: `prompt`, and those that read weighted means of what these put out.
+        dynamic: those that read a few rows without tokens (modulation): their activations are quantized at run time.
+        observed: whether a rollout has shown this, or it follows from the structure of the model.
+    """
+
+    linears: Mapping[str, nn.Linear]
+    groups: Sequence[tuple[str, ...]]
+    kept: Mapping[str, str]
+    prompt: frozenset[str]
+    words: frozenset[str]
+    dynamic: frozenset[str] = frozenset()
+    observed: bool = False
+
+    @property
+    def measured(self) -> list[tuple[str, ...]]:
+        """The groups whose inputs are observed."""
+        return [names for names in self.groups if names[0] not in self.dynamic]
+
+
+def select(transformer: nn.Module, config: QARVDConfig) -> Targets:
+    """Select what to quantize by the structure of the model.
+
+    Raises:
+        ValueError: see `quantizable_linears` and `input_groups`.
+    """
+    linears = quantizable_linears(transformer, config)
+    groups = input_groups(transformer, linears, config)
+    prompt, words = prompt_linears(transformer, linears), word_linears(transformer, linears)
+    return Targets(linears, groups, kept_float(transformer, config), frozenset(prompt), frozenset(words))
+
+
+def is_published_family(transformer: nn.Module) -> bool:
+    """Tell whether a transformer is of the family that the method was published for."""
+    return any(kind.__name__ == PUBLISHED_FAMILY for kind in type(unwrapped(transformer)).__mro__)
+
+
+def repeated_blocks(transformer: nn.Module) -> tuple[str, ...]:
+    """Find the lists of repeated blocks: of modules of one class. Names end in a dot.
+
+    A list of a single module counts if the class of the model declares it (`_repeated_blocks` of diffusers).
+    """
+    declared = getattr(transformer, "_repeated_blocks", None) or ()
+    found = []
+    for name, module in transformer.named_modules():
+        blocks = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+        kinds = {type(block) for block in blocks}
+        enough = len(blocks) > 1 or any(kind.__name__ in declared for kind in kinds)
+        if len(kinds) == 1 and enough:
+            found.append(f"{name}." if name else "")
+    return tuple(found)
+
+
+def kept_float(transformer: nn.Module, config: QARVDConfig) -> dict[str, str]:
+    """List the Linears that stay float, with the reason: what lies outside the repeated blocks, routers, and names.
+
+    The error of a router, a Linear beside expert tensors, sends tokens to other experts.
+    """
+    transformer = unwrapped(transformer)
+    blocks = repeated_blocks(transformer)
+    chosen = (*config.modules_to_convert, *([_TEXT_EMBEDDING] if is_published_family(transformer) else []))
+    # A list of experts is one tensor [experts, in, out] that is not the weight of a convolution.
+    experts = [n for n, p in transformer.named_parameters() if p.ndim == 3 and len(p) > 1 and not n.endswith("weight")]
+    routing = {name.rpartition(".")[0].rpartition(".")[0] for name in experts} - {""}
+    kept = {}
+    for name in base_linears(transformer):
+        if any(named_by(name, pattern) for pattern in config.modules_to_not_convert):
+            kept[name] = BY_NAME
+        elif any(named_by(name, pattern) for pattern in chosen):
+            continue
+        elif not name.startswith(blocks):
+            kept[name] = OUTSIDE
+        elif name.rpartition(".")[0] in routing:
+            kept[name] = ROUTER
+    return kept
 
 
 def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str, nn.Linear]:
     """Select the Linears that `config` quantizes, by name and in module order.
 
-    That is every Linear but those of `KEEP_FLOAT` (time embedding, output head and the like) and of
-    `config.modules_to_not_convert`.
+    That is every Linear but those of `kept_float`.
 
     Raises:
-        ValueError: there is none, the model is quantized already, an entry of `modules_to_not_convert` or
-            `module_bits` names no module, or a layer's odd number of input channels has no 4-bit layout.
+        ValueError: there is none, the model has no repeated blocks or is quantized already, an entry of
+            `modules_to_not_convert`, `modules_to_convert` or `module_bits` names no module, or a layer's odd number of
+            input channels has no 4-bit layout.
     """
     names = [name for name, _ in transformer.named_modules() if name]
-    for field in ("modules_to_not_convert", "module_bits"):
+    for field in ("modules_to_not_convert", "modules_to_convert", "module_bits"):
         unknown = [p for p in getattr(config, field) or () if not any(named_by(name, p) for name in names)]
         if unknown:
             raise ValueError(
                 f"{field} names {unknown}, which no module of {type(transformer).__name__} is called; "
                 f"names look like {names[-1]!r} and may be shortened to whole parts of it"
             )
-    skipped = (*KEEP_FLOAT, *config.modules_to_not_convert)
-    linears = {
-        name: module
-        for name, module in base_linears(transformer).items()
-        if not any(named_by(name, pattern) for pattern in skipped)
-    }
+    kept = kept_float(transformer, config)
+    linears = {name: module for name, module in base_linears(transformer).items() if name not in kept}
+    if not linears and not repeated_blocks(unwrapped(transformer)):
+        raise ValueError(
+            f"{type(transformer).__name__} has no repeated blocks (a list of modules of one class), whose Linears are "
+            "quantized: pass the transformer itself, or name Linears in modules_to_convert"
+        )
     if not linears:
         raise ValueError(
-            f"{type(transformer).__name__} has no Linear to quantize beside {list(skipped)}: pass the transformer "
-            "itself, and look at modules_to_not_convert"
+            f"{type(transformer).__name__} has no Linear to quantize beside {sorted(set(kept.values()))}: pass the "
+            "transformer itself, and look at modules_to_not_convert and modules_to_convert"
         )
     done = [name for name, module in linears.items() if isinstance(module, QARVDLinear)]
     if done:
@@ -89,16 +179,25 @@ def input_groups(transformer: nn.Module, names: Iterable[str], config: QARVDConf
     Raises:
         ValueError: `config.module_bits` gives layers of one group different bits.
     """
-    names = list(names)
     leader = {name: name for name in names}
     if config.recipe.tie_inputs:
         for path, module in transformer.named_modules():
             for attributes in _tied_attributes(module):
                 tied = [name for name in (f"{path}.{a}".lstrip(".") for a in attributes) if name in leader]
                 leader.update(dict.fromkeys(tied, tied[0] if tied else None))
+    return partition(leader, config)
+
+
+def partition(leader: Mapping[str, str], config: QARVDConfig) -> list[tuple[str, ...]]:
+    """Group layers by their leaders, which come first in their groups.
+
+    Raises:
+        ValueError: see `input_groups`.
+    """
     groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(leader[name], []).append(name)
+    for name in leader:
+        group = groups.setdefault(leader[name], [leader[name]])
+        group.extend([name] if name != leader[name] else [])
     for group in groups.values():
         bits = {name: config.scheme_of(name).weight_bits for name in group}
         if len(set(bits.values())) > 1:

@@ -10,8 +10,11 @@ import torch
 from diffusers import PipelineQuantizationConfig
 
 from ..calibration.pipeline import calibrate_pipeline, require_float
+from ..calibration.report import make_report, with_chunk_weights
+from ..calibration.targets import select
 from ..config import QARVDConfig
 from ..quantization.adapters import adapter_scales
+from ..quantization.model import unwrapped
 from ..quantization.result import CalibrationResult
 from ..quantizer import install
 from ..rollout.exclusive import model_lock
@@ -64,11 +67,14 @@ def quantize_pipeline(pipe: PipelineHost, config: QARVDConfig, result: Calibrati
     """Quantize the pipeline's transformer in place; without a result, calibrate first."""
     with model_lock(pipe.transformer):  # streams of other threads wait
         require_float(pipe)
+        config, why = with_chunk_weights(pipe.transformer, config)
         result = result or calibrate_pipeline(pipe, config)
+        targets = select(pipe.transformer, config)
+        report = make_report(unwrapped(pipe.transformer), targets, result, config, why)
         hub_id = pipe.source if pipe.source and not Path(pipe.source).exists() else None
         adapters = adapter_scales(pipe.transformer) if config.needs_calibration else {}
         config = config.replace(base_model=config.base_model or hub_id, calibration_adapters=adapters or None)
-        install(pipe.transformer, result, config)
+        install(pipe.transformer, result, config, report)
 
 
 def quantize_text_encoder(text_encoder: torch.nn.Module) -> None:

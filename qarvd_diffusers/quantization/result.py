@@ -88,7 +88,7 @@ class CalibrationResult:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such calibration result")
         with open_tensors(path) as file:
-            described = parse_json((file.metadata() or {}).get(METADATA, "{}"), f"{path}: {METADATA}")
+            described: dict[str, Any] = parse_json((file.metadata() or {}).get(METADATA, "{}"), f"{path}: {METADATA}")
             if described.get("format") != FORMAT:
                 raise ValueError(f"{path} has format {described.get('format')!r}, expected {FORMAT!r}: {REMEDY}")
             values = check_mapping(described, _DESCRIBED, f"{path}: {METADATA}")
@@ -119,11 +119,13 @@ def require_layers(layers: Mapping[str, LinearQParams], linears: Mapping[str, nn
         )
 
 
-def _expected_tensors(path: object, modules: Mapping[str, QuantizedModule]) -> dict[str, TensorSpec]:
+def _expected_tensors(path: str | os.PathLike[str], modules: Mapping[str, QuantizedModule]) -> dict[str, TensorSpec]:
     """Return the tensors of all layers; their sizes are those of the order and the scales that the file has."""
     found, expected = read_specs(path), {}
     for name, description in modules.items():
-        order, scale = (getattr(found.get(f"{name}.{key}"), "shape", ()) for key in ("channel_order", "weight_scale"))
+        order, scale = (
+            tuple(getattr(found.get(f"{name}.{key}"), "shape", ())) for key in ("channel_order", "weight_scale")
+        )
         if len(order) != 1 or len(scale) != 2 or not 0 <= description.num_outliers <= order[0]:
             raise ValueError(
                 f"{path}: channel_order and weight_scale of {name} are {list(order)} and {list(scale)}, expected [K] "

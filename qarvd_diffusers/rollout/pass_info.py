@@ -19,14 +19,16 @@ class PassInfo:
         timestep: the timestep that the transformer gets.
         frame_offset: absolute index of the first latent frame of the pass.
         num_frames: latent frames in the pass.
+        chunks: where one pass spans several chunks, the chunk of every frame of it; `chunk` is then the last of them.
         share: weight of the pass in calibration. 1 if all chunks take equally many passes; 1/2 in a chunk of twice as
             many, since sensitivities are measured per chunk.
     """
 
     chunk: int
-    role: str
-    step: int
-    timestep: float
-    frame_offset: int
-    num_frames: int
+    role: str = "denoise"
+    step: int = 0
+    timestep: float = 0.0
+    frame_offset: int = 0
+    num_frames: int = 1
     share: float = 1.0
+    chunks: tuple[int, ...] = ()

@@ -303,7 +303,8 @@ def test_refusals(wan):
     with pytest.raises(ValueError, match="scheme w8a8 needs calibration data"):
         quantize_weights(wan, config_of())
     with pytest.raises(ValueError, match=r"0.proj has 7 input channels, an odd number.*modules_to_not_convert"):
-        quantize_weights(nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(7, 4)})}), config_of("w4a16"))
+        blocks = nn.Sequential(*(nn.ModuleDict({"proj": nn.Linear(7, 4)}) for _ in range(2)))
+        quantize_weights(blocks, config_of("w4a16"))
     result = quantize_weights(wan, config_of("w8a16"))
     with pytest.raises(ValueError, match=r"blocks.1.* is a NoneType in this WanTransformer3DModel"):
         short = make_wan()

@@ -70,3 +70,17 @@ def test_a_layer_that_missed_a_pass():
 def test_tied_layers_must_read_the_same_tensor():
     with pytest.raises(ValueError, match="k does not read the same tensor as q: set tie_inputs=False"):
         capture(Net(), passes(), copy=lambda i, info: True)
+
+
+def test_a_pass_over_several_chunks_is_divided_among_them():
+    linear, seen = nn.Linear(4, 4), []
+    info = PassInfo(1, "denoise", 0, 500.0, 0, 3, chunks=(0, 1, 1))
+    with InputCapture({"q": linear}, [("q",)], lambda group, x, info: seen.append((x, info))) as captured:
+        captured.on_pass(info)
+        x = torch.randn(2, 6, 4)
+        linear(x)
+        linear(torch.randn(2, 0, 4))
+    assert [(part.shape[0], place.chunk) for part, place in seen] == [(4, 0), (8, 1)]
+    assert torch.equal(seen[0][0].reshape(2, 2, 4), x[:, :2])
+    assert [place.share for _, place in seen] == pytest.approx([1 / 3, 2 / 3])
+    captured.check(range(2))
