@@ -71,6 +71,23 @@ def assert_codes(got, exact, slack=2e-3):
     assert float((got.double() - exact).abs().max()) <= 0.5 + slack if got.numel() else True
 
 
+def rotated(x, block):
+    """float64 product of every block of channels with the orthonormal matrix of signs (-1)^popcount(i & j)."""
+    index = torch.arange(block)
+    bits = (index[:, None] & index)[..., None] >> torch.arange(16) & 1
+    signs = 1.0 - 2.0 * (bits.sum(-1) % 2).double()
+    return (x.double().unflatten(-1, (-1, block)) @ signs).flatten(-2) / block**0.5
+
+
+def assert_row_codes(codes, scale, exact, slack=2e-3):
+    """Scales are the largest magnitude / 127, and codes round exact / scale; see `assert_codes`."""
+    largest = exact.abs().amax(-1) / 127
+    largest[largest == 0] = 1
+    torch.testing.assert_close(scale.double(), largest, rtol=2e-5, atol=1e-7)
+    assert_codes(codes, exact / largest[..., None], slack)
+    assert int(codes.abs().max()) <= 127
+
+
 def norm_reference(x, weight, norm_bias, scale, shift, eps):
     """float64 LayerNorm and modulation."""
     double = [None if t is None else t.double() for t in (weight, norm_bias, scale, shift)]

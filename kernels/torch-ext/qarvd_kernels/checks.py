@@ -46,6 +46,12 @@ def packed_weight(weight_packed: Tensor, bits: int) -> int:
     return weight_packed.shape[1] * 8 // bits
 
 
+def rotation(block: int, channels: int) -> None:
+    """Check the size of the blocks of channels that a Hadamard rotation mixes."""
+    fits = block > 0 and block & (block - 1) == 0 and channels % block == 0
+    require(fits, "rotation", block, f"a power of two that divides {channels} (the channels)")
+
+
 def weight(
     weight_packed: Tensor,
     weight_scale: Tensor,
@@ -141,6 +147,7 @@ def dual_scale_gemm(
     bias: Tensor,
     row_sums: Tensor | None,
     row_sum_scale: Tensor | None,
+    row_scale: Tensor | None,
 ) -> None:
     """Check the fields of `ops.arguments.Product`."""
     matrix("a", a, torch.int8)
@@ -153,6 +160,9 @@ def dual_scale_gemm(
     if all_or_none(row_sums=row_sums, row_sum_scale=row_sum_scale):
         tensor("row_sums", row_sums, (m, 2), torch.int32)
         tensor("row_sum_scale", row_sum_scale, (2, n), torch.float32)
+        require(row_scale is None, "row_scale", "given with row_sums", "one of them")
+    if row_scale is not None:
+        tensor("row_scale", row_scale, (m,), torch.float32)
 
 
 def cache(name: str, value: Tensor, scale: Tensor | None, shape: tuple[int, int, int]) -> None:

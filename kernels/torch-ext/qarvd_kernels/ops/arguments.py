@@ -21,6 +21,7 @@ class Product(NamedTuple):
         bias: float32 `[N]`, with the constant part of all zero-points folded in.
         row_sums: int32 `[M, 2]`, the result of `row_sums`; or None.
         row_sum_scale: float32 `[2, N]`; given together with `row_sums`.
+        row_scale: float32 `[M]`, of rows that were quantized with a scale of their own; or None. Not with `row_sums`.
     """
 
     a: Tensor
@@ -31,6 +32,7 @@ class Product(NamedTuple):
     bias: Tensor
     row_sums: Tensor | None
     row_sum_scale: Tensor | None
+    row_scale: Tensor | None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ def dual_scale_gemm(product: Product, out_dtype: torch.dtype) -> Tensor:
         acc = sum_{k < num_outliers} a w                    int32
         acc = rint(float32(acc) * ratio[n])                 int32, ties to even
         acc = acc + sum_{k >= num_outliers} a w             int32
-        y   = float32(acc) * scale[n] + bias[n] - sum_g row_sums[m, g] * row_sum_scale[g, n]
+        y   = float32(acc) * row_scale[m] * scale[n] + bias[n] - sum_g row_sums[m, g] * row_sum_scale[g, n]
 
     Args:
         product: the fields of `Product`.

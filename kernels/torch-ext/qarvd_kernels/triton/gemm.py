@@ -90,9 +90,12 @@ def _rescaled_sum(a_row, w_row, ratio, column, K: tl.constexpr, OUTLIERS: tl.con
 
 
 @triton.jit
-def _scaled(acc, scale, bias, row_sums, row_sum_scale, row, column, N: tl.constexpr):
-    """Scale the sums, and add bias and the remainder of the weight zero-points (None if there is none)."""
-    y = acc.to(tl.float32) * tl.load(scale + column)[None, :] + tl.load(bias + column)[None, :]
+def _scaled(acc, scale, bias, row_sums, row_sum_scale, row_scale, row, column, N: tl.constexpr):
+    """Scale the sums, and add bias and the remainder of the weight zero-points; None stands for what there is not."""
+    y = acc.to(tl.float32)
+    if row_scale is not None:
+        y *= tl.load(row_scale + row)[:, None]
+    y = y * tl.load(scale + column)[None, :] + tl.load(bias + column)[None, :]
     if row_sums is not None:
         for group in tl.static_range(2):
             sums = tl.load(row_sums + row * 2 + group).to(tl.float32)
@@ -124,6 +127,7 @@ def dual_scale_gemm_kernel(
     bias,
     row_sums,
     row_sum_scale,
+    row_scale,
     residual,
     gate,
     out_scale,
@@ -151,7 +155,7 @@ def dual_scale_gemm_kernel(
     mask = (m[:, None] < rows - first) & (n[None, :] < N)
     start, at = first.to(tl.int64) * N, row[:, None] * N + n[None, :]
     if out.dtype.element_ty != tl.int32:
-        y = _scaled(y, scale, bias, row_sums, row_sum_scale, first + row, column, N)
+        y = _scaled(y, scale, bias, row_sums, row_sum_scale, row_scale, first + row, column, N)
         if EPILOGUE == _GELU_:
             y = _gelu_codes(y, out_scale, out_zero_point, OUT_OUTLIERS, n)
         elif EPILOGUE == _RESIDUAL_:
@@ -187,7 +191,7 @@ def _launch(
     out: Tensor | None = None,
 ) -> Tensor:
     """Compute a product (the fields of `Product`) in `dtype`; write it to `out`, or to a new tensor."""
-    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
+    a, weight, num_outliers, ratio, scale, bias, *rows = product
     (m, k), n = a.shape, weight.shape[0]
     if out is None:
         out = torch.empty((m, n), dtype=dtype, device=a.device)
@@ -195,11 +199,11 @@ def _launch(
     block_m, block_n, block_k, stripe, warps, stages = gemm_config(a.get_device(), m, n, k, epilogue == _RESIDUAL)
     _gemm(
         (-(-m // block_m) * -(-n // block_n), 1, 1),
-        (a, weight, ratio, scale, bias, row_sums, row_sum_scale, residual, gate, out_scale, out_zero_point, out),
+        (a, weight, ratio, scale, bias, *rows, residual, gate, out_scale, out_zero_point, out),
         (m, 1 if gate is None else m // gate.shape[0]),
         (n, k, num_outliers, out_outliers, epilogue, block_m, block_n, block_k, stripe),
         (warps, stages),
-        (out.dtype, row_sums is None, gate is None),
+        (out.dtype, rows[0] is None, rows[2] is None, gate is None),
     )
     return out
 
