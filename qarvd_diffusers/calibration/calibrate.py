@@ -20,14 +20,14 @@ from ..rollout.pass_info import PassInfo
 from .blocks import round_blocks, stages_of
 from .capture import InputCapture, pass_weight
 from .groups import LayerGroup
-from .inputs import InputQuantizer
+from .inputs import InputQuantizer, TokenQuantizer
 from .observers import OBSERVERS
 from .outliers import OutlierSet
 from .processes import SINGLE_PROCESS, Processes
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS
 from .splits import input_extents, split_inputs, stored_split
-from .targets import Targets, select, skips_rounding
+from .targets import Targets, describe, select, skips_rounding
 from .targets import quantizable_linears as quantizable_linears
 from .weights import quantize_weight
 
@@ -128,8 +128,13 @@ def calibrate(
     else:
         extents = None
         if config.resolved_outlier_detector == "input":
-            extents = input_extents(targets, run_share or run, config, processes)
-        outliers = split_inputs(transformer, linears, groups, config, extents, targets.words | targets.dynamic)
+            static = _static_groups(targets, config)
+            observed = dict(
+                zip(static, input_extents(targets, static, run_share or run, config, processes), strict=True)
+            )
+            extents = [observed.get(names) for names in groups]
+        by_weights, whole = targets.words | targets.dynamic, _whole(targets, config)
+        outliers = split_inputs(transformer, linears, groups, config, extents, by_weights, whole)
         layers = _quantize_weights(targets, outliers, config, progress)
         if config.resolved_scheme.needs_calibration:
             layers = _observe_inputs(targets, outliers, layers, run_share or run, config, processes)
@@ -145,6 +150,21 @@ def calibrate(
     return CalibrationResult(layers, config_hash(config))
 
 
+def _described(targets: Targets, config: QARVDConfig) -> dict[str, QuantizedModule]:
+    return describe(targets.linears, targets.groups, config, targets.dynamic)
+
+
+def _static_groups(targets: Targets, config: QARVDConfig) -> list[tuple[str, ...]]:
+    """Return the groups whose inputs have calibrated ranges."""
+    described = _described(targets, config)
+    return [names for names in targets.measured if described[names[0]].activation == "static"]
+
+
+def _whole(targets: Targets, config: QARVDConfig) -> set[str]:
+    """Return the layers whose inputs have a scale per token."""
+    return {name for name, module in _described(targets, config).items() if module.activation == "token"}
+
+
 def _observe_inputs(
     targets: Targets,
     outliers: Sequence[OutlierSet],
@@ -154,8 +174,9 @@ def _observe_inputs(
     processes: Processes,
 ) -> dict[str, LinearQParams]:
     """Observe one set of rollouts and add a static input quantizer to every layer."""
-    linears, groups = targets.linears, targets.measured
-    observers = [OBSERVERS[config.recipe.observer](group) for group in outliers[: len(groups)]]
+    linears, groups = targets.linears, _static_groups(targets, config)
+    splits = dict(zip(targets.groups, outliers, strict=True))
+    observers = [OBSERVERS[config.recipe.observer](splits[names]) for names in groups]
     weigh = pass_weight(config)
     observed_weights = _rounded_weights(linears, layers) if config.recipe.observe_rounded else nullcontext()
 
@@ -179,10 +200,14 @@ def _layer_group(
     names: Sequence[str], targets: Targets, outliers: OutlierSet, layers: Mapping[str, LinearQParams]
 ) -> LayerGroup:
     """Build the group of some layers, with the input quantizer that was observed for them."""
-    first, quantizer = layers[names[0]], None
-    if first.input_scale is not None:
+    first = layers[names[0]]
+    quantizer: InputQuantizer | TokenQuantizer | None = None
+    if first.description.activation == "token":
+        quantizer = TokenQuantizer()
+    elif first.input_scale is not None:
         quantizer = InputQuantizer(first.input_scale, first.input_zero_point, outliers.num_outliers)
-    return LayerGroup({name: targets.linears[name] for name in names}, outliers, quantizer, not targets.observed)
+    linears, rotation = {name: targets.linears[name] for name in names}, first.description.rotation
+    return LayerGroup(linears, outliers, quantizer, not targets.observed, rotation)
 
 
 def quantize_weights(
@@ -199,7 +224,7 @@ def quantize_weights(
     if config.resolved_scheme.needs_calibration:
         raise ValueError(f"scheme {config.scheme} needs calibration data: call calibrate, or use w8a8_dynamic")
     targets = targets or select(transformer, config)
-    outliers = split_inputs(transformer, targets.linears, targets.groups, config)
+    outliers = split_inputs(transformer, targets.linears, targets.groups, config, whole=_whole(targets, config))
     packed = _quantize_weights(targets, outliers, config, progress)
     return CalibrationResult(packed, config_hash(config))
 
@@ -211,14 +236,12 @@ def _quantize_weights(
     progress: Progress | None,
 ) -> dict[str, LinearQParams]:
     """Compute integer weights of every layer, on the CPU and in module order, without input quantizers."""
-    linears = targets.linears
+    linears, described = targets.linears, _described(targets, config)
     splits = {name: outlier_set for group, outlier_set in zip(targets.groups, outliers, strict=True) for name in group}
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
-        scheme = config.scheme_of(name)
-        activation = "dynamic" if scheme.needs_calibration and name in targets.dynamic else scheme.activation
-        description = QuantizedModule(splits[name].num_outliers, scheme.weight_bits, activation)
-        codes, grid = quantize_weight(linear.weight, splits[name], config, name)
+        description = dataclasses.replace(described[name], num_outliers=splits[name].num_outliers)
+        codes, grid = quantize_weight(linear.weight, splits[name], config, name, description.rotation)
         tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), splits[name].channel_order)
         layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)
         if progress is not None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import qarvd_kernels as ops
+
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams
 from .grid import WeightGrid
-from .inputs import InputQuantizer
+from .inputs import InputQuantizer, TokenQuantizer
 from .outliers import OutlierSet
 
 
@@ -25,12 +27,14 @@ class LayerGroup:
         outliers: their common outlier channels.
         quantizer: of their common input; None for float activations.
         every_pass: whether a pass without these layers is an error.
+        rotation: see `QuantizedModule.rotation`.
     """
 
     linears: Mapping[str, nn.Linear]
     outliers: OutlierSet
-    quantizer: InputQuantizer | None
+    quantizer: InputQuantizer | TokenQuantizer | None
     every_pass: bool = True
+    rotation: int = 1
 
     @property
     def name(self) -> str:
@@ -47,14 +51,21 @@ class LayerGroup:
         return self.permute(torch.cat([linear.weight.detach() for linear in self.linears.values()]).to(torch.float32))
 
     def permute(self, x: Tensor) -> Tensor:
-        """Put the channels `[..., K]` into permuted order."""
+        """Rotate the channels `[..., K]` and put them into permuted order, as they are stored."""
+        if self.rotation > 1:
+            x = ops.rotate(x, self.rotation)
         return x.index_select(-1, self.outliers.channel_order.to(x.device))
 
     def packed(
-        self, codes: Tensor, grid: WeightGrid, quantizer: InputQuantizer | None, like: Mapping[str, LinearQParams]
+        self,
+        codes: Tensor,
+        grid: WeightGrid,
+        quantizer: InputQuantizer | TokenQuantizer | None,
+        like: Mapping[str, LinearQParams],
     ) -> dict[str, LinearQParams]:
         """Split uint8 codes `[N, K]` and their grid among the layers; all else is taken from `like`."""
         sizes = [linear.out_features for linear in self.linears.values()]
+        input_scale, input_zero_point = (None, None) if quantizer is None else quantizer.stored
         parts = zip(codes.split(sizes), grid.scale.split(sizes), grid.zero_point.split(sizes), strict=True)
         return {
             name: dataclasses.replace(
@@ -62,8 +73,8 @@ class LayerGroup:
                 weight_packed=pack(rows.cpu(), grid.bits),
                 weight_scale=scale.cpu().clone(),
                 weight_zero_point=zero_point.cpu().to(torch.int16),
-                input_scale=None if quantizer is None else quantizer.scale.cpu(),
-                input_zero_point=None if quantizer is None else quantizer.zero_point.cpu(),
+                input_scale=input_scale,
+                input_zero_point=input_zero_point,
             )
             for name, (rows, scale, zero_point) in zip(self.linears, parts, strict=True)
         }

@@ -24,8 +24,9 @@ def split_inputs(
     linears: Mapping[str, nn.Linear],
     groups: Sequence[Sequence[str]],
     config: QARVDConfig,
-    extents: Sequence[Extent] | None = None,
+    extents: Sequence[Extent | None] | None = None,
     words: Collection[str] = (),
+    whole: Collection[str] = (),
 ) -> list[OutlierSet]:
     """Find one outlier set per group of layers that read one tensor, from their stacked weights.
 
@@ -40,6 +41,7 @@ def split_inputs(
         extents: per group, for the detector `input`.
         words: layers that are split by their weights even then: a few prompts have few words, and do not represent
             others.
+        whole: layers that are not split: their activations have a scale per token.
 
     Raises:
         ValueError: a weight is on the meta device or not finite; the message names the layer.
@@ -57,8 +59,11 @@ def split_inputs(
     def find(index: int, at_least: int = 0) -> OutlierSet:
         """Find the outliers of one group."""
         weights, detector = [linears[name].weight for name in groups[index]], _detector(groups[index][0], config)
-        if extents is not None and groups[index][0] not in words:
-            return min_noise_split(weights, *extents[index], config.outlier_alignment, at_least)
+        if groups[index][0] in whole:
+            return find_outliers(weights, "none")
+        extent = None if extents is None or groups[index][0] in words else extents[index]
+        if extent is not None:
+            return min_noise_split(weights, *extent, config.outlier_alignment, at_least)
         return find_outliers(weights, detector, config.outlier_alignment, config.recipe, at_least)
 
     splits = [find(index) for index in range(len(groups))]
@@ -89,12 +94,12 @@ def stored_split(layer: LinearQParams) -> OutlierSet:
 
 def input_extents(
     targets: Targets,
+    groups: Sequence[tuple[str, ...]],
     run: Callable[[Callable[[PassInfo], None]], object],
     config: QARVDConfig,
     processes: Processes,
 ) -> list[Extent]:
-    """Observe one set of rollouts: smallest and largest value of every channel of the input of measured groups."""
-    groups = targets.measured
+    """Observe one set of rollouts: smallest and largest value of every channel of the input of some groups."""
     extents: list[Extent | None] = [None] * len(groups)
 
     def observe(index: int, x: Tensor, info: PassInfo) -> None:

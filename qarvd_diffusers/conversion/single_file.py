@@ -196,7 +196,7 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
 def _one_grid(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether it is exact."""
     order, count = layer.channel_order.long(), layer.num_outliers
-    if count in (0, layer.in_features):
+    if count in (0, layer.in_features) and layer.rotation == 1:
         group = int(count == 0)
         codes = (
             unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)
@@ -224,6 +224,7 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
     kinds = {
         "static": "Calibrated activation scales are lost: ComfyUI finds symmetric ones per token at run time.",
         "dynamic": "The separate activation scale of the outlier channels is lost: ComfyUI has one per token.",
+        "token": "Rotated blocks of channels are lost: their weights were rounded again, without the rotation.",
         "none": "Float activations are lost: ComfyUI quantizes the inputs of these layers to 8 bits.",
     }
     return [*lost, kinds[some.activation]]

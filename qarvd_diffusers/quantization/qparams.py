@@ -44,15 +44,22 @@ class LinearQParams:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Compute the dequantized weight `[N, K]` in original channel order."""
-        return ops.dequantize_weight(
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.channel_order,
-            self.description.weight_bits,
-            self.description.num_outliers,
-            dtype,
-        )
+        return dequantized_weight(self, self.description, dtype)
+
+
+def dequantized_weight(layer: Any, description: QuantizedModule, dtype: torch.dtype) -> Tensor:
+    """Compute the weight of `LinearQParams` or a `QARVDLinear`, rows as stored, channels in their original order."""
+    rotated = description.rotation > 1
+    weight = ops.dequantize_weight(
+        layer.weight_packed,
+        layer.weight_scale,
+        layer.weight_zero_point,
+        layer.channel_order,
+        description.weight_bits,
+        description.num_outliers,
+        torch.float32 if rotated else dtype,
+    )
+    return ops.rotate(weight, description.rotation).to(dtype) if rotated else weight
 
 
 def stored_tensors(
@@ -87,11 +94,12 @@ def check_values(layers: Mapping[str, Any], source: object, clamped: bool = Fals
     alike: dict[tuple, list[tuple[str, Any, int]]] = {}
     for name, layer in layers.items():
         what, order = layer.description, layer.channel_order
-        key = (order.shape, order.device, layer.weight_scale.shape, what.weight_bits, what.activation)
+        kind = (what.weight_bits, what.activation == "static", what.activation == "token")
+        key = (order.shape, order.device, layer.weight_scale.shape, kind)
         alike.setdefault(key, []).append((name, layer, what.num_outliers))
-    for (*_, bits, _), group in alike.items():
+    for (*_, (bits, _, by_token)), group in alike.items():
         names, members, outliers = zip(*group, strict=True)
-        for tensor, expected, valid in _rules(members, outliers, 2**bits - 1, clamped):
+        for tensor, expected, valid in _rules(members, outliers, 2**bits - 1, clamped, by_token):
             if not valid.all():
                 name = names[int(valid.int().argmin())]
                 where = f"{source}: {name}." if source else ""
@@ -99,7 +107,7 @@ def check_values(layers: Mapping[str, Any], source: object, clamped: bool = Fals
 
 
 def _rules(
-    layers: Sequence[Any], outliers: Sequence[int], levels: int, clamped: bool
+    layers: Sequence[Any], outliers: Sequence[int], levels: int, clamped: bool, by_token: bool
 ) -> Iterator[tuple[str, str, Tensor]]:
     """Yield tensor, expectation and which of the layers, alike in shape, meet it: bool `[L]`."""
 
@@ -119,6 +127,9 @@ def _rules(
     channels = order.shape[1]
     seen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order.clamp(0, max(channels - 1, 0)), True)
     yield "channel_order", f"each of 0..{channels - 1} once", seen.all(1)
+    if by_token:
+        natural = order == torch.arange(channels, device=order.device)
+        yield "channel_order", "channels in their own order", natural.all(1)
     static = layers[0].input_scale is not None
     for name in ("weight_scale", "input_scale") if static else ("weight_scale",):
         low, high = bounds(name)

@@ -25,7 +25,8 @@ dual_scale_gemm(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tens
 dual_scale_gemm_out(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
     row_sums, Tensor? row_sum_scale, Tensor? row_scale, Tensor(!) out) -> ()
 dual_scale_gemm_gelu(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
-    row_sums, Tensor? row_sum_scale, Tensor? row_scale, Tensor out_scale, Tensor out_zero_point, SymInt out_outliers) -> Tensor
+    row_sums, Tensor? row_sum_scale, Tensor? row_scale, Tensor out_scale, Tensor out_zero_point, SymInt
+    out_outliers) -> Tensor
 dual_scale_gemm_residual(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias,
     Tensor? row_sums, Tensor? row_sum_scale, Tensor? row_scale, Tensor residual, Tensor? gate) -> Tensor
 expand_int4(Tensor weight_packed, Tensor weight_zero_point, SymInt num_outliers, Tensor(!) out) -> ()

@@ -69,6 +69,9 @@ TOLERANCE = 2e-3
         ("w8a8", {"outlier_detector": "none"}),
         ("w8a8", {"reference_compat": True}),  # asymmetric 8-bit weights: row sums
         ("w4a8", {"module_bits": {"ffn.net.2": 8, "blocks.1.attn2": 8}}),
+        ("w8a8", {"activation": "token"}),
+        ("w4a8", {"activation": "token"}),
+        ("w8a8_dynamic", {"activation": "token"}),
     ],
 )
 def test_equals_the_model_layer_by_layer(scheme, changes):
