@@ -71,12 +71,20 @@ def assert_codes(got, exact, slack=2e-3):
     assert float((got.double() - exact).abs().max()) <= 0.5 + slack if got.numel() else True
 
 
-def rotated(x, block):
-    """float64 product of every block of channels with the orthonormal matrix of signs (-1)^popcount(i & j)."""
+def row_quantizer(k, rotation, seed=7):
+    """Scales of channels, a few of them far from 1, and the size of a block."""
+    scale = torch.rand(k, generator=generator(seed)) + 0.5
+    scale[:: max(1, k // 5)] *= 16
+    return scale, rotation
+
+
+def rotated(x, scale, block):
+    """float64 product of every block of scaled channels with the orthonormal matrix of signs (-1)^popcount(i & j)."""
+    x = x.double() * scale.double()
     index = torch.arange(block)
     bits = (index[:, None] & index)[..., None] >> torch.arange(16) & 1
     signs = 1.0 - 2.0 * (bits.sum(-1) % 2).double()
-    return (x.double().unflatten(-1, (-1, block)) @ signs).flatten(-2) / block**0.5
+    return (x.unflatten(-1, (-1, block)) @ signs).flatten(-2) / block**0.5
 
 
 def assert_row_codes(codes, scale, exact, slack=2e-3):

@@ -47,16 +47,16 @@ add_norm_quantize(Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm
     (Tensor, Tensor)
 add_norm_quantize_(Tensor(!) x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor?
     shift, float eps, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) -> Tensor
-norm_quantize_rows(Tensor x, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor? shift, float eps, int
-    rotation) -> (Tensor, Tensor)
+norm_quantize_rows(Tensor x, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor? shift, float eps, Tensor
+    channel_scale, int rotation) -> (Tensor, Tensor)
 add_norm_quantize_rows_(Tensor(!) x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor?
-    shift, float eps, int rotation) -> (Tensor, Tensor)
+    shift, float eps, Tensor channel_scale, int rotation) -> (Tensor, Tensor)
 add_gated(Tensor x, Tensor y, Tensor? gate) -> Tensor
 add_gated_(Tensor(!) x, Tensor y, Tensor? gate) -> ()
 quantize_static(Tensor x, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point)
     -> Tensor
 quantize_dynamic(Tensor x, Tensor channel_order, SymInt num_outliers) -> (Tensor, Tensor)
-quantize_rows(Tensor x, int rotation) -> (Tensor, Tensor)
+quantize_rows(Tensor x, Tensor channel_scale, int rotation) -> (Tensor, Tensor)
 row_sums(Tensor a, SymInt num_outliers) -> Tensor
 """
 SCHEMAS = re.sub(r"\n +", " ", TEXT).strip().splitlines()

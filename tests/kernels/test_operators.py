@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_inputs import assert_row_codes, rotated
+from kernel_inputs import assert_row_codes, rotated, row_quantizer
 
 import qarvd_kernels as ops
 
@@ -113,11 +113,11 @@ def test_quantize_static():
 def test_quantize_rows(rotation):
     x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
     x[0, 1] = 0
-    codes, scale = ops.quantize_rows(x, rotation)
-    assert_row_codes(codes, scale, rotated(x, rotation))
+    codes, scale = ops.quantize_rows(x, *row_quantizer(48, rotation))
+    assert_row_codes(codes, scale, rotated(x, *row_quantizer(48, rotation)))
     torch.testing.assert_close(ops.rotate(ops.rotate(x, rotation), rotation), x)  # its own inverse
     with pytest.raises(ValueError, match=r"rotation is 32, expected a power of two that divides 48 \(the channels\)"):
-        ops.quantize_rows(x, 32)
+        ops.quantize_rows(x, *row_quantizer(48, 32))
 
 
 @pytest.mark.parametrize("outliers", (0, 3, 16))

@@ -125,6 +125,7 @@ def test_norm_with_a_scale_per_row(capability, columns, tmp_path):
     from qarvd_kernels.triton import norm
 
     signature = {"x": HALF, "y": HALF, "gate": FLOAT, "total": HALF, "codes": CODES, "row_scale": FLOAT}
+    signature |= {"channel_scale": FLOAT}
     signature |= {"scale": FLOAT, "shift": FLOAT, "eps": "fp32", "rows_per_gate": "i32", "rows_per_scale": "i32"}
     block = norm._block(columns)
     constants = {"C": columns, "ROTATION": 128, "BITS": 7, "BLOCK": block}

@@ -15,6 +15,7 @@ from kernel_inputs import (
     norm_tables,
     quantizer,
     rotated,
+    row_quantizer,
     stored_layer,
 )
 from test_cache_attention import (
@@ -153,24 +154,24 @@ def test_norms_with_a_scale_per_row(affine, modulated, added, m, c, rotation, on
     norm, g, groups = triton_module("norm"), generator(1), 3 if m % 3 == 0 else 1
     x, y = (torch.randn(m, c, generator=g) * 2 + 1 for _ in range(2))
     gate = torch.randn(groups, c, generator=g) if added == "gated" else None
-    tables = norm_tables(c, groups, affine, modulated)
+    tables, rows = norm_tables(c, groups, affine, modulated), row_quantizer(c, rotation)
     if added == "no":
-        codes, scale = on_device(norm.norm_quantize_rows, (x, *tables, 1e-6, rotation))
+        codes, scale = on_device(norm.norm_quantize_rows, (x, *tables, 1e-6, *rows))
         total = x.double()
     else:
         total = x.double() + y.double() * (1 if gate is None else gate.double().repeat_interleave(m // groups, 0))
-        codes, scale = on_device(norm.add_norm_quantize_rows_, (x, y, gate, *tables, 1e-6, rotation))
+        codes, scale = on_device(norm.add_norm_quantize_rows_, (x, y, gate, *tables, 1e-6, *rows))
         torch.testing.assert_close(x.double(), total, rtol=1e-6, atol=1e-6)
-    assert_row_codes(codes, scale, rotated(norm_reference(total, *tables, 1e-6), rotation))
+    assert_row_codes(codes, scale, rotated(norm_reference(total, *tables, 1e-6), *rows))
 
 
 @pytest.mark.parametrize(("k", "rotation"), [(40, 1), (40, 8), (256, 128), (24, 4)])
 def test_quantize_rows(k, rotation, on_device, triton_module):
     x = torch.randn(2, 5, k, generator=generator()) * 3
     x[0, 1] = 0
-    codes, scale = on_device(triton_module("quantize").quantize_rows, (x, rotation))
+    codes, scale = on_device(triton_module("quantize").quantize_rows, (x, *row_quantizer(k, rotation)))
     assert codes.shape == x.shape and scale.shape == (2, 5) and float(scale[0, 1]) == 1
-    assert_row_codes(codes, scale, rotated(x, rotation))
+    assert_row_codes(codes, scale, rotated(x, *row_quantizer(k, rotation)))
 
 
 def test_results_that_are_not_contiguous_are_not_supported(on_device, triton_module):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import checks
+from ..declare import Constant
 
 
 class Product(NamedTuple):
@@ -73,6 +75,30 @@ class InputQuantizer(NamedTuple):
         """Raise a ValueError unless this can quantize `x`, float `[..., K]`."""
         checks.activation(x, self.channel_order, self.num_outliers)
         checks.input_quantizer(self.input_scale, self.input_zero_point)
+
+
+class RowQuantizer(NamedTuple):
+    """Quantizer that gives every row of K channels a scale of its own.
+
+    Channels that are far louder or softer than the weights that read them are scaled first (SmoothQuant, arXiv
+    2211.10438); then blocks of neighbouring channels are rotated by an orthonormal Walsh-Hadamard transform, which is
+    its own inverse (QuaRot, arXiv 2404.00456), so that loud channels spread over their block. The weight of the layer
+    is divided by the same scales and rotated alike.
+
+    Attributes:
+        channel_scale: float32 `[K]`, positive, by which the channels are multiplied.
+        rotation: channels of a block, a power of two that divides K; 1 rotates nothing.
+    """
+
+    channel_scale: Tensor
+    rotation: Constant
+
+    def check(self, x: Tensor) -> None:
+        """Raise a ValueError unless this can quantize `x`, float `[..., K]`."""
+        checks.require(x.is_floating_point(), "dtype of the activation", x.dtype, "a floating-point dtype")
+        checks.require(x.ndim >= 1, "the activation", "a scalar", "at least one dimension")
+        checks.tensor("channel_scale", self.channel_scale, (x.shape[-1],), torch.float32)
+        checks.rotation(self.rotation, x.shape[-1])
 
 
 class Norm(NamedTuple):

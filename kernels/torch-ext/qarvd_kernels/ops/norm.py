@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..declare import Constant, operator
-from .arguments import InputQuantizer, Norm
+from ..declare import operator
+from .arguments import InputQuantizer, Norm, RowQuantizer
 
 
 @operator()
@@ -79,13 +79,13 @@ def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, qu
 
 
 @operator()
-def norm_quantize_rows(x: Tensor, norm: Norm, rotation: Constant) -> tuple[Tensor, Tensor]:
+def norm_quantize_rows(x: Tensor, norm: Norm, quantizer: RowQuantizer) -> tuple[Tensor, Tensor]:
     """Apply the LayerNorm and modulation of `norm_quantize`, then `quantize_rows`.
 
     Args:
         x: float `[M, C]`.
         norm: the fields of `Norm`.
-        rotation: as in `quantize_rows`.
+        quantizer: as in `quantize_rows`.
 
     Returns:
         int8 `[M, C]`; float32 `[M]` scales.
@@ -94,20 +94,20 @@ def norm_quantize_rows(x: Tensor, norm: Norm, rotation: Constant) -> tuple[Tenso
         ValueError: a shape or dtype does not fit.
     """
     checks.normalization(x, *norm[:4])
-    checks.rotation(rotation, x.shape[1])
+    quantizer.check(x)
     return _rows_of(x)
 
 
 @operator(mutates=["x"])
 def add_norm_quantize_rows_(
-    x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, rotation: Constant
+    x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, quantizer: RowQuantizer
 ) -> tuple[Tensor, Tensor]:
     """Replace x by the gated residual sum of `add_norm_quantize`, and return `norm_quantize_rows` of that sum.
 
     Args:
         x: float `[M, C]`, overwritten. Compiled implementations need it contiguous.
         y: as in `add_norm_quantize`; so are `gate` and `norm`.
-        rotation: as in `quantize_rows`.
+        quantizer: as in `quantize_rows`.
 
     Returns:
         int8 `[M, C]`; float32 `[M]` scales.
@@ -117,7 +117,7 @@ def add_norm_quantize_rows_(
     """
     checks.residual(x, y, gate)
     checks.normalization(x, *norm[:4])
-    checks.rotation(rotation, x.shape[1])
+    quantizer.check(x)
     return _rows_of(x)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..declare import Constant, operator
-from .arguments import InputQuantizer
+from ..declare import operator
+from .arguments import InputQuantizer, RowQuantizer
 
 
 @operator()
@@ -52,15 +52,12 @@ def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tup
 
 
 @operator()
-def quantize_rows(x: Tensor, rotation: Constant) -> tuple[Tensor, Tensor]:
-    """Rotate blocks of channels, then quantize every row symmetrically with one scale of its own.
-
-    The rotation is the Walsh-Hadamard transform of neighbouring channels (QuaRot, arXiv 2404.00456), orthonormal and
-    its own inverse: it spreads large channels over their block. The weight of the layer is rotated alike.
+def quantize_rows(x: Tensor, quantizer: RowQuantizer) -> tuple[Tensor, Tensor]:
+    """Scale channels, rotate blocks of them, then quantize every row symmetrically with one scale of its own.
 
     Args:
         x: float `[..., K]`, channels in their own order.
-        rotation: channels of a block, a power of two that divides K; 1 rotates nothing.
+        quantizer: the fields of `RowQuantizer`.
 
     Returns:
         int8 `[..., K]` in -127..127; float32 `[...]` scales, largest magnitude / 127 (1 for a row of zeros).
@@ -68,9 +65,7 @@ def quantize_rows(x: Tensor, rotation: Constant) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    checks.require(x.is_floating_point(), "dtype of the activation", x.dtype, "a floating-point dtype")
-    checks.require(x.ndim >= 1, "the activation", "a scalar", "at least one dimension")
-    checks.rotation(rotation, x.shape[-1])
+    quantizer.check(x)
     return (
         torch.empty(x.shape, dtype=torch.int8, device=x.device),
         torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),

@@ -52,8 +52,8 @@ def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: An
 
 def norm_quantize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Normalize, modulate, rotate and quantize float `[M, C]` to int8 `[M, C]`, with scales `[M]`."""
-    *norm, rotation = arguments
-    return quantize_rows(_normed(x, Norm(*norm)), rotation)
+    norm, quantizer = arguments[: len(Norm._fields)], arguments[len(Norm._fields) :]
+    return quantize_rows(_normed(x, Norm(*norm)), *quantizer)
 
 
 def add_norm_quantize_rows_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -46,9 +46,9 @@ def rotate(x: Tensor, block: int) -> Tensor:
     return x * block**-0.5 if block > 1 else x
 
 
-def quantize_rows(x: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
-    """Rotate and quantize float `[..., K]` to int8 `[..., K]`, with scales `[...]`: largest magnitude / 127."""
-    x = rotate(x, rotation)
+def quantize_rows(x: Tensor, channel_scale: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
+    """Scale, rotate and quantize float `[..., K]` to int8 `[..., K]`, with scales `[...]`: largest magnitude / 127."""
+    x = rotate(x.to(torch.float32) * channel_scale, rotation)
     scale = x.abs().amax(-1) / DYNAMIC_LEVELS
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     codes = (x / scale[..., None]).round_().clamp_(-DYNAMIC_LEVELS, DYNAMIC_LEVELS)

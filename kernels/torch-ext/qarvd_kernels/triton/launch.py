@@ -160,10 +160,19 @@ def rotate(value, ROTATION: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def store_row(
-    value, codes, row_scale, row, K: tl.constexpr, ROTATION: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+    value,
+    channel_scale,
+    codes,
+    row_scale,
+    row,
+    K: tl.constexpr,
+    ROTATION: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Rotate a row `[BLOCK]`, zero beyond K, and store its int8 codes and its scale."""
+    """Scale and rotate a row `[BLOCK]`, and store its int8 codes and its scale."""
     channel = tl.arange(0, BLOCK)
+    value *= tl.load(channel_scale + channel, mask=channel < K, other=0.0)
     value = rotate(value, ROTATION, BITS, BLOCK)
     step = tl.max(tl.abs(value), axis=0) / 127.0
     step = tl.where(step < 1.1754943508222875e-38, 1.0, step)

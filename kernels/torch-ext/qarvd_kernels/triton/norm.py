@@ -139,6 +139,7 @@ def norm_quantize_rows_kernel(
     norm_bias,
     scale,
     shift,
+    channel_scale,
     total,
     codes,
     row_scale,
@@ -155,8 +156,7 @@ def norm_quantize_rows_kernel(
     value = _normed_sum(
         x, y, gate, weight, norm_bias, scale, shift, total, eps, rows_per_gate, rows_per_scale, row, C, BLOCK
     )
-    value = tl.where(tl.arange(0, BLOCK) < C, value, 0.0)
-    store_row(value, codes, row_scale, row, C, ROTATION, BITS, BLOCK)
+    store_row(value, channel_scale, codes, row_scale, row, C, ROTATION, BITS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows_per_gate"])
@@ -232,12 +232,12 @@ def add_norm_quantize_rows_(x: Tensor, y: Tensor, gate: Tensor | None, *argument
 
 def _launch_rows(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple) -> tuple[Tensor, Tensor]:
     """Write `x + gate * y` to x if there is a y; return int8 codes in the shape of x, and their scales."""
-    weight, norm_bias, scale, shift, eps, rotation = arguments
+    weight, norm_bias, scale, shift, eps, channel_scale, rotation = arguments
     (rows, columns), block = x.shape, _block(x.shape[1])
     codes, row_scale = torch.empty_like(x, dtype=torch.int8), torch.empty(rows, dtype=torch.float32, device=x.device)
     _norm_quantize_rows(
         (rows, 1, 1),
-        (x, y, gate, weight, norm_bias, scale, shift, None if y is None else x, codes, row_scale),
+        (x, y, gate, weight, norm_bias, scale, shift, channel_scale, None if y is None else x, codes, row_scale),
         (eps, _rows_per(gate, rows), _rows_per(scale, rows)),
         (columns, rotation, rotation.bit_length() - 1, block),
         (row_warps(block), 1),

@@ -64,12 +64,19 @@ def quantize_static_kernel(
 
 @triton.jit
 def quantize_rows_kernel(
-    x, codes, row_scale, K: tl.constexpr, ROTATION: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    channel_scale,
+    codes,
+    row_scale,
+    K: tl.constexpr,
+    ROTATION: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Rotate and quantize one row."""
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     value = tl.load(x + row * K + channel, mask=channel < K, other=0.0).to(tl.float32)
-    store_row(value, codes, row_scale, row, K, ROTATION, BITS, BLOCK)
+    store_row(value, channel_scale, codes, row_scale, row, K, ROTATION, BITS, BLOCK)
 
 
 @triton.jit
@@ -104,13 +111,15 @@ def quantize_static(
     return codes
 
 
-def quantize_rows(x: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
-    """Rotate and quantize float `[..., K]` to int8 `[..., K]`, with scales `[...]`."""
+def quantize_rows(x: Tensor, channel_scale: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
+    """Scale, rotate and quantize float `[..., K]` to int8 `[..., K]`, with scales `[...]`."""
     codes, k = torch.empty_like(x, dtype=torch.int8), x.shape[-1]
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     block = block_of(k, LARGEST_ROW)
     constants = (k, rotation, rotation.bit_length() - 1, block)
-    _quantize_rows((scale.numel(), 1, 1), (x, codes, scale), (), constants, (row_warps(block), 1), (x.dtype,))
+    _quantize_rows(
+        (scale.numel(), 1, 1), (x, channel_scale, codes, scale), (), constants, (row_warps(block), 1), (x.dtype,)
+    )
     return codes, scale
 
 
