@@ -27,7 +27,7 @@ from .processes import SINGLE_PROCESS, Processes
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS
 from .splits import input_extents, split_inputs, stored_split
-from .targets import Targets, describe, select, skips_rounding
+from .targets import Targets, describe, rotations_of, select, skips_rounding
 from .targets import quantizable_linears as quantizable_linears
 from .weights import quantize_weight
 
@@ -72,7 +72,7 @@ def plan_work(
     finished = set(processes.from_main(held))
     work = Work()
     if "ranges" not in finished:
-        runs = (config.resolved_outlier_detector == "input") + config.resolved_scheme.needs_calibration
+        runs = _reads_extents(config) + config.resolved_scheme.needs_calibration
         work = Work(shared_runs=runs, layers=len(linears))
     if config.resolved_rounding == "nearest":
         return work
@@ -127,14 +127,10 @@ def calibrate(
         outliers = [stored_split(layers[names[0]]) for names in groups]
     else:
         extents = None
-        if config.resolved_outlier_detector == "input":
-            static = _static_groups(targets, config)
-            observed = dict(
-                zip(static, input_extents(targets, static, run_share or run, config, processes), strict=True)
-            )
-            extents = [observed.get(names) for names in groups]
-        by_weights, whole = targets.words | targets.dynamic, _whole(targets, config)
-        outliers = split_inputs(transformer, linears, groups, config, extents, by_weights, whole)
+        if _reads_extents(config):
+            extents = input_extents(targets, run_share or run, config, processes)
+        by_weights, rotations = targets.words | targets.dynamic, _rotations(targets, config)
+        outliers = split_inputs(transformer, linears, groups, config, extents, by_weights, rotations)
         layers = _quantize_weights(targets, outliers, config, progress)
         if config.resolved_scheme.needs_calibration:
             layers = _observe_inputs(targets, outliers, layers, run_share or run, config, processes)
@@ -150,6 +146,12 @@ def calibrate(
     return CalibrationResult(layers, config_hash(config))
 
 
+def _reads_extents(config: QARVDConfig) -> bool:
+    """Tell whether outlier channels are found by a set of rollouts."""
+    by_token = config.recipe.token_scales and config.resolved_scheme.needs_calibration
+    return config.resolved_outlier_detector == "input" or by_token
+
+
 def _described(targets: Targets, config: QARVDConfig) -> dict[str, QuantizedModule]:
     return describe(targets.linears, targets.groups, config, targets.dynamic)
 
@@ -160,9 +162,9 @@ def _static_groups(targets: Targets, config: QARVDConfig) -> list[tuple[str, ...
     return [names for names in targets.measured if described[names[0]].activation == "static"]
 
 
-def _whole(targets: Targets, config: QARVDConfig) -> set[str]:
-    """Return the layers whose inputs have a scale per token."""
-    return {name for name, module in _described(targets, config).items() if module.activation == "token"}
+def _rotations(targets: Targets, config: QARVDConfig) -> dict[str, int]:
+    """Return the layers whose inputs have a scale per token, and the blocks of channels that are rotated."""
+    return rotations_of(_described(targets, config))
 
 
 def _observe_inputs(
@@ -206,8 +208,7 @@ def _layer_group(
         quantizer = TokenQuantizer()
     elif first.input_scale is not None:
         quantizer = InputQuantizer(first.input_scale, first.input_zero_point, outliers.num_outliers)
-    linears, rotation = {name: targets.linears[name] for name in names}, first.description.rotation
-    return LayerGroup(linears, outliers, quantizer, not targets.observed, rotation)
+    return LayerGroup({name: targets.linears[name] for name in names}, outliers, quantizer, not targets.observed)
 
 
 def quantize_weights(
@@ -224,7 +225,9 @@ def quantize_weights(
     if config.resolved_scheme.needs_calibration:
         raise ValueError(f"scheme {config.scheme} needs calibration data: call calibrate, or use w8a8_dynamic")
     targets = targets or select(transformer, config)
-    outliers = split_inputs(transformer, targets.linears, targets.groups, config, whole=_whole(targets, config))
+    outliers = split_inputs(
+        transformer, targets.linears, targets.groups, config, rotations=_rotations(targets, config)
+    )
     packed = _quantize_weights(targets, outliers, config, progress)
     return CalibrationResult(packed, config_hash(config))
 
@@ -241,9 +244,17 @@ def _quantize_weights(
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
         description = dataclasses.replace(described[name], num_outliers=splits[name].num_outliers)
-        codes, grid = quantize_weight(linear.weight, splits[name], config, name, description.rotation)
+        codes, grid = quantize_weight(linear.weight, splits[name], config, name)
         tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), splits[name].channel_order)
-        layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)
+        scale = splits[name].channel_scale
+        stored = (
+            *(tensor.cpu() for tensor in tensors),
+            None,
+            None,
+            description,
+            None if scale is None else scale.cpu(),
+        )
+        layers[name] = LinearQParams(*stored)
         if progress is not None:
             progress("quantizing weights", len(layers), len(linears))
     return layers

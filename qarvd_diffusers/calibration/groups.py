@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import qarvd_kernels as ops
-
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams
 from .grid import WeightGrid
@@ -27,14 +25,12 @@ class LayerGroup:
         outliers: their common outlier channels.
         quantizer: of their common input; None for float activations.
         every_pass: whether a pass without these layers is an error.
-        rotation: see `QuantizedModule.rotation`.
     """
 
     linears: Mapping[str, nn.Linear]
     outliers: OutlierSet
     quantizer: InputQuantizer | TokenQuantizer | None
     every_pass: bool = True
-    rotation: int = 1
 
     @property
     def name(self) -> str:
@@ -47,14 +43,12 @@ class LayerGroup:
         return self.linears[self.name].weight.device
 
     def weight(self) -> Tensor:
-        """Stack the weights, float32 `[N, K]` in permuted order."""
-        return self.permute(torch.cat([linear.weight.detach() for linear in self.linears.values()]).to(torch.float32))
+        """Stack the weights, float32 `[N, K]`, in the form that is quantized."""
+        return self.outliers.arrange_weight(torch.cat([linear.weight.detach() for linear in self.linears.values()]))
 
     def permute(self, x: Tensor) -> Tensor:
-        """Rotate the channels `[..., K]` and put them into permuted order, as they are stored."""
-        if self.rotation > 1:
-            x = ops.rotate(x, self.rotation)
-        return x.index_select(-1, self.outliers.channel_order.to(x.device))
+        """Bring inputs `[..., K]` into the form that is quantized."""
+        return self.outliers.arrange_inputs(x)
 
     def packed(
         self,

@@ -74,7 +74,7 @@ class TokenQuantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Round float32 `[..., K]` to the grid."""
-        codes, scale = ops.quantize_rows(x, 1)
+        codes, scale = ops.quantize_rows(x, torch.ones(x.shape[-1], device=x.device), 1)
         return codes.to(torch.float32) * scale[..., None]
 
     def straight_through(self, x: Tensor) -> Tensor:

@@ -241,6 +241,11 @@ def describe(
     return described
 
 
+def rotations_of(described: Mapping[str, QuantizedModule]) -> dict[str, int]:
+    """Select the layers whose activations have a scale per token, with the channels of a block that is rotated."""
+    return {name: module.rotation for name, module in described.items() if module.activation == "token"}
+
+
 def skips_rounding(name: str, config: QARVDConfig) -> bool:
     """Tell whether a layer is rounded to nearest whatever `config.rounding` says."""
     return any(named_by(name, pattern) for pattern in config.resolved_rounding_skips)

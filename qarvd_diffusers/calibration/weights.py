@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import qarvd_kernels as ops
-
 from ..config import QARVDConfig
 from .grid import WeightGrid
 from .outliers import OutlierSet
@@ -17,7 +15,7 @@ SLAB = 1 << 24
 
 
 def quantize_weight(
-    weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str = "", rotation: int = 1
+    weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str = ""
 ) -> tuple[Tensor, WeightGrid]:
     """Quantize a weight by range search and rounding to nearest; no data needed.
 
@@ -26,12 +24,11 @@ def quantize_weight(
         outliers: its outlier channels.
         config: scheme, bits of the layer, percentiles, and whether zero-points are clamped.
         name: of the layer.
-        rotation: see `QuantizedModule.rotation`.
 
     Returns:
         Codes uint8 `[N, K]`, columns in permuted order, and the grid they are on.
     """
-    slabs = (ops.rotate(slab, rotation) for slab in weight.detach().split(max(1, SLAB // weight.shape[1])))
+    slabs = weight.detach().split(max(1, SLAB // weight.shape[1]))
     codes, grids = zip(*(_quantize_rows(slab, outliers, config, name) for slab in slabs), strict=True)
     scale, zero_point = (torch.cat([getattr(grid, field) for grid in grids]) for field in ("scale", "zero_point"))
     return torch.cat(codes), WeightGrid(scale, zero_point, outliers.num_outliers, grids[0].bits)
@@ -40,7 +37,7 @@ def quantize_weight(
 def _quantize_rows(weight: Tensor, outliers: OutlierSet, config: QARVDConfig, name: str) -> tuple[Tensor, WeightGrid]:
     """Quantize some rows of a weight; see `quantize_weight`."""
     scheme = config.scheme_of(name)
-    permuted = weight.to(torch.float32)[:, outliers.channel_order.long()]
+    permuted = outliers.arrange_weight(weight)
     qparams = [
         search_rows(
             group,

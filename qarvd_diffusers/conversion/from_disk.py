@@ -17,7 +17,7 @@ from torch import nn
 from ..calibration.blocks import block_name
 from ..calibration.calibrate import Progress
 from ..calibration.splits import split_inputs
-from ..calibration.targets import describe, input_groups, quantizable_linears
+from ..calibration.targets import describe, input_groups, quantizable_linears, rotations_of
 from ..calibration.weights import quantize_weight
 from ..config import QARVDConfig
 from ..files.atomic import atomic_directory
@@ -161,8 +161,7 @@ class _FromDisk:
         self._linears = _Linears(empty, fetch)
         groups = input_groups(model, empty, config)
         described = describe(empty, groups, config)
-        whole = {name for name, module in described.items() if module.activation == "token"}
-        splits = split_inputs(model, self._linears, groups, config, whole=whole)
+        splits = split_inputs(model, self._linears, groups, config, rotations=rotations_of(described))
         self._outliers = {name: split for group, split in zip(groups, splits, strict=True) for name in group}
         self.descriptions = {
             name: dataclasses.replace(described[name], num_outliers=self._outliers[name].num_outliers)
@@ -199,9 +198,10 @@ class _FromDisk:
                 continue
             outliers = self._outliers[name]
             weight = self._linears[name].weight
-            codes, grid = quantize_weight(weight, outliers, self._config, name, description.rotation)
+            codes, grid = quantize_weight(weight, outliers, self._config, name)
             parts = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), outliers.channel_order)
-            tensors |= {f"{name}.{k}": v for k, v in LinearQParams(*parts, None, None, description).tensors().items()}
+            layer = LinearQParams(*parts, None, None, description, outliers.channel_scale)
+            tensors |= {f"{name}.{k}": v for k, v in layer.tensors().items()}
             self._done += 1
             if self._progress is not None:
                 self._progress("quantizing weights", self._done, len(self.descriptions))

@@ -51,6 +51,7 @@ class QARVDLinear(nn.Linear):
     channel_order: nn.Parameter
     input_scale: Any  # a parameter with static activations, else None
     input_zero_point: Any
+    channel_scale: Any  # a parameter with a scale per token, else None
     _row_order: Tensor
 
     def __init__(
@@ -78,7 +79,7 @@ class QARVDLinear(nn.Linear):
         # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
         bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
         self.register_parameter("bias", bias_tensor)
-        for name in ("input_scale", "input_zero_point"):
+        for name in ("input_scale", "input_zero_point", "channel_scale"):
             self.register_parameter(name, None)
         for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
@@ -228,7 +229,7 @@ class QARVDLinear(nn.Linear):
             return ops.dual_scale_linear_dynamic(codes, scale, *weight, *layout)
         quantizer, prepared = (self.input_scale, self.input_zero_point), self._prepared_for(x)
         if self.activation == "token":
-            codes, scale = ops.quantize_rows(x, self.rotation)
+            codes, scale = ops.quantize_rows(x, self.channel_scale, self.rotation)
             if prepared is None:
                 return ops.dual_scale_linear_dynamic(codes, torch.stack([scale, scale], -1), *weight, *layout)
             rows = scale.reshape(-1)

@@ -27,6 +27,8 @@ class LinearQParams:
         input_scale: float32 `[2]` of a static activation quantizer, else None.
         input_zero_point: int32 `[2]` likewise, in codes 0..255.
         description: outlier count, bits and kind of activation.
+        channel_scale: float32 `[K]` of activations with a scale per token, else None: by which input channels are
+            multiplied before they are rotated and quantized.
     """
 
     weight_packed: Tensor
@@ -36,6 +38,7 @@ class LinearQParams:
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     description: QuantizedModule
+    channel_scale: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, without absent ones."""
@@ -49,7 +52,7 @@ class LinearQParams:
 
 def dequantized_weight(layer: Any, description: QuantizedModule, dtype: torch.dtype) -> Tensor:
     """Compute the weight of `LinearQParams` or a `QARVDLinear`, rows as stored, channels in their original order."""
-    rotated = description.rotation > 1
+    by_token = layer.channel_scale is not None
     weight = ops.dequantize_weight(
         layer.weight_packed,
         layer.weight_scale,
@@ -57,9 +60,9 @@ def dequantized_weight(layer: Any, description: QuantizedModule, dtype: torch.dt
         layer.channel_order,
         description.weight_bits,
         description.num_outliers,
-        torch.float32 if rotated else dtype,
+        torch.float32 if by_token else dtype,
     )
-    return ops.rotate(weight, description.rotation).to(dtype) if rotated else weight
+    return (ops.rotate(weight, description.rotation) * layer.channel_scale).to(dtype) if by_token else weight
 
 
 def stored_tensors(
@@ -74,6 +77,8 @@ def stored_tensors(
     }
     if description.activation == "static":
         specs |= {"input_scale": ((2,), torch.float32), "input_zero_point": ((2,), torch.int32)}
+    elif description.activation == "token":
+        specs |= {"channel_scale": ((in_features,), torch.float32)}
     return specs
 
 
@@ -114,7 +119,8 @@ def _rules(
     def bounds(name: str) -> tuple[Tensor, Tensor]:
         """Least and greatest value of each layer and group, `[L, 2]`; NaN where there is one."""
         stacked = torch.stack([getattr(layer, name).detach() for layer in layers])
-        stacked = stacked if stacked.ndim == 3 else stacked[:, None]
+        if stacked.ndim == 2:  # of two groups, or of channels
+            stacked = stacked[:, None] if name != "channel_scale" else stacked[..., None]
         return stacked.amin(1), stacked.amax(1)
 
     def within(low: Tensor, high: Tensor, levels: int) -> Tensor:
@@ -131,7 +137,7 @@ def _rules(
         natural = order == torch.arange(channels, device=order.device)
         yield "channel_order", "channels in their own order", natural.all(1)
     static = layers[0].input_scale is not None
-    for name in ("weight_scale", "input_scale") if static else ("weight_scale",):
+    for name in ("weight_scale", *["input_scale"] * static, *["channel_scale"] * by_token):
         low, high = bounds(name)
         yield name, "positive finite numbers", ((low > 0) & (high < float("inf"))).all(1)
     sums = order.new_tensor(127)

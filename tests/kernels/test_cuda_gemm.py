@@ -299,10 +299,15 @@ class TestOnGPU:
         gemm.dual_scale_gemm_out(a, weight, outliers, ratio, scale, bias, None, None, None, out)
         assert torch.equal(out, got)
 
+        rows = torch.rand(m, device="cuda") + 0.1
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, rows, dtype)
+        sums = accumulate(a, weight, outliers, ratio).double() * rows.double()[:, None]
+        assert relative_error(got, sums * scale.double() + bias.double()) <= tolerance
+
         sums = torch.stack([a[:, :outliers].sum(1), a[:, outliers:].sum(1)], 1).to(torch.int32)
         sum_scale = torch.randn(2, n, device="cuda") / k
         y -= sums.double() @ sum_scale.double()
-        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, sums, sum_scale, dtype)
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, sums, sum_scale, None, dtype)
         assert relative_error(got, y) <= tolerance
 
     def test_gelu(self, m, n, k, outliers, extreme):

@@ -60,25 +60,30 @@ class StaticQuantizer(NamedTuple):
 
 
 class TokenQuantizer(NamedTuple):
-    """Quantize every row with a scale of its own, after a rotation of blocks of channels."""
+    """Quantize every row with a scale of its own; the fields are those of `RowQuantizer`."""
 
+    channel_scale: Tensor
     rotation: int
 
     def __call__(self, x: Tensor) -> Codes:
         """Quantize `[M, K]`."""
-        return Codes(*ops.quantize_rows(x, self.rotation))
+        return Codes(*ops.quantize_rows(x, *self))
 
     def normed(self, x: Tensor, norm: tuple) -> Codes:
         """Normalize `[M, K]` by the arguments of `norm_quantize`, and quantize."""
-        return Codes(*ops.norm_quantize_rows(x, *norm, self.rotation))
+        return Codes(*ops.norm_quantize_rows(x, *norm, *self))
 
     def normed_sum(self, x: Tensor, y: Tensor, gate: Tensor | None, norm: tuple) -> Codes:
         """Replace x by the gated sum; normalize and quantize that."""
-        return Codes(*ops.add_norm_quantize_rows_(x, y, gate, *norm, self.rotation))
+        return Codes(*ops.add_norm_quantize_rows_(x, y, gate, *norm, *self))
 
     def equals(self, other: Quantizer) -> bool:
-        """Return whether both give the same codes."""
-        return self == other
+        """Return whether both give the same codes; compares tensor values."""
+        return (
+            isinstance(other, TokenQuantizer)
+            and self.rotation == other.rotation
+            and torch.equal(self.channel_scale, other.channel_scale)
+        )
 
 
 Quantizer = StaticQuantizer | TokenQuantizer
@@ -87,7 +92,7 @@ Quantizer = StaticQuantizer | TokenQuantizer
 def quantizer_of(layer: QARVDLinear) -> Quantizer:
     """Return the quantizer of a layer's input."""
     if layer.activation == "token":
-        return TokenQuantizer(layer.rotation)
+        return TokenQuantizer(layer.channel_scale, layer.rotation)
     return StaticQuantizer(layer.channel_order, layer.num_outliers, layer.input_scale, layer.input_zero_point)
 
 
