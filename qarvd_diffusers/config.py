@@ -94,7 +94,8 @@ class Recipe:
             "input_percentiles": config.input_percentiles,
             "tie_inputs": None if config.tie_inputs else False,
         }
-        if config.activation == "token":
+        by_default = config.activation == "auto" and scheme.activation != "none" and not config.reference_compat
+        if config.activation == "token" or by_default:
             chosen |= {"token_scales": True, "rotation": ROTATION}
         changes = {name: value for name, value in chosen.items() if value is not None}
         return dataclasses.replace(recipe, **changes)
@@ -131,7 +132,8 @@ class QARVDConfig(QuantizationConfigMixin):
         activation: scales of the activations. `static`: calibrated, one per tensor and group of channels
             (arXiv 2605.21072). `token`: one per token at run time, of blocks of channels that a Hadamard transform has
             mixed; layers with fewer outputs than inputs stay `static` in a calibrated scheme, as their codes are
-            written before a row is complete. `dynamic`: one per token and group. `auto` takes what the scheme says.
+            written before a row is complete. `dynamic`: one per token and group. `auto` takes `token`, and `static`
+            under `reference_compat`.
         calibration_prompts: prompts of the calibration rollouts; None takes the set bundled with the package. Never
             stored in a checkpoint.
         calibration_chunks: chunks per calibration rollout.
