@@ -13,8 +13,8 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from .files.schema import check_fields, check_value
+from .schemes import GROUP, NEW_FORMAT, SCHEMES, QuantizedModule, Scheme, format_of
 from .schemes import PACKED_FORMAT as PACKED_FORMAT
-from .schemes import SCHEMES, TOKEN_FORMAT, QuantizedModule, Scheme, format_of
 
 
 class QARVDMethod(str, Enum):
@@ -44,6 +44,7 @@ class Recipe:
     rounding_skips: tuple[str, ...] = ()  # layers that are rounded to nearest anyway: names, or whole parts of them
     input_percentiles: tuple[float, ...] = (1.0,)  # candidates for the range of static activations
     token_scales: bool = False  # one scale per token where a kernel holds a whole row when it writes the codes
+    group: int = 0  # channels of 4-bit weights that share an integer factor and a zero-point; 0: a whole row
     rotation: int = 1  # largest block of channels that is rotated before 8-bit layers with a scale per token
     symmetric_8_bit: bool = True  # zero-points of 8-bit weights are in the middle of the code range
     clamp_zero_points: bool = True  # ranges are extended to include zero
@@ -97,6 +98,10 @@ class Recipe:
         by_default = config.activation == "auto" and scheme.activation != "none" and not config.reference_compat
         if config.activation == "token" or by_default:
             chosen |= {"token_scales": True, "rotation": ROTATION}
+        if scheme.weight_bits == 4 and not config.reference_compat:
+            chosen["group"] = GROUP
+        if config.weight_group is not None:
+            chosen["group"] = config.weight_group
         changes = {name: value for name, value in chosen.items() if value is not None}
         return dataclasses.replace(recipe, **changes)
 
@@ -134,6 +139,8 @@ class QARVDConfig(QuantizationConfigMixin):
             mixed; layers with fewer outputs than inputs stay `static` in a calibrated scheme, as their codes are
             written before a row is complete. `dynamic`: one per token and group. `auto` takes `token`, and `static`
             under `reference_compat`.
+        weight_group: neighbouring channels of 4-bit weights that share an integer factor and a zero-point: 16, or 0
+            for one zero-point per row and group of outliers. None takes 16, and 0 under `reference_compat`.
         calibration_prompts: prompts of the calibration rollouts; None takes the set bundled with the package. Never
             stored in a checkpoint.
         calibration_chunks: chunks per calibration rollout.
@@ -173,6 +180,7 @@ class QARVDConfig(QuantizationConfigMixin):
     modules_to_not_convert: tuple[str, ...] = ()
     modules_to_convert: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     activation: str = dataclasses.field(default="auto", kw_only=True)
+    weight_group: int | None = dataclasses.field(default=None, kw_only=True)
     module_bits: Mapping[str, int] | None = None
     text_encoder: str | None = None
     base_model: str | None = None
@@ -223,6 +231,7 @@ class QARVDConfig(QuantizationConfigMixin):
             "activation",
             f"'auto'{'' if scheme == 'none' else f', {scheme!r}, or token'} for the scheme {self.scheme}",
         )
+        self._require(self.weight_group in (None, 0, GROUP), "weight_group", f"None, 0 or {GROUP}")
         for name in ("outlier_alignment", "rounding_iterations", "calibration_chunks"):
             self._require(getattr(self, name) >= 1, name, "a positive integer")
         for name in ("percentiles", "input_percentiles"):
@@ -257,13 +266,13 @@ class QARVDConfig(QuantizationConfigMixin):
         self._require(len(prompts) == 1 or len(set(prompts)) > 1, "calibration_prompts", expected)
 
     def _check_format(self) -> None:
-        if self.modules is None or self.format in (PACKED_FORMAT, TOKEN_FORMAT):
+        if self.modules is None or self.format in (PACKED_FORMAT, NEW_FORMAT):
             return
         older = self.format is None or self.format < PACKED_FORMAT
         remedy = "quantize the float model again" if older else "update qarvd_diffusers"
         raise ValueError(
             f"the checkpoint's quantization_config.format is {self.format!r}, this version of qarvd_diffusers reads "
-            f"{PACKED_FORMAT} and {TOKEN_FORMAT}: its packed layers are made in another way. {remedy.capitalize()}"
+            f"{PACKED_FORMAT} and {NEW_FORMAT}: its packed layers are made in another way. {remedy.capitalize()}"
             f"{f' ({self.base_model})' if older and self.base_model else ''}."
         )
 
@@ -339,12 +348,14 @@ class QARVDConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        for name, default in (("modules_to_convert", []), ("activation", "auto")):
+        since: dict[str, Any] = {"modules_to_convert": [], "activation": "auto", "weight_group": None}
+        for name, default in since.items():  # files and hashes are those of versions without these fields
             if values[name] == default:
-                del values[name]  # files and hashes are those of versions without this field
+                del values[name]
         for module in (values["modules"] or {}).values():
-            if module["rotation"] == 1:
-                del module["rotation"]
+            for name, unset in (("rotation", 1), ("group", 0)):
+                if module[name] == unset:
+                    del module[name]
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:

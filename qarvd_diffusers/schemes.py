@@ -11,8 +11,11 @@ PACKED_FORMAT = 2
 """Layout of packed tensors in checkpoints and calibration results. 2: 8-bit codes are stored as the signed operand of
 the integer product. The layout before it had no number."""
 
-TOKEN_FORMAT = 3
-"""As 2, with layers whose activations have a scale per token, which versions that know 2 alone cannot run."""
+NEW_FORMAT = 3
+"""As 2, with layers whose activations have a scale per token or whose 4-bit weights are in groups, which versions that
+know 2 alone cannot run."""
+
+GROUP = 16  # channels of a 4-bit weight
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,15 @@ class QuantizedModule:
             their own order.
         rotation: channels of the blocks that the input, and the weight alike, are rotated in before they are quantized
             (Walsh-Hadamard transform); 1 rotates nothing. Only with `"token"`.
+        group: neighbouring channels of a 4-bit weight that share an integer factor and a zero-point: 16, or 0 for
+            zero-points that a whole row shares.
     """
 
     num_outliers: int
     weight_bits: int
     activation: str
     rotation: int = 1
+    group: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,10 +80,11 @@ class QuantizedModule:
             or self.num_outliers < 0
             or self.rotation not in ([2**i for i in range(8)] if by_token else [1])
             or (by_token and self.num_outliers)
+            or self.group not in ([0, GROUP] if self.weight_bits == 4 else [0])
         ):
             raise ValueError(f"{self} is not a valid description of a quantized module")
 
 
 def format_of(modules: Iterable[QuantizedModule]) -> int:
     """Return the number of the layout that a checkpoint of these modules has."""
-    return TOKEN_FORMAT if any(module.activation == "token" for module in modules) else PACKED_FORMAT
+    return NEW_FORMAT if any(module.activation == "token" or module.group for module in modules) else PACKED_FORMAT

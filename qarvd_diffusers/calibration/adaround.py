@@ -113,10 +113,8 @@ class _SoftRounding:
     """Choose softly between floor (0) and ceiling (1) of every weight, by `h(alpha)`."""
 
     def __init__(self, weight: Tensor, grid: WeightGrid) -> None:
-        self.levels = 2**grid.bits - 1
-        self.scale, self.zero_point = (
-            grid.columns(values, weight.shape[1]) for values in (grid.scale, grid.zero_point)
-        )
+        columns = grid.columns(weight.shape[1])
+        self.scale, self.zero_point, self.low, self.high = columns.scale, columns.zero_point, columns.low, columns.high
         steps = weight / self.scale
         self.floor = steps.floor()
         fraction = (steps - self.floor - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
@@ -128,7 +126,7 @@ class _SoftRounding:
 
     def soft_weight(self) -> Tensor:
         """Compute the weight with soft choices, float32 `[N, K]`."""
-        codes = (self.floor + self.choice() + self.zero_point).clamp(0, self.levels)
+        codes = (self.floor + self.choice() + self.zero_point).clamp(self.low, self.high)
         return P.dequantize(codes, self.scale, self.zero_point)
 
     def softness(self, exponent: float | None) -> Tensor | float:
@@ -139,4 +137,4 @@ class _SoftRounding:
     def codes(self) -> Tensor:
         """Compute the codes of the hard choices, uint8 `[N, K]`."""
         hard = self.floor + (self.alpha >= 0) + self.zero_point
-        return hard.clamp(0, self.levels).to(torch.uint8)
+        return hard.clamp(self.low, self.high).to(torch.uint8)

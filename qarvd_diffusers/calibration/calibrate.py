@@ -244,8 +244,8 @@ def _quantize_weights(
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
         description = dataclasses.replace(described[name], num_outliers=splits[name].num_outliers)
-        codes, grid = quantize_weight(linear.weight, splits[name], config, name)
-        tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), splits[name].channel_order)
+        codes, grid = quantize_weight(linear.weight, splits[name], config, name, description.group)
+        tensors = (pack(codes, grid.bits), grid.scale, grid.stored_zero_point, splits[name].channel_order)
         scale = splits[name].channel_scale
         stored = (
             *(tensor.cpu() for tensor in tensors),

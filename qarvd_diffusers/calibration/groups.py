@@ -60,13 +60,13 @@ class LayerGroup:
         """Split uint8 codes `[N, K]` and their grid among the layers; all else is taken from `like`."""
         sizes = [linear.out_features for linear in self.linears.values()]
         input_scale, input_zero_point = (None, None) if quantizer is None else quantizer.stored
-        parts = zip(codes.split(sizes), grid.scale.split(sizes), grid.zero_point.split(sizes), strict=True)
+        parts = zip(codes.split(sizes), grid.scale.split(sizes), grid.stored_zero_point.split(sizes), strict=True)
         return {
             name: dataclasses.replace(
                 like[name],
                 weight_packed=pack(rows.cpu(), grid.bits),
                 weight_scale=scale.cpu().clone(),
-                weight_zero_point=zero_point.cpu().to(torch.int16),
+                weight_zero_point=zero_point.cpu(),
                 input_scale=input_scale,
                 input_zero_point=input_zero_point,
             )
@@ -78,5 +78,5 @@ def stored_grid(group: LayerGroup, layers: Mapping[str, LinearQParams]) -> Weigh
     """Return the grid of a group's packed weights, on the device of the group."""
     stored = [layers[name] for name in group.linears]
     scale = torch.cat([layer.weight_scale for layer in stored]).to(group.device)
-    zero_point = torch.cat([layer.weight_zero_point for layer in stored]).to(group.device, torch.float32)
-    return WeightGrid(scale, zero_point, stored[0].description.num_outliers, stored[0].description.weight_bits)
+    zero_point = torch.cat([layer.weight_zero_point for layer in stored]).to(group.device)
+    return WeightGrid.stored(scale, zero_point, stored[0].description.num_outliers, stored[0].description.weight_bits)

@@ -237,7 +237,8 @@ def describe(
                 activation = "token"
             rotated = activation == "token" and scheme.weight_bits == 8
             rotation = math.gcd(channels, recipe.rotation) if rotated else 1
-            described[name] = QuantizedModule(0, scheme.weight_bits, activation, rotation)
+            group = recipe.group if scheme.weight_bits == 4 and channels % (recipe.group or 1) == 0 else 0
+            described[name] = QuantizedModule(0, scheme.weight_bits, activation, rotation, group)
     return described
 
 

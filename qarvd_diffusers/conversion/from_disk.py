@@ -198,8 +198,8 @@ class _FromDisk:
                 continue
             outliers = self._outliers[name]
             weight = self._linears[name].weight
-            codes, grid = quantize_weight(weight, outliers, self._config, name)
-            parts = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), outliers.channel_order)
+            codes, grid = quantize_weight(weight, outliers, self._config, name, description.group)
+            parts = (pack(codes, grid.bits), grid.scale, grid.stored_zero_point, outliers.channel_order)
             layer = LinearQParams(*parts, None, None, description, outliers.channel_scale)
             tensors |= {f"{name}.{k}": v for k, v in layer.tensors().items()}
             self._done += 1

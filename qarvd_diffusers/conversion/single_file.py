@@ -196,7 +196,8 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
 def _one_grid(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether it is exact."""
     order, count = layer.channel_order.long(), layer.num_outliers
-    if count in (0, layer.in_features) and layer.rotation == 1:
+    scaled = layer.channel_scale is not None and bool((layer.channel_scale != 1).any())
+    if count in (0, layer.in_features) and layer.rotation == 1 and not scaled and not layer.group:
         group = int(count == 0)
         codes = (
             unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)

@@ -70,6 +70,7 @@ class QARVDLinear(nn.Linear):
         self.num_outliers = description.num_outliers
         self.weight_bits = description.weight_bits
         self.activation, self.rotation = description.activation, description.rotation
+        self.group = description.group
         self._dtype = dtype or torch.get_default_dtype()
         # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their
         # order.
@@ -183,7 +184,7 @@ class QARVDLinear(nn.Linear):
     @property
     def description(self) -> QuantizedModule:
         """Description of this layer in a checkpoint's config."""
-        return QuantizedModule(self.num_outliers, self.weight_bits, self.activation, self.rotation)
+        return QuantizedModule(self.num_outliers, self.weight_bits, self.activation, self.rotation, self.group)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -22,7 +22,8 @@ class LinearQParams:
     Attributes:
         weight_packed: uint8 `[N, K * bits / 8]`, permuted channel order, see `packing`.
         weight_scale: float32 `[N, 2]`.
-        weight_zero_point: int16 `[N, 2]`.
+        weight_zero_point: int16 `[N, 2]`; or uint8 `[N, K / 16]` with integer factors, see
+            `qarvd_kernels.ops.arguments.StoredWeight`.
         channel_order: int32 `[K]`; stored channel j is input channel `channel_order[j]`, outliers first.
         input_scale: float32 `[2]` of a static activation quantizer, else None.
         input_zero_point: int32 `[2]` likewise, in codes 0..255.
@@ -72,7 +73,11 @@ def stored_tensors(
     specs = {
         "weight_packed": ((out_features, packed_columns(in_features, description.weight_bits)), torch.uint8),
         "weight_scale": ((out_features, 2), torch.float32),
-        "weight_zero_point": ((out_features, 2), torch.int16),
+        "weight_zero_point": (
+            ((out_features, in_features // description.group), torch.uint8)
+            if description.group
+            else ((out_features, 2), torch.int16)
+        ),
         "channel_order": ((in_features,), torch.int32),
     }
     if description.activation == "static":
@@ -99,12 +104,12 @@ def check_values(layers: Mapping[str, Any], source: object, clamped: bool = Fals
     alike: dict[tuple, list[tuple[str, Any, int]]] = {}
     for name, layer in layers.items():
         what, order = layer.description, layer.channel_order
-        kind = (what.weight_bits, what.activation == "static", what.activation == "token")
+        kind = (what.weight_bits if not what.group else 0, what.activation == "static", what.activation == "token")
         key = (order.shape, order.device, layer.weight_scale.shape, kind)
         alike.setdefault(key, []).append((name, layer, what.num_outliers))
     for (*_, (bits, _, by_token)), group in alike.items():
         names, members, outliers = zip(*group, strict=True)
-        for tensor, expected, valid in _rules(members, outliers, 2**bits - 1, clamped, by_token):
+        for tensor, expected, valid in _rules(members, outliers, bits, clamped, by_token):
             if not valid.all():
                 name = names[int(valid.int().argmin())]
                 where = f"{source}: {name}." if source else ""
@@ -112,9 +117,13 @@ def check_values(layers: Mapping[str, Any], source: object, clamped: bool = Fals
 
 
 def _rules(
-    layers: Sequence[Any], outliers: Sequence[int], levels: int, clamped: bool, by_token: bool
+    layers: Sequence[Any], outliers: Sequence[int], bits: int, clamped: bool, by_token: bool
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield tensor, expectation and which of the layers, alike in shape, meet it: bool `[L]`."""
+    """Yield tensor, expectation and which of the layers, alike in shape, meet it: bool `[L]`.
+
+    Weights in groups come as 0 bits: every byte of their zero-points is valid, and their operand is a signed byte.
+    """
+    levels = 2**bits - 1
 
     def bounds(name: str) -> tuple[Tensor, Tensor]:
         """Least and greatest value of each layer and group, `[L, 2]`; NaN where there is one."""
@@ -146,9 +155,13 @@ def _rules(
         if clamped:
             yield "input_zero_point", "codes in 0..255", within(low, high, 255)
         sums = reach(low, high, 255)
-    low, high = bounds("weight_zero_point")
-    if clamped:
-        yield "weight_zero_point", f"codes in 0..{levels}", within(low, high, levels)
+    if bits:
+        low, high = bounds("weight_zero_point")
+        if clamped:
+            yield "weight_zero_point", f"codes in 0..{levels}", within(low, high, levels)
+        operand = reach(low, high, levels)
+    else:
+        operand = order.new_full((len(order), 2), 128)
     first = order.new_tensor(outliers)
-    largest = torch.stack([first, channels - first], 1) * sums * reach(low, high, levels)
+    largest = torch.stack([first, channels - first], 1) * sums * operand
     yield "weight_zero_point", "a largest integer sum of this layer below 2**31", (largest < 2**31).all(1)

@@ -28,6 +28,19 @@ def stored_layer(n, k, bits, outliers, symmetric=True, seed=0):
     return packed, scale, zero_point, input_scale, input_zero_point, bias, bits, outliers
 
 
+def grouped_layer(n, k, outliers, seed=0):
+    """As `stored_layer` with 4 bits and integer factors of 16 channels: all of these, and the ends of int8."""
+    g = generator(seed)
+    packed, scale, _, *rest = stored_layer(n, k, 4, outliers, seed=seed)
+    factor = torch.arange(n * k // 16).reshape(n, -1) % 16 + 1
+    zero = torch.randint(0, 16, factor.shape, generator=g)
+    lowest, highest = zero - 128 // factor, zero + 127 // factor
+    codes = ops.unpack_weight(packed, 4).to(torch.int64)
+    codes = codes.clamp(lowest.clamp(min=0).repeat_interleave(16, 1), highest.clamp(max=15).repeat_interleave(16, 1))
+    codes = codes.to(torch.uint8)
+    return codes[:, 0::2] | (codes[:, 1::2] << 4), scale, (factor - 1 | zero << 4).to(torch.uint8), *rest
+
+
 def activation(m, k, seed=0):
     """int8 codes; the first row all lowest, the last all highest."""
     a = torch.randint(-128, 128, (m, k), generator=generator(seed), dtype=torch.int8)
@@ -40,6 +53,9 @@ def linear_reference(a, layer):
     """float64 `[M, N]`, every factor written out."""
     packed, scale, zero_point, input_scale, input_zero_point, bias, bits, outliers = layer
     codes = ops.unpack_weight(packed, bits).double()
+    if zero_point.dtype == torch.uint8:
+        factor, zero = ((part.double()).repeat_interleave(16, 1) for part in ((zero_point & 15) + 1, zero_point >> 4))
+        codes, zero_point = factor * (codes - zero), torch.zeros(len(codes), 2)
     total = torch.zeros(a.shape[0], codes.shape[0], dtype=torch.float64) + (0 if bias is None else bias.double())
     for g, part in enumerate((slice(0, outliers), slice(outliers, None))):
         x = (a[:, part].double() + 128 - input_zero_point[g]) * input_scale[g].double()

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_inputs import grouped_layer
 
 from qarvd_kernels.cuda import build as cuda_build
 from qarvd_kernels.cuda import gemm
+from qarvd_kernels.reference.linear import integer_weight
 
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: install CUDA 12.5 or later")
@@ -404,6 +406,13 @@ class TestMoreOnGPU:
         for _ in range(3):
             graph.replay()
             assert all(torch.equal(got, want) for got, want in zip(gots, wants * 20, strict=True))
+
+    @pytest.mark.parametrize(("n", "k"), [(1, 16), (33, 1536), (1536, 8960), (64, 48)])
+    def test_expand_int4_in_groups(self, n, k):
+        packed, _, groups, *_ = grouped_layer(n, k, 0)
+        out = torch.full((n, k), 77, dtype=torch.int8, device="cuda")
+        gemm.expand_int4(packed.cuda(), groups.cuda(), 0, out)
+        assert torch.equal(out.cpu(), integer_weight(packed, groups, 4, 0)[0])
 
     @pytest.mark.parametrize(("n", "k", "outliers"), [(1, 16, 0), (33, 1536, 128), (1536, 8960, 8960), (64, 48, 16)])
     def test_expand_int4(self, n, k, outliers):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_inputs import activation, assert_codes, generator, linear_reference, stored_layer
+from kernel_inputs import activation, assert_codes, generator, grouped_layer, linear_reference, stored_layer
 from torch.nn import functional as F
 
 import qarvd_kernels as ops
@@ -119,6 +119,25 @@ def test_residual_epilogue(gated):
     y = prepared(a, layer[0], torch.float32) * (gate.repeat_interleave(2, 0) if gated else 1)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), residual.double() + y.double(), rtol=8e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("outliers", (0, 16, 24, 64))
+def test_weights_in_groups(outliers):
+    layer, a = grouped_layer(24, 64, outliers), activation(6, 64)
+    want = linear_reference(a, layer)
+    prepared = ops.prepare_linear(*layer)
+    got = prepared(a, layer[0], torch.float32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    packed, scale, zero_point, *quantizer, bias, bits, _ = layer
+    got = ops.dual_scale_linear_static(a, packed, scale, zero_point, *quantizer, bias, bits, outliers, torch.float32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    order = torch.arange(64, dtype=torch.int32)
+    weight = ops.dequantize_weight(packed, scale, zero_point, order, bits, outliers, torch.float32)
+    ones = (torch.ones(2), torch.full((2,), 128, dtype=torch.int32), None)
+    exact = linear_reference(torch.eye(64, dtype=torch.int8), (packed, scale, zero_point, *ones, bits, outliers))
+    torch.testing.assert_close(weight.T.double(), exact, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"K of a weight in groups is 40, expected a multiple of 16"):
+        ops.dequantize_weight(packed[:, :20], scale, zero_point, order[:40], bits, 0, torch.float32)
 
 
 @pytest.mark.parametrize("bits", (4, 8))

@@ -11,6 +11,7 @@ from kernel_inputs import (
     assert_row_codes,
     codes_reference,
     generator,
+    grouped_layer,
     norm_reference,
     norm_tables,
     quantizer,
@@ -104,6 +105,12 @@ def test_weights_and_sums(outliers, on_device, triton_module):
     out = torch.zeros(9, 40, dtype=torch.int8)
     on_device(triton_module("gemm").expand_int4, (packed, zero_point, outliers, out))
     assert torch.equal(out, linear_reference.integer_weight(packed, zero_point, 4, outliers)[0])
+    grouped, out = grouped_layer(9, 48, 8 * (outliers // 8)), torch.zeros(9, 48, dtype=torch.int8)
+    on_device(triton_module("gemm").expand_int4, (grouped[0], grouped[2], grouped[7], out))
+    assert torch.equal(out, linear_reference.integer_weight(grouped[0], grouped[2], 4, grouped[7])[0])
+    arguments = (*grouped[:3], torch.arange(48, dtype=torch.int32), 4, grouped[7], torch.float32)
+    got = on_device(triton_module("linear").dequantize_weight, arguments)
+    torch.testing.assert_close(got, linear_reference.dequantize_weight(*arguments), rtol=0, atol=0)
     order = quantizer(40, outliers)[0]
     for bits, stored in ((4, packed), (8, activation(9, 40).view(torch.uint8))):
         arguments = (stored, scale, zero_point, order, bits, outliers, torch.float32)

@@ -28,7 +28,7 @@ class PreparedLinear:
         in_features: K.
         bits: 4 or 8.
         stored_outliers: size of group 0 as stored, for `expand_int4`.
-        weight_zero_point: int16 `[N, 2]` for `expand_int4`; None for 8 bits.
+        weight_zero_point: for `expand_int4`, see `StoredWeight`; None for 8 bits.
         num_outliers: size of group 0 in the matrix product; 0 if either group is empty.
         ratio: float32 `[N]`.
         scale: float32 `[N]`.
@@ -141,7 +141,7 @@ def prepare_linear(
     Args:
         weight_packed: uint8 `[N, K * bits / 8]`.
         weight_scale: float32 `[N, 2]`.
-        weight_zero_point: int16 `[N, 2]`.
+        weight_zero_point: see `StoredWeight`.
         input_scale: float32 `[2]`; None for inputs of `quantize_rows`, whose scale comes with every product.
         input_zero_point: int32 `[2]`, or None likewise.
         bias: float `[N]` or None.
@@ -179,7 +179,8 @@ def prepare_linear(
         raise LayerRefused(
             "asymmetric 8-bit weights beside a scale per row: it runs on the unprepared operators instead"
         )
-    _check_sums(ratio, split, operand.shape[1], bits)
+    whole_bytes = bits == 8 or weight_zero_point.dtype == torch.uint8
+    _check_sums(ratio, split, operand.shape[1], whole_bytes)
     return PreparedLinear(
         operand.shape[1],
         bits,
@@ -193,9 +194,9 @@ def prepare_linear(
     )
 
 
-def _check_sums(ratio: Tensor, num_outliers: int, in_features: int, bits: int) -> None:
+def _check_sums(ratio: Tensor, num_outliers: int, in_features: int, whole_bytes: bool) -> None:
     """Raise LayerRefused if the rescaled outlier sum plus the normal sum could overflow int32."""
-    step = CODE_OFFSET * (CODE_OFFSET if bits == 8 else 15)
+    step = CODE_OFFSET * (CODE_OFFSET if whole_bytes else 15)
     largest = float(ratio.max()) if ratio.numel() else 1.0
     reach = num_outliers * step * max(largest, 1.0) + (in_features - num_outliers) * step
     if not reach < 2**31:  # also where a scale of zero made the ratio infinite or not a number

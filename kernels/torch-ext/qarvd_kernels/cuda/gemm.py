@@ -77,6 +77,7 @@ def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: 
         out.data_ptr(),
         *out.shape,
         num_outliers,
+        int(weight_zero_point.dtype == torch.uint8),
         device,
         torch._C._cuda_getCurrentRawStream(device),
     )
@@ -167,7 +168,7 @@ def _functions() -> tuple[Any, Any]:
     gemm, expand = library().qarvd_gemm, library().qarvd_expand_int4
     gemm.argtypes = [pointer, long, pointer, *[integer] * 4, *[pointer] * 7, integer, pointer, pointer, integer]
     gemm.argtypes += [pointer, pointer, *[integer] * 5, pointer]
-    expand.argtypes = [pointer, pointer, pointer, *[integer] * 4, pointer]
+    expand.argtypes = [pointer, pointer, pointer, *[integer] * 5, pointer]
     return gemm, expand
 
 

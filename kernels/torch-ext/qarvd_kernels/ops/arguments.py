@@ -48,7 +48,9 @@ class StoredWeight(NamedTuple):
     Attributes:
         weight_packed: uint8 `[N, K * bits / 8]`, permuted channels.
         weight_scale: float32 `[N, 2]`.
-        weight_zero_point: int16 `[N, 2]`.
+        weight_zero_point: int16 `[N, 2]`. Or, for 4 bits, uint8 `[N, K / 16]`: of every 16 neighbouring channels as
+            stored, the zero-point (high nibble) and an integer factor less one (low nibble; QServe, arXiv 2405.04532).
+            The weight is then `factor * (code - zero_point) * weight_scale`, and its integer part fits int8.
     """
 
     weight_packed: Tensor

@@ -14,6 +14,7 @@ from .configs import gemm_config
 from .launch import (
     Launcher,
     block_of,
+    factors,
     group_quantizer,
     group_values,
     quantize,
@@ -165,16 +166,23 @@ def dual_scale_gemm_kernel(
 
 
 @triton.jit
-def expand_int4_kernel(packed, zero_point, out, BYTES: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
+def expand_int4_kernel(
+    packed, zero_point, out, BYTES: tl.constexpr, OUTLIERS: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Expand a part of one row of a 4-bit weight."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     byte = tl.load(packed + row * BYTES + at, mask=at < BYTES, other=0).to(tl.int8, bitcast=True)
     codes = tl.interleave(byte & 15, (byte >> 4) & 15)
     channel = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    offset = group_values(zero_point + row * 2, OUTLIERS, channel)
-    offset = tl.minimum(tl.maximum(offset, 0), 15).to(tl.int8)
-    tl.store(out + row * (2 * BYTES) + channel, codes - offset, mask=channel < 2 * BYTES)
+    mask = channel < 2 * BYTES
+    if GROUPED:
+        factor, offset = factors(zero_point + row * (BYTES // 8), channel, mask)
+        codes = (factor * (codes.to(tl.int32) - offset)).to(tl.int8)
+    else:
+        offset = group_values(zero_point + row * 2, OUTLIERS, channel)
+        codes -= tl.minimum(tl.maximum(offset, 0), 15).to(tl.int8)
+    tl.store(out + row * (2 * BYTES) + channel, codes, mask=mask)
 
 
 _gemm = Launcher(dual_scale_gemm_kernel)
@@ -235,5 +243,7 @@ def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
 def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:
     """Write the int8 operand `[N, K]` of a 4-bit weight into `out`."""
     (n, columns), block = weight_packed.shape, block_of(weight_packed.shape[1], 1024)
-    grid = (n, triton.cdiv(columns, block), 1)
-    _expand_int4(grid, (weight_packed, weight_zero_point, out), (), (columns, num_outliers, block), (4, 1), ())
+    grid, grouped = (n, triton.cdiv(columns, block), 1), int(weight_zero_point.dtype == torch.uint8)
+    _expand_int4(
+        grid, (weight_packed, weight_zero_point, out), (), (columns, num_outliers, grouped, block), (4, 1), ()
+    )

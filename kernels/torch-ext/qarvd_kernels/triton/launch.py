@@ -133,6 +133,13 @@ def group_values(table, first, index):
 
 
 @triton.jit
+def factors(table, channel, mask):
+    """Load, per channel of a row of a weight in groups, integer factor and zero-point; see `StoredWeight`."""
+    byte = tl.load(table + channel // 16, mask=mask, other=0).to(tl.int32)
+    return (byte & 15) + 1, byte >> 4
+
+
+@triton.jit
 def group_quantizer(scale, zero_point, first, index):
     """Load, per element, inverse scale, lowest level (as float32) and offset of its group; see `quantize`."""
     outlier, normal = tl.load(zero_point), tl.load(zero_point + 1)
