@@ -16,12 +16,12 @@ import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from ..files.schema import read_json
-from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
+from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler, IntegerRenoiseScheduler
 from .network import load_transformer_config
 
 _SCHEDULER = ("diffusers", FlowMatchEulerDiscreteScheduler.__name__)
 _TRANSFORMER = ("diffusers", WanTransformer3DModel.__name__)
-FEW_STEP_SCHEDULERS = (FewStepRenoiseScheduler, ChunkUniPCScheduler)
+FEW_STEP_SCHEDULERS = (FewStepRenoiseScheduler, IntegerRenoiseScheduler, ChunkUniPCScheduler)
 PORTABLE_CLASSES = {
     "CausalWanTransformer3DModel": _TRANSFORMER,
     **{kind.__name__: _SCHEDULER for kind in FEW_STEP_SCHEDULERS},

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from ..files.safetensors import TensorSpec
 from ..files.schema import check_mapping, read_json
 from ..models import CausalWanTransformer3DModel
+from ..models.world import CELL, WorldWanTransformer3DModel
 
 _HEAD_DIM = 128  # of every released Wan model; cannot be inferred from tensor shapes
 
@@ -83,7 +84,19 @@ def infer_config(
         "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
         "num_layers": max(blocks) + 1,
         "cross_attn_norm": "blocks.0.norm2.weight" in state_dict,
+        **_controls(state_dict, torch.Size(patch_size).numel()),
     }
+
+
+def _controls(state_dict: Mapping[str, torch.Tensor | TensorSpec], patch: int) -> dict[str, int]:
+    """Return the argument that only a transformer with controls has; `patch` is the number of latents in a token."""
+    embedder = state_dict.get("control_embedder.proj.weight")
+    return {} if embedder is None else {"control_dim": embedder.shape[1] // (CELL * CELL * patch)}
+
+
+def transformer_class(config: Mapping[str, Any]) -> type[CausalWanTransformer3DModel]:
+    """Return the class of a transformer with these arguments."""
+    return WorldWanTransformer3DModel if "control_dim" in config else CausalWanTransformer3DModel
 
 
 def empty_transformer(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> CausalWanTransformer3DModel:
@@ -93,7 +106,7 @@ def empty_transformer(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
         ValueError: for missing or unexpected keys and wrong shapes; the message names them.
     """
     with init_empty_weights():
-        model = CausalWanTransformer3DModel.from_config(dict(config))
+        model = transformer_class(config).from_config(dict(config))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing, unexpected = sorted(expected.keys() - specs.keys()), sorted(specs.keys() - expected.keys())
     if missing or unexpected:

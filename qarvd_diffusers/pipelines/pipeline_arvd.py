@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
 from .components import clean_prompt, fit_scheduler, latent_size, plan_memory
 from .lora import LoraMixin
+from .picture import check_picture, latent_channels, picture_condition
 from .single_file import SingleFileMixin
 
 if TYPE_CHECKING:
@@ -234,8 +236,12 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         image: Picture | None = None,
         video: Any = None,
+        image_latents: torch.Tensor | None = None,
     ) -> StreamInputs:
-        """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
+        """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`.
+
+        A model with channels for a picture needs an `image`, or its `image_latents`, see `rollout.condition`.
+        """
         batch = self.check_prompt(prompt, prompt_embeds)
         check_generator(generator, batch)
         if output_type != "latent" and self.vae is None:
@@ -247,12 +253,13 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
                 "this model re-encodes decoded frames and the pipeline has no vae: load one, or load the model with "
                 "keep_first_frame=True"
             )
-        if image is not None or video is not None:
+        picture = check_picture(self, image, image_latents, video, initial_latents)
+        if not picture and (image is not None or video is not None):
             if initial_latents is not None:
                 raise ValueError("pass either initial_latents or an image or video as a start, got both")
             initial_latents = self.encode_start(image, video, height, width, batch)
-        start = latents if latents is not None else initial_latents
-        shape = (batch, self.transformer.config.in_channels, *latent_size(self, height, width, start))
+        start = next((tensor for tensor in (latents, initial_latents, image_latents) if tensor is not None), None)
+        shape = (batch, latent_channels(self), *latent_size(self, height, width, start))
         config = self.rollout_config
         has_start = initial_latents is not None and initial_latents.ndim == 5
         num_chunks = resolve_num_chunks(
@@ -264,7 +271,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             renoise_latents=renoise_latents,
             temporal_scale=self.vae_scale_factor_temporal,
         )
-        return StreamInputs(config, shape, num_chunks, latents, renoise_latents, initial_latents, generator)
+        inputs = StreamInputs(config, shape, num_chunks, latents, renoise_latents, initial_latents, generator)
+        return replace(inputs, condition=picture_condition(self, inputs, image, image_latents)) if picture else inputs
 
     def encode_start(
         self,
@@ -314,8 +322,10 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         kv_cache: KVCache,
         frame_offset: int,
         cache_only: bool = False,
+        controls: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """See `ARVDMixin.run_pass`."""
+        steered = {} if controls is None else {"controls": controls}
         return self.transformer(
             hidden_states=latents,
             timestep=timestep,
@@ -324,6 +334,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             frame_offset=frame_offset,
             cache_only=cache_only,
             return_dict=False,
+            **steered,
         )[0]
 
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:

@@ -343,7 +343,7 @@ class ChunkLoop:
             timestep = timestep[:, None].repeat(1, latents.shape[2])
             timestep[:, :clamped] = 0
         return self._run_pass(
-            latents,
+            self.inputs.conditioned(latents, info.frame_offset),
             timestep,
             self.prompt_embeds,
             kv_cache=self.cache,

@@ -142,7 +142,7 @@ def take_state(pipe: StreamHost, session: StreamSession) -> SavedStream:
 
 def _pack_inputs(inputs: StreamInputs, loop: ChunkLoop) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the inputs of a stream, with the states of its generators, as tensors and JSON types."""
-    tensors = {name: getattr(inputs, name) for name in ("latents", "initial_latents")}
+    tensors = {name: getattr(inputs, name) for name in ("latents", "initial_latents", "condition")}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if inputs.renoise_latents is not None:
         tensors |= {f"renoise.{index}": noise for index, noise in enumerate(inputs.renoise_latents)}
@@ -312,6 +312,7 @@ class SavedStream:
             renoise or None,
             tensors.get("initial_latents"),
             generators[0] if state["one_generator"] else generators,
+            tensors.get("condition"),
         )
 
     def restore(self, loop: ChunkLoop, decoder: StatefulDecoder | None) -> None:

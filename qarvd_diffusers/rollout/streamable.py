@@ -278,7 +278,8 @@ class StreamableMixin(ABC):
         if decoder is None:
             return None
         config = getattr(getattr(self, "vae", None), "config", {})
-        channels = self.transformer.config.in_channels
+        sizes = self.transformer.config
+        channels = getattr(sizes, "out_channels", None) or sizes.in_channels
         return check_decoder(decoder, channels, config.get("latents_mean"), config.get("latents_std"))
 
     def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:
