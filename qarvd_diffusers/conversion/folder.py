@@ -24,6 +24,7 @@ _TRANSFORMER = ("diffusers", WanTransformer3DModel.__name__)
 FEW_STEP_SCHEDULERS = (FewStepRenoiseScheduler, IntegerRenoiseScheduler, ChunkUniPCScheduler)
 PORTABLE_CLASSES = {
     "CausalWanTransformer3DModel": _TRANSFORMER,
+    "WorldWanTransformer3DModel": ("qarvd_diffusers", "WorldWanTransformer3DModel"),  # there is no stock class for it
     **{kind.__name__: _SCHEDULER for kind in FEW_STEP_SCHEDULERS},
 }
 """Class in memory -> library and class that `model_index.json` names."""
@@ -69,14 +70,14 @@ def write_pipeline(folder: Path, config: Mapping[str, Any], components: Mapping[
     Args:
         folder: folder of the pipeline.
         config: values of the pipeline's config, those of its rollout included.
-        components: from `copy_base_components`.
+        components: from `copy_base_components`; a transformer of another class than the stock one too.
     """
     index = {
         "_class_name": "ARVDPipeline",
         "_diffusers_version": diffusers.__version__,
+        "transformer": _TRANSFORMER,
         **components,
         "scheduler": _SCHEDULER,
-        "transformer": _TRANSFORMER,
         **config,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

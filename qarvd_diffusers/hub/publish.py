@@ -159,7 +159,7 @@ def check_licence(licence: str | None, repo_id: str, accepted: bool) -> None:
     """
     if is_non_commercial(licence) and not accepted:
         raise ValueError(
-            f"the weights for {repo_id} are licensed {licence}: non-commercial. Quantized weights inherit the licence: "
+            f"the weights for {repo_id} are licensed {licence}: non-commercial. Quantized weights inherit it: "
             "pass accept_licence=True if you may publish them under it"
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -193,6 +193,11 @@ class WorldWanTransformer3DModel(CausalWanTransformer3DModel):
         """Return the config as JSON, under the name of this class."""
         config = json.loads(super().to_json_string())
         return json.dumps(config | {"_class_name": type(self).__name__}, indent=2, sort_keys=True) + "\n"
+
+
+def transformer_class(config: Mapping[str, Any]) -> type[CausalWanTransformer3DModel]:
+    """Return the class of a causal transformer with these arguments."""
+    return WorldWanTransformer3DModel if "control_dim" in config else CausalWanTransformer3DModel
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_flagged_before_upload(checkpoint, tmp_path, caplog, no_hub, family, acc
 
 def test_refused_without_an_explicit_yes(checkpoint, tmp_path, no_hub):
     """Float or quantized, and before anything is written."""
-    pipe = released(checkpoint, tmp_path, "lingbot-world-2")
+    pipe = released(checkpoint, tmp_path, "causvid")
     message = "user/model are licensed cc-by-nc-sa-4.0: non-commercial.* pass accept_licence=True"
     with pytest.raises(ValueError, match=message):
         pipe.push_to_hub("user/model")

@@ -14,7 +14,8 @@ from test_golden_rollouts import STRICT, RecordingPipeline
 
 from qarvd_diffusers.conversion.families import FAMILIES
 from qarvd_diffusers.conversion.names import to_diffusers_keys
-from qarvd_diffusers.conversion.network import infer_config, transformer_class
+from qarvd_diffusers.conversion.network import infer_config
+from qarvd_diffusers.models.world import transformer_class
 from qarvd_diffusers.schedulers import IntegerRenoiseScheduler
 
 NAMES = (
