@@ -10,7 +10,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -23,8 +23,29 @@ from .transformer_causal_wan import CausalWanTransformer3DModel
 
 CELL = 8  # pixels per latent, in height and width
 
-Injection = tuple[Tensor, Tensor]
-"""Scale and shift of the hidden states of one block, each `[B, tokens, dim]`."""
+
+class Injection(NamedTuple):
+    """Scale and shift of the hidden states of one block, `[2, B or 1, tokens, dim]`.
+
+    Attributes:
+        stored: float values, or int8 codes.
+        step: float32 `[2, B or 1, tokens, 1]`, value = code * step; None for float values.
+    """
+
+    stored: Tensor
+    step: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, eight_bits: bool) -> Injection:
+        """Store float values `[2, B or 1, tokens, dim]` as they are, or in 8 bits with a step per token."""
+        if not eight_bits:
+            return cls(values)
+        step = (values.float().abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        return cls((values.float() / step).round().to(torch.int8), step)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Return the values in `dtype`."""
+        return self.stored.to(dtype) if self.step is None else (self.stored * self.step).to(dtype)
 
 
 class ControlEmbedder(nn.Module):
@@ -63,10 +84,10 @@ class ControlInjector(nn.Module):
         self.scale = nn.Linear(dim, dim)
         self.shift = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor) -> Injection:
-        """Return the injection for tokens `[B, tokens, dim]`."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return scale and shift, `[2, B, tokens, dim]`, for embedded controls `[B, tokens, dim]`."""
         hidden = tokens + self.linear_2(silu(self.linear_1(tokens)))
-        return self.scale(hidden), self.shift(hidden)
+        return torch.stack([self.scale(hidden), self.shift(hidden)])
 
 
 class WorldBlock(WanTransformerBlock):
@@ -90,17 +111,13 @@ class WorldBlock(WanTransformerBlock):
 
         normed = (self.norm1(hidden_states.float()) * (1 + scale) + shift).to(dtype)
         attended = self.attn1(normed, None, None, rotary_emb)
-        hidden_states = inject((hidden_states.float() + attended * gate).to(dtype), self.injection)
+        inject_scale, inject_shift = self.injection.values(dtype)
+        hidden_states = (hidden_states.float() + attended * gate).to(dtype)
+        hidden_states = (1 + inject_scale) * hidden_states + inject_shift
         normed = self.norm2(hidden_states.float()).to(dtype)
         hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
         normed = (self.norm3(hidden_states.float()) * (1 + ffn_scale) + ffn_shift).to(dtype)
         return (hidden_states.float() + self.ffn(normed).float() * ffn_gate).to(dtype)
-
-
-def inject(hidden_states: Tensor, injection: Injection) -> Tensor:
-    """Return `(1 + scale) * hidden_states + shift`."""
-    scale, shift = injection
-    return (1 + scale) * hidden_states + shift
 
 
 class WorldWanTransformer3DModel(CausalWanTransformer3DModel):
@@ -158,7 +175,7 @@ class WorldWanTransformer3DModel(CausalWanTransformer3DModel):
             encoder_hidden_states: see there.
             *args: see there.
             controls: `[B or 1, control_channels, F, H, W]`, or None to run without injection. With a cache, what is
-                computed from them is kept for further passes with the same tensor.
+                computed from them is kept for further passes with the same tensor, in 8 bits if K/V are.
             kv_cache: see there.
             **kwargs: see there.
 
@@ -183,8 +200,8 @@ class WorldWanTransformer3DModel(CausalWanTransformer3DModel):
         tokens = self.control_embedder(controls.to(latents.device, latents.dtype))
         if self.context_parallel is not None:
             tokens = self.context_parallel.split(tokens.shape[1]).own(tokens)
-        tokens = tokens.expand(latents.shape[0], -1, -1)
-        injections = [block.injector(tokens) for block in self.blocks]
+        eight_bits = kv_cache is not None and kv_cache.storage in ("int8", "fp8")
+        injections = [Injection.of(block.injector(tokens), eight_bits) for block in self.blocks]
         if kv_cache is not None and not torch.is_grad_enabled():
             kv_cache.injections = (controls, injections)
         return injections

@@ -70,7 +70,7 @@ class WorldPipeline(RecordingPipeline):
         controls = self.controls[self.infos[-1].chunk]
         flow = super().run_pass(*args, controls=controls, **kwargs)
         hook.remove()
-        scale, shift = self.cache.injections[1][1]
+        scale, shift = self.cache.injections[1][1].stored
         embedding = self.transformer.control_embedder(controls)
         info = self.infos[-1]
         self.parts.setdefault((info.chunk, info.role, info.step), (embedding, scale, shift, seen["x"]))
