@@ -154,28 +154,50 @@ def read_controls(path: str | os.PathLike[str]) -> Recording:
             message names file and line.
     """
     name = os.fspath(path)
-    lines = [(number, text) for number, text in enumerate(read_text(Path(path)).splitlines(), 1) if text.strip()]
-    values = [(f"{name}, line {number}", parse_json(text, f"{name}, line {number}")) for number, text in lines]
+    numbered = enumerate(read_text(Path(path)).splitlines(), 1)
+    lines = [(f"{name}, line {number}", text) for number, text in numbered if text.strip()]
+    first = parse_json(lines[0][1], lines[0][0]) if lines else {}
     header: Mapping[str, Any] = {}
-    if values and isinstance(values[0][1], Mapping) and values[0][1].keys() & _HEADER.keys():
-        header = check_mapping(values[0][1], _HEADER, values[0][0], optional=tuple(_HEADER))
-        values = values[1:]
-    if not values:
+    if first.keys() & _HEADER.keys():
+        header = check_mapping(first, _HEADER, lines.pop(0)[0], optional=tuple(_HEADER))
+        first = parse_json(lines[0][1], lines[0][0]) if lines else {}
+    if not lines:
         raise ValueError(f"{name} has no controls, expected one JSON object per line")
     camera = None
     if "intrinsics" in header:
         camera = as_intrinsics(header["intrinsics"], header.get("size"), f"{name}: intrinsics")
-    is_path = isinstance(values[0][1], Mapping) and "pose" in values[0][1]
     rest = (camera, header.get("fps"), header.get("translation_scale"))
-    if is_path:
-        return Recording(name, {}, _read_path(values), *rest)
-    return Recording(name, _read_chunks(values, camera), (), *rest)
+    if "pose" in first:
+        return Recording(name, {}, _read_path(lines), *rest)
+    return Recording(name, _read_chunks(lines, camera), (), *rest)
 
 
-def _read_path(values: Sequence[tuple[str, Any]]) -> list[Mapping[str, Any]]:
+def parse_control(text: str, where: str, camera: Intrinsics | None = None) -> tuple[int | None, Control]:
+    """Read one line of chunks.
+
+    Args:
+        text: JSON.
+        where: file and line, for errors.
+        camera: intrinsics of the recording.
+
+    Returns:
+        The chunk that it begins with, if it says so, and the control.
+
+    Raises:
+        ValueError: it is damaged, or has an unknown or unsuitable entry.
+    """
+    line = dict(check_mapping(parse_json(text, where), _CHUNK, where, optional=tuple(_CHUNK)))
+    chunk = line.pop("chunk", None)
+    try:
+        return chunk, Control(**{"intrinsics": camera, **line})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _read_path(lines: Sequence[tuple[str, str]]) -> list[Mapping[str, Any]]:
     path: list[Mapping[str, Any]] = []
-    for where, value in values:
-        line = check_mapping(value, _POSE, where, optional=("event", "keys"))
+    for where, text in lines:
+        line = check_mapping(parse_json(text, where), _POSE, where, optional=("event", "keys"))
         if path and line["frame"] <= path[-1]["frame"]:
             raise ValueError(f"{where}: frame {line['frame']} does not come after frame {path[-1]['frame']}")
         as_poses([line["pose"]], f"{where}: pose")
@@ -184,18 +206,15 @@ def _read_path(values: Sequence[tuple[str, Any]]) -> list[Mapping[str, Any]]:
     return path
 
 
-def _read_chunks(values: Sequence[tuple[str, Any]], camera: Intrinsics | None) -> dict[int, Control]:
+def _read_chunks(lines: Sequence[tuple[str, str]], camera: Intrinsics | None) -> dict[int, Control]:
     chunks: dict[int, Control] = {}
     chunk = 0
-    for where, value in values:
-        line = dict(check_mapping(value, _CHUNK, where, optional=tuple(_CHUNK)))
-        begin = line.pop("chunk", chunk)
+    for where, text in lines:
+        begin, control = parse_control(text, where, camera)
+        begin = chunk if begin is None else begin
         if begin < chunk:
             raise ValueError(f"{where}: chunk {begin} does not come after chunk {chunk - 1}")
-        try:
-            chunks[begin] = Control(**{"intrinsics": camera, **line})
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        chunks[begin] = control
         chunk = begin + 1
     return chunks
 

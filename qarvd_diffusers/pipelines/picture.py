@@ -1,15 +1,72 @@
-"""Check and encode the picture that an image-to-video model of `ARVDPipeline` goes on from."""
+"""Check and encode the picture or clip that a stream of `ARVDPipeline` starts with, or goes on from."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from ..rollout.condition import MASK_CHANNELS, check_image_latents, image_latents, start_condition
+from ..rollout.config import RolloutConfig
 from ..rollout.inputs import StreamInputs, check_tensors
-from ..rollout.video_start import Picture, start_pixels
+from ..rollout.video_start import Picture, encode_pixels, fit_length, start_pixels
+from .components import latent_size
+
+
+class PictureMixin:
+    """Encode the start of a stream; a part of `ARVDPipeline`."""
+
+    if TYPE_CHECKING:  # the host's
+        transformer: Any
+        vae: Any
+        video_processor: Any
+        rollout_config: RolloutConfig
+        vae_scale_factor_spatial: int
+        vae_scale_factor_temporal: int
+        _execution_device: torch.device
+
+        def align_modules(self) -> None: ...
+
+    def encode_start(
+        self,
+        image: Picture | Sequence[Picture] | None = None,
+        video: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+    ) -> torch.Tensor:
+        """Encode a picture or a clip as initial latents `[B, C, F, h, w]`.
+
+        Args:
+            image: a picture, or one per sample; see `Picture` for the types. If the model has no single first frame,
+                it is repeated for one chunk.
+            video: a clip, or one per sample; its longest end of whole chunks is used.
+            height: pixels; each picture is cropped to the aspect ratio around its centre and resized. None takes that
+                of the pipeline's config.
+            width: see `height`.
+            batch: number of samples; a single start is used for all.
+
+        Raises:
+            ValueError: if there is no VAE, the clip is too short, or the numbers of starts and samples differ.
+        """
+        if self.vae is None:
+            raise ValueError("the pipeline has no vae to encode a start with: pass initial_latents")
+        scale = self.vae_scale_factor_spatial
+        size = [scale * pixels for pixels in latent_size(self, height, width, None)]
+        pixels = start_pixels(image, video, self.video_processor, tuple(size))
+        if len(pixels) not in (1, batch):
+            raise ValueError(
+                f"{len(pixels)} starts for a batch of {batch}: pass one, or one per sample; pass a clip as video="
+            )
+        pixels = fit_length(pixels, self.rollout_config, self.vae_scale_factor_temporal)
+        self.align_modules()
+        return self.encode_frames(pixels).expand(batch, -1, -1, -1, -1)
+
+    def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        """See `ARVDMixin.encode_frames`."""
+        return encode_pixels(self.vae, pixels, self._execution_device)
 
 
 def latent_channels(pipe: DiffusionPipeline) -> int:

@@ -20,14 +20,15 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..rollout.config import RolloutConfig
 from ..rollout.inputs import StreamInputs, check_generator, resolve_num_chunks
 from ..rollout.output import ARVDPipelineOutput, concatenate
-from ..rollout.video_start import Picture, encode_pixels, fit_length, start_pixels
+from ..rollout.video_start import Picture
 from ..vae.streaming import StreamingVAEDecoder
 from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
 from .components import clean_prompt, fit_scheduler, latent_size, plan_memory
 from .lora import LoraMixin
-from .picture import check_picture, latent_channels, picture_condition
+from .picture import PictureMixin, check_picture, latent_channels, picture_condition
 from .single_file import SingleFileMixin
+from .world import WorldMixin
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,7 +53,7 @@ EXAMPLE_DOC_STRING = """
 DEFAULT_CHUNKS = 7  # 81 frames, the length the family is trained at
 
 
-class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
+class ARVDPipeline(WorldMixin, PictureMixin, ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Generate video autoregressively with a causal Wan transformer (Self-Forcing and related models).
 
     Models of the family differ only in the values of `RolloutConfig`. A stock `WanTransformer3DModel` is upgraded to a
@@ -273,45 +274,6 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         )
         inputs = StreamInputs(config, shape, num_chunks, latents, renoise_latents, initial_latents, generator)
         return replace(inputs, condition=picture_condition(self, inputs, image, image_latents)) if picture else inputs
-
-    def encode_start(
-        self,
-        image: Picture | Sequence[Picture] | None = None,
-        video: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        batch: int = 1,
-    ) -> torch.Tensor:
-        """Encode a picture or a clip as initial latents `[B, C, F, h, w]`.
-
-        Args:
-            image: a picture, or one per sample; see `Picture` for the types. If the model has no single first frame,
-                it is repeated for one chunk.
-            video: a clip, or one per sample; its longest end of whole chunks is used.
-            height: pixels; each picture is cropped to the aspect ratio around its centre and resized. None takes that
-                of the pipeline's config.
-            width: see `height`.
-            batch: number of samples; a single start is used for all.
-
-        Raises:
-            ValueError: if there is no VAE, the clip is too short, or the numbers of starts and samples differ.
-        """
-        if self.vae is None:
-            raise ValueError("the pipeline has no vae to encode a start with: pass initial_latents")
-        scale = self.vae_scale_factor_spatial
-        size = [scale * pixels for pixels in latent_size(self, height, width, None)]
-        pixels = start_pixels(image, video, self.video_processor, tuple(size))
-        if len(pixels) not in (1, batch):
-            raise ValueError(
-                f"{len(pixels)} starts for a batch of {batch}: pass one, or one per sample; pass a clip as video="
-            )
-        pixels = fit_length(pixels, self.rollout_config, self.vae_scale_factor_temporal)
-        self.align_modules()
-        return self.encode_frames(pixels).expand(batch, -1, -1, -1, -1)
-
-    def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """See `ARVDMixin.encode_frames`."""
-        return encode_pixels(self.vae, pixels, self._execution_device)
 
     def run_pass(
         self,

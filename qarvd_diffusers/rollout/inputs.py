@@ -11,6 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .config import RolloutConfig
+from .steering import ControlSource
 
 
 @dataclass
@@ -28,6 +29,7 @@ class StreamInputs:
         generator: source of the noise that is drawn.
         condition: `[B, C2, F, H, W]`, further input channels of the transformer, or None. Frames after its last one
             get the channels of that one.
+        controls: what steers each chunk, or None; see `steering`.
     """
 
     fields: RolloutConfig
@@ -38,6 +40,7 @@ class StreamInputs:
     initial_latents: torch.Tensor | None = None
     generator: torch.Generator | list[torch.Generator] | None = None
     condition: torch.Tensor | None = None
+    controls: ControlSource | None = None
 
     def __post_init__(self) -> None:
         batch, channels, height, width = self.shape
@@ -49,6 +52,8 @@ class StreamInputs:
                     "(batch of the prompt, channels of the transformer)"
                 )
         self.fields.context_pieces(self.context_frames)  # raises if they do not split
+        if self.controls is not None and self.fields.context_mode == "rebuild":
+            raise ValueError("a model that encodes its context again before every chunk takes no controls")
         self._check_renoise()
         check_generator(self.generator, batch)
         got = [] if self.condition is None else list(self.condition.shape)

@@ -132,6 +132,7 @@ def take_state(pipe: StreamHost, session: StreamSession) -> SavedStream:
         "output_type": request.output_type,
         "kv_cache": request.kv_cache,
         "next_prompts": [change.how for change in changes],
+        "controls": session.steered,
         "cache": cache_state,
         "loop": loop_state,
         "inputs": input_state,
@@ -270,7 +271,7 @@ class SavedStream:
             PromptChange({"prompt_embeds": self.tensors[f"next_prompt.{index}"]}, how)
             for index, how in enumerate(self.header["next_prompts"])
         ]
-        return StreamSession(request, changes)
+        return StreamSession(request, changes, steered=self.header.get("controls", False))
 
     def _continued_inputs(self, num_chunks: int | None, generator: torch.Generator | None) -> StreamInputs:
         inputs = self._inputs

@@ -27,6 +27,7 @@ _FACTS = {
     "output_type": Literal["pil", "np", "pt", "latent"],
     "kv_cache": Literal["auto", "bf16", "int8", "fp8"],
     "next_prompts": list[Literal["keep", "recache", "new_text_only", "cut"]],
+    "controls": bool,
     "cache": Mapping[str, Any],
     "loop": Mapping[str, Any],
     "inputs": Mapping[str, Any],
@@ -56,7 +57,7 @@ def check_state(path: str, facts: Mapping[str, Any], found: Mapping[str, TensorS
         ValueError: a fact of another type, facts that contradict each other, or a tensor that is missing, unexpected
             or of another shape or kind; the message names file and entry.
     """
-    facts = check_mapping(facts, _FACTS, path, optional=("adapters",))
+    facts = check_mapping(facts, _FACTS, path, optional=("adapters", "controls"))
     state = check_mapping(facts["inputs"], _INPUTS, f"{path}: inputs")
     batch, count = state["shape"][0], state["num_chunks"]
     prompt = found.get("prompt_embeds", TensorSpec((), _FLOAT)).shape

@@ -12,10 +12,14 @@ import pytest
 import torch
 from test_golden_rollouts import STRICT, RecordingPipeline
 
+from qarvd_diffusers.calibration.calibrate import calibrate
+from qarvd_diffusers.config import QARVDConfig
 from qarvd_diffusers.conversion.families import FAMILIES
 from qarvd_diffusers.conversion.names import to_diffusers_keys
 from qarvd_diffusers.conversion.network import infer_config
 from qarvd_diffusers.models.world import transformer_class
+from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
+from qarvd_diffusers.quantization.install import apply
 from qarvd_diffusers.schedulers import IntegerRenoiseScheduler
 
 NAMES = (
@@ -67,18 +71,17 @@ class WorldPipeline(RecordingPipeline):
     def run_pass(self, *args, **kwargs):
         block, seen = self.transformer.blocks[1], {}
         hook = block.norm2.register_forward_pre_hook(lambda module, inputs: seen.update(x=inputs[0]))
-        controls = self.controls[self.infos[-1].chunk]
-        flow = super().run_pass(*args, controls=controls, **kwargs)
+        flow = super().run_pass(*args, **kwargs)
         hook.remove()
         scale, shift = self.cache.injections[1][1].stored
-        embedding = self.transformer.control_embedder(controls)
+        embedding = self.transformer.control_embedder(kwargs["controls"])
         info = self.infos[-1]
         self.parts.setdefault((info.chunk, info.role, info.step), (embedding, scale, shift, seen["x"]))
         return flow
 
 
-def replay(golden, name, storage=None, pipeline=WorldPipeline):
-    """Return latents, flows and caches after each chunk under the stored names."""
+def world_pipeline(golden, name, pipeline=WorldPipeline):
+    """Return a pipeline of the recorded weights, and the arguments of its stream."""
     scenario, fields = settings(golden, name)
     inputs, stored = golden.file("inputs.safetensors"), golden.stored("inputs.safetensors")
     actions = stored["patch_embedding_wancamctrl.weight_for_actions"] if "actions" in name else None
@@ -86,17 +89,23 @@ def replay(golden, name, storage=None, pipeline=WorldPipeline):
     pipe.set_progress_bar_config(disable=True)
     noise = inputs["noise"]
     plucker = stored[scenario["camera"]].expand(-1, -1, noise.shape[2], -1, -1)
-    pipe.controls, pipe.infos, pipe.passes, pipe.parts = list(plucker.split(scenario["chunk"], dim=2)), [], [], {}
+    pipe.infos, pipe.passes, pipe.parts = [], [], {}
     renoise = stored[RENOISE[scenario["chunk"]]]
-    stream = pipe.stream(
-        prompt_embeds=inputs[scenario["prompt"]],
-        latents=noise,
-        renoise_latents=renoise[:, :, None].transpose(3, 4),
-        image_latents=inputs[scenario["image"]],
-        output_type="latent",
-        kv_cache=storage,
-        on_pass=pipe.infos.append,
-    )
+    return pipe, {
+        "prompt_embeds": inputs[scenario["prompt"]],
+        "latents": noise,
+        "renoise_latents": renoise[:, :, None].transpose(3, 4),
+        "image_latents": inputs[scenario["image"]],
+        "controls": plucker.split(scenario["chunk"], dim=2),
+        "output_type": "latent",
+        "on_pass": pipe.infos.append,
+    }
+
+
+def replay(golden, name):
+    """Return latents, flows and caches after each chunk under the stored names."""
+    pipe, arguments = world_pipeline(golden, name)
+    stream = pipe.stream(**arguments)
     got, pieces = {}, []
     for chunk in stream:
         pieces.append(chunk.latents)
@@ -130,3 +139,32 @@ def test_a_later_turn_changes_no_earlier_frame(golden_family):
     straight, turning = (replay(golden, name)["latents"] for name in NAMES[:2])
     assert torch.equal(straight[:, :, :6], turning[:, :, :6])
     assert (straight[:, :, 6:9] - turning[:, :, 6:9]).abs().max() > 0.01
+
+
+# scheme, storage of K/V -> largest error of the latents, relative to their norm, in any of these scenarios
+QUANTIZED = {("w8a8", "auto"): 0.02, ("w8a8", "int8"): 0.02, ("w4a8", "auto"): 0.08, ("w4a8", "int8"): 0.08}
+
+
+def quantized_error(golden, name, scheme, storage):
+    """Return the error of a quantized rollout against the recorded float one; calibrated on another camera."""
+    pipe, arguments = world_pipeline(golden, name, ARVDPipeline)
+    other = NAMES[2] if name == NAMES[4] else NAMES[4]
+    tuned, calibration = world_pipeline(golden, other, ARVDPipeline)
+    config = QARVDConfig(scheme, calibration_chunks=4, outlier_alignment=4)
+
+    def run(on_pass):
+        latents = torch.randn(calibration["latents"].shape, generator=torch.Generator().manual_seed(0))
+        for _ in tuned.stream(**{**calibration, "latents": latents, "on_pass": on_pass}):
+            pass
+
+    result = calibrate(tuned.transformer, run, config)
+    apply(pipe.transformer, result)
+    got = torch.cat([chunk.latents for chunk in pipe.stream(**arguments, kv_cache=storage)], dim=2)
+    expected = golden.file(f"{name}.safetensors")["latents"]
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("scheme", "storage"), QUANTIZED)
+@pytest.mark.parametrize("name", (NAMES[0], NAMES[2], NAMES[4]))
+def test_quantized(golden_family, scheme, storage, name):
+    assert quantized_error(golden_family("lingbot_world"), name, scheme, storage) < QUANTIZED[scheme, storage]
