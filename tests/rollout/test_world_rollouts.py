@@ -164,6 +164,7 @@ def quantized_error(golden, name, scheme, storage):
     return ((got - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "storage"), QUANTIZED)
 @pytest.mark.parametrize("name", (NAMES[0], NAMES[2], NAMES[4]))
 def test_quantized(golden_family, scheme, storage, name):
