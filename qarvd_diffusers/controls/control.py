@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class Control:
             raise ValueError(
                 f"mouse is {self.mouse}, speed {self.speed}, expected degrees (right, up) and a length of at least 0"
             )
+        object.__setattr__(self, "mouse", tuple(numbers[:2].tolist()))
         if self.motions is not None:
             object.__setattr__(self, "motions", as_poses(self.motions, "motions"))
         if self.intrinsics is not None:
@@ -104,6 +105,10 @@ class Control:
                 f"{name} {got}, expected a Control, a text of keys such as 'w', or a mapping with some of {known}"
             )
         return cls(**value)
+
+    def later(self) -> Control:
+        """Return what is left of a control in the chunks after its own: keys are still held, the mouse has moved."""
+        return replace(self, mouse=(0.0, 0.0), event=None)
 
     def check_frames(self, frames: int, name: str = "controls") -> None:
         """Check that what there is per latent frame is there for `frames` of them.

@@ -4,8 +4,8 @@ One object per line. A first line may describe the recording:
 
     {"intrinsics": [500, 500, 416, 240], "size": [480, 832], "fps": 16, "translation_scale": 0.1}
 
-Lines of chunks have the arguments of `Control`. They hold until the next line, events excepted; `chunk` is the chunk
-that a line begins with, by default the one after the line before:
+Lines of chunks have the arguments of `Control`. They hold until the next line, except for mouse and event; `chunk` is
+the chunk that a line begins with, by default the one after the line before:
 
     {"keys": "w", "event": "a forest at dawn"}
     {"chunk": 4, "keys": "w arrowleft", "mouse": [0, 5]}
@@ -25,7 +25,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ class Recording:
         if start is None:
             return Control(intrinsics=self.intrinsics)
         control = self.chunks[start]
-        return control if start == chunk else dataclasses.replace(control, event=None)
+        return control if start == chunk else control.later()
 
     def _along_path(self, frames_per_chunk: Sequence[int], temporal_scale: int) -> list[Control]:
         last = temporal_scale * (sum(frames_per_chunk) - 1)
@@ -153,8 +152,12 @@ def read_controls(path: str | os.PathLike[str]) -> Recording:
         ValueError: a line is damaged, has an unknown or unsuitable entry, or does not go with the lines before; the
             message names file and line.
     """
-    name = os.fspath(path)
-    numbered = enumerate(read_text(Path(path)).splitlines(), 1)
+    return parse_recording(read_text(path), os.fspath(path))
+
+
+def parse_recording(text: str, name: str) -> Recording:
+    """Read the text of such a file; errors are those of `read_controls`, and name it as `name`."""
+    numbered = enumerate(text.splitlines(), 1)
     lines = [(f"{name}, line {number}", text) for number, text in numbered if text.strip()]
     first = parse_json(lines[0][1], lines[0][0]) if lines else {}
     header: Mapping[str, Any] = {}

@@ -35,13 +35,22 @@ class WorldControls:
     control_dim: int
     pixels: tuple[int, int]
 
+    _latest: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def entry(self, chunk: int) -> Any:
+        """Return the entry of a chunk; the source is asked once."""
+        if chunk not in self._latest:
+            self._latest.clear()
+            self._latest[chunk] = self.source(chunk)
+        return self._latest[chunk]
+
     def __call__(self, chunk: int) -> Tensor:
         """Return the tensor of a chunk."""
-        return self.tensor(self.source(chunk), chunk, f"controls of chunk {chunk}")
+        return self.tensor(self.entry(chunk), chunk, f"controls of chunk {chunk}")
 
     def event(self, chunk: int) -> str | None:
         """Return the prompt that a chunk switches to, or None."""
-        value = self.source(chunk)
+        value = self.entry(chunk)
         return None if isinstance(value, Tensor) else Control.of(value).event
 
     def tensor(self, value: Any, chunk: int, name: str) -> Tensor:
@@ -89,8 +98,8 @@ class WorldMixin(SteerableMixin):
         return super().steered_by(inputs, controls)
 
     def prepare_controls(
-        self, source: ControlSource, inputs: StreamInputs, chunks: Iterable[int | None] = ()
-    ) -> ControlSource:
+        self, source: ControlSource, inputs: StreamInputs, chunks: Iterable[int] = ()
+    ) -> WorldControls:
         """See `SteerableMixin.prepare_controls`; entries are those of `WorldControls.source`."""
         config: Mapping[str, Any] = self.transformer.config
         dim = config.get("control_dim")
@@ -104,8 +113,19 @@ class WorldMixin(SteerableMixin):
         pixels = tuple(self.vae_scale_factor_spatial * size for size in inputs.shape[2:])
         prepared = WorldControls(source, inputs, dim, pixels)
         for chunk in chunks:
-            own = 1 if chunk is None else chunk
-            prepared.tensor(source(own), own, "controls" if chunk is None else f"controls of chunk {chunk}")
+            prepared.tensor(source(chunk), chunk, f"controls of chunk {chunk}")
+        return prepared
+
+    def held(self, entry: Any, inputs: StreamInputs) -> ControlSource:
+        """See `SteerableMixin.held`; the mouse and an event act in the first chunk alone."""
+        begun: list[int] = []
+
+        def source(chunk: int) -> Any:
+            begun.append(chunk)
+            return entry if isinstance(entry, Tensor) or chunk == begun[0] else Control.of(entry).later()
+
+        prepared = self.prepare_controls(source, inputs)
+        prepared.tensor(entry, 1, "controls")  # like any chunk but the first
         return prepared
 
     def with_default_controls(self, inputs: StreamInputs) -> StreamInputs:

@@ -93,9 +93,7 @@ def _apply_changes(pipe: StreamHost, session: StreamSession, loop: ChunkLoop) ->
     if changed is not None:
         loop.inputs = replace(loop.inputs, controls=changed)
     event = getattr(loop.inputs.controls, "event", None)
-    text = None if event is None else event(loop.next_chunk)
-    if text is not None and text != session.event and not session.changes:
-        session.event = text  # controls that hold for several chunks bring it once
+    if event is not None and not session.changes and (text := event(loop.next_chunk)):
         batch = loop.inputs.shape[0]
         own = {**session.request.text, "prompt": text if batch == 1 else [text] * batch, "prompt_embeds": None}
         session.changes = [PromptChange(own, loop.inputs.fields.on_prompt_switch)]

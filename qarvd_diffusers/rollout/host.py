@@ -66,8 +66,11 @@ class StreamHost(Protocol):
     ) -> int:
         """Check a prompt and return its batch size; raises ValueError if that is not `batch`."""
 
+    def held(self, entry: Any, inputs: StreamInputs) -> ControlSource:
+        """Check controls that are set while a stream runs, and prepare a source that holds them."""
+
     def prepare_controls(
-        self, source: ControlSource, inputs: StreamInputs, chunks: Iterable[int | None] = ()
+        self, source: ControlSource, inputs: StreamInputs, chunks: Iterable[int] = ()
     ) -> ControlSource:
         """Return what `run_pass` gets as `controls` for each chunk; raises ValueError where it takes none."""
 

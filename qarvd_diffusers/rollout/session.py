@@ -118,7 +118,6 @@ class StreamSession:
         controls: what steers the chunks from the next one on, if that was changed; written by the thread that calls
             `set_controls`.
         steered: controls were passed or changed.
-        event: the prompt that controls have brought last, or None.
         live: the running stream, written by the thread that iterates; None before it starts and after it ends.
     """
 
@@ -127,7 +126,6 @@ class StreamSession:
     closing: bool = False
     controls: ControlSource | None = None
     steered: bool = False
-    event: str | None = None
     live: LiveStream | None = None
 
     @property

@@ -45,7 +45,7 @@ class SteerableMixin:
         return dataclasses.replace(inputs, controls=self.prepare_controls(source, inputs, chunks))
 
     def prepare_controls(
-        self, source: ControlSource, inputs: StreamInputs, chunks: Iterable[int | None] = ()
+        self, source: ControlSource, inputs: StreamInputs, chunks: Iterable[int] = ()
     ) -> ControlSource:
         """Check controls and return a source of what `run_pass` gets as `controls`: here the entries as they are.
 
@@ -55,7 +55,7 @@ class SteerableMixin:
         Args:
             source: entry of each chunk.
             inputs: of the stream.
-            chunks: those whose entries are known and can be checked now; None stands for any chunk.
+            chunks: those whose entries are known and can be checked now.
 
         Raises:
             ValueError: `run_pass` takes no controls, or an entry does not fit.
@@ -64,6 +64,10 @@ class SteerableMixin:
         if "controls" not in names and not open_ended:
             raise ValueError(f"controls were passed, but {type(self).__name__} takes none: leave them out")
         return source
+
+    def held(self, entry: Any, inputs: StreamInputs) -> ControlSource:
+        """Check controls that are set while a stream runs, and prepare a source that holds them."""
+        return self.prepare_controls(lambda chunk: entry, inputs)
 
     def with_default_controls(self, inputs: StreamInputs) -> StreamInputs:
         """Return the inputs of a stream that is not steered, with controls if the model needs some."""

@@ -128,14 +128,15 @@ class Stream(Iterator[Chunk]):
         """Steer the chunks from the next one on by other controls; they are checked at once.
 
         Args:
-            controls: of a chunk, which hold until they are changed again; or a function of the chunk's index.
+            controls: of a chunk, which hold until they are changed again (a `Control`'s mouse and event act once); or
+                a function of the chunk's index.
 
         Raises:
             ValueError: for controls that do not fit the model, or if the stream has ended.
         """
         session = self._session
-        source = controls if callable(controls) else lambda _: controls
-        source = self._pipe.prepare_controls(source, session.request.inputs, () if callable(controls) else (None,))
+        prepare = self._pipe.prepare_controls if callable(controls) else self._pipe.held
+        source = prepare(controls, session.request.inputs)
         if session.closing or self._ended:
             raise ValueError("the stream has ended: other controls would have no effect")
         session.controls, session.steered = source, True

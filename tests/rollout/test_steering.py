@@ -10,6 +10,7 @@ from tiny_pipeline import build_pipeline, build_world
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
 from qarvd_diffusers.controls.control import Control
+from qarvd_diffusers.rollout.steerable import SteerableMixin
 from qarvd_diffusers.rollout.steering import control_source
 
 PROMPT = "a red circle"
@@ -23,8 +24,12 @@ class ToyWorld(ARVDPipeline):
         flow = super().run_pass(*args, **kwargs)
         return flow if controls is None else flow + 0.1 * controls
 
-    def prepare_controls(self, source, inputs, chunks=()):
-        return source
+    # As a pipeline has them that is no `ARVDPipeline`.
+    held, steered_by, prepare_controls = (
+        SteerableMixin.held,
+        SteerableMixin.steered_by,
+        SteerableMixin.prepare_controls,
+    )
 
 
 @pytest.fixture
