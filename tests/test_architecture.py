@@ -37,6 +37,7 @@ ROOMS = (
     "calibration",
     "models",
     "rollout",
+    "controls",
     "schedulers",
     "vae",
     "kv_cache",

@@ -18,6 +18,7 @@ PUBLISHED_FAMILY = "WanTransformer3DModel"
 _TEXT_EMBEDDING = "text_embedder"
 
 OUTSIDE, ROUTER, BY_NAME = "outside the repeated blocks", "router of experts", "named by modules_to_not_convert"
+ONCE = "runs once per chunk"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,8 @@ def repeated_blocks(transformer: nn.Module) -> tuple[str, ...]:
 
 
 def kept_float(transformer: nn.Module, config: QARVDConfig) -> dict[str, str]:
-    """List the Linears that stay float, with the reason: what lies outside the repeated blocks, routers, and names.
+    """List the Linears that stay float, with the reason: what lies outside the repeated blocks, routers, names, and
+    parts that the class of the model declares to run once per chunk, and so to cost nothing.
 
     The error of a router, a Linear beside expert tensors, sends tokens to other experts.
     """
@@ -98,6 +100,8 @@ def kept_float(transformer: nn.Module, config: QARVDConfig) -> dict[str, str]:
             kept[name] = BY_NAME
         elif any(named_by(name, pattern) for pattern in chosen):
             continue
+        elif any(named_by(name, part) for part in getattr(transformer, "_runs_once_a_chunk", ())):
+            kept[name] = ONCE
         elif not name.startswith(blocks):
             kept[name] = OUTSIDE
         elif name.rpartition(".")[0] in routing:

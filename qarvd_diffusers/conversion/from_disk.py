@@ -25,13 +25,16 @@ from ..files.safetensors import TensorSpec, write_shards
 from ..files.schema import read_json
 from ..hub.model_card import CARD_FILE, model_card, stated_licence
 from ..models import CausalWanTransformer3DModel
+from ..models.world import WorldWanTransformer3DModel, transformer_class
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams, stored_tensors
 from .checkpoint import STEM, folder_tensors
 from .float8 import is_float8
 from .network import load_transformer_config
 
-_WAN = (WanTransformer3DModel.__name__, CausalWanTransformer3DModel.__name__)
+_WAN = tuple(
+    kind.__name__ for kind in (WanTransformer3DModel, CausalWanTransformer3DModel, WorldWanTransformer3DModel)
+)
 
 
 def quantize_folder(
@@ -103,7 +106,7 @@ def _empty_model(path: Path) -> ModelMixin:
     if values.get("quantization_config") is not None:
         raise ValueError(f"{path.parent.parent} is quantized already: quantize the float model")
     name = values.get("_class_name", WanTransformer3DModel.__name__)
-    kind = CausalWanTransformer3DModel if name in _WAN else getattr(diffusers, name, None)
+    kind = transformer_class(values) if name in _WAN else getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ValueError(
             f"{path} describes a {name}, which is not a model class of diffusers: load it by its own class with "

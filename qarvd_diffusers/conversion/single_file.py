@@ -23,10 +23,11 @@ from ..files.atomic import atomic_directory, atomic_file
 from ..files.safetensors import TensorSpec, write_shards, write_tensors
 from ..files.schema import read_json
 from ..models.single_file_header import SingleFileHeader, comfyui_metadata, read_single_file
+from ..models.world import transformer_class
 from ..quantization.model import quantized_linears, unwrapped
 from ..rollout.config import RolloutConfig
 from .checkpoint import STEM, folder_tensors
-from .folder import copy_base_components, write_pipeline
+from .folder import PORTABLE_CLASSES, copy_base_components, write_pipeline
 from .names import to_diffusers_keys, to_original_keys
 
 _PIPELINE_FIELDS = (*RolloutConfig.names(), "height", "width", "max_sequence_length", "fps")
@@ -144,11 +145,12 @@ def single_file_to_folder(path: str | Path, out_dir: str | Path, base: str | Pat
         raise ValueError(f"{path}: has no header with its config: convert it with a family name instead")
     specs, fetch = folder_tensors(path)
     names = to_diffusers_keys({key: key for key in specs})
-    config = {"_class_name": "WanTransformer3DModel", **header.transformer}
+    stored = PORTABLE_CLASSES[transformer_class(header.transformer).__name__]
+    config = {"_class_name": stored[1], **header.transformer}
     if header.quantization is not None:
         config["quantization_config"] = header.quantization.to_dict()
     with atomic_directory(out_dir) as folder:
-        write_pipeline(folder, header.pipeline, copy_base_components(base, folder))
+        write_pipeline(folder, header.pipeline, {**copy_base_components(base, folder), "transformer": stored})
         write_shards(
             folder / "transformer", STEM, [{n: specs[key] for n, key in names.items()}], lambda n: fetch(names[n])
         )
@@ -177,6 +179,8 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
     layers = quantized_linears(transformer)
     if not layers:
         raise ValueError("the transformer is float: quantize it, or use the float file in ComfyUI")
+    if "control_dim" in transformer.config:
+        raise ValueError("ComfyUI's own layers have no controls: leave int8_tensorwise out")
     tensors = {
         name: tensor
         for name, tensor in transformer.state_dict().items()

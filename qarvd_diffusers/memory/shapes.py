@@ -25,8 +25,11 @@ from ..calibration.targets import describe, input_groups, quantizable_linears
 from ..config import QARVDConfig
 from ..files.schema import read_json
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..models.world import WorldWanTransformer3DModel, transformer_class
 from ..quantization.qparams import stored_tensors
 from ..rollout.config import RolloutConfig
+
+_PLANNED = ("WanTransformer3DModel", WorldWanTransformer3DModel.__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class ModelShapes:
             return read_json(path)
 
         index = read("model_index.json")
-        if (index.get("transformer") or [None, None])[1] != "WanTransformer3DModel":
+        if (index.get("transformer") or [None, None])[1] not in _PLANNED:
             raise ValueError(f"{name} has no WanTransformer3DModel: its memory cannot be planned")
         parts = {
             part: read(f"{part}/config.json") if (index.get(part) or [None])[0] is not None else None
@@ -91,7 +94,7 @@ class ModelShapes:
         config.pop("quantization_config", None)
         config["num_layers"] = layers or config["num_layers"]
         with torch.device("meta"):
-            return CausalWanTransformer3DModel(**config).eval()
+            return transformer_class(config)(**config).eval()
 
     def empty_vae(self) -> AutoencoderKLWan:
         """Return the VAE on the meta device."""

@@ -21,7 +21,7 @@ from ..hub.model_card import owned_files
 from ..quantization.result import CalibrationResult
 from .arguments import loading_arguments
 from .quantization import check_stored_config, quantize_pipeline, quantize_text_encoder, split_config
-from .stored_components import check_components
+from .stored_components import check_components, check_folder, named_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,12 +59,11 @@ class QuantizableMixin:
         if rest is not None:
             kwargs["quantization_config"] = rest
         kwargs.setdefault("use_safetensors", True)  # by default, diffusers falls back to pickled weights
-        try:
+        folder = Path(pretrained_model_name_or_path) if os.path.isdir(pretrained_model_name_or_path) else None
+        with named_errors(str(pretrained_model_name_or_path), folder, kwargs):
+            if folder is not None:
+                check_folder(cls, folder, kwargs, kwargs.get("variant"))
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:
-            if "Unable to load weights" not in str(error):
-                raise
-            raise OSError(f"{error}. The file is truncated or damaged: download or save it again.") from error
         pipe.source = str(pretrained_model_name_or_path)
         passed = {name for name in pipe.components if name in kwargs}
         check_components({k: v for k, v in pipe.components.items() if k not in passed}, kwargs.get("variant"))
@@ -174,11 +173,13 @@ class QuantizableMixin:
         """
         upload = {
             name: kwargs.pop(name)
-            for name in ("repo_id", "private", "token", "commit_message", "create_pr")
+            for name in ("repo_id", "private", "token", "commit_message", "create_pr", "accept_licence")
             if name in kwargs
         }
         if not push_to_hub and upload:
             raise ValueError(f"{sorted(upload)} need push_to_hub=True")
+        if push_to_hub:
+            self._check_licence(upload.get("repo_id", Path(save_directory).name), upload.get("accept_licence", False))
         with atomic_directory(save_directory, owned_files(save_directory)) as folder:
             self._write(folder, report, upload.get("repo_id"), **kwargs)
         if push_to_hub:
@@ -192,16 +193,21 @@ class QuantizableMixin:
         token: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
+        accept_licence: bool = False,
         **kwargs: Any,
     ) -> str:
         """Save in the portable layout and upload to the Hub; see `save_pretrained` and `hub.publish.upload`.
 
         Returns:
             URL of the commit.
+
+        Raises:
+            ValueError: for non-commercial weights without `accept_licence`.
         """
+        self._check_licence(repo_id, accept_licence)
         with tempfile.TemporaryDirectory() as temporary:
             self._write(Path(temporary), report, repo_id, **kwargs)
-            options = {"private": private, "token": token, "create_pr": create_pr}
+            options = {"private": private, "token": token, "create_pr": create_pr, "accept_licence": accept_licence}
             return self._upload(Path(temporary), repo_id, commit_message, **options)
 
     def _write(self, folder: Path, report: Mapping[str, Any] | None, repo_id: str | None, **kwargs: Any) -> None:
@@ -212,6 +218,10 @@ class QuantizableMixin:
         super().save_pretrained(folder, **kwargs)
         self.write_portable_parts(folder)
         publish.complete_folder(self, folder, report, repo_id)
+
+    def _check_licence(self, repo_id: str, accepted: bool) -> None:
+        base = None if self.quantization is None else self.quantization.base_model
+        publish.check_licence(publish.find_licence(self.source, base), repo_id, accepted)
 
     def _upload(self, folder: Path, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
         message = commit_message or f"Upload {type(self).__name__}"

@@ -215,6 +215,12 @@ class PassState:
             self.pending = self.gate = None
         return self.hidden
 
+    def inject(self, injection: Tensor) -> None:
+        """Add what is pending; multiply by 1 + scale and add shift, `[2, B or 1, tokens, C]`."""
+        scale, shift = injection
+        hidden = self.summed().view(self.batch, *scale.shape[1:])
+        hidden.addcmul_(hidden, scale).add_(shift)
+
 
 class FusedBlock:
     """Run one transformer block on integer products; valid as long as its parameters are not moved.
@@ -270,10 +276,27 @@ class FusedBlock:
         """Attention backend that the user chose for cross-attention, or None."""
         return self._block.attn2.processor._attention_backend
 
-    def finish(self, state: PassState, attended: Tensor, text: tuple[Tensor, Tensor], modulation: Tensor) -> None:
-        """Run everything after self-attention, whose output `attended` is `[B, tokens, heads, head_dim]`."""
+    def finish(
+        self,
+        state: PassState,
+        attended: Tensor,
+        text: tuple[Tensor, Tensor],
+        modulation: Tensor,
+        injection: Tensor | None = None,
+    ) -> None:
+        """Run everything after self-attention.
+
+        Args:
+            state: state of the pass.
+            attended: output of self-attention, `[B, tokens, heads, head_dim]`.
+            text: cross-attention K/V of the prompt.
+            modulation: float32 `[6, groups, C]`.
+            injection: scale and shift of the residual stream `[2, B or 1, tokens, C]`, of a model with controls.
+        """
         gate, shift, scale, ffn_gate = modulation[2:]
         self._branch(state, self._attn_out, attended, gate)
+        if injection is not None:
+            state.inject(injection)
         self._branch(state, self._text_out, self._attend_text(state, text), None)
         codes = state.normed(self._up.quantizer, self._block.norm3.eps, modulation=(scale, shift))
         codes = self._up.gelu(codes, self._down.quantizer, state.hidden.dtype)

@@ -98,9 +98,10 @@ class FusedPass:
         modulation = embedder.time_proj(embedder.act_fn(embedding)).unflatten(1, (6, -1)).float()
         modulation = self._tables[:, :, None] + modulation.transpose(0, 1).contiguous()
         state = PassState(hidden.reshape(-1, hidden.shape[2]).contiguous(), latents.shape[0])
-        return ForwardSegments(
-            self._blocks, state, modulation, [block.text(text) for block in self._blocks]
-        ), embedding
+        texts = [block.text(text) for block in self._blocks]
+        injections = [getattr(block, "injection", None) for block in transformer.blocks]
+        load = None if injections[0] is None else lambda index: injections[index].values(hidden.dtype)
+        return ForwardSegments(self._blocks, state, modulation, texts, load), embedding
 
     def _run(
         self,
