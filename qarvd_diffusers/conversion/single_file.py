@@ -201,12 +201,14 @@ def _one_grid(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether it is exact."""
     order, count = layer.channel_order.long(), layer.num_outliers
     scaled = layer.channel_scale is not None and bool((layer.channel_scale != 1).any())
-    if count in (0, layer.in_features) and layer.rotation == 1 and not scaled and not layer.group:
+    if count in (0, layer.in_features) and layer.rotation == 1 and not scaled:
         group = int(count == 0)
-        codes = (
-            unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)
-            - layer.weight_zero_point[:, group, None]
-        )
+        codes = unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)
+        if layer.group:
+            factors = layer.weight_zero_point.to(torch.int16).repeat_interleave(layer.group, dim=1)
+            codes = ((factors & 15) + 1) * (codes - (factors >> 4))
+        else:
+            codes = codes - layer.weight_zero_point[:, group, None]
         if codes.min() >= -128 and codes.max() <= 127:
             plain = torch.empty_like(codes, dtype=torch.int8)
             plain[:, order] = codes.to(torch.int8)
