@@ -57,9 +57,9 @@ PERCENTILES = (0.999, 0.9999, 0.99999)
 _NAME_LISTS = ("modules_to_not_convert", "modules_to_convert", "rounding_skips")
 _SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", *_NAME_LISTS)
 
-PACKED_FORMAT = 2
+PACKED_FORMAT, WIDER_FORMAT = 2, 3
 """Layout of packed tensors in checkpoints and calibration results. 2: 8-bit codes are stored as the signed operand of
-the integer product. The layout before it had no number."""
+the integer product. The layout before it had no number. 3: with modules that are 1x1 convolutions or experts."""
 
 # Published chunk sensitivities of Self-Forcing at W4A8 (arXiv 2605.21072), share of the total error per chunk.
 PUBLISHED_SENSITIVITY = (0.5462, 0.1668, 0.1189, 0.0789, 0.0534, 0.0263, 0.0096)
@@ -189,7 +189,7 @@ class QARVDConfig(QuantizationConfigMixin):
         calibration_adapters: name -> scale of the adapters (LoRA) that were active in the calibration rollouts;
             written by quantization. The checkpoint holds the base model alone: load them again.
         modules: written by quantization, read by loading: name -> `QuantizedModule` (or its dict).
-        format: layout of the tensors of `modules`, `PACKED_FORMAT`; written by quantization. Others raise an error.
+        format: layout of the tensors of `modules`, `PACKED_FORMAT` or `WIDER_FORMAT`; written by quantization.
 
     Raises:
         ValueError: a field has an invalid value; the message says which, what it is and what was expected.
@@ -289,14 +289,14 @@ class QARVDConfig(QuantizationConfigMixin):
         self._require(len(prompts) == 1 or len(set(prompts)) > 1, "calibration_prompts", expected)
 
     def _check_format(self) -> None:
-        if self.modules is None or self.format == PACKED_FORMAT:
+        if self.modules is None or self.format in (PACKED_FORMAT, WIDER_FORMAT):
             return
         older = self.format is None or self.format < PACKED_FORMAT
         remedy = "quantize the float model again" if older else "update qarvd_diffusers"
         raise ValueError(
             f"the checkpoint's quantization_config.format is {self.format!r}, this version of qarvd_diffusers reads "
-            f"{PACKED_FORMAT}: its packed weights are laid out in another way. {remedy.capitalize()}"
-            f"{f' ({self.base_model})' if older and self.base_model else ''}."
+            f"{PACKED_FORMAT} and {WIDER_FORMAT}: its packed weights are laid out in another way. "
+            f"{remedy.capitalize()}{f' ({self.base_model})' if older and self.base_model else ''}."
         )
 
     @property
@@ -364,9 +364,9 @@ class QARVDConfig(QuantizationConfigMixin):
         """Copy the config with some fields changed, and check it again."""
         return dataclasses.replace(self, **changes)
 
-    def for_checkpoint(self, modules: Mapping[str, QuantizedModule]) -> QARVDConfig:
+    def for_checkpoint(self, modules: Mapping[str, QuantizedModule], format: int = PACKED_FORMAT) -> QARVDConfig:
         """Make the config to store: it names the quantized modules and drops the prompts, which may be private."""
-        return self.replace(modules=modules, format=PACKED_FORMAT, calibration_prompts=None)
+        return self.replace(modules=modules, format=format, calibration_prompts=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types."""

@@ -143,10 +143,10 @@ def test_prompt_files():
     [
         (
             {"format": None},
-            "quantization_config.format is None, .* reads 2: .* Quantize the float model again (Wan/x).",
+            "quantization_config.format is None, .* reads 2 and 3: .* Quantize the float model again (Wan/x).",
         ),
         ({"format": 1}, "quantization_config.format is 1, .* Quantize the float model again"),
-        ({"format": 3}, "quantization_config.format is 3, .* Update qarvd_diffusers"),
+        ({"format": 4}, "quantization_config.format is 4, .* Update qarvd_diffusers"),
     ],
 )
 def test_packed_tensors_of_another_layout(change, message):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig, named_by
+from ..quantization.as_linear import ExpertView, experts_run
 from ..rollout.pass_info import PassInfo
 from .targets import Targets, kept_float, partition, quantizable_linears
 
@@ -62,27 +63,31 @@ def scout(
     Raises:
         ValueError: see `quantizable_linears`; or none of them ran.
     """
-    linears = quantizable_linears(transformer, config)
-    watcher = _Watcher(linears)
+    selected = quantizable_linears(transformer, config)
+    experts = {name for name, linear in selected.items() if isinstance(linear, ExpertView)}
+    watcher = _Watcher(selected)
     with watcher, torch.no_grad():
         run(watcher.on_pass)
     reads = watcher.reads
     kept = kept_float(transformer, config)
-    kept |= {name: EMPTY if reads[name].calls else NEVER_CALLED for name in linears if not reads[name].rows}
-    linears = {name: linear for name, linear in linears.items() if name not in kept}
-    if not linears:
+    idle = [name for name in selected if not reads[name].rows and name not in experts]
+    kept |= {name: EMPTY if reads[name].calls else NEVER_CALLED for name in idle}
+    linears = {name: linear for name, linear in selected.items() if name not in kept}
+    if not any(reads[name].rows for name in linears):
         raise ValueError(f"no Linear in the repeated blocks of {type(transformer).__name__} ran in the first rollout")
-    dynamic = frozenset(name for name in linears if reads[name].rows <= MODULATION_ROWS)
-    chosen = [name for name in dynamic if not any(named_by(name, p) for p in config.module_bits or ())]
+    modulation = {name for name in linears.keys() - experts if reads[name].rows <= MODULATION_ROWS}
+    chosen = [name for name in modulation if not any(named_by(name, p) for p in config.module_bits or ())]
     if config.resolved_scheme.weight_bits == 4 and chosen:
         config = config.replace(module_bits={**(config.module_bits or {}), **dict.fromkeys(sorted(chosen), 8)})
     leader = {name: name for name in linears}
     if config.recipe.tie_inputs:
-        leader = {name: watcher.leader(name) for name in linears}
-    groups = sorted(partition(leader, config), key=lambda names: names[0] in dynamic)
+        leader |= {name: watcher.leader(name) for name in linears.keys() - experts}
+    dynamic = frozenset(modulation | experts & linears.keys())
+    seen = frozenset(name for name in experts & linears.keys() if reads[name].rows)
+    groups = sorted(partition(leader, config), key=lambda names: (names[0] in dynamic) * (2 - (names[0] in seen)))
     prompt = watcher.unchanged() & (linears.keys() - dynamic)
     words = prompt | (watcher.last_beside(prompt) & linears.keys())
-    return Targets(linears, groups, kept, frozenset(prompt), frozenset(words), dynamic, observed=True), config
+    return Targets(linears, groups, kept, frozenset(prompt), frozenset(words), dynamic, seen, observed=True), config
 
 
 class _Watcher:
@@ -109,6 +114,7 @@ class _Watcher:
 
     def __enter__(self) -> _Watcher:
         self._ends.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not see new hooks
+        self._ends.enter_context(experts_run(self._linears.values()))
         for name, linear in self._linears.items():
             self._ends.callback(linear.register_forward_pre_hook(self._hook(name), with_kwargs=True).remove)
         return self

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import QARVDConfig, named_by
+from ..quantization.as_linear import ExpertView, experts_of, float_linears, layer_label
 from ..quantization.linear import QARVDLinear
 from ..quantization.model import unwrapped
 
@@ -25,11 +26,14 @@ class Targets:
 
     Attributes:
         linears: to quantize, by name and in module order.
-        groups: partition of their names into layers that read one tensor; `dynamic` ones come last.
+        groups: partition of their names into layers that read one tensor; `dynamic` ones come last, of them `seen`
+            ones first.
         kept: the other Linears, with the reason why they stay float.
         prompt: those that read the prompt alone.
         words: `prompt`, and those that read weighted means of what these put out.
-        dynamic: those that read a few rows without tokens (modulation): their activations are quantized at run time.
+        dynamic: those whose activations are quantized at run time: they read a few rows without tokens (modulation),
+            or are experts, of which each reads other tokens.
+        seen: experts that got tokens in the first rollout, and can be rounded for what they read.
         observed: whether a rollout has shown this, or it follows from the structure of the model.
     """
 
@@ -39,12 +43,18 @@ class Targets:
     prompt: frozenset[str]
     words: frozenset[str]
     dynamic: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
     observed: bool = False
 
     @property
     def measured(self) -> list[tuple[str, ...]]:
-        """The groups whose inputs are observed."""
+        """The groups whose inputs are observed, for ranges and rounding."""
         return [names for names in self.groups if names[0] not in self.dynamic]
+
+    @property
+    def rounded(self) -> list[tuple[str, ...]]:
+        """The groups that can be rounded from data: `measured`, then `seen` ones."""
+        return [names for names in self.groups if names[0] not in self.dynamic or names[0] in self.seen]
 
 
 def select(transformer: nn.Module, config: QARVDConfig) -> Targets:
@@ -54,9 +64,10 @@ def select(transformer: nn.Module, config: QARVDConfig) -> Targets:
         ValueError: see `quantizable_linears` and `input_groups`.
     """
     linears = quantizable_linears(transformer, config)
-    groups = input_groups(transformer, linears, config)
+    dynamic = frozenset(name for name, linear in linears.items() if isinstance(linear, ExpertView))
+    groups = sorted(input_groups(transformer, linears, config), key=lambda names: names[0] in dynamic)
     prompt, words = prompt_linears(transformer, linears), word_linears(transformer, linears)
-    return Targets(linears, groups, kept_float(transformer, config), frozenset(prompt), frozenset(words))
+    return Targets(linears, groups, kept_float(transformer, config), frozenset(prompt), frozenset(words), dynamic)
 
 
 def is_published_family(transformer: nn.Module) -> bool:
@@ -83,23 +94,22 @@ def repeated_blocks(transformer: nn.Module) -> tuple[str, ...]:
 def kept_float(transformer: nn.Module, config: QARVDConfig) -> dict[str, str]:
     """List the Linears that stay float, with the reason: what lies outside the repeated blocks, routers, and names.
 
-    The error of a router, a Linear beside expert tensors, sends tokens to other experts.
+    The error of a router sends tokens to other experts.
     """
     transformer = unwrapped(transformer)
     blocks = repeated_blocks(transformer)
     chosen = (*config.modules_to_convert, *([_TEXT_EMBEDDING] if is_published_family(transformer) else []))
-    # A list of experts is one tensor [experts, in, out] that is not the weight of a convolution.
-    experts = [n for n, p in transformer.named_parameters() if p.ndim == 3 and len(p) > 1 and not n.endswith("weight")]
-    routing = {name.rpartition(".")[0].rpartition(".")[0] for name in experts} - {""}
+    routers = {router for _, router in experts_of(transformer).values()}
     kept = {}
-    for name in base_linears(transformer):
-        if any(named_by(name, pattern) for pattern in config.modules_to_not_convert):
+    for name, linear in base_linears(transformer).items():
+        label = layer_label(name, linear)
+        if any(named_by(label, pattern) for pattern in config.modules_to_not_convert):
             kept[name] = BY_NAME
-        elif any(named_by(name, pattern) for pattern in chosen):
+        elif any(named_by(label, pattern) for pattern in chosen):
             continue
         elif not name.startswith(blocks):
             kept[name] = OUTSIDE
-        elif name.rpartition(".")[0] in routing:
+        elif f"{name}.weight" in routers:
             kept[name] = ROUTER
     return kept
 
@@ -114,7 +124,7 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
             `modules_to_not_convert`, `modules_to_convert` or `module_bits` names no module, or a layer's odd number of
             input channels has no 4-bit layout.
     """
-    names = [name for name, _ in transformer.named_modules() if name]
+    names = [name for name, _ in transformer.named_modules() if name] + list(experts_of(unwrapped(transformer)))
     for field in ("modules_to_not_convert", "modules_to_convert", "module_bits"):
         unknown = [p for p in getattr(config, field) or () if not any(named_by(name, p) for name in names)]
         if unknown:
@@ -147,7 +157,9 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
 
 
 def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """Find every Linear of the model by name; adapters do not count, and names omit them and `torch.compile`.
+    """Find every Linear of the model by name, and what computes as one (see `quantization.as_linear`).
+
+    Adapters do not count, and names omit them and `torch.compile`.
 
     Raises:
         ValueError: a part of the model is wrapped by `torch.compile`.
@@ -161,12 +173,12 @@ def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
         )
     wrappers = {name for name, module in transformer.named_modules() if hasattr(module, "base_layer")}
     linears = {}
-    for name, module in transformer.named_modules():
+    for name, linear in float_linears(transformer):
         owner = next((wrapper for wrapper in wrappers if name.startswith(f"{wrapper}.")), None)
-        if isinstance(module, nn.Linear) and owner is None:
-            linears[name] = module
-        elif isinstance(module, nn.Linear) and name == f"{owner}.base_layer":
-            linears[owner] = module
+        if owner is None:
+            linears[name] = linear
+        elif name == f"{owner}.base_layer":
+            linears[owner] = linear
     return linears
 
 

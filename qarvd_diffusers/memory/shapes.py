@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, UMT5EncoderModel
 
-from ..calibration.targets import quantizable_linears
+from ..calibration.targets import base_linears, quantizable_linears
 from ..config import QARVDConfig, QuantizedModule
 from ..files.schema import read_json
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
@@ -123,9 +123,9 @@ def quantized_bytes(model: nn.Module, config: QARVDConfig, dtype: torch.dtype) -
     if not modules:
         schemes = {name: config.scheme_of(name) for name in quantizable_linears(model, config)}
         modules = {name: QuantizedModule(0, s.weight_bits, s.activation) for name, s in schemes.items()}
-    total, largest = cast(model, dtype), 0
+    total, largest, linears = cast(model, dtype), 0, base_linears(model)
     for name, description in modules.items():
-        layer = model.get_submodule(name)
+        layer = linears[name]
         size = layer.weight.numel()
         total += size * description.weight_bits // 8 - layer.weight.nbytes
         total += 12 * layer.out_features + 4 * layer.in_features  # scales and zero-points, channel order
