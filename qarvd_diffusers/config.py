@@ -53,6 +53,8 @@ SCHEMES: dict[str, Scheme] = {
 ACTIVATIONS = ("static", "dynamic", "none")
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
+_CHOICES = {"scheme": tuple(SCHEMES), "outlier_detector": OUTLIER_DETECTORS, "rounding": ROUNDINGS}
+_CHOICES["rounding_inputs"] = ("float", "quantized")
 PERCENTILES = (0.999, 0.9999, 0.99999)
 _NAME_LISTS = ("modules_to_not_convert", "modules_to_convert", "rounding_skips")
 _SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", *_NAME_LISTS)
@@ -243,18 +245,11 @@ class QARVDConfig(QuantizationConfigMixin):
         super().__setattr__(name, value)
 
     def _check(self) -> None:
-        for name, choices in (
-            ("scheme", tuple(SCHEMES)),
-            ("outlier_detector", OUTLIER_DETECTORS),
-            ("rounding", ROUNDINGS),
-            ("rounding_inputs", ("float", "quantized")),
-        ):
+        for name, choices in _CHOICES.items():
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
-        self._require(
-            self.outlier_detector != "input" or SCHEMES[self.scheme].needs_calibration,
-            "outlier_detector",
-            f"another one: the scheme {self.scheme} has no static activations",
-        )
+        observed = self.outlier_detector != "input" or SCHEMES[self.scheme].needs_calibration
+        expected = f"another one: the scheme {self.scheme} has no static activations"
+        self._require(observed, "outlier_detector", expected)
         for name in ("outlier_alignment", "rounding_iterations", "calibration_chunks"):
             self._require(getattr(self, name) >= 1, name, "a positive integer")
         for name in ("percentiles", "input_percentiles"):
@@ -262,13 +257,11 @@ class QARVDConfig(QuantizationConfigMixin):
             valid = values is None or (len(values) > 0 and all(0.5 < p <= 1 for p in values))
             self._require(valid, name, "at least one number in (0.5, 1]")
         weights = self.chunk_weights
-        self._require(
-            weights in ("published", "uniform")
-            if isinstance(weights, str)
-            else len(weights) > 0 and all(math.isfinite(w) and w > 0 for w in weights),
-            "chunk_weights",
-            "'published', 'uniform' or positive finite numbers, one per chunk",
+        named = weights in ("published", "uniform")
+        valid = named or bool(
+            not isinstance(weights, str) and weights and all(math.isfinite(w) and w > 0 for w in weights)
         )
+        self._require(valid, "chunk_weights", "'published', 'uniform' or positive finite numbers, one per chunk")
         four_or_eight = all(bits in (4, 8) for bits in (self.module_bits or {}).values())
         self._require(four_or_eight, "module_bits", "4 or 8 bits for each name")
         self._require(self.text_encoder in (None, "int8"), "text_encoder", "None or 'int8'")
@@ -292,11 +285,11 @@ class QARVDConfig(QuantizationConfigMixin):
         if self.modules is None or self.format in (PACKED_FORMAT, WIDER_FORMAT):
             return
         older = self.format is None or self.format < PACKED_FORMAT
-        remedy = "quantize the float model again" if older else "update qarvd_diffusers"
+        remedy = "Quantize the float model again" if older else "Update qarvd_diffusers"
         raise ValueError(
             f"the checkpoint's quantization_config.format is {self.format!r}, this version of qarvd_diffusers reads "
             f"{PACKED_FORMAT} and {WIDER_FORMAT}: its packed weights are laid out in another way. "
-            f"{remedy.capitalize()}{f' ({self.base_model})' if older and self.base_model else ''}."
+            f"{remedy}{f' ({self.base_model})' if older and self.base_model else ''}."
         )
 
     @property
