@@ -27,6 +27,8 @@ ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
 SCALES = ("auto", "static", "dynamic", "token")
 ROTATION = 128
+_CHOICES = {"scheme": tuple(SCHEMES), "outlier_detector": OUTLIER_DETECTORS, "rounding": ROUNDINGS}
+_CHOICES |= {"rounding_inputs": ("float", "quantized"), "activation": SCALES}
 PERCENTILES = (0.999, 0.9999, 0.99999)
 _NAME_LISTS = ("modules_to_not_convert", "modules_to_convert", "rounding_skips")
 _SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", *_NAME_LISTS)
@@ -156,7 +158,7 @@ class QARVDConfig(QuantizationConfigMixin):
         calibration_adapters: name -> scale of the adapters (LoRA) that were active in the calibration rollouts;
             written by quantization. The checkpoint holds the base model alone: load them again.
         modules: written by quantization, read by loading: name -> `QuantizedModule` (or its dict).
-        format: layout of the tensors of `modules`, `PACKED_FORMAT`; written by quantization. Others raise an error.
+        format: layout of the tensors of `modules`, `PACKED_FORMAT` or `NEW_FORMAT`; written by quantization.
 
     Raises:
         ValueError: a field has an invalid value; the message says which, what it is and what was expected.
@@ -212,19 +214,11 @@ class QARVDConfig(QuantizationConfigMixin):
         super().__setattr__(name, value)
 
     def _check(self) -> None:
-        for name, choices in (
-            ("scheme", tuple(SCHEMES)),
-            ("outlier_detector", OUTLIER_DETECTORS),
-            ("rounding", ROUNDINGS),
-            ("rounding_inputs", ("float", "quantized")),
-            ("activation", SCALES),
-        ):
+        for name, choices in _CHOICES.items():
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
-        self._require(
-            self.outlier_detector != "input" or SCHEMES[self.scheme].needs_calibration,
-            "outlier_detector",
-            f"another one: the scheme {self.scheme} has no static activations",
-        )
+        observed = self.outlier_detector != "input" or SCHEMES[self.scheme].needs_calibration
+        expected = f"another one: the scheme {self.scheme} has no static activations"
+        self._require(observed, "outlier_detector", expected)
         scheme = SCHEMES[self.scheme].activation
         self._require(
             self.activation in ("auto", scheme) or (self.activation == "token" and scheme != "none"),
@@ -239,13 +233,11 @@ class QARVDConfig(QuantizationConfigMixin):
             valid = values is None or (len(values) > 0 and all(0.5 < p <= 1 for p in values))
             self._require(valid, name, "at least one number in (0.5, 1]")
         weights = self.chunk_weights
-        self._require(
-            weights in ("published", "uniform")
-            if isinstance(weights, str)
-            else len(weights) > 0 and all(math.isfinite(w) and w > 0 for w in weights),
-            "chunk_weights",
-            "'published', 'uniform' or positive finite numbers, one per chunk",
+        named = weights in ("published", "uniform")
+        valid = named or bool(
+            not isinstance(weights, str) and weights and all(math.isfinite(w) and w > 0 for w in weights)
         )
+        self._require(valid, "chunk_weights", "'published', 'uniform' or positive finite numbers, one per chunk")
         four_or_eight = all(bits in (4, 8) for bits in (self.module_bits or {}).values())
         self._require(four_or_eight, "module_bits", "4 or 8 bits for each name")
         self._require(self.text_encoder in (None, "int8"), "text_encoder", "None or 'int8'")
@@ -269,11 +261,11 @@ class QARVDConfig(QuantizationConfigMixin):
         if self.modules is None or self.format in (PACKED_FORMAT, NEW_FORMAT):
             return
         older = self.format is None or self.format < PACKED_FORMAT
-        remedy = "quantize the float model again" if older else "update qarvd_diffusers"
+        remedy = "Quantize the float model again" if older else "Update qarvd_diffusers"
         raise ValueError(
             f"the checkpoint's quantization_config.format is {self.format!r}, this version of qarvd_diffusers reads "
-            f"{PACKED_FORMAT} and {NEW_FORMAT}: its packed layers are made in another way. {remedy.capitalize()}"
-            f"{f' ({self.base_model})' if older and self.base_model else ''}."
+            f"{PACKED_FORMAT} and {NEW_FORMAT}: its packed layers are made in another way. "
+            f"{remedy}{f' ({self.base_model})' if older and self.base_model else ''}."
         )
 
     @property
@@ -341,9 +333,10 @@ class QARVDConfig(QuantizationConfigMixin):
         """Copy the config with some fields changed, and check it again."""
         return dataclasses.replace(self, **changes)
 
-    def for_checkpoint(self, modules: Mapping[str, QuantizedModule]) -> QARVDConfig:
+    def for_checkpoint(self, modules: Mapping[str, QuantizedModule], format: int = PACKED_FORMAT) -> QARVDConfig:
         """Make the config to store: it names the quantized modules and drops the prompts, which may be private."""
-        return self.replace(modules=modules, format=format_of(modules.values()), calibration_prompts=None)
+        format = max(format, format_of(modules.values()))
+        return self.replace(modules=modules, format=format, calibration_prompts=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types."""

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from .config import QARVDConfig, QARVDMethod
+from .config import PACKED_FORMAT, QARVDConfig, QARVDMethod
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -244,12 +244,13 @@ def install(model: ModelMixin, result: CalibrationResult, config: QARVDConfig, r
 
 def attach(model: ModelMixin, config: QARVDConfig) -> None:
     """Mark a model whose Linears were quantized in memory, for `save_pretrained`; see `install`."""
-    from .quantization.model import align_float_tensors, describe_modules, unwrapped
+    from .quantization.model import align_float_tensors, describe_modules, quantized_linears, unwrapped
 
     model = unwrapped(model)
     align_float_tensors(model)
     _declare_float32_scales(model)
-    stored = config.for_checkpoint(describe_modules(model))
+    layout = max((layer.format for layer in quantized_linears(model).values()), default=PACKED_FORMAT)
+    stored = config.for_checkpoint(describe_modules(model), layout)
     model.hf_quantizer = QARVDQuantizer(stored, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = stored.quant_method

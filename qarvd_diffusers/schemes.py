@@ -12,8 +12,8 @@ PACKED_FORMAT = 2
 the integer product. The layout before it had no number."""
 
 NEW_FORMAT = 3
-"""As 2, with layers whose activations have a scale per token or whose 4-bit weights are in groups, which versions that
-know 2 alone cannot run."""
+"""As 2, with activations that have a scale per token, 4-bit weights in groups, 1x1 convolutions or experts, which
+versions that know 2 alone cannot run."""
 
 GROUP = 16  # channels of a 4-bit weight
 

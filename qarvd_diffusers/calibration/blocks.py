@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig
-from ..quantization.linear import QARVDLinear
+from ..quantization.as_linear import as_linear, quantized_class
 from ..quantization.model import base_layer_name
 from ..quantization.qparams import LinearQParams
 from ..rollout.pass_info import PassInfo
@@ -181,7 +182,8 @@ def _quantized(transformer: nn.Module) -> Iterator[Callable[[Mapping[str, Linear
         for name, qparams in layers.items():
             name = base_layer_name(transformer, name)
             kept[name] = transformer.get_submodule(name)
-            transformer.set_submodule(name, QARVDLinear.from_float(kept[name], qparams))
+            linear = cast(nn.Linear, as_linear(kept[name]))
+            transformer.set_submodule(name, quantized_class(linear).from_float(linear, qparams))
 
     try:
         yield quantize

@@ -65,7 +65,7 @@ def plan_work(
         ValueError: there is no layer to quantize.
     """
     targets = targets or select(transformer, config)
-    linears, groups = targets.linears, targets.measured
+    linears, groups = targets.linears, targets.rounded
     if not config.needs_calibration:
         return Work(layers=len(linears))
     held = [part for part in ("ranges", *(names[0] for names in groups)) if folder is not None and folder.holds(part)]
@@ -139,7 +139,7 @@ def calibrate(
     if config.resolved_rounding != "nearest":
         rounded = [
             _layer_group(names, targets, split, layers)
-            for names, split in zip(targets.measured, outliers, strict=False)
+            for names, split in zip(targets.rounded, outliers, strict=False)
             if not skips_rounding(names[0], config)
         ]
         layers = round_blocks(transformer, rounded, layers, run, config, folder, progress, processes)
@@ -263,11 +263,11 @@ def _quantize_weights(
 @contextmanager
 def _rounded_weights(linears: Mapping[str, nn.Linear], packed: Mapping[str, LinearQParams]) -> Iterator[None]:
     """Give the float layers the values of their integer weights until the `with` ends."""
-    kept = {name: linear.weight.data for name, linear in linears.items()}
-    try:
+    kept = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    try:  # in place, since the weight of a convolution or an expert is a view
         for name, linear in linears.items():
-            linear.weight.data = packed[name].weight(linear.weight.dtype).to(linear.weight.device)
+            linear.weight.detach().copy_(packed[name].weight(linear.weight.dtype))
         yield
     finally:
         for name, linear in linears.items():
-            linear.weight.data = kept[name]
+            linear.weight.detach().copy_(kept[name])

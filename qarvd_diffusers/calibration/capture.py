@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig
+from ..quantization.as_linear import experts_run
 from ..rollout.pass_info import PassInfo
 
 
@@ -63,6 +64,7 @@ class InputCapture:
 
     def __enter__(self) -> InputCapture:
         self._ends.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not see new hooks
+        self._ends.enter_context(experts_run(self._linears[name] for name in self._called))
         for index, group in enumerate(self._groups):
             last = _Last()
             for position, name in enumerate(group):

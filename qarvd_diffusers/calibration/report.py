@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import QARVDConfig, QuantizedModule
 from ..files.atomic import write_json
+from ..quantization.as_linear import weight_key
 from ..quantization.result import CalibrationResult
 from .targets import PUBLISHED_FAMILY, Targets, is_published_family, repeated_blocks
 
@@ -102,8 +103,8 @@ def make_report(
     """
     lists = repeated_blocks(transformer)
     sizes = {name.replace(".base_layer.", "."): tensor for name, tensor in transformer.named_parameters()}
-    weights = {f"{name}.weight" for name in result.layers}
-    done = {f"{name}.{leaf}" for name in result.layers for leaf in ("weight", "bias")} & sizes.keys()
+    weights = {weight_key(name, targets.linears[name]) for name in result.layers}
+    done = weights | {f"{name}.bias" for name in result.layers} & sizes.keys()
     others = {name.rpartition(".")[0] or name for name in sizes.keys() - done}
     kept = {name: targets.kept.get(name, NOT_A_LINEAR) for name in sorted(others)}
     kept |= dict.fromkeys(targets.linears.keys() - result.layers.keys(), NOT_RUN)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..quantization.as_linear import part, set_part, stacked
 from ..quantization.model import base_layer_name, unwrapped
 
 
@@ -19,12 +20,12 @@ class QuantizationSwitch:
 
     def __init__(self, transformer: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self._transformer = unwrapped(transformer)
-        self._layers = {base_layer_name(transformer, name): layer for name, layer in layers.items()}
-        self._kept: dict[str, nn.Module] = {}
+        self._layers = {base_layer_name(transformer, name): layer for name, layer in stacked(layers).items()}
+        self._kept: dict[str, nn.Module | nn.Parameter] = {}
         self._on = False
 
     def __enter__(self) -> QuantizationSwitch:
-        self._kept = {name: self._transformer.get_submodule(name) for name in self._layers}
+        self._kept = {name: part(self._transformer, name) for name in self._layers}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -37,8 +38,16 @@ class QuantizationSwitch:
             return
         leaving, coming = (self._kept, self._layers) if on else (self._layers, self._kept)
         for name, layer in coming.items():
-            device = next(leaving[name].parameters()).device
-            if next(layer.parameters()).device != device:
-                layer.to(device)  # offloading moves only what is installed
-            self._transformer.set_submodule(name, layer)
+            device = _first(leaving[name]).device
+            if _first(layer).device != device:  # offloading moves only what is installed
+                if isinstance(layer, nn.Parameter):
+                    layer.data = layer.data.to(device)
+                else:
+                    layer.to(device)
+            set_part(self._transformer, name, layer)
         self._on = on
+
+
+def _first(part: nn.Module | nn.Parameter) -> nn.Parameter:
+    """Return a parameter, or the first one of a module."""
+    return part if isinstance(part, nn.Parameter) else next(part.parameters())

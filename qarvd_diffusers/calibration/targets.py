@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import QARVDConfig, QuantizedModule, named_by
+from ..quantization.as_linear import ExpertView, experts_of, float_linears, layer_label
 from ..quantization.linear import QARVDLinear
 from ..quantization.model import unwrapped
 
@@ -27,11 +28,15 @@ class Targets:
 
     Attributes:
         linears: to quantize, by name and in module order.
-        groups: partition of their names into layers that read one tensor; `dynamic` ones come last.
+        groups: partition of their names into layers that read one tensor; `dynamic` ones come last, of them `seen`
+            ones first.
         kept: the other Linears, with the reason why they stay float.
         prompt: those that read the prompt alone.
-        words: `prompt`, and those that read weighted means of what these put out.
-        dynamic: those that read a few rows without tokens (modulation): their activations are quantized at run time.
+        words: those that read a condition (`prompt`, and what else is the same in every step of a chunk), or weighted
+            means of what these put out.
+        dynamic: those whose activations are quantized at run time: they read a few rows without tokens (modulation),
+            or a condition, or are experts, of which each reads other tokens.
+        seen: those of them that can be rounded for what they read: conditions, and experts that got tokens.
         observed: whether a rollout has shown this, or it follows from the structure of the model.
     """
 
@@ -41,12 +46,18 @@ class Targets:
     prompt: frozenset[str]
     words: frozenset[str]
     dynamic: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
     observed: bool = False
 
     @property
     def measured(self) -> list[tuple[str, ...]]:
-        """The groups whose inputs are observed."""
+        """The groups whose inputs are observed, for ranges and rounding."""
         return [names for names in self.groups if names[0] not in self.dynamic]
+
+    @property
+    def rounded(self) -> list[tuple[str, ...]]:
+        """The groups that can be rounded from data: `measured`, then `seen` ones."""
+        return [names for names in self.groups if names[0] not in self.dynamic or names[0] in self.seen]
 
 
 def select(transformer: nn.Module, config: QARVDConfig) -> Targets:
@@ -56,9 +67,10 @@ def select(transformer: nn.Module, config: QARVDConfig) -> Targets:
         ValueError: see `quantizable_linears` and `input_groups`.
     """
     linears = quantizable_linears(transformer, config)
-    groups = input_groups(transformer, linears, config)
+    dynamic = frozenset(name for name, linear in linears.items() if isinstance(linear, ExpertView))
+    groups = sorted(input_groups(transformer, linears, config), key=lambda names: names[0] in dynamic)
     prompt, words = prompt_linears(transformer, linears), word_linears(transformer, linears)
-    return Targets(linears, groups, kept_float(transformer, config), frozenset(prompt), frozenset(words))
+    return Targets(linears, groups, kept_float(transformer, config), frozenset(prompt), frozenset(words), dynamic)
 
 
 def is_published_family(transformer: nn.Module) -> bool:
@@ -86,25 +98,24 @@ def kept_float(transformer: nn.Module, config: QARVDConfig) -> dict[str, str]:
     """List the Linears that stay float, with the reason: what lies outside the repeated blocks, routers, names, and
     parts that the class of the model declares to run once per chunk, and so to cost nothing.
 
-    The error of a router, a Linear beside expert tensors, sends tokens to other experts.
+    The error of a router sends tokens to other experts.
     """
     transformer = unwrapped(transformer)
     blocks = repeated_blocks(transformer)
     chosen = (*config.modules_to_convert, *([_TEXT_EMBEDDING] if is_published_family(transformer) else []))
-    # A list of experts is one tensor [experts, in, out] that is not the weight of a convolution.
-    experts = [n for n, p in transformer.named_parameters() if p.ndim == 3 and len(p) > 1 and not n.endswith("weight")]
-    routing = {name.rpartition(".")[0].rpartition(".")[0] for name in experts} - {""}
+    routers = {router for _, router in experts_of(transformer).values()}
     kept = {}
-    for name in base_linears(transformer):
-        if any(named_by(name, pattern) for pattern in config.modules_to_not_convert):
+    for name, linear in base_linears(transformer).items():
+        label = layer_label(name, linear)
+        if any(named_by(label, pattern) for pattern in config.modules_to_not_convert):
             kept[name] = BY_NAME
-        elif any(named_by(name, pattern) for pattern in chosen):
+        elif any(named_by(label, pattern) for pattern in chosen):
             continue
         elif any(named_by(name, part) for part in getattr(transformer, "_runs_once_a_chunk", ())):
             kept[name] = ONCE
         elif not name.startswith(blocks):
             kept[name] = OUTSIDE
-        elif name.rpartition(".")[0] in routing:
+        elif f"{name}.weight" in routers:
             kept[name] = ROUTER
     return kept
 
@@ -119,7 +130,7 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
             `modules_to_not_convert`, `modules_to_convert` or `module_bits` names no module, or a layer's odd number of
             input channels has no 4-bit layout.
     """
-    names = [name for name, _ in transformer.named_modules() if name]
+    names = [name for name, _ in transformer.named_modules() if name] + list(experts_of(unwrapped(transformer)))
     for field in ("modules_to_not_convert", "modules_to_convert", "module_bits"):
         unknown = [p for p in getattr(config, field) or () if not any(named_by(name, p) for name in names)]
         if unknown:
@@ -152,7 +163,9 @@ def quantizable_linears(transformer: nn.Module, config: QARVDConfig) -> dict[str
 
 
 def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """Find every Linear of the model by name; adapters do not count, and names omit them and `torch.compile`.
+    """Find every Linear of the model by name, and what computes as one (see `quantization.as_linear`).
+
+    Adapters do not count, and names omit them and `torch.compile`.
 
     Raises:
         ValueError: a part of the model is wrapped by `torch.compile`.
@@ -166,12 +179,12 @@ def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
         )
     wrappers = {name for name, module in transformer.named_modules() if hasattr(module, "base_layer")}
     linears = {}
-    for name, module in transformer.named_modules():
+    for name, linear in float_linears(transformer):
         owner = next((wrapper for wrapper in wrappers if name.startswith(f"{wrapper}.")), None)
-        if isinstance(module, nn.Linear) and owner is None:
-            linears[name] = module
-        elif isinstance(module, nn.Linear) and name == f"{owner}.base_layer":
-            linears[owner] = module
+        if owner is None:
+            linears[name] = linear
+        elif name == f"{owner}.base_layer":
+            linears[owner] = linear
     return linears
 
 

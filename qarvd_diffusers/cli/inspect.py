@@ -65,7 +65,7 @@ def _layers(model: Any) -> Iterator[dict[str, Any]]:
                 "outliers": find_outliers(
                     [layer.weight], config.outlier_detector, config.outlier_alignment
                 ).num_outliers,
-                "bytes": sum(p.nbytes for p in layer.parameters()),
+                "bytes": layer.weight.nbytes + (0 if layer.bias is None else layer.bias.nbytes),
             }
 
 

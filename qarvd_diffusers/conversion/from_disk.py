@@ -26,6 +26,7 @@ from ..files.schema import read_json
 from ..hub.model_card import CARD_FILE, model_card, stated_licence
 from ..models import CausalWanTransformer3DModel
 from ..models.world import WorldWanTransformer3DModel, transformer_class
+from ..quantization.as_linear import matrix, quantized_class, weight_key
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams, stored_tensors
 from .checkpoint import STEM, folder_tensors
@@ -76,7 +77,7 @@ def quantize_folder(
     if missing:
         raise ValueError(f"{path.parent} lacks {len(missing)} tensors (first: {missing[0]}): a shard is missing")
     work = _FromDisk(model, specs, fetch, config, progress)
-    final = config.for_checkpoint(work.descriptions)
+    final = config.for_checkpoint(work.descriptions, work.format)
     with atomic_directory(out_dir) as folder:
         shutil.copytree(src, folder, dirs_exist_ok=True, ignore=_transformer_weights)
         write_shards(folder / "transformer", STEM, work.shards(), work)
@@ -131,14 +132,19 @@ def _transformer_weights(folder: str, names: Sequence[str]) -> set[str]:
 
 
 class _Linears(Mapping[str, nn.Linear]):
-    """Map names to Linears whose weights are on disk; each is read on access and not kept."""
+    """Map names to Linears whose weights are on disk; each is read on access, and only the last one is kept."""
 
     def __init__(self, empty: Mapping[str, nn.Linear], fetch: Callable[[str], torch.Tensor]) -> None:
         self._empty, self._fetch = empty, fetch
+        self._last: tuple[str, torch.Tensor] | None = None  # experts share one tensor
 
     def __getitem__(self, name: str) -> nn.Linear:
-        linear = nn.Linear(*reversed(self._empty[name].weight.shape), bias=False, device="meta")
-        linear.weight = nn.Parameter(self._fetch(f"{name}.weight"), requires_grad=False)
+        empty = self._empty[name]
+        key = weight_key(name, empty)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._fetch(key)
+        linear = nn.Linear(empty.in_features, empty.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(matrix(empty, self._last[1]), requires_grad=False)
         return linear
 
     def __iter__(self) -> Iterator[str]:
@@ -170,6 +176,8 @@ class _FromDisk:
             name: dataclasses.replace(described[name], num_outliers=self._outliers[name].num_outliers)
             for name in empty
         }
+        self.format = max(quantized_class(linear).format for linear in empty.values())
+        self._weights = {weight_key(name, linear) for name, linear in empty.items()}
         self._sizes = {name: (linear.in_features, linear.out_features) for name, linear in empty.items()}
         self._quantized: dict[str, torch.Tensor] = {}
         self._done = 0
@@ -178,8 +186,7 @@ class _FromDisk:
         """Return the specs of the tensors of every block, and of those outside the blocks."""
         shards: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
         for key, spec in self._specs.items():
-            module, _, leaf = key.rpartition(".")
-            if module not in self.descriptions or leaf != "weight":
+            if key not in self._weights:
                 shards[block_name(key)][key] = spec
         for name, description in self.descriptions.items():
             stored = stored_tensors(*self._sizes[name], description)

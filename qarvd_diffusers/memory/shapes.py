@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, UMT5EncoderModel
 
-from ..calibration.targets import describe, input_groups, quantizable_linears
+from ..calibration.targets import base_linears, describe, input_groups, quantizable_linears
 from ..config import QARVDConfig
 from ..files.schema import read_json
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
@@ -125,11 +125,11 @@ def quantized_bytes(model: nn.Module, config: QARVDConfig, dtype: torch.dtype) -
     """Return the bytes of the model quantized by `config`, and of the largest weight that is dequantized in use."""
     modules = config.modules
     if not modules:
-        linears = quantizable_linears(model, config)
-        modules = describe(linears, input_groups(model, linears, config), config)
-    total, largest = cast(model, dtype), 0
+        quantized = quantizable_linears(model, config)
+        modules = describe(quantized, input_groups(model, quantized, config), config)
+    total, largest, linears = cast(model, dtype), 0, base_linears(model)
     for name, description in modules.items():
-        layer = model.get_submodule(name)
+        layer = linears[name]
         size = layer.weight.numel()
         stored = stored_tensors(layer.in_features, layer.out_features, description).values()
         total += sum(math.prod(shape) * kind.itemsize for shape, kind in stored) - layer.weight.nbytes

@@ -42,7 +42,7 @@ class DequantizedWeight(Tensor):
     def __new__(cls, layer: Any) -> DequantizedWeight:
         """View the weight of a `QARVDLinear`."""
         weight = Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=layer.dtype, device=layer.weight_packed.device
+            cls, layer.weight_shape, dtype=layer.dtype, device=layer.weight_packed.device
         )
         weight._layer = layer
         return weight

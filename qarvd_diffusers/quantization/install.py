@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .as_linear import float_linears, quantized_class, require_all_experts, set_part, stacked
+from .experts import QARVDExpert, QARVDExperts
 from .linear import QARVDLinear
 from .model import base_layer_name, unwrapped
 from .result import CalibrationResult
@@ -15,8 +17,8 @@ def apply(transformer: nn.Module, result: CalibrationResult) -> None:
     Raises:
         ValueError: see `quantized_layers`.
     """
-    for name, layer in quantized_layers(transformer, result).items():
-        unwrapped(transformer).set_submodule(base_layer_name(transformer, name), layer)
+    for name, layer in stacked(quantized_layers(transformer, result)).items():
+        set_part(unwrapped(transformer), base_layer_name(transformer, name), layer)
 
 
 def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[str, QARVDLinear]:
@@ -25,36 +27,24 @@ def quantized_layers(transformer: nn.Module, result: CalibrationResult) -> dict[
     Raises:
         ValueError: a layer is absent, quantized already, or of another size; the message names it.
     """
-    quantized = {}
+    quantized, linears = {}, dict(float_linears(unwrapped(transformer)))
+    require_all_experts(result.layers, linears, "the calibration result")
     for name, qparams in result.layers.items():
-        linear = _submodule(transformer, name)
+        linear = linears.get(base_layer_name(transformer, name))
         if not isinstance(linear, nn.Linear) or isinstance(linear, QARVDLinear):
             raise ValueError(
                 f"{name} is a {type(linear).__name__} in this {type(transformer).__name__}, expected a float Linear: "
                 "the calibration result belongs to another model, or was applied already"
             )
         try:
-            quantized[name] = QARVDLinear.from_float(linear, qparams)
+            quantized[name] = quantized_class(linear).from_float(linear, qparams)
         except ValueError as error:
             raise ValueError(f"{name}: {error}. The calibration result belongs to another model.") from error
     return quantized
 
 
 def dequantize(transformer: nn.Module) -> None:
-    """Replace every QARVDLinear by the float Linear of its dequantized weight, in place."""
+    """Replace every quantized layer by the float one of its dequantized weight, in place."""
     for name, layer in list(transformer.named_modules()):
-        if isinstance(layer, QARVDLinear):
-            linear = nn.Linear(
-                layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=layer.dtype
-            )
-            linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
-            linear.bias = layer.bias
-            transformer.set_submodule(name, linear.train(layer.training))
-
-
-def _submodule(transformer: nn.Module, name: str) -> nn.Module | None:
-    """Return a layer by name, inside adapters and compilation wrappers; None if there is none."""
-    try:
-        return unwrapped(transformer).get_submodule(base_layer_name(transformer, name))
-    except AttributeError:
-        return None
+        if isinstance(layer, QARVDLinear | QARVDExperts) and not isinstance(layer, QARVDExpert):
+            set_part(transformer, name, layer.to_float())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qarvd_kernels as ops
 
-from ..config import QuantizedModule
+from ..config import PACKED_FORMAT, QuantizedModule
 from .dequantized_weight import DequantizedWeight
 from .qparams import LinearQParams, check_values, dequantized_weight, stored_tensors
 
@@ -37,6 +37,7 @@ class QARVDLinear(nn.Linear):
         dtype: of bias and dequantized weight; None takes torch's default.
 
     Attributes:
+        format: of checkpoints that hold such a layer.
         revision: incremented whenever parameters are assigned, loaded or reordered, but not when they move to a
             device.
 
@@ -44,6 +45,7 @@ class QARVDLinear(nn.Linear):
         ValueError: an odd number of input channels for 4 bits, or more outliers than channels.
     """
 
+    format = PACKED_FORMAT
     revision = 0
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
@@ -192,6 +194,11 @@ class QARVDLinear(nn.Linear):
         return self._dtype if self.bias is None else self.bias.dtype
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the float weight."""
+        return (self.out_features, self.in_features)
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dequantized weight `[N, K]` in original channel order, computed on every use; read-only.
 
@@ -200,8 +207,18 @@ class QARVDLinear(nn.Linear):
         return DequantizedWeight(self)
 
     def dequantized(self) -> Tensor:
-        """Compute the weight as an ordinary tensor `[N, K]`, in original channel order and in the layer's dtype."""
-        return self._in_natural_order(self._stored_weight(), 0)
+        """Compute the weight as an ordinary tensor, in original channel order and in the layer's dtype."""
+        return self._in_natural_order(self._stored_weight(), 0).view(self.weight_shape)
+
+    def to_float(self) -> nn.Module:
+        """Build the float layer of the dequantized weight."""
+        biased = self.bias is not None
+        return self._filled(nn.Linear(self.in_features, self.out_features, biased, device="meta", dtype=self.dtype))
+
+    def _filled(self, layer: Any) -> nn.Module:
+        """Give a float layer the dequantized weight and the bias."""
+        layer.weight, layer.bias = nn.Parameter(self.dequantized(), requires_grad=False), self.bias
+        return layer.train(self.training)
 
     def _in_natural_order(self, tensor: Tensor, dim: int) -> Tensor:
         """Put stored rows back into natural order along a dimension."""
@@ -329,7 +346,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Compute the gradient of the input, as for the float layer."""
-        return grad @ ctx.layer.dequantized().to(grad.dtype), None
+        return grad @ ctx.layer.dequantized().flatten(1).to(grad.dtype), None
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..config import QuantizedModule
+from .as_linear import float_linears, part, quantized_class, require_all_experts, set_part, stacked
 from .linear import QARVDLinear
 
 _ALIGNMENT = 64  # bytes, what torch's CPU allocator gives
@@ -34,17 +35,16 @@ def install_empty_modules(model: nn.Module, modules: Mapping[str, QuantizedModul
     Raises:
         ValueError: a name is not a Linear of this model.
     """
+    linears, empty = dict(float_linears(model)), {}
+    require_all_experts(modules, linears, "config.json")
     for name, description in modules.items():
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
+        linear = linears.get(name)
+        if linear is None:
             raise ValueError(
                 f"config.json lists the quantized module {name!r}, but this {type(model).__name__} has no such "
                 "Linear: the config belongs to another architecture or size."
             )
-        empty = QARVDLinear(
+        empty[name] = quantized_class(linear)(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -52,7 +52,8 @@ def install_empty_modules(model: nn.Module, modules: Mapping[str, QuantizedModul
             device="meta",
             dtype=linear.weight.dtype,
         )
-        model.set_submodule(name, empty)
+    for name, layer in stacked(empty).items():
+        set_part(model, name, layer)
 
 
 def check_keys(model: nn.Module, loaded_keys: list[str], source: str) -> None:
@@ -145,4 +146,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def base_layer_name(model: nn.Module, name: str) -> str:
     """Return the name under which a layer is stored: adapters (PEFT) wrap it, and keep it as `base_layer`."""
-    return f"{name}.base_layer" if hasattr(unwrapped(model).get_submodule(name), "base_layer") else name
+    try:
+        return f"{name}.base_layer" if hasattr(part(unwrapped(model), name), "base_layer") else name
+    except AttributeError:  # an expert is no module of a float model
+        return name
