@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import QARVDConfig, named_by
 from ..quantization.as_linear import ExpertView, experts_run
 from ..rollout.pass_info import PassInfo
-from .targets import Targets, is_published_family, kept_float, partition, quantizable_linears
+from .targets import Targets, kept_float, partition, quantizable_linears
 
 # A Linear that never reads more rows in a call reads no tokens, but the timestep or another vector for each video.
 MODULATION_ROWS = 4
@@ -34,8 +34,6 @@ class _Reads:
         turn: when it ran first.
         inputs: digests of its inputs in the first denoising step.
         changes: whether it read anything else later.
-        here: digests of its inputs in the first step of the current chunk.
-        moves: whether it read anything else in a later step of the same chunk.
     """
 
     calls: int = 0
@@ -43,8 +41,6 @@ class _Reads:
     turn: int = 0
     inputs: set[tuple[Any, ...]] = field(default_factory=set)
     changes: bool = False
-    here: set[tuple[Any, ...]] = field(default_factory=set)
-    moves: bool = False
 
 
 def scout(
@@ -54,8 +50,7 @@ def scout(
 
     Linears that never run, or read nothing, stay float. Those that read a few rows without tokens (modulation) get 8
     bits and activations that are quantized at run time: static scales do not reach from the timesteps of calibration
-    to others. Nor do they from a few conditions (prompts, pictures: the same in every step of a chunk) to others; but
-    in the published family they are static, as the method says.
+    to others.
 
     Args:
         transformer: float model, without wrapper.
@@ -87,13 +82,11 @@ def scout(
     leader = {name: name for name in linears}
     if config.recipe.tie_inputs:
         leader |= {name: watcher.leader(name) for name in linears.keys() - experts}
-    conditions = set() if is_published_family(transformer) else watcher.fixed() & (linears.keys() - modulation)
-    dynamic = frozenset(modulation | conditions | experts & linears.keys())
-    seen = frozenset(conditions | {name for name in experts & linears.keys() if reads[name].rows})
+    dynamic = frozenset(modulation | experts & linears.keys())
+    seen = frozenset(name for name in experts & linears.keys() if reads[name].rows)
     groups = sorted(partition(leader, config), key=lambda names: (names[0] in dynamic) * (2 - (names[0] in seen)))
-    prompt = watcher.unchanged() & (linears.keys() - modulation - experts)
-    words = prompt | conditions
-    words |= watcher.last_beside(words) & linears.keys()
+    prompt = watcher.unchanged() & (linears.keys() - dynamic)
+    words = prompt | (watcher.last_beside(prompt) & linears.keys())
     return Targets(linears, groups, kept, frozenset(prompt), frozenset(words), dynamic, seen, observed=True), config
 
 
@@ -106,8 +99,7 @@ class _Watcher:
         self._together: Counter[tuple[str, str]] = Counter()  # calls in which two layers read one tensor
         self._recent: dict[str, dict[str, weakref.ref[Tensor]]] = defaultdict(dict)  # by the module they belong to
         self._first: tuple[Any, ...] | None = None  # the first denoising step
-        self._chunk_first: tuple[Any, ...] = ()
-        self._in_first = self._several = self._in_chunk_first = self._several_steps = False
+        self._in_first = self._several = False
         self._turns = itertools.count()
         self._ends = ExitStack()
 
@@ -117,12 +109,6 @@ class _Watcher:
         self._first = self._first or place
         self._in_first = place == self._first
         self._several |= not self._in_first
-        if place[:1] != self._chunk_first[:1]:
-            self._chunk_first = place
-            for reads in self.reads.values():
-                reads.here.clear()
-        self._in_chunk_first = place == self._chunk_first
-        self._several_steps |= not self._in_chunk_first
         for recent in self._recent.values():
             recent.clear()
 
@@ -150,15 +136,10 @@ class _Watcher:
                 if other != name and read() is x:
                     self._together[other, name] += 1
             recent[name] = weakref.ref(x)
-            digest = None if reads.changes and reads.moves else _digest(x)
             if self._in_first:
-                reads.inputs.add(digest)
+                reads.inputs.add(_digest(x))
             elif not reads.changes:
-                reads.changes = digest not in reads.inputs
-            if self._in_chunk_first:
-                reads.here.add(digest)
-            elif not reads.moves:
-                reads.moves = digest not in reads.here
+                reads.changes = _digest(x) not in reads.inputs
 
         return hook
 
@@ -174,12 +155,6 @@ class _Watcher:
         if not self._several:
             return set()
         return {name for name, reads in self.reads.items() if reads.calls and not reads.changes}
-
-    def fixed(self) -> set[str]:
-        """Select what reads the same in every step of a chunk."""
-        if not self._several_steps:
-            return set()
-        return {name for name, reads in self.reads.items() if reads.calls and not reads.moves}
 
     def last_beside(self, names: set[str]) -> set[str]:
         """Select the Linear that runs last in every module with two of some direct Linears: keys and values."""

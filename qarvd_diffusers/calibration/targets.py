@@ -32,11 +32,10 @@ class Targets:
             ones first.
         kept: the other Linears, with the reason why they stay float.
         prompt: those that read the prompt alone.
-        words: those that read a condition (`prompt`, and what else is the same in every step of a chunk), or weighted
-            means of what these put out.
+        words: `prompt`, and those that read weighted means of what these put out.
         dynamic: those whose activations are quantized at run time: they read a few rows without tokens (modulation),
-            or a condition, or are experts, of which each reads other tokens.
-        seen: those of them that can be rounded for what they read: conditions, and experts that got tokens.
+            or are experts, of which each reads other tokens.
+        seen: experts that got tokens in the first rollout, and can be rounded for what they read.
         observed: whether a rollout has shown this, or it follows from the structure of the model.
     """
 

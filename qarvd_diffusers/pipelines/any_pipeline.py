@@ -21,7 +21,6 @@ from ..calibration.targets import Targets
 from ..calibration.watch import ReadPass, Watch, by_timestep
 from ..config import QARVDConfig
 from ..quantization.adapters import adapter_scales
-from ..quantization.as_linear import ExpertView
 from ..quantization.install import quantized_layers
 from ..quantization.model import unwrapped
 from ..quantization.result import CalibrationResult
@@ -148,8 +147,7 @@ def choose_bits(
     model = unwrapped(transformer)
     watch = Watch(model, tuple(rollouts), pass_info)
     targets, config, result, _ = _calibrated(model, watch, config)
-    layers = quantized_layers(model, result)
-    groups = [names for names in targets.rounded if not isinstance(targets.linears[names[0]], ExpertView)]
+    layers, groups = quantized_layers(model, result), targets.measured
     errors = dict.fromkeys(groups, 0.0)
     for index, expected in enumerate(_references(watch, watch.rollouts)):
         for names in groups:

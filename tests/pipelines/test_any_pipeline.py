@@ -99,11 +99,8 @@ def test_reports_layers_ties_and_what_stayed_float(tmp_path, caplog):
         name: layer for name, layer in report.layers.items() if name.endswith(("norm1.linear", "norm.linear"))
     }
     assert modulation and {(layer.weight_bits, layer.activation) for layer in modulation.values()} == {(8, "dynamic")}
-    others = {name: layer for name, layer in report.layers.items() if "norm" not in name}
-    assert {layer.weight_bits for layer in others.values()} == {4}
-    conditions = {name for name, layer in others.items() if layer.activation == "dynamic"}
-    leaves = ("q", "k", "v", "out.0")  # its first attention, before the timestep scales what that adds
-    assert conditions == {f"context_embedder.token_refiner.refiner_blocks.0.attn.to_{leaf}" for leaf in leaves}
+    others = [layer for name, layer in report.layers.items() if "norm" not in name]
+    assert {(layer.weight_bits, layer.activation) for layer in others} == {(4, "static")}
     assert ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v") in (
         report.ties
     )
@@ -215,35 +212,3 @@ def test_what_reads_the_prompt_alone_is_seen():
     targets, _ = scout(pipe.transformer, QARVDConfig("w8a8"), lambda on_pass: watch.run(on_pass, watch.rollouts[:1]))
     assert targets.prompt == select(pipe.transformer, QARVDConfig("w8a8")).prompt
     assert targets.words == select(pipe.transformer, QARVDConfig("w8a8")).words
-
-
-@pytest.mark.parametrize("name", ["SkyReelsV2Transformer3DModel", "WanAnimateTransformer3DModel"])
-def test_what_reads_a_condition_is_seen_where_every_chunk_has_its_own(name):
-    """Its scales are those of run time: a few prompts and pictures do not represent others."""
-    kind = stock(name)
-    model = kind.build()
-    report = quantize(model, rollouts(kind, model), QARVDConfig("w4a8"))
-    found = {layer for layer, what in report.layers.items() if what.activation == "dynamic"}
-    leaves = (".to_k", ".to_v", ".add_k_proj", ".add_v_proj")
-    assert found >= {layer for layer in report.layers if ".attn2." in layer and layer.endswith(leaves)}
-    assert not [layer for layer in found if ".attn1." in layer or ".ffn." in layer]
-    assert {layer.weight_bits for layer in report.layers.values()} == {4}
-
-
-def test_conditions_of_the_published_family_have_static_scales():
-    kind = stock("WanTransformer3DModel")
-    model = kind.build()
-    report = quantize(model, rollouts(kind, model), QARVDConfig("w8a8"))
-    assert {layer.activation for layer in report.layers.values()} == {"static"}
-
-
-def test_bits_are_chosen_for_models_with_experts():
-    kind = stock("NucleusMoEImageTransformer2DModel")
-    model = kind.build()
-    before, names = kind.run(model), list(model.state_dict())
-    config = QARVDConfig("w4a8", rounding="nearest")
-    chosen = choose_bits(model, rollouts(kind, model, videos=1), config, budget=0.2)
-    assert chosen.module_bits and not [name for name in chosen.module_bits if "experts" in name]
-    result = measure_rollouts(model, rollouts(kind, model, videos=1), config)
-    assert len(result.chunk_weights) == 2
-    assert torch.equal(kind.run(model), before) and list(model.state_dict()) == names
