@@ -131,10 +131,10 @@ def check_tensors(model: nn.Module, found: Stored, folder: object) -> None:
     missing = sorted(name for name, tensor in state.items() if name not in found and id(tensor) not in loaded)
     if not missing or getattr(model, "_checkpoint_conversion_mapping", None):
         return
-    file = next((file for _, file in found.values()), folder)
+    source = next((file for _, file in found.values()), folder)
     if not packed and any(name.endswith(".weight_packed") for name in found):
         raise ValueError(
-            f"{file} holds a quantized model, {folder}/config.json lacks its quantization_config: {DOWNLOAD}"
+            f"{source} holds a quantized model, {folder}/config.json lacks its quantization_config: {DOWNLOAD}"
         )
     listed = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
     raise ValueError(

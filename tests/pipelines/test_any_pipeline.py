@@ -98,9 +98,9 @@ def test_reports_layers_ties_and_what_stayed_float(tmp_path, caplog):
     modulation = {
         name: layer for name, layer in report.layers.items() if name.endswith(("norm1.linear", "norm.linear"))
     }
-    assert modulation and {(layer.weight_bits, layer.activation) for layer in modulation.values()} == {(8, "dynamic")}
+    assert modulation and {(layer.weight_bits, layer.activation) for layer in modulation.values()} == {(8, "token")}
     others = [layer for name, layer in report.layers.items() if "norm" not in name]
-    assert {(layer.weight_bits, layer.activation) for layer in others} == {(4, "static")}
+    assert {(layer.weight_bits, layer.activation) for layer in others} == {(4, "static"), (4, "token")}
     assert ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v") in (
         report.ties
     )

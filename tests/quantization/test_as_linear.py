@@ -155,9 +155,9 @@ def test_calibrated_and_reloaded_bit_for_bit(layout, scheme, tmp_path):
     assert report.kept == {f"blocks.{i}.gate": ROUTER for i in range(2)}
     assert report.bytes["after"] == sum(p.nbytes for p in model.parameters()) == stored_bytes(model)["total"]
     convolutions = {layer.activation for name, layer in report.layers.items() if name.endswith("conv")}
-    assert convolutions == {"none" if scheme == "w4a16" else "static"}
+    assert convolutions == {"none" if scheme == "w4a16" else "token"}
     experts = {layer.activation for name, layer in report.layers.items() if "experts" in name}
-    assert experts == {"none" if scheme == "w4a16" else "dynamic"}
+    assert experts == {"none" if scheme == "w4a16" else "token"}
     output = model(picture(9))
     assert 1e-4 < error(output, expected) < (0.03 if scheme == "w8a8" else 0.2)
     model.save_pretrained(tmp_path)
@@ -186,7 +186,8 @@ def test_checkpoints_with_them_have_another_format_and_others_do_not(tmp_path):
     formats = []
     for kept in ((), ("conv", "experts")):
         model = float_model()
-        config = QARVDConfig("w8a8_dynamic", modules_to_not_convert=kept, modules_to_convert=("gate",))
+        options = {"modules_to_not_convert": kept, "modules_to_convert": ("gate",), "activation": "dynamic"}
+        config = QARVDConfig("w8a8_dynamic", **options)
         install(model, quantize_weights(model, config), config)
         model.save_pretrained(tmp_path / str(len(kept)))
         stored = json.loads((tmp_path / str(len(kept)) / "config.json").read_text())

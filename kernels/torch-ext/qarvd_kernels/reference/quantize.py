@@ -40,7 +40,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
     x = x.to(torch.float32)
     shape, half = x.shape, 1
     while half < block:
-        a, b = x.reshape(*shape[:-1], -1, 2, half).unbind(-2)
+        a, b = x.reshape(*shape[:-1], shape[-1] // (2 * half), 2, half).unbind(-2)
         x = torch.stack([a + b, a - b], dim=-2).reshape(shape)
         half *= 2
     return x * block**-0.5 if block > 1 else x
