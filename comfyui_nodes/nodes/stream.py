@@ -37,14 +37,7 @@ class QARVDStreamGenerate(io.ComfyNode):
             description="Generates a video chunk by chunk with a rolling K/V cache. Each finished chunk plays in this "
             "node while the next one is computed. Connect state to another Stream Generate to continue the video, "
             "with the same prompt or another.",
-            search_aliases=[
-                "sampler",
-                *FAMILY,
-                "autoregressive",
-                "streaming video",
-                "text to video",
-                "rollout",
-            ],
+            search_aliases=["sampler", *FAMILY, "autoregressive", "streaming video", "text to video", "rollout"],
             is_output_node=True,  # it shows the video
             inputs=[
                 PipelineType.Input("pipeline", tooltip="A float or quantized pipeline."),

@@ -86,6 +86,8 @@ class WorldMixin(SteerableMixin):
         vae_scale_factor_spatial: int
         vae_scale_factor_temporal: int
 
+        def check_prompt(self, prompt: Any, prompt_embeds: Any, batch: int | None = None) -> int: ...
+
     def steered_by(self, inputs: StreamInputs, controls: Any) -> StreamInputs:
         """See `SteerableMixin.steered_by`; `controls` may also be a `Recording` or its file."""
         if isinstance(controls, str | os.PathLike):
@@ -113,8 +115,17 @@ class WorldMixin(SteerableMixin):
         pixels = tuple(self.vae_scale_factor_spatial * size for size in inputs.shape[2:])
         prepared = WorldControls(source, inputs, dim, pixels)
         for chunk in chunks:
-            prepared.tensor(source(chunk), chunk, f"controls of chunk {chunk}")
+            self._check_entry(prepared, source(chunk), chunk, f"controls of chunk {chunk}")
         return prepared
+
+    def _check_entry(self, prepared: WorldControls, entry: Any, chunk: int, name: str) -> None:
+        """Raise a ValueError if an entry does not fit, or has an event that the pipeline cannot encode."""
+        prepared.tensor(entry, chunk, name)
+        if not isinstance(entry, Tensor) and (event := Control.of(entry, name).event) is not None:
+            try:
+                self.check_prompt(event, None)
+            except ValueError as error:
+                raise ValueError(f"{name} have the event {event!r}, but {error}") from None
 
     def held(self, entry: Any, inputs: StreamInputs) -> ControlSource:
         """See `SteerableMixin.held`; the mouse and an event act in the first chunk alone."""
@@ -125,7 +136,7 @@ class WorldMixin(SteerableMixin):
             return entry if isinstance(entry, Tensor) or chunk == begun[0] else Control.of(entry).later()
 
         prepared = self.prepare_controls(source, inputs)
-        prepared.tensor(entry, 1, "controls")  # like any chunk but the first
+        self._check_entry(prepared, entry, 1, "controls")  # as for any chunk but the first
         return prepared
 
     def with_default_controls(self, inputs: StreamInputs) -> StreamInputs:
