@@ -44,6 +44,7 @@ ROOMS = (
     "quantization",
     "bundled",
     "config",
+    "schemes",
     "files",
 )
 ROOT_MAY_IMPORT = {"quantizer", "moved"}  # at run time; its type-checking imports give the public names
@@ -179,6 +180,7 @@ print(json.dumps({
         "qarvd_diffusers.files.text",
         "qarvd_diffusers.moved",
         "qarvd_diffusers.quantizer",
+        "qarvd_diffusers.schemes",
     ]
 
 

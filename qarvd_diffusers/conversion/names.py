@@ -45,6 +45,7 @@ LEAVES = (
     "weight_packed",
     "weight_scale",
     "weight_zero_point",
+    "channel_scale",
     "channel_order",
     "input_scale",
     "input_zero_point",

@@ -200,12 +200,15 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
 def _one_grid(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether it is exact."""
     order, count = layer.channel_order.long(), layer.num_outliers
-    if count in (0, layer.in_features):
+    scaled = layer.channel_scale is not None and bool((layer.channel_scale != 1).any())
+    if count in (0, layer.in_features) and layer.rotation == 1 and not scaled:
         group = int(count == 0)
-        codes = (
-            unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)
-            - layer.weight_zero_point[:, group, None]
-        )
+        codes = unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)
+        if layer.group:
+            factors = layer.weight_zero_point.to(torch.int16).repeat_interleave(layer.group, dim=1)
+            codes = ((factors & 15) + 1) * (codes - (factors >> 4))
+        else:
+            codes = codes - layer.weight_zero_point[:, group, None]
         if codes.min() >= -128 and codes.max() <= 127:
             plain = torch.empty_like(codes, dtype=torch.int8)
             plain[:, order] = codes.to(torch.int8)
@@ -228,6 +231,7 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
     kinds = {
         "static": "Calibrated activation scales are lost: ComfyUI finds symmetric ones per token at run time.",
         "dynamic": "The separate activation scale of the outlier channels is lost: ComfyUI has one per token.",
+        "token": "Rotated blocks of channels are lost: their weights were rounded again, without the rotation.",
         "none": "Float activations are lost: ComfyUI quantizes the inputs of these layers to 8 bits.",
     }
     return [*lost, kinds[some.activation]]

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .schema import check_mapping, check_value, parse_json
+from .text import require_regular
 
 _DTYPES = {
     torch.float64: "F64",
@@ -115,6 +116,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorSpec], di
         OSError: the file cannot be read.
         ValueError: it is truncated, or no safetensors file; the message names file and entry.
     """
+    require_regular(path)
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size - 8, int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size, _MAX_HEADER):

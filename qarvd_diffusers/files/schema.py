@@ -15,7 +15,7 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from .text import read_text
+from .text import read_text, require_regular
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ def read_json(path: str | os.PathLike[str], kind: type[T] = dict) -> T:  # type:
         OSError: the file cannot be read.
         ValueError: it is not UTF-8, not JSON, or holds something else; the message names it.
     """
+    require_regular(path)
     return parse_json(read_text(path), path, kind)
 
 

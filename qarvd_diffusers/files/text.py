@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def read_text(path: str | os.PathLike[str]) -> str:
             f"{path} is not UTF-8 (byte {error.start} is {data[error.start]:#04x}, as in Windows or Latin encodings): "
             "save it as UTF-8 in your editor"
         ) from error
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Check that a path is that of a regular file, before a read of a pipe or device waits for ever.
+
+    Raises:
+        OSError: it is not there, a folder, or something else; the message names it.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder, expected a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} is a pipe or a device, expected a file")
 
 
 def parse_prompts(lines: Iterable[str], source: str) -> tuple[str, ...]:

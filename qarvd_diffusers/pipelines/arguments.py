@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 
+from ..files.schema import read_json
 from ..rollout.arguments import parameters
 
 # Arguments of `DiffusionPipeline.from_pretrained`. Unknown names are passed on to it, and it reports them.
@@ -62,11 +63,14 @@ def require_wan(owner: type[DiffusionPipeline], source: str | os.PathLike, argum
     """
     options = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
     try:
+        if os.path.isdir(source):
+            read_json(os.path.join(source, "model_index.json"))  # stricter than diffusers, which may raise anything
         index = owner.load_config(source, **{name: arguments[name] for name in options if name in arguments})
     except (OSError, ValueError):
         return  # the loader reports the same error
-    library, name = index.get("transformer") or (None, None)
-    kind = getattr(diffusers, name, None) if library == "diffusers" and name else None
+    entry = index.get("transformer")
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    kind = getattr(diffusers, name, None) if library == "diffusers" and isinstance(name, str) else None
     if isinstance(kind, type) and not issubclass(kind, WanTransformer3DModel):
         pipeline = index.get("_class_name", "its own pipeline class")
         raise ValueError(

@@ -21,7 +21,7 @@ from ..hub.model_card import owned_files
 from ..quantization.result import CalibrationResult
 from .arguments import loading_arguments
 from .quantization import check_stored_config, quantize_pipeline, quantize_text_encoder, split_config
-from .stored_components import check_components
+from .stored_components import check_components, check_folder, named_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,12 +59,11 @@ class QuantizableMixin:
         if rest is not None:
             kwargs["quantization_config"] = rest
         kwargs.setdefault("use_safetensors", True)  # by default, diffusers falls back to pickled weights
-        try:
+        folder = Path(pretrained_model_name_or_path) if os.path.isdir(pretrained_model_name_or_path) else None
+        with named_errors(str(pretrained_model_name_or_path), folder, kwargs):
+            if folder is not None:
+                check_folder(cls, folder, kwargs, kwargs.get("variant"))
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:
-            if "Unable to load weights" not in str(error):
-                raise
-            raise OSError(f"{error}. The file is truncated or damaged: download or save it again.") from error
         pipe.source = str(pretrained_model_name_or_path)
         passed = {name for name in pipe.components if name in kwargs}
         check_components({k: v for k, v in pipe.components.items() if k not in passed}, kwargs.get("variant"))

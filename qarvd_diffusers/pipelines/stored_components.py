@@ -1,20 +1,110 @@
-"""Check that the files of a pipeline's components hold what was loaded from them."""
+"""Check the files of a pipeline's components before they are loaded, and what was loaded from them."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+import diffusers
+import torch
+import transformers
+from torch import nn
 
-from ..files.safetensors import DOWNLOAD, TensorSpec, read_specs
-from ..files.schema import check_value, read_json
-from ..quantization.model import quantized_linears
+from ..files.safetensors import DOWNLOAD, TensorSpec, check_finite, read_specs
+from ..files.schema import check_mapping, check_value, read_json
+from ..quantization.stored_model import build_empty, build_encoder, check_arguments, check_sizes, check_tensors
 
 _INDEX = ".safetensors.index"
-_NAMED = 5
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_VALUES_BELOW = 2**30  # bytes of a component whose values are looked at
+_STEPS = 2**20  # what an integer of a scheduler may be at most
+
+
+def check_folder(owner: type, folder: Path, passed: Collection[str], variant: str | None = None) -> None:
+    """Check all JSON files of a pipeline's folder, and its models' tensors by name and shape, before loading.
+
+    Only what diffusers and transformers load is checked, and no class of the folder's own.
+
+    Args:
+        owner: class of the pipeline.
+        folder: where `model_index.json` is.
+        passed: components that the caller passes, whose files are not read.
+        variant: of the weight files.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged, or config and weights do not fit; the message names file and entry.
+    """
+    index = folder / "model_index.json"
+    components = owner._get_signature_keys(owner)[0]  # type: ignore[attr-defined]
+    for name, entry in read_json(index).items():
+        if name not in components or name in passed:
+            continue
+        library, kind = check_value(entry, tuple[str | None, str | None], f"{index}: {name}")
+        read = {path.name: read_json(path, object) for path in sorted((folder / name).glob("*.json"))}
+        if library in _LIBRARIES:
+            cls = getattr(_LIBRARIES[library], kind or "", None)
+            if not isinstance(cls, type):
+                raise ValueError(f"{index}: {name} is {entry}, but {library} has no such class: {DOWNLOAD}")
+            _check_component(cls, folder / name, read, variant)
+
+
+def _check_component(cls: type, folder: Path, read: Mapping[str, Any], variant: str | None) -> None:
+    """Check config and tensors of a model, or the config of a scheduler."""
+    scheduler = issubclass(cls, diffusers.SchedulerMixin)
+    path = folder / ("scheduler_config.json" if scheduler else "config.json")
+    if not (scheduler or issubclass(cls, nn.Module)) or path.name not in read:
+        return
+    values: dict[str, Any] = check_value(read[path.name], dict[str, Any], path)
+    if scheduler:
+        check_arguments(cls, values, path)
+        check_sizes(values, path, _STEPS)
+        return
+    found = stored_specs(folder, variant)
+    build = build_empty if issubclass(cls, diffusers.ModelMixin) else build_encoder
+    model = build(cls, values, found, path)
+    if model is not None and found:
+        check_tensors(model, found, folder)
+
+
+@contextmanager
+def named_errors(source: str, folder: Path | None, passed: Collection[str]) -> Iterator[None]:
+    """Let errors of loading a pipeline name where it was loaded from.
+
+    Raises:
+        OSError: a file is truncated or damaged; the message names it.
+        ValueError: the message names the source; for a tokenizer that cannot be loaded, its folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if "Unable to load weights" not in str(error):
+            raise
+        raise OSError(f"{error}. The file is truncated or damaged: {DOWNLOAD}.") from error
+    except ValueError as error:
+        if source in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+    except Exception:
+        if folder is not None:
+            _explain(folder, passed)
+        raise
+
+
+def _explain(folder: Path, passed: Collection[str]) -> None:
+    """Raise ValueError for what cannot be loaded by itself: tokenizers and processors, which are read by others."""
+    for name, entry in read_json(folder / "model_index.json").items():
+        pair = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        cls = getattr(transformers, str(pair[1]), None) if pair[0] == "transformers" else None
+        if name not in passed and isinstance(cls, type) and not issubclass(cls, nn.Module):
+            try:
+                cls.from_pretrained(folder / name)  # type: ignore[attr-defined]
+            except Exception as error:
+                raise ValueError(f"{folder / name}: {cls.__name__} cannot read it ({error}): {DOWNLOAD}") from error
 
 
 def check_components(components: Mapping[str, object], variant: str | None = None) -> None:
@@ -33,10 +123,21 @@ def check_components(components: Mapping[str, object], variant: str | None = Non
     """
     for component in components.values():
         folder = _folder(component)
-        if isinstance(component, nn.Module) and folder is not None and not quantized_linears(component):
+        if isinstance(component, nn.Module) and folder is not None:
             found = stored_specs(folder, variant)
             if found:
-                _check(component, found, folder)
+                check_tensors(component, found, folder)
+                _check_values(component, found, folder)
+
+
+@torch.no_grad()
+def _check_values(model: nn.Module, found: Mapping[str, tuple[TensorSpec, Path]], folder: Path) -> None:
+    """Check that the float tensors of a model are finite, if it is not a large one."""
+    tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+    if sum(tensor.nbytes for tensor in model.parameters()) < _VALUES_BELOW:
+        for name, tensor in tensors.items():
+            if not tensor.is_meta:
+                check_finite(tensor, f"{found[name][1] if name in found else folder}: {name}")
 
 
 def stored_specs(folder: Path, variant: str | None = None) -> dict[str, tuple[TensorSpec, Path]]:
@@ -50,7 +151,10 @@ def stored_specs(folder: Path, variant: str | None = None) -> dict[str, tuple[Te
     if not indexes:
         files = [path for path in sorted(folder.glob("*.safetensors")) if _variant(path.stem) == (variant or "")]
         return {name: (spec, path) for path in files for name, spec in read_specs(path).items()}
-    listed = check_value(read_json(indexes[0]).get("weight_map"), dict[str, str], f"{indexes[0]}: weight_map")
+    entries = {"metadata": dict[str, Any], "weight_map": dict[str, str]}
+    listed = check_mapping(read_json(indexes[0]), entries, indexes[0], optional=("metadata",), extra=True)[
+        "weight_map"
+    ]
     stored = {name: (spec, folder / file) for file in set(listed.values()) for name, spec in _shard(folder, file)}
     for name in listed.keys() | stored.keys():
         if name not in stored or listed.get(name) != stored[name][1].name:
@@ -77,32 +181,3 @@ def _folder(component: object) -> Path | None:
     names = getattr(component, "name_or_path", None), getattr(config, "_name_or_path", None)
     folder = next((Path(name) for name in names if isinstance(name, str | os.PathLike) and name), None)
     return folder if folder is not None and folder.is_dir() else None
-
-
-def _check(model: nn.Module, found: Mapping[str, tuple[TensorSpec, Path]], folder: Path) -> None:
-    """Compare a model with the tensors of its files."""
-    state = model.state_dict(keep_vars=True)
-    wrong = {name: tensor for name, tensor in state.items() if name in found and not _fits(tensor, found[name][0])}
-    for name, tensor in wrong.items():
-        spec, file = found[name]
-        raise ValueError(f"{file}: {name} is {spec}, expected {TensorSpec.of(tensor)}: {DOWNLOAD}")
-    loaded = {id(tensor) for name, tensor in state.items() if name in found}
-    missing = sorted(name for name, tensor in state.items() if name not in found and id(tensor) not in loaded)
-    if not missing or getattr(model, "_checkpoint_conversion_mapping", None):
-        return
-    file = next(iter(found.values()))[1]
-    if any(name.endswith(".weight_packed") for name in found):
-        raise ValueError(
-            f"{file} holds a quantized model, {folder}/config.json lacks its quantization_config: {DOWNLOAD}"
-        )
-    listed = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-    raise ValueError(
-        f"{file if len({path for _, path in found.values()}) == 1 else folder}: {len(missing)} tensors of "
-        f"{type(model).__name__} are missing ({listed}): {DOWNLOAD}"
-    )
-
-
-def _fits(tensor: Tensor, spec: TensorSpec) -> bool:
-    """Return whether a stored tensor can have become this one: floats of any dtype are cast."""
-    same = tensor.dtype.is_floating_point == spec.dtype.is_floating_point
-    return same and tuple(tensor.shape) == tuple(spec.shape)

@@ -195,8 +195,8 @@ def refusal(transformer: WanTransformer3DModel) -> str | None:
     for layer in _linears(transformer):
         if type(layer) is not QARVDLinear:
             return f"a block has a {type(layer).__name__} (an adapter, or a layer that was not quantized)"
-        if layer.activation != "static":
-            return f"the scheme has {layer.activation} activations; the fused kernels support static scales only"
+        if layer.activation not in ("static", "token"):
+            return f"the scheme has {layer.activation} activations; the fused kernels support static and token scales"
     for module in transformer.blocks.modules():
         if _is_hooked(module):
             return f"a {type(module).__name__} has a hook (offloading, or capturing of activations)"
