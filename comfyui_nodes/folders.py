@@ -123,7 +123,7 @@ def find_model(name: str) -> Path:
         )
     folder = models[name]
     architecture = transformer_config(folder).get("_class_name", "no transformer")
-    if architecture not in ("WanTransformer3DModel", "CausalWanTransformer3DModel"):
+    if architecture not in ("WanTransformer3DModel", "CausalWanTransformer3DModel", "WorldWanTransformer3DModel"):
         kind = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("_class_name")
         raise NodeError(
             f"{name} is a {kind} with {architecture}, not an autoregressive Wan model.",

@@ -65,7 +65,7 @@ class Run:
             "made": self.made,
             "state": self.state,
             "finishing": self.finishing,
-            "keys": self.keys,
+            **({"keys": self.keys} if self.keys else {}),
         }
 
     def announce(self) -> None:

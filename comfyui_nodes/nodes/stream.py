@@ -37,14 +37,7 @@ class QARVDStreamGenerate(io.ComfyNode):
             description="Generates a video chunk by chunk with a rolling K/V cache. Each finished chunk plays in this "
             "node while the next one is computed. Connect state to another Stream Generate to continue the video, "
             "with the same prompt or another.",
-            search_aliases=[
-                "sampler",
-                *FAMILY,
-                "autoregressive",
-                "streaming video",
-                "text to video",
-                "rollout",
-            ],
+            search_aliases=["sampler", *FAMILY, "autoregressive", "streaming video", "text to video", "rollout"],
             is_output_node=True,  # it shows the video
             inputs=[
                 PipelineType.Input("pipeline", tooltip="A float or quantized pipeline."),
@@ -149,17 +142,6 @@ class QARVDStreamGenerate(io.ComfyNode):
                     advanced=True,
                     tooltip="Type of the stored keys and values: auto as computed, int8 and fp8 for half the memory.",
                 ),
-                widget(
-                    io.String,
-                    "controls",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="For a world model: JSON lines of what is done chunk by chunk, such as "
-                    '{"chunk": 2, "keys": "w arrowleft"}, or key poses of a camera. While it runs, click the video '
-                    "and use the keys W A S D Q E and the arrows.",
-                ),
                 io.Image.Input(
                     "start_image",
                     optional=True,
@@ -172,6 +154,14 @@ class QARVDStreamGenerate(io.ComfyNode):
                     tooltip="Start of the video as latents, in the VAE's own (raw) space.",
                 ),
                 StateType.Input("state", optional=True, tooltip="Continue the video of another Stream Generate."),
+                io.String.Input(
+                    "controls",
+                    optional=True,
+                    force_input=True,  # a text field would take room in every node
+                    tooltip="For a world model: a text of JSON lines, what is done chunk by chunk, such as "
+                    '{"chunk": 2, "keys": "w arrowleft"}, or key poses of a camera. While it runs, click the video '
+                    "and use the keys W A S D Q E and the arrows.",
+                ),
             ],
             outputs=[
                 output(io.Image, "images", "All frames; with a state, the new ones."),

@@ -81,7 +81,9 @@ def rays(rotations: Tensor, intrinsics: Intrinsics, height: int, width: int) -> 
     """
     fx, cx = (value * width / intrinsics.width for value in (intrinsics.fx, intrinsics.cx))
     fy, cy = (value * height / intrinsics.height for value in (intrinsics.fy, intrinsics.cy))
-    rows, columns = (torch.arange(size, dtype=torch.float64) + 0.5 for size in (height, width))
+    rows, columns = (
+        torch.arange(size, dtype=torch.float64, device=rotations.device) + 0.5 for size in (height, width)
+    )
     y, x = torch.meshgrid((rows - cy) / fy, (columns - cx) / fx, indexing="ij")
     directions = torch.nn.functional.normalize(torch.stack([x, y, torch.ones_like(x)], dim=-1), dim=-1)
     return torch.einsum("fij,hwj->fhwi", rotations.double(), directions)
@@ -115,7 +117,7 @@ def action_tensor(motions: Tensor, flags: Tensor, intrinsics: Intrinsics, height
         width: likewise.
     """
     directions = rays(motions[:, :3, :3], intrinsics, height, width)
-    held = flags[:, None, None].double().expand(-1, height, width, -1)
+    held = flags.to(motions.device)[:, None, None].double().expand(-1, height, width, -1)
     return _cells(torch.cat([directions, held], dim=-1))
 
 

@@ -19,7 +19,7 @@ from .float8 import check_formats, find_scales, is_float8, scaled, without_scale
 from .folder import PORTABLE_CLASSES, base_config, copy_base_components, write_pipeline
 from .lora import LoraLayer, check_fit, merge_lora, read_lora
 from .names import to_diffusers_keys
-from .network import control_config, empty_transformer, infer_config
+from .network import control_config, empty_transformer, has_controls, infer_config
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def convert_checkpoint(
         write_pipeline(folder, found.release.pipeline_config(), components)
         model.save_config(folder / "transformer")
         _write_transformer(folder / "transformer", found.checkpoint, tensors)
-        card = converted_card(found.family, found.release.source, found.licence)
+        card = converted_card(found.family, found.release.source, found.licence, has_controls(found.specs))
         (folder / "README.md").write_text(str(card), encoding="utf-8")
     return out_dir
 

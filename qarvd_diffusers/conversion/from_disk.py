@@ -84,7 +84,8 @@ def quantize_folder(
         model.register_to_config(quantization_config=final)
         model.save_config(folder / "transformer")
         licence, pipeline = stated_licence(src), _pipeline_of(src, model)
-        card = model_card(final, work.sizes(), None, final.base_model, licence, pipeline=pipeline)
+        world = "control_dim" in model.config
+        card = model_card(final, work.sizes(), None, final.base_model, licence, pipeline=pipeline, world=world)
         (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
     return work.sizes()
 

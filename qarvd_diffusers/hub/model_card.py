@@ -102,17 +102,18 @@ def _licence_text(licence: str | None) -> str:
     return f"{warning}{_code(licence)}, inherited from the base model."
 
 
-def converted_card(family: str, source: str, licence: str | None) -> ModelCard:
+def converted_card(family: str, source: str, licence: str | None, world: bool = False) -> ModelCard:
     """Write the card of a float model that was converted from an original release.
 
     Args:
         family: key of `FAMILIES`.
         source: Hub id and file names of the release.
         licence: licence identifier of the released weights, None if unknown.
+        world: the model goes on from a picture, and is steered by controls.
     """
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-video",
+        pipeline_tag=_task(world),
         tags=_tags(licence, "autoregressive-video-diffusion", family),
         license=licence,
     )
@@ -129,12 +130,24 @@ The weights of {source}, converted to the diffusers layout. Only tensor names an
 import qarvd_diffusers  # pip install -e . in a clone of the Q-ARVD repository
 pipe = qarvd_diffusers.ARVDPipeline.from_pretrained("path/to/this/folder")
 ```
-
+{_use(world)}
 ## Licence
 
 {_licence_text(licence)}
 """
     )
+
+
+def _task(world: bool) -> str:
+    return "image-to-video" if world else "text-to-video"
+
+
+def _use(world: bool) -> str:
+    """Write how a world model is steered; empty for any other."""
+    if not world:
+        return ""
+    call = '`pipe.stream("a prompt", image="picture.png", controls=...)`'
+    return f"\n{call} goes on from a picture, steered chunk by chunk by a camera or keys.\n"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -195,6 +208,7 @@ def model_card(
     licence: str | None = None,
     repo_id: str | None = None,
     pipeline: str = "qarvd_diffusers.ARVDPipeline",
+    world: bool = False,
 ) -> ModelCard:
     """Write the card of a quantized model: bits, sizes, fidelity per chunk, base model, licence and how to load it.
 
@@ -206,12 +220,13 @@ def model_card(
         licence: licence identifier of the base model, which the quantized weights inherit.
         repo_id: Hub repository of the card; None writes a placeholder.
         pipeline: dotted name of the class that loads the model.
+        world: see `converted_card`.
     """
     scheme = config.resolved_scheme
     activations = {"static": "static 8-bit", "dynamic": "dynamic 8-bit", "none": "float"}[scheme.activation]
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-video",
+        pipeline_tag=_task(world),
         tags=_tags(licence, _TAG, "quantized", "autoregressive-video-diffusion", config.scheme),
         base_model=base_model,
         license=licence,
@@ -230,7 +245,7 @@ and a separate scale for outlier channels.
 
 ```python
 import qarvd_diffusers  # registers the quantization method; pip install -e . in a clone of the Q-ARVD repository
-{_loading(pipeline, repo_id or "path/to/this/folder")}
+{_loading(pipeline, repo_id or "path/to/this/folder")}{_use(world)}
 ## Size
 
 | | bytes |

@@ -90,7 +90,8 @@ def write_card(
         raise ValueError("write_card describes a quantized pipeline, this one is float")
     licence = find_licence(pipe.source, config.base_model if repo_id else None)
     sizes = stored_bytes(pipe.transformer)
-    card = model_card(config, sizes, report, config.base_model, licence, repo_id, pipe.import_path())
+    world = "control_dim" in getattr(pipe.transformer, "config", {})
+    card = model_card(config, sizes, report, config.base_model, licence, repo_id, pipe.import_path(), world)
     texts = {CARD_FILE: str(card)}
     if report is not None:
         texts[REPORT_FILE] = json.dumps(report, indent=2)

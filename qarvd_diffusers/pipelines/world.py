@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ..controls.camera import Intrinsics, action_tensor, camera_tensor
+from ..controls.camera import CELL, Intrinsics, action_tensor, camera_tensor
 from ..controls.control import Control
 from ..controls.recording import Recording, read_controls
 from ..rollout.inputs import StreamInputs
@@ -28,12 +29,14 @@ class WorldControls:
         inputs: of the stream.
         control_dim: of the transformer.
         pixels: height and width of a frame.
+        device: where rays are computed.
     """
 
     source: ControlSource
     inputs: StreamInputs
     control_dim: int
     pixels: tuple[int, int]
+    device: torch.device
 
     _latest: dict[int, Any] = dataclasses.field(default_factory=dict)
 
@@ -46,35 +49,40 @@ class WorldControls:
 
     def __call__(self, chunk: int) -> Tensor:
         """Return the tensor of a chunk."""
-        return self.tensor(self.entry(chunk), chunk, f"controls of chunk {chunk}")
+        control = self.checked(self.entry(chunk), chunk, f"controls of chunk {chunk}")
+        if isinstance(control, Tensor):
+            return control.clone()  # the caller may write other values to it for the next chunk
+        frames = self.inputs.fields.chunk_frames(chunk)
+        moves, camera = control.frame_motions(frames, first=chunk == 0), control.intrinsics or Intrinsics.default()
+        if self.device.type != "mps":  # which has no float64
+            moves = moves.to(self.device)  # a ray for every pixel takes a CPU longer than a GPU takes for a pass
+        if self.control_dim == _ACTIONS:
+            return action_tensor(moves, control.flags(frames), camera, *self.pixels)
+        return camera_tensor(moves, camera, *self.pixels)
 
     def event(self, chunk: int) -> str | None:
         """Return the prompt that a chunk switches to, or None."""
         value = self.entry(chunk)
         return None if isinstance(value, Tensor) else Control.of(value).event
 
-    def tensor(self, value: Any, chunk: int, name: str) -> Tensor:
-        """Return what the transformer reads for an entry of the source.
+    def checked(self, value: Any, chunk: int, name: str) -> Control | Tensor:
+        """Return an entry of the source as a `Control`, or as it is if it is a finished tensor.
 
         Raises:
             ValueError: it does not fit the chunk; names it as `name`.
         """
         frames = self.inputs.fields.chunk_frames(chunk)
-        if isinstance(value, Tensor):
-            batch, _, *size = self.inputs.shape
-            expected = (self.control_dim * 64, frames, *size)
-            if value.ndim != 5 or value.shape[1:] != expected or value.shape[0] not in (1, batch):
-                raise ValueError(
-                    f"{name} have shape {list(value.shape)}, expected [{batch} or 1, {', '.join(map(str, expected))}]"
-                )
-            return value.clone()  # the caller may write other values to it for the next chunk
-        control = Control.of(value, name)
-        control.check_frames(frames, name)
-        moves = control.frame_motions(frames, first=chunk == 0)
-        camera = control.intrinsics or Intrinsics.default()
-        if self.control_dim == _ACTIONS:
-            return action_tensor(moves, control.flags(frames), camera, *self.pixels)
-        return camera_tensor(moves, camera, *self.pixels)
+        if not isinstance(value, Tensor):
+            control = Control.of(value, name)
+            control.check_frames(frames, name)
+            return control
+        batch, _, *size = self.inputs.shape
+        expected = (self.control_dim * CELL * CELL, frames, *size)
+        if value.ndim != 5 or value.shape[1:] != expected or value.shape[0] not in (1, batch):
+            raise ValueError(
+                f"{name} have shape {list(value.shape)}, expected [{batch} or 1, {', '.join(map(str, expected))}]"
+            )
+        return value
 
 
 class WorldMixin(SteerableMixin):
@@ -85,6 +93,9 @@ class WorldMixin(SteerableMixin):
         transformer: Any
         vae_scale_factor_spatial: int
         vae_scale_factor_temporal: int
+        _execution_device: torch.device
+
+        def check_prompt(self, prompt: Any, prompt_embeds: Any, batch: int | None = None) -> int: ...
 
     def steered_by(self, inputs: StreamInputs, controls: Any) -> StreamInputs:
         """See `SteerableMixin.steered_by`; `controls` may also be a `Recording` or its file."""
@@ -111,10 +122,19 @@ class WorldMixin(SteerableMixin):
                 f"{_ACTIONS} (a ray and four keys)"
             )
         pixels = tuple(self.vae_scale_factor_spatial * size for size in inputs.shape[2:])
-        prepared = WorldControls(source, inputs, dim, pixels)
+        prepared = WorldControls(source, inputs, dim, pixels, self._execution_device)
         for chunk in chunks:
-            prepared.tensor(source(chunk), chunk, f"controls of chunk {chunk}")
+            self._check_entry(prepared, source(chunk), chunk, f"controls of chunk {chunk}")
         return prepared
+
+    def _check_entry(self, prepared: WorldControls, entry: Any, chunk: int, name: str) -> None:
+        """Raise a ValueError if an entry does not fit, or has an event that the pipeline cannot encode."""
+        event = getattr(prepared.checked(entry, chunk, name), "event", None)
+        if event is not None:
+            try:
+                self.check_prompt(event, None)
+            except ValueError as error:
+                raise ValueError(f"{name} have the event {event!r}, but {error}") from None
 
     def held(self, entry: Any, inputs: StreamInputs) -> ControlSource:
         """See `SteerableMixin.held`; the mouse and an event act in the first chunk alone."""
@@ -125,7 +145,7 @@ class WorldMixin(SteerableMixin):
             return entry if isinstance(entry, Tensor) or chunk == begun[0] else Control.of(entry).later()
 
         prepared = self.prepare_controls(source, inputs)
-        prepared.tensor(entry, 1, "controls")  # like any chunk but the first
+        self._check_entry(prepared, entry, 1, "controls")  # as for any chunk but the first
         return prepared
 
     def with_default_controls(self, inputs: StreamInputs) -> StreamInputs:

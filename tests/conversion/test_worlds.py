@@ -41,6 +41,10 @@ def test_there_and_back(released, tmp_path):
     assert type(loaded.transformer) is WorldWanTransformer3DModel and loaded.transformer.config.control_dim == 6
     state, want = loaded.transformer.state_dict(), pipe.transformer.state_dict()
     assert state.keys() == want.keys() and all(torch.equal(state[key], want[key]) for key in want)
+    assert (
+        "goes on from a picture" in (out / "README.md").read_text()
+        and "image-to-video" in (out / "README.md").read_text()
+    )
     loaded.save_pretrained(tmp_path / "saved")
     for folder in (out, tmp_path / "saved"):
         index = json.loads((folder / "model_index.json").read_text())
@@ -70,6 +74,7 @@ def test_what_is_quantized(released, tmp_path):
     out = convert_checkpoint(path, tmp_path / "out", num_attention_heads=2, family="lingbot-world")
     pipe.quantize(QARVDConfig("w8a16"))
     quantize_folder(out, tmp_path / "quantized", QARVDConfig("w8a16"))
+    assert "goes on from a picture" in (tmp_path / "quantized" / "README.md").read_text()
     loaded = ARVDPipeline.from_pretrained(tmp_path / "quantized")
     state, want = loaded.transformer.state_dict(), pipe.transformer.state_dict()
     assert state.keys() == want.keys() and all(torch.equal(state[key], want[key]) for key in want)

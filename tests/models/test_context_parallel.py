@@ -43,11 +43,17 @@ ROLL_OUTS = {
     "w8a8 fused, timesteps per frame": ("w8a8", True, 6, ((700.0, 500.0, 20.0),), {}),
     "w8a8 fused, window": ("w8a8", True, 4, (700.0, 0.0), {"local_attention_frames": 6, "sink_frames": 3}),
     "w8a8 fused, fp8 cache": ("w8a8", True, 4, (700.0, 0.0), {"storage": "fp8"}),
+    "world": ("world", False, 6, (700.0, 0.0), {}),
+    "world, w8a8 fused, int8 cache": ("world w8a8", True, 6, (700.0, 0.0), {"storage": "int8"}),
     "w8a8 fused, int8 cache": ("w8a8", True, 4, (700.0, 0.0), {"storage": "int8"}),
 }
 
 
 def build(scheme):
+    if scheme is not None and scheme.startswith("world"):
+        from test_world import quantized, world
+
+        return quantized(scheme.removeprefix("world ")) if scheme != "world" else world()
     model = CausalWanTransformer3DModel.from_transformer(make_wan())
     if scheme is not None:
         config = QARVDConfig(scheme, calibration_chunks=1, rounding="nearest", outlier_alignment=4)
@@ -65,8 +71,9 @@ def build(scheme):
 def roll_out(model, fused, size, timesteps, cache, batch=2):
     """Flows of every pass over three chunks."""
     generator = torch.Generator().manual_seed(3)
-    latents = torch.randn(batch, 4, 9, size, size, generator=generator)
+    latents = torch.randn(batch, model.config.in_channels, 9, size, size, generator=generator)
     text = torch.randn(batch, 6, 24, generator=generator)
+    controls = torch.randn(1, 384, 9, size, size, generator=generator)
     model.fused_pass = fused
     kv_cache, flows = KVCache(len(model.blocks), **cache), []
     for offset in (0, 3, 6):
@@ -74,7 +81,8 @@ def roll_out(model, fused, size, timesteps, cache, batch=2):
             t = torch.as_tensor(timestep)
             t = t.expand(batch) if t.ndim == 0 else t.expand(batch, 3)
             piece = latents[:, :, offset : offset + 3]
-            flows.append(model(piece, t, text, kv_cache=kv_cache, frame_offset=offset, return_dict=False)[0])
+            steer = {"controls": controls[:, :, offset : offset + 3]} if "control_dim" in model.config else {}
+            flows.append(model(piece, t, text, kv_cache=kv_cache, frame_offset=offset, return_dict=False, **steer)[0])
     return torch.stack(flows), kv_cache
 
 

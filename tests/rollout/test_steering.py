@@ -155,6 +155,16 @@ def test_an_event_is_a_prompt_from_its_chunk_on(world):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_an_event_without_a_text_encoder(world):
+    pipe = ARVDPipeline(
+        **{**world.components, "text_encoder": None, "tokenizer": None}, **world.rollout_config.to_dict()
+    )
+    options = {"prompt_embeds": torch.zeros(1, 12, 16), "image": picture(), "height": 32, "width": 48, "num_chunks": 2}
+    message = "controls of chunk 1 have the event 'rain', but the pipeline has no text encoder"
+    with pytest.raises(ValueError, match=message):
+        pipe.stream(**options, controls=["w", Control(event="rain")])
+
+
 def test_batches(world):
     together = latents(
         world.stream(
