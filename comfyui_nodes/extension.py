@@ -9,10 +9,11 @@ from .library import warn_if_incomplete
 from .nodes.compare import QARVDCompare, QARVDInfo
 from .nodes.core import QARVDDecode, QARVDToModel
 from .nodes.load import QARVDLoadPipeline, QARVDLoadQuantized
+from .nodes.lora import QARVDLora
 from .nodes.quantize import QARVDCalibrationPrompts, QARVDQuantize
 from .nodes.save import QARVDSaveQuantized
 from .nodes.stream import QARVDStreamGenerate
-from .nodes.text import QARVDEncodePrompt
+from .nodes.text import QARVDEncodePrompt, QARVDPromptSchedule
 
 NODES = [
     QARVDLoadPipeline,
@@ -21,6 +22,8 @@ NODES = [
     QARVDQuantize,
     QARVDSaveQuantized,
     QARVDEncodePrompt,
+    QARVDPromptSchedule,
+    QARVDLora,
     QARVDStreamGenerate,
     QARVDDecode,
     QARVDToModel,

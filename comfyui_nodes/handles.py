@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 PipelineType = io.Custom("QARVD_PIPELINE")
 CalibrationType = io.Custom("QARVD_CALIBRATION")
 StateType = io.Custom("QARVD_STATE")
+LorasType = io.Custom("QARVD_LORAS")
 
 # What to do if a component does not fit.
 _REMEDIES = {
-    "transformer": "Quantize it to w4a8, or stream in Python with a memory preset: ARVDPipeline.from_pretrained(..., "
-    'memory="8GB") moves weights in and out.',
+    "transformer": "Quantize it to w4a8, or set offload of Q-ARVD Stream Generate to blocks.",
     "vae": "Free memory in other programs.",
     "text_encoder": "Encode the prompt with ComfyUI's own Load CLIP (device cpu) and CLIP Text Encode.",
 }
@@ -146,6 +146,34 @@ class PipelineHandle:
         if "text_encoder" not in patchers or not self._stream_text_encoder():
             raise self._too_large(patchers, room) from error
         self.load(*parts, memory=memory)
+
+    @contextmanager
+    def block_by_block(self, memory: int = 0) -> Iterator[None]:
+        """Load the VAE as a whole, and in the `with` block each block of the transformer only while it runs.
+
+        Weights stay in host memory; on a GPU the next block is copied while one runs.
+        """
+        from diffusers.hooks import HookRegistry, apply_group_offloading
+
+        transformer, on_gpu = self.pipe.transformer, self.device.type == "cuda"
+        self._parts["transformer"].detach()  # to host memory
+        self.load("vae", memory=memory)
+        try:
+            apply_group_offloading(
+                transformer,
+                onload_device=self.device,
+                offload_device=management.unet_offload_device(),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=on_gpu,
+                record_stream=on_gpu,
+            )
+            yield
+        finally:
+            registry = HookRegistry.check_if_exists_or_initialize(transformer)
+            for hook in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+                registry.remove_hook(hook, recurse=True)
+            transformer.to(management.unet_offload_device())
 
     def _stream_text_encoder(self) -> bool:
         """Load the text encoder's layers one by one while it runs; return False if it does not support that."""

@@ -24,6 +24,8 @@ NODES = {
     "QARVDQuantize",
     "QARVDSaveQuantized",
     "QARVDEncodePrompt",
+    "QARVDPromptSchedule",
+    "QARVDLora",
     "QARVDStreamGenerate",
     "QARVDCompare",
     "QARVDInfo",
