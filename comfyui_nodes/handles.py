@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PipelineType = io.Custom("QARVD_PIPELINE")
 CalibrationType = io.Custom("QARVD_CALIBRATION")
 StateType = io.Custom("QARVD_STATE")
+SensitivityType = io.Custom("QARVD_SENSITIVITY")
+BitsType = io.Custom("QARVD_BITS")
 LorasType = io.Custom("QARVD_LORAS")
 
 # What to do if a component does not fit.
@@ -96,6 +98,7 @@ class PipelineHandle:
 
     def __init__(self, pipe: ARVDPipeline, name: str, parts: dict[str, Any] | None = None) -> None:
         self.pipe, self.name = pipe, name
+        pipe.set_progress_bar_config(disable=True)  # nodes show progress; bars would fill ComfyUI's log
         self._parts = dict(parts or {})
         for part in _REMEDIES:
             module = getattr(pipe, part)
