@@ -150,6 +150,15 @@ class PipelineHandle:
             raise self._too_large(patchers, room) from error
         self.load(*parts, memory=memory)
 
+    def require_text_encoder(self) -> None:
+        """Raise NodeError if the pipeline cannot encode the prompts of calibration or evaluation."""
+        if self.pipe.text_encoder is None:
+            raise NodeError(
+                f"{self.name} has no text encoder, which calibration and evaluation need for their prompts.",
+                "Load a whole pipeline with Q-ARVD Load Pipeline, a single file with a base, or quantize to "
+                "w8a8_dynamic or w8a16, which need no calibration.",
+            )
+
     @contextmanager
     def block_by_block(self, memory: int = 0) -> Iterator[None]:
         """Load the VAE as a whole, and in the `with` block each block of the transformer only while it runs.

@@ -34,7 +34,8 @@ def _seed(default: int, tooltip: str) -> Any:
 
 
 def _require(pipeline: PipelineHandle, name: str, quantized: bool) -> None:
-    """Raise NodeError if a pipeline is float but should be quantized, or the reverse."""
+    """Raise NodeError if a pipeline has no text encoder, or is float but should be quantized, or the reverse."""
+    pipeline.require_text_encoder()
     if (pipeline.pipe.quantization is not None) != quantized:
         kinds = ("float", "quantized") if quantized else ("quantized", "float")
         raise NodeError(

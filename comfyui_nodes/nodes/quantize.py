@@ -231,6 +231,8 @@ class QARVDQuantize(io.ComfyNode):
             )
         except ValueError as error:
             raise NodeError(str(error), "Change that setting of Q-ARVD Quantize.") from error
+        if config.needs_calibration:
+            pipeline.require_text_encoder()
         progress = Progress(cls.hidden.unique_id)
         pipeline.load("text_encoder", "transformer")
         handle = pipeline.with_transformer(_shared_copy(pipeline.pipe.transformer), f"{pipeline.name} {scheme}")

@@ -117,3 +117,12 @@ def test_the_file_is_listed_and_what_is_no_such_model_is_named(server):
     graph["2"] = node("QARVDEncodePrompt", pipeline=["1", 0], text=PROMPT)
     lines = server.run(graph).error.strip().splitlines()
     assert "has no text encoder" in lines[0] and "CLIP Text Encode" in lines[1]
+    for scheme in ("w8a8_dynamic", "w4a8"):
+        graph = {**graph_of(), "12": node("QARVDQuantize", pipeline=["1", 0], scheme=scheme)}
+        graph["3"]["inputs"]["pipeline"] = ["12", 0]
+        run = server.run(graph)
+        if scheme == "w8a8_dynamic":
+            assert run.status == "success", run.error
+        else:
+            lines = run.error.strip().splitlines()
+            assert "has no text encoder, which calibration" in lines[0] and "w8a8_dynamic" in lines[1]
