@@ -9,10 +9,14 @@ from .library import warn_if_incomplete
 from .nodes.compare import QARVDCompare, QARVDInfo
 from .nodes.core import QARVDDecode, QARVDToModel
 from .nodes.load import QARVDLoadPipeline, QARVDLoadQuantized
+from .nodes.load_core import QARVDLoadDiffusionModel
+from .nodes.lora import QARVDLora
+from .nodes.measure import QARVDEvaluate, QARVDMixedPrecision, QARVDPlan, QARVDSensitivity
 from .nodes.quantize import QARVDCalibrationPrompts, QARVDQuantize
 from .nodes.save import QARVDSaveQuantized
+from .nodes.states import QARVDLoadState, QARVDSaveState
 from .nodes.stream import QARVDStreamGenerate
-from .nodes.text import QARVDEncodePrompt
+from .nodes.text import QARVDEncodePrompt, QARVDPromptSchedule
 
 NODES = [
     QARVDLoadPipeline,
@@ -21,11 +25,20 @@ NODES = [
     QARVDQuantize,
     QARVDSaveQuantized,
     QARVDEncodePrompt,
+    QARVDPromptSchedule,
+    QARVDLora,
     QARVDStreamGenerate,
     QARVDDecode,
     QARVDToModel,
     QARVDCompare,
     QARVDInfo,
+    QARVDSaveState,
+    QARVDLoadState,
+    QARVDEvaluate,
+    QARVDSensitivity,
+    QARVDMixedPrecision,
+    QARVDPlan,
+    QARVDLoadDiffusionModel,
 ]
 
 

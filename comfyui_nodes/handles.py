@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 PipelineType = io.Custom("QARVD_PIPELINE")
 CalibrationType = io.Custom("QARVD_CALIBRATION")
 StateType = io.Custom("QARVD_STATE")
-ACTIVATION_CHUNKS = 16  # working memory of a pass, in units of one chunk's hidden states
+SensitivityType = io.Custom("QARVD_SENSITIVITY")
+BitsType = io.Custom("QARVD_BITS")
+LorasType = io.Custom("QARVD_LORAS")
 
 # What to do if a component does not fit.
 _REMEDIES = {
-    "transformer": "Quantize it to w4a8, or stream in Python with a memory preset: ARVDPipeline.from_pretrained(..., "
-    'memory="8GB") moves weights in and out.',
+    "transformer": "Quantize it to w4a8, or set offload of Q-ARVD Stream Generate to blocks.",
     "vae": "Free memory in other programs.",
     "text_encoder": "Encode the prompt with ComfyUI's own Load CLIP (device cpu) and CLIP Text Encode.",
 }
@@ -97,6 +98,7 @@ class PipelineHandle:
 
     def __init__(self, pipe: ARVDPipeline, name: str, parts: dict[str, Any] | None = None) -> None:
         self.pipe, self.name = pipe, name
+        pipe.set_progress_bar_config(disable=True)  # nodes show progress; bars would fill ComfyUI's log
         self._parts = dict(parts or {})
         for part in _REMEDIES:
             module = getattr(pipe, part)
@@ -148,6 +150,43 @@ class PipelineHandle:
             raise self._too_large(patchers, room) from error
         self.load(*parts, memory=memory)
 
+    def require_text_encoder(self) -> None:
+        """Raise NodeError if the pipeline cannot encode the prompts of calibration or evaluation."""
+        if self.pipe.text_encoder is None:
+            raise NodeError(
+                f"{self.name} has no text encoder, which calibration and evaluation need for their prompts.",
+                "Load a whole pipeline with Q-ARVD Load Pipeline, a single file with a base, or quantize to "
+                "w8a8_dynamic or w8a16, which need no calibration.",
+            )
+
+    @contextmanager
+    def block_by_block(self, memory: int = 0) -> Iterator[None]:
+        """Load the VAE as a whole, and in the `with` block each block of the transformer only while it runs.
+
+        Weights stay in host memory; on a GPU the next block is copied while one runs.
+        """
+        from diffusers.hooks import HookRegistry, apply_group_offloading
+
+        transformer, on_gpu = self.pipe.transformer, self.device.type == "cuda"
+        self._parts["transformer"].detach()  # to host memory
+        self.load("vae", memory=memory)
+        try:
+            apply_group_offloading(
+                transformer,
+                onload_device=self.device,
+                offload_device=management.unet_offload_device(),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=on_gpu,
+                record_stream=on_gpu,
+            )
+            yield
+        finally:
+            registry = HookRegistry.check_if_exists_or_initialize(transformer)
+            for hook in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+                registry.remove_hook(hook, recurse=True)
+            transformer.to(management.unet_offload_device())
+
     def _stream_text_encoder(self) -> bool:
         """Load the text encoder's layers one by one while it runs; return False if it does not support that."""
         try:
@@ -194,16 +233,3 @@ class StreamState:
     generator: torch.Tensor
     settings: str
     saved: SavedStream | None = field(compare=False, repr=False)
-
-
-def working_bytes(pipe: Any, size: tuple[int, int], frames: int) -> int:
-    """Estimate the bytes of K/V cache and activations, for ComfyUI to keep free."""
-    config = pipe.transformer.config
-    scale, patch = pipe.vae_scale_factor_spatial, config.patch_size
-    tokens = (size[0] // scale // patch[2]) * (size[1] // scale // patch[1])
-    window = pipe.config.local_attention_frames
-    width = config.num_attention_heads * config.attention_head_dim
-    hidden = tokens * width * pipe.transformer.dtype.itemsize
-    cached = 2 * config.num_layers * hidden * (frames if window == -1 else window)
-    controls = 2 * config.num_layers if "control_dim" in config else 0  # scale and shift of every block
-    return cached + (ACTIVATION_CHUNKS + controls) * hidden * pipe.rollout_config.num_frames_per_chunk

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_management
 import comfy.utils
 import torch
 
 from .compat import NodeError, stop_if_interrupted
 from .handles import PipelineHandle, StreamState
 from .preview import ChunkFeed, LatentPreview, picture
+from .prompts import PromptAt
 from .runs import Run
 from .steering import keys
 from .tensors import joined
@@ -65,10 +67,11 @@ class Watch:
         pipe: the pipeline that streams.
         fps: frames per second of previews.
         preview: `video`, `frames` or `off`.
+        keep_on_stop: Stop ends the stream and keeps its finished chunks, if there are any.
     """
 
-    def __init__(self, run: Run, pipe: Any, fps: float, preview: str) -> None:
-        self._run, self._preview = run, preview
+    def __init__(self, run: Run, pipe: Any, fps: float, preview: str, keep_on_stop: bool = False) -> None:
+        self._run, self._preview, self._keep_on_stop = run, preview, keep_on_stop
         fields = pipe.rollout_config
         passes = sum(len(fields.timesteps_of_chunk(chunk)) + 1 for chunk in range(run.total))
         self._bar = comfy.utils.ProgressBar(passes, node_id=run.node_id)
@@ -98,22 +101,25 @@ class Watch:
         self,
         stream: Stream,
         before: StreamState | None,
-        make_state: Callable[[torch.Tensor, Any], StreamState],
+        make_state: Callable[[torch.Tensor, Any, int], StreamState],
         keep: bool,
+        prompts: Sequence[PromptAt] = (),
     ) -> Take:
         """Run the stream to its end, or until the user asks to finish.
 
         Args:
             stream: chunks; a chunk -1, what the video starts with, is among the images unless `before` is passed.
             before: the state that the stream continues from.
-            make_state: makes the new state from the latents of all frames and the stream's saved state.
+            make_state: makes the new state from the latents of all frames, the stream's saved state, and the number of
+                chunks made.
             keep: save the stream, to continue from it exactly.
+            prompts: those that follow the first one, in the order of their chunks.
 
         Raises:
             NodeError: if NaN or infinity appears.
         """
         images, latents, chunks, saved = [], [], [], None
-        start, first_after = time.perf_counter(), 0.0
+        start, first_after, following = time.perf_counter(), 0.0, list(prompts)
         try:
             for chunk in stream:
                 pixels = chunk.frames[0].permute(0, 2, 3, 1).float().cpu().contiguous()
@@ -133,6 +139,11 @@ class Watch:
                     saved = stream.state()
                 if finishing:
                     break
+                if following and following[0].chunk == len(chunks) + 1:
+                    following.pop(0).start(stream)
+        except comfy.model_management.InterruptProcessingException:
+            if not (self._keep_on_stop and chunks):
+                raise
         except FloatingPointError as error:
             problem, _, remedy = str(error).partition(": ")
             raise NodeError(problem, remedy[:1].upper() + remedy[1:]) from error
@@ -140,7 +151,7 @@ class Watch:
             stream.close()  # an interrupted, finished or failed stream gives its cache back now
         latent_frames = sum(piece.shape[2] for piece in latents)
         everything = torch.cat([*([] if before is None else [before.latents]), *latents], dim=2)
-        return Take(joined(images), make_state(everything, saved), latent_frames, chunks, first_after)
+        return Take(joined(images), make_state(everything, saved, len(chunks)), latent_frames, chunks, first_after)
 
     def replay(self, take: Take) -> None:
         """Show the result of an earlier run."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
-import comfy.utils
 import torch
 from comfy_api.latest import io
-from server import PromptServer
 
-from ..compat import NodeError, output, schema, stop_if_interrupted, widget, work
-from ..handles import CalibrationType, PipelineHandle, PipelineType
+from ..compat import NodeError, output, schema, widget, work
+from ..handles import BitsType, CalibrationType, PipelineHandle, PipelineType, SensitivityType
 from ..library import library
+from ..progress import Progress
 from ..report import describe, size
 
 SCHEMES = ["w4a8", "w8a8", "w4a16", "w8a16", "w8a8_dynamic", "w4a8_dynamic"]
@@ -177,6 +177,12 @@ class QARVDQuantize(io.ComfyNode):
                     tooltip="Round a layer for its inputs in the float model, or for its inputs after the quantized "
                     "blocks before it.",
                 ),
+                SensitivityType.Input(
+                    "sensitivity",
+                    optional=True,
+                    tooltip="From Q-ARVD Sensitivity: weights of the chunks, in place of chunk_weights.",
+                ),
+                BitsType.Input("bits", optional=True, tooltip="From Q-ARVD Mixed Precision: layers that get 8 bits."),
             ],
             outputs=[
                 output(PipelineType, "pipeline", "The quantized pipeline."),
@@ -200,6 +206,8 @@ class QARVDQuantize(io.ComfyNode):
         exclude_layers: str = "",
         seed: int = 0,
         rounding_inputs: str = "float",
+        sensitivity: Any = None,
+        bits: dict[str, int] | None = None,
     ) -> io.NodeOutput:
         """Return the quantized pipeline and its description."""
         if pipeline.pipe.quantization is not None:
@@ -211,7 +219,7 @@ class QARVDQuantize(io.ComfyNode):
             config = library().QARVDConfig(
                 scheme,
                 calibration_prompts=calibration,
-                chunk_weights=frame_weighting,
+                chunk_weights=frame_weighting if sensitivity is None else sensitivity.chunk_weights,
                 outlier_detector=outlier_split,
                 rounding=rounding,
                 rounding_inputs=rounding_inputs,
@@ -219,10 +227,13 @@ class QARVDQuantize(io.ComfyNode):
                 calibration_chunks=calibration_chunks,
                 modules_to_not_convert=tuple(part.strip() for part in exclude_layers.split(",") if part.strip()),
                 calibration_seed=seed,
+                module_bits=bits or None,
             )
         except ValueError as error:
             raise NodeError(str(error), "Change that setting of Q-ARVD Quantize.") from error
-        progress = _Progress(cls.hidden.unique_id)
+        if config.needs_calibration:
+            pipeline.require_text_encoder()
+        progress = Progress(cls.hidden.unique_id)
         pipeline.load("text_encoder", "transformer")
         handle = pipeline.with_transformer(_shared_copy(pipeline.pipe.transformer), f"{pipeline.name} {scheme}")
         try:
@@ -237,28 +248,6 @@ class QARVDQuantize(io.ComfyNode):
         handle.load("transformer")  # it is on the device already: now ComfyUI knows it, and can unload it
         progress.show(size(handle))
         return io.NodeOutput(handle, describe(handle))
-
-
-class _Progress:
-    """Show the progress of calibration in the node, as a bar and text with the loss; stop if the user asks to."""
-
-    def __init__(self, node_id: str) -> None:
-        self._node_id = node_id
-        self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
-        self._text = ""
-
-    def __call__(self, text: str, step: int, steps: int) -> None:
-        """Show a step of calibration; its `progress` callback."""
-        stop_if_interrupted()
-        self._bar.update_absolute(step, steps)
-        if text != self._text:
-            self._text = text
-            self.show(f"{text} ({step}/{steps})")
-
-    def show(self, text: str) -> None:
-        """Replace the text in the node."""
-        server = PromptServer.instance
-        server.send_progress_text(text, self._node_id, server.client_id)
 
 
 def _shared_copy(module: torch.nn.Module) -> torch.nn.Module:

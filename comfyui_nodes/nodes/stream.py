@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
 from ..compat import FAMILY, NodeError, output, schema, widget, work
-from ..handles import PipelineHandle, PipelineType, StateType, StreamState, working_bytes
-from ..latents import denormalize, normalize, one_video
+from ..handles import LorasType, PipelineHandle, PipelineType, StateType, StreamState
+from ..latents import denormalize
+from ..loras import Lora, applied
+from ..planning import NO_LIMIT, SIZES, plan
 from ..preview import video
+from ..prompts import PromptAt
 from ..runs import Run, workflow_id
 from ..steering import later_controls, recorded
 from ..tensors import digest
 from ..watch import Take, Takes, Watch
+from .stream_inputs import check_choice, check_size, prompts_of, start_of, working_bytes
 
 logger = logging.getLogger(__name__)
 
 PREVIEWS = ["video", "frames", "off"]
+OFFLOADS = ["off", "blocks"]
+ON_STOP = ["discard", "keep"]
 STATE_OUTPUT = 3  # index of the output
 
 _takes = Takes()
@@ -162,6 +170,37 @@ class QARVDStreamGenerate(io.ComfyNode):
                     '{"chunk": 2, "keys": "w arrowleft"}, or key poses of a camera. While it runs, click the video '
                     "and use the keys W A S D Q E and the arrows.",
                 ),
+                LorasType.Input("loras", optional=True, tooltip="From Q-ARVD LoRA."),
+                widget(
+                    io.Combo,
+                    "memory",
+                    options=SIZES,
+                    default=NO_LIMIT,
+                    optional=True,
+                    advanced=True,
+                    tooltip="GPU memory that the stream may take. Where kv_cache is auto and local_attention_frames "
+                    "is 0, an 8-bit K/V cache and then a smaller window are chosen to fit.",
+                ),
+                widget(
+                    io.Combo,
+                    "offload",
+                    options=OFFLOADS,
+                    default=OFFLOADS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="off: the transformer is on the GPU as a whole. blocks: each block only while it runs, "
+                    "which takes little memory and is slower.",
+                ),
+                widget(
+                    io.Combo,
+                    "on_stop",
+                    options=ON_STOP,
+                    default=ON_STOP[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="What ComfyUI's Stop does with finished chunks. discard: nothing runs any more. keep: the "
+                    "chunk in progress is dropped, finished ones go to the connected nodes.",
+                ),
             ],
             outputs=[
                 output(io.Image, "images", "All frames; with a state, the new ones."),
@@ -190,26 +229,33 @@ class QARVDStreamGenerate(io.ComfyNode):
         sink: int = -1,
         kv_cache: str = "auto",
         controls: str = "",
+        loras: tuple[Lora, ...] = (),
+        memory: str = NO_LIMIT,
+        offload: str = OFFLOADS[0],
+        on_stop: str = ON_STOP[0],
         **start: Any,
     ) -> io.NodeOutput:
         """Generate, or show again what was generated from the same inputs."""
-        if preview not in PREVIEWS:
-            raise NodeError(f"preview is {preview!r}.", f"Choose one of: {', '.join(PREVIEWS)}.")
+        check_choice(preview=(preview, PREVIEWS), offload=(offload, OFFLOADS), on_stop=(on_stop, ON_STOP))
+        size = check_size(pipeline, width, height)
+        kv_window, kv_cache = _fitted(pipeline, memory, size, kv_window, kv_cache)
         pipe = _streaming_pipeline(pipeline, timesteps, kv_window, sink)
-        size = _check_size(pipeline, width, height)
         recording = recorded(controls)
         fps = fps or float(pipe.config.fps)
         run = Run(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), num_chunks)
-        watch = Watch(run, pipe, fps, preview)
-        inputs = digest([positive, num_chunks, seed, size, timesteps, kv_window, sink, kv_cache, start, controls])
+        watch = Watch(run, pipe, fps, preview, keep_on_stop=on_stop == "keep")
+        inputs = digest(
+            [positive, num_chunks, seed, size, timesteps, kv_window, sink, kv_cache, loras, offload, start, controls]
+        )
         with run.going_on():
             take = _takes.find(run.node_id, pipeline, inputs)
             if take is not None:
                 watch.replay(take)
             else:
-                take = cls._generate(
-                    watch, pipeline, pipe, positive, (num_chunks, seed, size, kv_cache, recording), start
-                )
+                prompts = prompts_of(pipeline, positive, num_chunks)
+                settings = (num_chunks, seed, size, kv_cache, recording)
+                with _ready(pipeline, pipe, size, _frames(pipe, num_chunks, start), loras, offload):
+                    take = cls._generate(watch, pipeline, pipe, prompts, settings, start)
                 _takes.keep(run.node_id, pipeline, inputs, take)
         return io.NodeOutput(
             take.images,
@@ -222,19 +268,22 @@ class QARVDStreamGenerate(io.ComfyNode):
 
     @classmethod
     def _generate(
-        cls, watch: Watch, pipeline: PipelineHandle, pipe: Any, positive: list, settings: tuple, start: dict[str, Any]
+        cls,
+        watch: Watch,
+        pipeline: PipelineHandle,
+        pipe: Any,
+        prompts: list[PromptAt],
+        settings: tuple,
+        start: dict[str, Any],
     ) -> Take:
         """Run the model; `settings` are num_chunks, seed, size in pixels, kv_cache and controls."""
         num_chunks, seed, size, kv_cache, recording = settings
-        embeds = _prompt_embeds(pipeline, positive)
         before: StreamState | None = start.get("state")
-        frames = pipe.rollout_config.num_frames_per_chunk * (num_chunks + 1)
-        frames += 0 if before is None else before.latents.shape[2]
-        pipeline.load("transformer", "vae", memory=working_bytes(pipe, size, frames))
-        beginning = _start(pipeline, size, **start)
+        beginning = start_of(pipeline, size, **start)
         generator = torch.Generator("cpu").manual_seed(seed % 2**63)
         hooks = {"on_pass": watch.on_pass, "callback_on_step_end": watch.on_step, "generator": generator}
-        digested = digest([embeds, size, kv_cache])
+        first = prompts[0].embeds
+        digested = digest([first, size, kv_cache])
         steered = {} if recording is None else {"controls": recording}
         stream = None if before is None else _restored(pipe, before, digested, num_chunks, {**hooks, **steered})
         if stream is None:
@@ -242,7 +291,7 @@ class QARVDStreamGenerate(io.ComfyNode):
                 generator.set_state(before.generator)
             try:
                 stream = pipe.stream(
-                    prompt_embeds=embeds,
+                    prompt_embeds=first,
                     num_chunks=num_chunks,
                     width=size[0],
                     height=size[1],
@@ -257,10 +306,11 @@ class QARVDStreamGenerate(io.ComfyNode):
         if "control_dim" in pipe.transformer.config:
             watch.steered_by(stream.set_controls)
 
-        def state(latents: torch.Tensor, saved: Any) -> StreamState:
-            return StreamState(pipeline.name, latents, generator.get_state(), digested, saved)
+        def state(latents: torch.Tensor, saved: Any, made: int) -> StreamState:
+            latest = [prompt.embeds for prompt in prompts if prompt.chunk <= made][-1]
+            return StreamState(pipeline.name, latents, generator.get_state(), digest([latest, size, kv_cache]), saved)
 
-        return watch.collect(stream, before, state, cls._is_state_connected())
+        return watch.collect(stream, before, state, cls._is_state_connected(), prompts[1:])
 
     @classmethod
     def _is_state_connected(cls) -> bool:
@@ -270,10 +320,53 @@ class QARVDStreamGenerate(io.ComfyNode):
         return any(value == link for node in nodes for value in node["inputs"].values())
 
 
+@contextmanager
+def _ready(
+    pipeline: PipelineHandle, pipe: Any, size: tuple[int, int], frames: int, loras: tuple[Lora, ...], offload: str
+) -> Iterator[None]:
+    """Load the parts that stream, with room for `frames` latent frames, and add LoRAs in the `with` block."""
+    memory = working_bytes(pipe, size, frames)
+    if offload == "blocks":
+        with applied(pipe, loras), pipeline.block_by_block(memory):
+            yield
+    else:
+        pipeline.load("transformer", "vae", memory=memory)
+        with applied(pipe, loras):
+            yield
+
+
+def _frames(pipe: Any, num_chunks: int, start: dict[str, Any]) -> int:
+    """Return the latent frames that a stream has at most, those that it starts with included."""
+    before = start.get("state")
+    own = pipe.rollout_config.num_frames_per_chunk * (num_chunks + 1)
+    return own + (0 if before is None else before.latents.shape[2])
+
+
+def _fitted(
+    pipeline: PipelineHandle, memory: str, size: tuple[int, int], kv_window: int, kv_cache: str
+) -> tuple[int, str]:
+    """Return window and K/V cache that fit into `memory`; what the user has set stays."""
+    if memory == NO_LIMIT:
+        return kv_window, kv_cache
+    choice = plan(pipeline, memory, size).choice
+    if choice.scheme is not None:
+        raise NodeError(
+            f"{pipeline.name} fits into {memory} only quantized.",
+            f"Connect Q-ARVD Quantize with {choice.scheme} or w4a8, or set memory to {NO_LIMIT} and offload to "
+            "blocks.",
+        )
+    window = kv_window or choice.window or 0
+    storage = choice.kv_cache if kv_cache == "auto" else kv_cache
+    logger.info(
+        "Q-ARVD Stream Generate: for %s, kv_cache is %s and local_attention_frames %s", memory, storage, window
+    )
+    return window, storage
+
+
 def _restored(pipe: Any, before: StreamState, settings: str, num_chunks: int, hooks: dict[str, Any]) -> Any | None:
     """Continue a stream exactly for `num_chunks` more; None, and a reason in the log, where that is impossible."""
     if before.saved is None:
-        reason = "nothing was connected to the state output of the node that made it"
+        reason = "nothing was connected to the state output of the node that made it, or Stop ended it"
     elif before.settings != settings:
         reason = "prompt, size or kv_cache differs"
     else:
@@ -306,86 +399,3 @@ def _streaming_pipeline(pipeline: PipelineHandle, timesteps: str, kv_window: int
             "Correct denoising_timesteps (timesteps), local_attention_frames (kv_window) or sink_frames (sink); "
             "empty, 0 and -1 take the model's own.",
         ) from error
-
-
-# Used, or without effect: embeddings of Wan's text encoder are zero where its mask is.
-_OF_EVERY_PROMPT = ("pooled_output", "attention_mask")
-_OF_EVERY_LATENT = ("samples", "batch_index", "downscale_ratio_spacial", "downscale_ratio_temporal")
-
-
-def _prompt_embeds(pipeline: PipelineHandle, positive: list) -> torch.Tensor:
-    """Return the embeddings `[1, tokens, text_dim]` of the one prompt in a CONDITIONING."""
-    if len(positive) != 1:
-        raise NodeError(
-            f"positive holds {len(positive)} prompts, expected one.",
-            "Connect one prompt instead of Conditioning (Combine). To follow one prompt after the other, connect "
-            "state to another Stream Generate with the next prompt.",
-        )
-    (embeds, options), expected = positive[0], pipeline.pipe.transformer.config.text_dim
-    _warn_of_unused("positive", options, _OF_EVERY_PROMPT)
-    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[-1] != expected:
-        raise NodeError(
-            f"The conditioning has shape {list(embeds.shape)}, expected [1, tokens, {expected}] for {pipeline.name}.",
-            "Encode the prompt with Q-ARVD Encode Prompt and this pipeline.",
-        )
-    return embeds
-
-
-def _warn_of_unused(name: str, entries: dict[str, Any], used: tuple[str, ...]) -> None:
-    """Log which entries of an input are not used."""
-    unused = sorted(key for key, value in entries.items() if value is not None and key not in used)
-    if unused:
-        logger.warning("Q-ARVD Stream Generate does not use these entries of %s: %s", name, ", ".join(unused))
-
-
-def _check_size(pipeline: PipelineHandle, width: int, height: int) -> tuple[int, int]:
-    """Return width and height in pixels, checked."""
-    pipe = pipeline.pipe
-    patch = pipe.transformer.config.patch_size
-    size = (width or pipe.config.width, height or pipe.config.height)
-    for name, value, cells in (("width", size[0], patch[2]), ("height", size[1], patch[1])):
-        multiple = pipe.vae_scale_factor_spatial * cells
-        if value % multiple:
-            nearest = max(multiple, round(value / multiple) * multiple)
-            raise NodeError(
-                f"{name} is {value}, expected a multiple of {multiple} for {pipeline.name}.",
-                f"Set {name} to {nearest}, or to 0 for the model's own.",
-            )
-    return size
-
-
-def _start(pipeline: PipelineHandle, size: tuple[int, int], **starts: Any) -> dict[str, torch.Tensor]:
-    """Return what the video starts with, as an argument of `stream`."""
-    named = [name for name, value in starts.items() if value is not None]
-    if not named:
-        return {}
-    if len(named) > 1:
-        raise NodeError(
-            f"{' and '.join(named)} are both connected.", "Connect only one of them: a video has one start."
-        )
-    value, pipe = starts[named[0]], pipeline.pipe
-    if named[0] == "start_image":
-        pictures = value.permute(0, 3, 1, 2).clamp(0, 1)  # resampling in ComfyUI overshoots
-        return {"image": pictures[0]} if len(pictures) == 1 else {"video": pictures}
-    samples = value.latents if named[0] == "state" else value["samples"]
-    latents = one_video(named[0], samples, pipe.vae.config.z_dim, pipeline.name)
-    if named[0] == "start_latent":
-        _warn_of_unused(named[0], value, _OF_EVERY_LATENT)
-        latents = normalize(pipe.vae, latents.float())
-    elif value.model != pipeline.name:
-        logger.warning("the state was made with %s, %s continues from it", value.model, pipeline.name)
-    try:
-        pipe.rollout_config.context_pieces(latents.shape[2])
-    except ValueError as error:
-        raise NodeError(
-            f"{named[0]} has {latents.shape[2]} latent frames, which is not a whole number of chunks.",
-            f"Connect a multiple of {pipe.rollout_config.num_frames_per_chunk} latent frames.",
-        ) from error
-    expected = (size[1] // pipe.vae_scale_factor_spatial, size[0] // pipe.vae_scale_factor_spatial)
-    if tuple(latents.shape[-2:]) != expected:
-        got = [side * pipe.vae_scale_factor_spatial for side in latents.shape[-2:]]
-        raise NodeError(
-            f"{named[0]} is {got[1]} x {got[0]} pixels, but the video is {size[0]} x {size[1]}.",
-            f"Set width to {got[1]} and height to {got[0]}.",
-        )
-    return {"initial_latents": latents}

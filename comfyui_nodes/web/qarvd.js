@@ -4,7 +4,16 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const STREAM = "QARVDStreamGenerate";
-const TEXT_NODES = ["QARVDInfo", "QARVDCompare", "QARVDSaveQuantized"];
+const TEXT_NODES = [
+  "QARVDInfo",
+  "QARVDCompare",
+  "QARVDSaveQuantized",
+  "QARVDSaveState",
+  "QARVDEvaluate",
+  "QARVDSensitivity",
+  "QARVDMixedPrecision",
+  "QARVDPlan",
+];
 // Their seeds must not change after a run: a new seed means a new calibration, which takes long.
 const FIXED_SEEDS = ["QARVDQuantize", "QARVDCalibrationPrompts"];
 // Widget types of our own: the name of a type that Nodes 2.0 knows, such as "text", would show its own input instead.

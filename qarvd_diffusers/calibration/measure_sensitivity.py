@@ -35,6 +35,7 @@ from .switch import QuantizationSwitch
 
 if TYPE_CHECKING:
     from ..rollout.host import PipelineHost
+    from .calibrate import Progress
 
 SEED = 20_000  # away from the seeds of calibration: the noise is not the one the ranges were chosen on
 
@@ -48,6 +49,7 @@ def measure_sensitivity(
     seed: int = SEED,
     result: CalibrationResult | None = None,
     path: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> SensitivityResult:
     """Measure how much the error of the whole video grows when one chunk is generated quantized (arXiv 2605.21072).
 
@@ -71,6 +73,7 @@ def measure_sensitivity(
         path: JSON file that is rewritten after every prompt (under `accelerate launch`: after every prompt of each
             process, which share them and all get the result). If it exists the measurement continues where it
             stopped, with the same outcome as without the interruption.
+        progress: called with the current work, the steps done and the number of steps.
 
     Returns:
         The result; `chunk_weights` of it fits `QARVDConfig`.
@@ -96,11 +99,11 @@ def measure_sensitivity(
     state = processes.from_main(state)
     if state.complete:
         return state
-    result = result or calibrate_pipeline(pipe, config)
+    result = result or calibrate_pipeline(pipe, config, progress=progress)
     remaining = range(len(state.errors), len(prompts))
     per_prompt = num_chunks + num_chunks * (num_chunks + 1) // 2
     rounds = [remaining[start : start + processes.count] for start in range(0, len(remaining), processes.count)]
-    with progress_on_device(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt) as step:
+    with progress_on_device(pipe, "measuring sensitivity", "chunk", len(rounds) * per_prompt, progress) as step:
         layers = quantized_layers(pipe.transformer, result)
         if not config.recipe.cached_in_chunk_0:
             targets, _ = pipeline_targets(pipe, config, pipe.encode_prompt(prompts[0]))

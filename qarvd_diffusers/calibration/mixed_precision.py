@@ -26,6 +26,7 @@ from .targets import quantizable_linears
 
 if TYPE_CHECKING:
     from ..rollout.host import PipelineHost
+    from .calibrate import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def choose_bits(
     prompts: Sequence[str] | None = None,
     num_chunks: int = 1,
     seed: int = SEED,
+    progress: Progress | None = None,
 ) -> QARVDConfig:
     """Give 8 bits to the layers whose 4-bit weights cause the largest error per byte, within a budget of bytes.
 
@@ -48,7 +50,7 @@ def choose_bits(
         budget: bytes of codes that may be added, as a share of those there are: the share of all weights that gets 8
             bits.
         prompts: to measure on; None takes the first of the calibration prompts.
-        num_chunks, seed: see `layer_errors`.
+        num_chunks, seed, progress: see `layer_errors`.
 
     Returns:
         The config with `module_bits`.
@@ -58,7 +60,7 @@ def choose_bits(
     """
     require_four_bits(config, budget)
     prompts = tuple(prompts or calibration_prompts(pipe, config)[:PROMPTS])
-    errors = layer_errors(pipe, config, prompts, num_chunks, seed)
+    errors = layer_errors(pipe, config, prompts, num_chunks, seed, progress)
     linears = quantizable_linears(pipe.transformer, config)
     sizes = {group: sum(linears[name].weight.numel() for name in group) for group in errors}
     chosen = most_costly(errors, sizes, budget * sum(sizes.values()))
@@ -81,7 +83,12 @@ def require_four_bits(config: QARVDConfig, budget: float) -> None:
 
 
 def layer_errors(
-    pipe: PipelineHost, config: QARVDConfig, prompts: Sequence[str], num_chunks: int = 1, seed: int = SEED
+    pipe: PipelineHost,
+    config: QARVDConfig,
+    prompts: Sequence[str],
+    num_chunks: int = 1,
+    seed: int = SEED,
+    progress: Progress | None = None,
 ) -> dict[tuple[str, ...], float]:
     """Measure the mean squared latent error, weighted by chunk, of rollouts with one group of layers quantized.
 
@@ -96,6 +103,7 @@ def layer_errors(
         num_chunks: chunks per rollout. The first chunk alone ranks layers much as all do (its errors go on into the
             others), at a fraction of the time.
         seed: prompt `i` draws all its noise from `seed + i`.
+        progress: called with the current work, the steps done and the number of steps.
 
     Returns:
         By the names of the layers of a group.
@@ -106,7 +114,7 @@ def layer_errors(
     config, _ = with_chunk_weights(pipe.transformer, config)
     targets, _ = pipeline_targets(pipe, config, pipe.encode_prompt(prompts[0]))
     groups = targets.measured
-    layers = quantized_layers(pipe.transformer, calibrate_pipeline(pipe, config))
+    layers = quantized_layers(pipe.transformer, calibrate_pipeline(pipe, config, progress=progress))
     weights = torch.tensor(config.sensitivity(num_chunks), dtype=torch.float64)
     processes = Processes.launched()
     path = _errors_file(describe_measurement(pipe, config, prompts, num_chunks, seed, None))
@@ -114,9 +122,8 @@ def layer_errors(
     measured = processes.from_main(_read_errors(path) if processes.is_main else None)
     errors = {group: measured.setdefault(" ".join(group), []) for group in groups}  # of each prompt so far
     remaining = [[group for group in groups if len(errors[group]) <= index] for index in range(len(prompts))]
-    with progress_on_device(
-        pipe, "measuring layers", "rollout", sum(len(some) + 1 for some in remaining if some)
-    ) as step:
+    rollouts = sum(len(some) + 1 for some in remaining if some)
+    with progress_on_device(pipe, "measuring layers", "rollout", rollouts, progress) as step:
 
         def roll_out(prompt: str, seed: int) -> list[Tensor]:
             """Generate the latents of every chunk, float64 on the CPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -217,11 +218,20 @@ def _hidden(pipe: PipelineHost) -> bool:
 
 
 @contextmanager
-def progress_on_device(pipe: PipelineHost, what: str, unit: str, total: int) -> Iterator[Callable[[], Any]]:
-    """Show one bar over all rollouts and yield its step function; see `undisturbed`."""
+def progress_on_device(
+    pipe: PipelineHost, what: str, unit: str, total: int, also: Progress | None = None
+) -> Iterator[Callable[[], Any]]:
+    """Show one bar over all rollouts and yield its step function, which also calls `also`; see `undisturbed`."""
     hidden = _hidden(pipe)
     with undisturbed(pipe), tqdm(desc=what, unit=unit, total=total, disable=hidden) as bar:
-        yield bar.update
+        steps = itertools.count(1)
+
+        def step() -> None:
+            bar.update()
+            if also is not None:
+                also(what, next(steps), total)
+
+        yield step
 
 
 def _cached(path: Path, pipe: PipelineHost, config: QARVDConfig) -> CalibrationResult | None:

@@ -1,7 +1,7 @@
 """Convert original checkpoints, adapters and single files of causal Wan models to and from diffusers folders."""
 
 from .checkpoint import LORA_NESTINGS, load_checkpoint, open_checkpoint
-from .convert import convert_checkpoint
+from .convert import convert_checkpoint, load_original
 from .detect import Detected, detect_checkpoint
 from .from_disk import quantize_folder
 from .lora import LoraLayer, check_fit, merge_lora, read_lora
@@ -28,6 +28,7 @@ __all__ = [
     "folder_to_single_file",
     "infer_config",
     "load_checkpoint",
+    "load_original",
     "load_transformer_config",
     "merge_lora",
     "open_checkpoint",

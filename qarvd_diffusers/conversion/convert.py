@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,6 +85,33 @@ def convert_checkpoint(
         card = converted_card(found.family, found.release.source, found.licence, has_controls(found.specs))
         (folder / "README.md").write_text(str(card), encoding="utf-8")
     return out_dir
+
+
+def load_original(
+    src: str | Path, family: str = "auto", dtype: torch.dtype | None = None
+) -> tuple[CausalWanTransformer3DModel, dict[str, Any]]:
+    """Load the transformer of an original checkpoint without writing a folder.
+
+    Args:
+        src, family, dtype: see `convert_checkpoint`.
+
+    Returns:
+        The transformer, with the weights that `convert_checkpoint` would write, and the values of the pipeline's
+        config.
+
+    Raises:
+        ValueError: see `convert_checkpoint`.
+    """
+    found = detect_checkpoint(src, family)
+    try:
+        model = empty_transformer(found.specs, infer_config(found.specs))
+    except ValueError as error:
+        raise ValueError(f"{src}: {error}") from None
+    tensors = _Tensors(found.checkpoint, _read_adapters(found, None), dtype)
+    model.load_state_dict({name: tensors(name).clone() for name in model.state_dict()}, assign=True)
+    for reason in found.reasons:
+        logger.info("%s: %s", src, reason)
+    return model.eval().requires_grad_(False), found.release.pipeline_config()
 
 
 def _read_adapters(found: Detected, lora: str | Path | None) -> dict[str, LoraLayer]:

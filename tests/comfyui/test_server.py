@@ -11,6 +11,7 @@ import pytest
 import torch
 from graphs import BUNDLED, PROMPT, node, quantize_graph, read_video, stream_graph
 from safetensors.torch import load_file, save_file
+from workflows import widget_names
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig, bundled_model_path, to_original_keys
 from qarvd_diffusers.evaluation.moving_shapes import adherence
@@ -24,11 +25,35 @@ NODES = {
     "QARVDQuantize",
     "QARVDSaveQuantized",
     "QARVDEncodePrompt",
+    "QARVDPromptSchedule",
+    "QARVDLora",
+    "QARVDSaveState",
+    "QARVDLoadState",
+    "QARVDEvaluate",
+    "QARVDSensitivity",
+    "QARVDMixedPrecision",
+    "QARVDPlan",
+    "QARVDLoadDiffusionModel",
     "QARVDStreamGenerate",
     "QARVDCompare",
     "QARVDInfo",
     "QARVDToModel",
     "QARVDDecode",
+}
+
+
+# Saved workflows hold values of widgets by position: new widgets may only be added at the end. None: what happens to
+# a seed after a run.
+WIDGETS_OF_0_1 = {
+    "QARVDStreamGenerate": "num_chunks seed None width height preview fps timesteps kv_window sink kv_cache",
+    "QARVDQuantize": "scheme frame_weighting outlier_split rounding iterations calibration_chunks exclude_layers seed "
+    "None rounding_inputs",
+    "QARVDCalibrationPrompts": "text count seed None",
+    "QARVDSaveQuantized": "name format overwrite",
+    "QARVDLoadPipeline": "model dtype rollout base",
+    "QARVDLoadQuantized": "checkpoint dtype",
+    "QARVDEncodePrompt": "text",
+    "QARVDCompare": "label_a label_b latent_frames_per_chunk",
 }
 
 
@@ -55,6 +80,12 @@ def test_all_nodes_are_there_and_documented(server, nodes):
         for kind in ("required", "optional"):
             for input_name, spec in info["input"].get(kind, {}).items():
                 assert spec[1].get("tooltip"), (name, input_name)
+
+
+@pytest.mark.parametrize("name", list(WIDGETS_OF_0_1))
+def test_widgets_of_0_1_keep_their_places(nodes, name):
+    expected = WIDGETS_OF_0_1[name].split()
+    assert list(map(str, widget_names(nodes[name])))[: len(expected)] == expected
 
 
 def test_stream_makes_a_video_that_shows_the_prompt(server):

@@ -23,7 +23,7 @@ def _is_widget(kind: Any, options: dict[str, Any]) -> bool:
     return (isinstance(kind, list) or kind in WIDGETS) and not options.get("forceInput")
 
 
-def _widget_names(definition: dict[str, Any]) -> list[str | None]:
+def widget_names(definition: dict[str, Any]) -> list[str | None]:
     """The widget each saved value belongs to; None is the seed's "what to do after a run"."""
     names: list[str | None] = []
     for name, (kind, options) in _inputs(definition).items():
@@ -41,7 +41,7 @@ def to_prompt(workflow: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any]
     for node in workflow["nodes"]:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
-        names = _widget_names(nodes[node["type"]])
+        names = widget_names(nodes[node["type"]])
         inputs = {name: value for name, value in zip(names, node.get("widgets_values", []), strict=False) if name}
         inputs |= {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
@@ -108,7 +108,7 @@ def _node(
     identity: str, entry: dict[str, Any], place: tuple[int, int, int, int], definition: dict[str, Any]
 ) -> dict[str, Any]:
     values, sockets = [], []
-    names = _widget_names(definition)
+    names = widget_names(definition)
     inputs = _inputs(definition)
     for name in names:
         values.append("fixed" if name is None else entry["inputs"].get(name, inputs[name][1].get("default")))
