@@ -1,4 +1,4 @@
-"""Damaged files of every kind: the same result, what an unsealed file's values say, or an error that names the file."""
+"""Damaged files of every kind: the same result, what an unsealed file says, or an error that names the file."""
 
 from __future__ import annotations
 
