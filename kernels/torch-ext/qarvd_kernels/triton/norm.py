@@ -81,6 +81,7 @@ def norm_quantize_kernel(
     channel = tl.arange(0, BLOCK)
     mask = channel < C
     order = tl.load(channel_order + channel, mask=mask, other=0)
+    order = tl.minimum(tl.maximum(order, 0), C - 1)  # the gather below has no mask
     start = row * C
     if y is None:
         value = _gated_sum(x + start, None, None, channel, mask)
