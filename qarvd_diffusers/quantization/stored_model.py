@@ -125,14 +125,14 @@ def check_tensors(model: nn.Module, found: Stored, folder: object) -> None:
     state = model.state_dict(keep_vars=True)
     packed = {f"{name}.{key}" for name, layer in quantized_linears(model).items() for key in _exact(layer)}
     for name, tensor in state.items():
-        spec, file = found.get(name, (None, None))
+        spec, holder = found.get(name, (None, None))
         if spec is not None and not _fits(tensor, spec, name in packed):
-            raise ValueError(f"{file}: {name} is {spec}, expected {TensorSpec.of(tensor)}: {DOWNLOAD}")
+            raise ValueError(f"{holder}: {name} is {spec}, expected {TensorSpec.of(tensor)}: {DOWNLOAD}")
     loaded = {id(tensor) for name, tensor in state.items() if name in found}
     missing = sorted(name for name, tensor in state.items() if name not in found and id(tensor) not in loaded)
     if not missing or getattr(model, "_checkpoint_conversion_mapping", None):
         return
-    file = next((file for _, file in found.values()), folder)
+    file: object = next((file for _, file in found.values()), folder)
     if not packed and any(name.endswith(".weight_packed") for name in found):
         raise ValueError(
             f"{file} holds a quantized model, {folder}/config.json lacks its quantization_config: {DOWNLOAD}"
