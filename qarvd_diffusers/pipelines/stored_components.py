@@ -71,6 +71,7 @@ def _check_component(cls: type, folder: Path, read: Mapping[str, Any], variant: 
         check_arguments(cls, values, path)
         check_sizes(values, path, _STEPS)
         return
+    check_value(values.get("quantization_config"), dict[str, Any] | None, f"{path}: quantization_config")
     found = stored_specs(folder, variant)
     build = build_empty if issubclass(cls, diffusers.ModelMixin) else build_encoder
     model = build(cls, values, found, path)
