@@ -137,19 +137,23 @@ def add_results(
 
     def load_resume(folder: Path) -> list[Any]:
         with warnings_as_errors():
-            layers = ResumeFolder(folder, "f" * 40).load("part", linears) or {}
+            layers = ResumeFolder(folder, "f" * 40).load("part", linears)
+        if layers is None:  # it is made again
+            raise FileNotFoundError(f"{folder}: the part is not there")
         return [tensor for name in sorted(layers) for _, tensor in sorted(layers[name].tensors().items())]
 
     add("resume", write_resume, load_resume, _WEIGHTS, _JSON)
 
+    measured = {"model": "m", "config": {"scheme": "w4a8", "seed": 0}, "prompts": [PROMPT]}
+
     def write_sensitivity(folder: Path) -> None:
         errors = ((0.5, 0.25, 0.125), (0.0, 0.5, 0.25), (0.0, 0.0, 0.5))
-        measured = {"model": "m", "config": {"scheme": "w4a8", "seed": 0}, "prompts": [PROMPT]}
         SensitivityResult(measured, 1, (3, 3, 3)).with_prompt(errors).save(folder / "sensitivity.json")
 
     def load_sensitivity(folder: Path) -> list[Any]:
         loaded = SensitivityResult.load(folder / "sensitivity.json")
-        return [loaded.to_dict(), list(loaded.chunk_weights)]
+        loaded.require_same_measurement(measured, folder)
+        return [loaded.errors, loaded.frames, loaded.chunk_weights]
 
     add("sensitivity", write_sensitivity, load_sensitivity, _JSON)
 
@@ -273,7 +277,8 @@ def _plausible(old: dict[str, Any], new: dict[str, Any]) -> bool:
 def _fits(name: str, old: Any, new: Any) -> bool:
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         return _alike(old, new)
-    if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
+    batch = name == "prompt_embeds" and old.ndim == new.ndim  # of several videos
+    if (old.shape != new.shape and not batch) or old.is_floating_point() != new.is_floating_point():
         return False
     if not new.is_floating_point():
         order = name.endswith("channel_order")

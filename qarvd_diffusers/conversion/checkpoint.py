@@ -213,11 +213,21 @@ def _open(path: Path, weights: str | None, nestings: Sequence[str]) -> _Opened:
         if state_dict:
             content = f"non-tensor entries {list(state_dict)[:5]}"
         raise NoStateDict(f"{path}: {content}; expected a flat state dict, or one below {', '.join(nestings)}")
+    for key in keys:
+        _check_plain(state_dict[key], f"{path}: {key}")
     networks = [name for name in names if is_network(tensors_of(contents[name]))]
     specs = {key: TensorSpec.of(state_dict[key]) for key in keys}
     return _Opened(
         Shard(path, chosen, specs), tuple(networks or names), tuple(f"{path.name}: {each}" for each in reasons)
     )
+
+
+def _check_plain(tensor: torch.Tensor, where: str) -> None:
+    """Check that a tensor has its values in the file, each once: a pickle may claim any size, layout and device."""
+    dense = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        kind = f"{tensor.layout} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{where} is {kind}, expected a dense tensor that is stored as a whole: save it again")
 
 
 def _one_format(opened: list[_Opened]) -> tuple[list[_Opened], list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..files.atomic import atomic_directory
-from ..files.safetensors import TensorSpec, read_metadata, write_shards
+from ..files.safetensors import DOWNLOAD, TensorSpec, check_finite, read_metadata, write_shards
 from ..hub.model_card import converted_card
 from ..models import CausalWanTransformer3DModel
 from .checkpoint import LORA_NESTINGS, STEM, Checkpoint, open_checkpoint
@@ -153,6 +153,9 @@ class _Tensors:
         self._adapters, self._dtype = adapters, dtype
         self._shards = {key: shard for shard in checkpoint.shards for key in to_diffusers_keys(shard.specs)}
         names = find_scales(to_diffusers_keys(checkpoint.specs))
+        for name, spec in without_scales(to_diffusers_keys(checkpoint.specs)).items():
+            if not spec.dtype.is_floating_point and name not in names:
+                raise ValueError(f"{checkpoint.path}: {name} is {spec}, expected floats: {DOWNLOAD}")
         self._scales: dict[str, torch.Tensor] = {}
         for shard in checkpoint.shards if names else ():  # small, and not always in the same shard as their weights
             tensors = to_diffusers_keys(shard.load())
@@ -181,6 +184,8 @@ class _Tensors:
             self._tensors.clear()  # frees the mapping of the previous shard
             self._open, self._tensors = shard, to_diffusers_keys(shard.load())
         tensor = self._tensors[name]
+        if tensor.is_floating_point():
+            check_finite(tensor, f"{shard.path}: {name}")
         dtype = self.spec(name, TensorSpec.of(tensor)).dtype
         if name in self._scales:
             tensor = scaled(tensor, self._scales[name])

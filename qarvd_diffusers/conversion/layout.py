@@ -105,7 +105,7 @@ def _requested(names: Sequence[str], weights: str) -> str:
 
 def tensors_of(state_dict: StateDict) -> list[str]:
     """List the keys whose values are tensors."""
-    return [key for key, value in state_dict.items() if isinstance(value, torch.Tensor)]
+    return [key for key, value in state_dict.items() if isinstance(value, torch.Tensor) and isinstance(key, str)]
 
 
 def own_keys(state_dict: StateDict) -> tuple[list[str], list[str]]:

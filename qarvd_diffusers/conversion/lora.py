@@ -34,6 +34,7 @@ _OTHER_KINDS = {
 }
 _ENDINGS = {".alpha": "alpha", ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m"}
 _TEXT_ENCODER = re.compile(r"lora_te\d*_.*|(.*[._])?(text_encoders?|text_model|cond_stage_model|te\d?)[._].*")
+_LARGEST_ALPHA = 1e6
 _LARGEST_LEFT_OUT = 0.01  # relative to what is applied; with more left out, it would be another adapter
 _IMAGE = re.compile(r"[kv]_img|img_emb|image_embedder|add_[kv]_proj")
 
@@ -137,6 +138,8 @@ def _check_tensor(key: str, tensor: Tensor, source: str) -> None:
             f"{source}: {key!r} belongs to {kind}, which is more than a product of two factors and is not supported; "
             "export it as a plain LoRA"
         )
+    if not (tensor.is_floating_point() or key.endswith(".alpha")):
+        raise ValueError(f"{source}: {key!r} is {tensor.dtype}, expected floats: the file is damaged")
     if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
         raise ValueError(f"{source}: {key!r} holds NaN or infinity: the file is damaged, or its training diverged")
 
@@ -154,6 +157,13 @@ def _split(key: str) -> tuple[str | None, str]:
     if part == "diff_m":  # of the modulation, which is a parameter and not a module
         return f"{name}.modulation", "diff"
     return (None, "") if part is None else (name, part)
+
+
+def _alpha(tensor: Tensor, where: str) -> float:
+    """Read the one number of an alpha; raise ValueError for anything else, and for one beyond all use."""
+    if tensor.numel() != 1 or tensor.is_complex() or abs(alpha := float(tensor)) > _LARGEST_ALPHA:
+        raise ValueError(f"{where} is {tensor.flatten()[:3].tolist()}, expected one number: the file is damaged")
+    return alpha
 
 
 def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
@@ -175,7 +185,7 @@ def _layer(module: str, parts: Mapping[str, Tensor], source: str) -> LoraLayer:
                 f"{source}: the factors of {module} are {tuple(down.shape)} and {tuple(up.shape)}, expected [rank, "
                 "in] and [out, rank]: the two have different ranks"
             )
-        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        alpha = _alpha(parts["alpha"], f"{source}: the alpha of {module}") if "alpha" in parts else None
         layer = replace(layer, down=down.flatten(1), up=up.flatten(1), alpha=alpha)
     if "up_bias" in parts:  # scaled as `up` is
         bias = parts["up_bias"] * layer.scale

@@ -222,9 +222,11 @@ def _listed(names: Iterable[str]) -> str:
 def check_finite(tensor: torch.Tensor, where: str, *, positive: bool = False) -> None:
     """Check the values of a tensor on any device; raise ValueError for NaN, infinity or, if `positive`, <= 0."""
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch compares no float8
-    valid = torch.isfinite(tensor) & (tensor > 0) if positive else torch.isfinite(tensor)
-    if not valid.all():
-        value = tensor[~valid][0].item()
+    if tensor.numel() == 0:
+        return
+    low, high = (bound.item() for bound in tensor.aminmax())  # NaN if there is one; takes no memory
+    if not (-math.inf < low <= high < math.inf) or (positive and low <= 0):
+        value = high if -math.inf < low and (low > 0 or not positive) else low
         raise ValueError(f"{where} holds {value}, expected {'positive ' if positive else ''}finite values")
 
 

@@ -6,13 +6,25 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from diffusers import WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
 from ..config import QARVDConfig
-from ..files.safetensors import read_metadata
+from ..files.safetensors import DOWNLOAD, TensorSpec, read_metadata, read_specs
+from ..files.schema import check_mapping, parse_json
+from ..quantization.stored_model import build_empty, check_tensors
 
 METADATA = "qarvd"
 VERSION = 1
+_ENTRIES = {
+    "version": int,
+    "transformer": dict[str, Any],
+    "quantization_config": dict[str, Any] | None,
+    "pipeline": dict[str, Any],
+}
 
 
 def comfyui_metadata(transformer: Mapping[str, Any]) -> dict[str, str]:
@@ -65,10 +77,10 @@ def read_single_file(path: str | os.PathLike[str]) -> SingleFileHeader | None:
     if text is None:
         return None
     try:
-        values = json.loads(text)
-        version, config = values["version"], values["quantization_config"]
-        header = SingleFileHeader(values["transformer"], None, values["pipeline"])
-    except (ValueError, KeyError, TypeError) as error:
+        values: dict[str, Any] = parse_json(text, METADATA)
+        version = values.get("version", VERSION)
+        checked = values if version != VERSION else check_mapping(values, _ENTRIES, METADATA)
+    except ValueError as error:
         raise ValueError(
             f"{path}: its header entry {METADATA!r} is damaged ({error}); download the file again"
         ) from error
@@ -76,6 +88,10 @@ def read_single_file(path: str | os.PathLike[str]) -> SingleFileHeader | None:
         raise ValueError(
             f"{path}: is of layout version {version}, this version of qarvd_diffusers reads {VERSION}: update it"
         )
+    header, config = (
+        SingleFileHeader(checked["transformer"], None, checked["pipeline"]),
+        checked["quantization_config"],
+    )
     if config is None:
         return header
     try:
@@ -83,3 +99,21 @@ def read_single_file(path: str | os.PathLike[str]) -> SingleFileHeader | None:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return SingleFileHeader(header.transformer, quantization, header.pipeline)
+
+
+def check_single_file(path: str, header: SingleFileHeader) -> dict[str, tuple[TensorSpec, Path]]:
+    """Check the tensors of a single file against its header, before memory is taken for them; return them.
+
+    Raises:
+        ValueError: the header makes no model, or the file does not hold exactly its tensors; the message names them.
+    """
+    specs = convert_wan_transformer_to_diffusers(dict(read_specs(path)))
+    found = {name: (spec, Path(path)) for name, spec in specs.items()}
+    values = {**header.transformer, "quantization_config": header.quantization}
+    model = build_empty(WanTransformer3DModel, values, found, f"{path}: {METADATA}: transformer")
+    check_tensors(model, found, path)
+    if surplus := sorted(specs.keys() - model.state_dict().keys()):
+        raise ValueError(
+            f"{path} does not fit its header: tensors {len(surplus)} unexpected ({surplus[0]}): {DOWNLOAD}"
+        )
+    return found

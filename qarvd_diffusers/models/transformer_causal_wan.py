@@ -22,6 +22,7 @@ import qarvd_kernels as ops
 
 from ..kv_cache.cache import KVCache
 from ..quantization.model import unwrapped
+from ..quantization.stored_model import check_float_values
 from .causal_parts import (
     CausalTimesteps,
     CausalWanAttnProcessor,
@@ -31,7 +32,7 @@ from .causal_parts import (
 )
 from .context_parallel import ContextParallel, TokenSplit
 from .fused.forward import FusedPass, refusal
-from .single_file_header import read_single_file
+from .single_file_header import check_single_file, read_single_file
 
 if TYPE_CHECKING:
     from diffusers.models._modeling_parallel import ParallelConfig, TensorParallelConfig
@@ -360,11 +361,16 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"{source} holds a transformer with controls, which is loaded from a folder: convert it with `qarvd "
                 "convert FILE FOLDER`"
             )
+        found = check_single_file(source, header)
         with tempfile.TemporaryDirectory() as folder:
             with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
                 json.dump({"_class_name": cls.__name__, **header.transformer}, file)
             kwargs |= {"config": folder, "quantization_config": header.quantization}
-            model = super().from_single_file(source, **kwargs)
+            try:
+                model = super().from_single_file(source, **kwargs)
+            except ValueError as error:  # of diffusers, and of the quantizer, which is not told the file
+                raise ValueError(f"{source}: {error}") from error
+        check_float_values(model, found, source)
         model.register_to_config(_name_or_path=str(source))
         if header.quantization is not None:
             model.register_to_config(quantization_config=header.quantization)

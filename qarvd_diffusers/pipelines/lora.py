@@ -19,6 +19,7 @@ from ..conversion import LORA_NESTINGS, check_fit, load_checkpoint, read_lora, t
 from ..conversion.lora import DIFFERENCES
 from ..conversion.peft import with_bias_pairs
 from ..files.safetensors import check_finite
+from .stored_components import named_errors
 
 
 class LoraMixin(WanLoraLoaderMixin):
@@ -65,6 +66,16 @@ class LoraMixin(WanLoraLoaderMixin):
         if metadata is None:
             tensors, metadata = to_peft(lora)
         return (tensors, metadata) if with_metadata else tensors
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Load an adapter as in diffusers.
+
+        Raises:
+            ValueError: as `lora_state_dict` and `load_lora_into_transformer`; the message names the file.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        with named_errors("" if isinstance(source, dict) else str(source), None, ()):
+            super().load_lora_weights(source, *args, **kwargs)
 
     @classmethod
     def load_lora_into_transformer(

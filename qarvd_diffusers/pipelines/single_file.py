@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion import save_single_file
+from ..files.safetensors import DOWNLOAD
 from ..models.single_file_header import read_single_file
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..quantization.stored_model import check_arguments
 from ..rollout.arguments import parameters
 from .arguments import loading_arguments
 from .quantization import split_config
+from .stored_components import named_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,6 +54,14 @@ class SingleFileMixin:
                 "device_map is not supported for a single file, which is loaded as a whole: leave it out, and call "
                 "to() or enable_model_cpu_offload() afterwards"
             )
+        with named_errors(str(path), None, ()):
+            return cls._from_single_file(path, base, kwargs)
+
+    @classmethod
+    def _from_single_file(
+        cls, path: str | os.PathLike[str], base: str | os.PathLike[str] | None, kwargs: dict[str, Any]
+    ) -> Self:
+        """Load as `from_single_file` says, from checked arguments."""
         header = read_single_file(path)
         if header is None:
             raise ValueError(
@@ -64,6 +75,10 @@ class SingleFileMixin:
         dtype, config = kwargs.pop("dtype", None), kwargs.pop("quantization_config", None)
         own = dtype.get("transformer", dtype.get("default")) if isinstance(dtype, dict) else dtype
         transformer = CausalWanTransformer3DModel.from_single_file(path, **({} if own is None else {"dtype": own}))
+        fields = parameters(cls.__init__)[0]
+        if strange := sorted(header.pipeline.keys() - set(fields)):
+            raise ValueError(f"{path}: its header has the unknown pipeline fields {strange}: {DOWNLOAD}")
+        check_arguments(cls, header.pipeline, f"{path}: pipeline")
         values = {**header.pipeline, **kwargs, "transformer": transformer}
         if base is not None:
             pipe = cls.from_pretrained(base, **values, dtype=dtype, quantization_config=config)

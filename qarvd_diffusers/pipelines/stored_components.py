@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 from torch import nn
 
-from ..files.safetensors import DOWNLOAD, TensorSpec, check_finite, read_specs
+from ..files.safetensors import DOWNLOAD, TensorSpec, read_specs
 from ..files.schema import check_mapping, check_value, read_json
-from ..quantization.stored_model import build_empty, build_encoder, check_arguments, check_sizes, check_tensors
+from ..quantization.stored_model import (
+    build_empty,
+    build_encoder,
+    check_arguments,
+    check_float_values,
+    check_sizes,
+    check_tensors,
+)
 
 _INDEX = ".safetensors.index"
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-_VALUES_BELOW = 2**30  # bytes of a component whose values are looked at
 _STEPS = 2**20  # what an integer of a scheduler may be at most
 
 
@@ -41,7 +46,9 @@ def check_folder(owner: type, folder: Path, passed: Collection[str], variant: st
     """
     index = folder / "model_index.json"
     components = owner._get_signature_keys(owner)[0]  # type: ignore[attr-defined]
-    for name, entry in read_json(index).items():
+    entries: dict[str, Any] = read_json(index)
+    check_arguments(owner, {name: each for name, each in entries.items() if name not in {*components, *passed}}, index)
+    for name, entry in entries.items():
         if name not in components or name in passed:
             continue
         library, kind = check_value(entry, tuple[str | None, str | None], f"{index}: {name}")
@@ -64,6 +71,7 @@ def _check_component(cls: type, folder: Path, read: Mapping[str, Any], variant: 
         check_arguments(cls, values, path)
         check_sizes(values, path, _STEPS)
         return
+    check_value(values.get("quantization_config"), dict[str, Any] | None, f"{path}: quantization_config")
     found = stored_specs(folder, variant)
     build = build_empty if issubclass(cls, diffusers.ModelMixin) else build_encoder
     model = build(cls, values, found, path)
@@ -127,17 +135,20 @@ def check_components(components: Mapping[str, object], variant: str | None = Non
             found = stored_specs(folder, variant)
             if found:
                 check_tensors(component, found, folder)
-                _check_values(component, found, folder)
+                check_float_values(component, found, folder)
+    _check_tokenizer(components.get("tokenizer"), components.get("text_encoder"))
 
 
-@torch.no_grad()
-def _check_values(model: nn.Module, found: Mapping[str, tuple[TensorSpec, Path]], folder: Path) -> None:
-    """Check that the float tensors of a model are finite, if it is not a large one."""
-    tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
-    if sum(tensor.nbytes for tensor in model.parameters()) < _VALUES_BELOW:
-        for name, tensor in tensors.items():
-            if not tensor.is_meta:
-                check_finite(tensor, f"{found[name][1] if name in found else folder}: {name}")
+def _check_tokenizer(tokenizer: Any, encoder: Any) -> None:
+    """Check that a tokenizer can pad, and makes no special token that its text encoder has no row for."""
+    if isinstance(tokenizer, transformers.PreTrainedTokenizerBase) and isinstance(encoder, nn.Module):
+        rows = len(encoder.get_input_embeddings().weight)  # type: ignore[operator,arg-type,union-attr]
+        pad, largest = tokenizer.pad_token_id, max(tokenizer.all_special_ids, default=0)
+        if pad is None or largest >= rows:
+            raise ValueError(
+                f"{tokenizer.name_or_path}: pad_token is {tokenizer.pad_token!r} and the largest special token "
+                f"{largest}, expected a pad_token and tokens below {rows}, those of the text encoder: {DOWNLOAD}"
+            )
 
 
 def stored_specs(folder: Path, variant: str | None = None) -> dict[str, tuple[TensorSpec, Path]]:

@@ -100,7 +100,7 @@ class CalibrationResult:
             modules = values["layers"]
             check_specs(path, _expected_tensors(path, modules), read_specs(path), REMEDY)
             layers = {name: _layer(name, description, file.get_tensor) for name, description in modules.items()}
-        check_values(layers, path)
+        check_values(layers, path, config is not None and config.recipe.clamp_zero_points)
         return cls(layers, values["config_hash"])
 
 

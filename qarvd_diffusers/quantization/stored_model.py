@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QARVDConfig
-from ..files.safetensors import DOWNLOAD, TensorSpec
+from ..files.safetensors import DOWNLOAD, TensorSpec, check_finite
 from ..files.schema import check_value
 from .linear import QARVDLinear
 from .model import install_empty_modules, quantized_linears
@@ -26,6 +26,7 @@ Stored = Mapping[str, tuple[TensorSpec, Path]]  # tensors of files: name -> shap
 
 _NAMED = 5
 _LEAST = 2**16  # what a size that no tensor has may be: positions of a table, time steps
+_VALUES_BELOW = 2**30  # bytes of a model whose values are looked at
 _TABLES = 2**29  # bytes of tables that a config may ask for, besides the tensors of its files
 
 
@@ -44,7 +45,6 @@ def build_empty(cls: type, values: Mapping[str, Any], found: Stored, where: obje
     """
     check_arguments(cls, values, where)
     _check_stored_sizes(values, found, where)
-    _check_latents(values, where)
     try:
         config = values.get("quantization_config")
         if isinstance(config, Mapping) and config.get("quant_method") == QARVDConfig.quant_method:
@@ -57,6 +57,7 @@ def build_empty(cls: type, values: Mapping[str, Any], found: Stored, where: obje
             install_empty_modules(model, config.modules)
     except Exception as error:  # there is nothing else than the config that it could come from
         raise ValueError(f"{where}: no {cls.__name__} can be built from it ({error}): {DOWNLOAD}") from error
+    _check_latents(model.config, where)  # type: ignore[arg-type]
     tables = sum(tensor.nbytes for tensor in model.buffers())
     if tables > _TABLES:
         raise ValueError(f"{where}: asks for tables of {tables} bytes, expected at most {_TABLES}: {DOWNLOAD}")
@@ -124,9 +125,9 @@ def check_tensors(model: nn.Module, found: Stored, folder: object) -> None:
     state = model.state_dict(keep_vars=True)
     packed = {f"{name}.{key}" for name, layer in quantized_linears(model).items() for key in _exact(layer)}
     for name, tensor in state.items():
-        spec, file = found.get(name, (None, None))
+        spec, holder = found.get(name, (None, None))
         if spec is not None and not _fits(tensor, spec, name in packed):
-            raise ValueError(f"{file}: {name} is {spec}, expected {TensorSpec.of(tensor)}: {DOWNLOAD}")
+            raise ValueError(f"{holder}: {name} is {spec}, expected {TensorSpec.of(tensor)}: {DOWNLOAD}")
     loaded = {id(tensor) for name, tensor in state.items() if name in found}
     missing = sorted(name for name, tensor in state.items() if name not in found and id(tensor) not in loaded)
     if not missing or getattr(model, "_checkpoint_conversion_mapping", None):
@@ -143,6 +144,15 @@ def check_tensors(model: nn.Module, found: Stored, folder: object) -> None:
     )
 
 
+@torch.no_grad()
+def check_float_values(model: nn.Module, found: Stored, folder: object) -> None:
+    """Check that the floats of a model below 1 GB are finite; raise ValueError that names file and tensor."""
+    if sum(tensor.nbytes for tensor in model.parameters()) < _VALUES_BELOW:
+        for name, tensor in model.named_parameters():
+            if tensor.is_floating_point() and not tensor.is_meta:
+                check_finite(tensor, f"{found[name][1] if name in found else folder}: {name}")
+
+
 def _exact(layer: QARVDLinear) -> list[str]:
     """List the parameters of a packed layer whose dtype is part of the format."""
     return [name for name, _ in layer.named_parameters() if name != "bias"]
@@ -154,11 +164,17 @@ def _fits(tensor: Tensor, spec: TensorSpec, exact: bool) -> bool:
     return same and tuple(tensor.shape) == tuple(spec.shape)
 
 
-def _check_latents(values: Mapping[str, Any], where: object) -> None:
-    """Check the scale and shift of a VAE's latents: one per channel, scales positive."""
-    channels = values.get("z_dim")
-    for name in ("latents_mean", "latents_std") if isinstance(channels, int) else ():
-        numbers = values.get(name)
-        positive = name == "latents_mean" or not numbers or min(numbers) > 0
-        if numbers is not None and (len(numbers) != channels or not positive):
-            raise ValueError(f"{where}: {name} is {numbers}, expected z_dim ({channels}) numbers, std > 0")
+def _check_latents(config: Mapping[str, Any], where: object) -> None:
+    """Check what the config of Wan's VAE says of its latents: mean and scale per channel, and how small they are."""
+    if "temperal_downsample" not in config or "latents_std" not in config:
+        return
+    channels = config["z_dim"]
+    if not len(config["latents_mean"]) == len(config["latents_std"]) == channels or min(config["latents_std"]) <= 0:
+        raise ValueError(f"{where}: latents_mean and latents_std do not have z_dim ({channels}) numbers, std > 0")
+    expected = {
+        "scale_factor_temporal": 2 ** sum(config["temperal_downsample"]),
+        "scale_factor_spatial": 2 ** (len(config["dim_mult"]) - 1) * (config["patch_size"] or 1),
+    }
+    for name, factor in expected.items():
+        if config[name] != factor:
+            raise ValueError(f"{where}: {name} is {config[name]}, expected {factor}, that of its layers: {DOWNLOAD}")

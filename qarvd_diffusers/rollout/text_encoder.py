@@ -118,7 +118,7 @@ def load_prompt_embeds(prompt_embeds: torch.Tensor | str | os.PathLike[str] | No
         if _KEY not in found:
             raise ValueError(f"{prompt_embeds} has no tensor named {_KEY!r}, but {list(found)[:5]}")
         spec = found[_KEY]
-        if not spec.dtype.is_floating_point or len(spec.shape) != 3:
+        if not spec.dtype.is_floating_point or len(spec.shape) != 3 or 0 in spec.shape:
             raise ValueError(f"{prompt_embeds}: {_KEY} is {spec}, expected floats [B, text_tokens, text_dim]")
         embeds: torch.Tensor = file.get_tensor(_KEY)
     check_finite(embeds, f"{prompt_embeds}: {_KEY}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import stat
@@ -182,6 +183,30 @@ def test_with_an_unusable_compiler(cache, monkeypatch, tmp_path, script, reason)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     assert reason in cuda_build.unavailable_reason()
     assert not list(cache.glob("*.so"))
+
+
+@pytest.mark.parametrize("which", ["library", "folder"])
+def test_what_others_can_write_is_not_loaded(cache, monkeypatch, tmp_path, which):
+    """A library with a valid checksum, which anybody could have put there, is neither loaded nor replaced."""
+    fake_nvcc(tmp_path / "cuda", 'echo "release 13.0, V13"')
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(cuda_build, "_compile", lambda nvcc, target: target.write_bytes(b"code"))
+    library = cuda_build.build()
+    path = library if which == "library" else cache
+    path.chmod(path.stat().st_mode | 0o022)
+    reason = cuda_build.unavailable_reason()
+    assert str(path) in reason and "can be written by other users" in reason and "QARVD_CACHE" in reason
+    path.chmod(path.stat().st_mode & ~0o022)
+    assert cuda_build.build() == library
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to give a file away")
+def test_what_others_own_is_not_loaded(cache, monkeypatch, tmp_path):
+    fake_nvcc(tmp_path / "cuda", 'echo "release 13.0, V13"')
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(cuda_build, "_compile", lambda nvcc, target: target.write_bytes(b"code"))
+    os.chown(cuda_build.build(), 12345, -1)
+    assert "belongs to another user (uid 12345)" in cuda_build.unavailable_reason()
 
 
 @needs_nvcc

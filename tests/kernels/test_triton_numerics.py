@@ -278,3 +278,17 @@ def test_add_bias(shape, on_device, triton_module):
     want = total + x + bias
     on_device(triton_module("channel_norm").add_bias, (total, x, bias))
     torch.testing.assert_close(total, want)
+
+
+@pytest.mark.parametrize("wrong", (-1, 80, 2**31 - 1, -(2**31)))
+def test_an_order_out_of_range_stays_in_the_row(wrong, on_device, triton_module):
+    """The nearest channel is read in its place: no address depends on what a file says."""
+    order = torch.arange(80, dtype=torch.int32)
+    order[[0, 40, 79]] = wrong
+    x, (scale, zero_point) = (
+        torch.randn(3, 80, generator=generator(1)),
+        (torch.tensor([0.1, 0.2]), torch.tensor([7, 9])),
+    )
+    calls = [(x, each, 16, scale, zero_point.int()) for each in (order, order.clamp(0, 79))]
+    got, want = (on_device(triton_module("quantize").quantize_static, call) for call in calls)
+    assert torch.equal(got, want)

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from .ownership import foreign_reason
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
@@ -76,7 +78,7 @@ def build() -> Path:
     """Return the path of the built library, from the cache if it is there and intact.
 
     Raises:
-        BuildError: no compiler, no place to write, or a compilation error.
+        BuildError: no compiler, no place to write, a compilation error, or a cache that others own or can write.
     """
     if not sys.platform.startswith("linux"):
         raise BuildError(f"the CUDA kernels are built on Linux only, this is {sys.platform}")
@@ -85,9 +87,12 @@ def build() -> Path:
     for source in sorted(SOURCES.iterdir()):
         key.update(source.name.encode() + b"\0" + source.read_bytes())
     target = cache_folder() / f"qarvd-sm90a-{key.hexdigest()[:20]}.so"
+    if reason := foreign_reason(target.parent.parent, target.parent, target):
+        raise BuildError(reason)
     if not _is_whole(target):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(mode=0o755, exist_ok=True)
             with _locked(target.with_suffix(".lock")):
                 if not _is_whole(target):  # another process may have been first
                     _compile(nvcc, target)
@@ -176,5 +181,6 @@ def _compile(nvcc: Path, target: Path) -> None:
             raise BuildError(f"{nvcc} failed: {cause.strip()}")
         # What follows an ELF image is not read by loaders.
         output.write_bytes(output.read_bytes() + hashlib.sha256(output.read_bytes()).digest())
+        output.chmod(0o755)  # whatever the umask: one that others can write would not be loaded
         os.replace(output, target)
         logger.warning("Compiled in %.0f s; they are kept in %s", time.monotonic() - start, target)

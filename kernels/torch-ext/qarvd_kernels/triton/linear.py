@@ -54,6 +54,7 @@ def dequantize_weight_kernel(
         code -= group_values(zero_point + row * 2, OUTLIERS, channel).to(tl.int32)
     value = code.to(tl.float32) * group_values(scale + row * 2, OUTLIERS, channel)
     order = tl.load(channel_order + channel, mask=mask, other=0)
+    order = tl.minimum(tl.maximum(order, 0), K - 1)  # nothing outside of the row is written
     tl.store(weight + row * K + order, value.to(weight.dtype.element_ty), mask=mask)
 
 

@@ -121,6 +121,7 @@ def norm_quantize_kernel(
     channel = tl.arange(0, BLOCK)
     mask = channel < C
     order = tl.load(channel_order + channel, mask=mask, other=0)
+    order = tl.minimum(tl.maximum(order, 0), C - 1)  # the gather below has no mask
     value = _normed_sum(
         x, y, gate, weight, norm_bias, scale, shift, total, eps, rows_per_gate, rows_per_scale, row, C, BLOCK
     )

@@ -74,17 +74,21 @@ __device__ __forceinline__ void load_table(const float* table, float* values) {
     values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 }
 
-// Place of each of a thread's channels in the stored order, two to a word.
-__device__ __forceinline__ void find_places(const int* order, int first, unsigned char* memory, uint32_t* places) {
+// Place of each of a thread's channels in the stored order, two to a word. Clamped: an order that is no permutation gives
+// wrong codes, and no access outside of the row.
+__device__ __forceinline__ void find_places(const int* order, int first, int channels, unsigned char* memory,
+                                            uint32_t* places) {
+    const uint32_t last = channels - 1, last_pair = last << 16 | last;
     uint16_t* inverse = reinterpret_cast<uint16_t*>(memory);
     const int4 low = __ldg(reinterpret_cast<const int4*>(order + first));
     const int4 high = __ldg(reinterpret_cast<const int4*>(order + first) + 1);
     const int channel[own] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int i = 0; i < own; ++i) inverse[channel[i]] = static_cast<uint16_t>(first + i);
+    for (int i = 0; i < own; ++i) inverse[min(static_cast<uint32_t>(channel[i]), last)] = static_cast<uint16_t>(first + i);
     __syncthreads();
     const uint4 words = *reinterpret_cast<const uint4*>(inverse + first);
-    places[0] = words.x, places[1] = words.y, places[2] = words.z, places[3] = words.w;
+    places[0] = __vminu2(words.x, last_pair), places[1] = __vminu2(words.y, last_pair);
+    places[2] = __vminu2(words.z, last_pair), places[3] = __vminu2(words.w, last_pair);
     __syncthreads();
 }
 
@@ -248,7 +252,7 @@ __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters
     const int end = min(begin + p.block_rows, (segment + 1) * p.segment_rows);
     allow_next_kernel();
     uint32_t places[own / 2];
-    if constexpr (!per_row) find_places(p.order, first, memory, places);
+    if constexpr (!per_row) find_places(p.order, first, p.channels, memory, places);
     await_last_kernel();
 
     auto at = [&](int row) { return static_cast<long long>(row) * p.channels + first; };
