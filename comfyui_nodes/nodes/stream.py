@@ -14,14 +14,14 @@ from ..compat import FAMILY, NodeError, output, schema, widget, work
 from ..handles import LorasType, PipelineHandle, PipelineType, StateType, StreamState
 from ..latents import denormalize
 from ..loras import Lora, applied
-from ..planning import NO_LIMIT, SIZES, plan
+from ..planning import NO_LIMIT, SIZES
 from ..preview import video
 from ..prompts import PromptAt
 from ..runs import Run, workflow_id
 from ..steering import later_controls, recorded
 from ..tensors import digest
 from ..watch import Take, Takes, Watch
-from .stream_inputs import check_choice, check_size, prompts_of, start_of, working_bytes
+from .stream_inputs import check_choice, check_size, fitted, prompts_of, start_of, working_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class QARVDStreamGenerate(io.ComfyNode):
         """Generate, or show again what was generated from the same inputs."""
         check_choice(preview=(preview, PREVIEWS), offload=(offload, OFFLOADS), on_stop=(on_stop, ON_STOP))
         size = check_size(pipeline, width, height)
-        kv_window, kv_cache = _fitted(pipeline, memory, size, kv_window, kv_cache)
+        kv_window, kv_cache = fitted(pipeline, memory, size, kv_window, kv_cache)
         pipe = _streaming_pipeline(pipeline, timesteps, kv_window, sink)
         recording = recorded(controls)
         fps = fps or float(pipe.config.fps)
@@ -340,27 +340,6 @@ def _frames(pipe: Any, num_chunks: int, start: dict[str, Any]) -> int:
     before = start.get("state")
     own = pipe.rollout_config.num_frames_per_chunk * (num_chunks + 1)
     return own + (0 if before is None else before.latents.shape[2])
-
-
-def _fitted(
-    pipeline: PipelineHandle, memory: str, size: tuple[int, int], kv_window: int, kv_cache: str
-) -> tuple[int, str]:
-    """Return window and K/V cache that fit into `memory`; what the user has set stays."""
-    if memory == NO_LIMIT:
-        return kv_window, kv_cache
-    choice = plan(pipeline, memory, size).choice
-    if choice.scheme is not None:
-        raise NodeError(
-            f"{pipeline.name} fits into {memory} only quantized.",
-            f"Connect Q-ARVD Quantize with {choice.scheme} or w4a8, or set memory to {NO_LIMIT} and offload to "
-            "blocks.",
-        )
-    window = kv_window or choice.window or 0
-    storage = choice.kv_cache if kv_cache == "auto" else kv_cache
-    logger.info(
-        "Q-ARVD Stream Generate: for %s, kv_cache is %s and local_attention_frames %s", memory, storage, window
-    )
-    return window, storage
 
 
 def _restored(pipe: Any, before: StreamState, settings: str, num_chunks: int, hooks: dict[str, Any]) -> Any | None:

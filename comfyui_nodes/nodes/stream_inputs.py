@@ -10,6 +10,7 @@ import torch
 from ..compat import NodeError
 from ..handles import PipelineHandle
 from ..latents import normalize, one_video
+from ..planning import NO_LIMIT, plan
 from ..prompts import CHUNK, OVER, SWITCH, PromptAt, schedule_of
 
 logger = logging.getLogger(__name__)
@@ -115,3 +116,24 @@ def working_bytes(pipe: Any, size: tuple[int, int], frames: int) -> int:
     cached = 2 * config.num_layers * hidden * (frames if window == -1 else window)
     controls = 2 * config.num_layers if "control_dim" in config else 0  # scale and shift of every block
     return cached + (ACTIVATION_CHUNKS + controls) * hidden * pipe.rollout_config.num_frames_per_chunk
+
+
+def fitted(
+    pipeline: PipelineHandle, memory: str, size: tuple[int, int], kv_window: int, kv_cache: str
+) -> tuple[int, str]:
+    """Return window and K/V cache that fit into `memory`; what the user has set stays."""
+    if memory == NO_LIMIT:
+        return kv_window, kv_cache
+    choice = plan(pipeline, memory, size).choice
+    if choice.scheme is not None:
+        raise NodeError(
+            f"{pipeline.name} fits into {memory} only quantized.",
+            f"Connect Q-ARVD Quantize with {choice.scheme} or w4a8, or set memory to {NO_LIMIT} and offload to "
+            "blocks.",
+        )
+    window = kv_window or choice.window or 0
+    storage = choice.kv_cache if kv_cache == "auto" else kv_cache
+    logger.info(
+        "Q-ARVD Stream Generate: for %s, kv_cache is %s and local_attention_frames %s", memory, storage, window
+    )
+    return window, storage

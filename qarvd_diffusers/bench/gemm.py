@@ -26,7 +26,7 @@ def _candidates(n: int, k: int, rows: int, device: torch.device) -> dict[str, Ca
     codes = torch.randint(-128, 128, (rows, k), device=device, dtype=torch.int8)
     weight = torch.randint(-127, 128, (n, k), device=device, dtype=torch.int8)
     ratio, scale = torch.rand(n, device=device) + 1, torch.rand(n, device=device) / (100 * k)
-    ours = (codes, weight, OUTLIERS, ratio, scale, bias, None, None)
+    ours = (codes, weight, OUTLIERS, ratio, scale, bias, None, None, None)
     out = (torch.full((2,), 0.01, device=device), torch.full((2,), 10, dtype=torch.int32, device=device), OUTLIERS)
     x8, w8, one = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn), torch.ones((), device=device)
     row, column = torch.ones(rows, 1, device=device), torch.ones(1, n, device=device)

@@ -139,7 +139,7 @@ def check_tensors(model: nn.Module, found: Stored, folder: object) -> None:
         )
     listed = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
     raise ValueError(
-        f"{file if len({path for _, path in found.values()}) == 1 else folder}: {len(missing)} tensors of "
+        f"{source if len({path for _, path in found.values()}) == 1 else folder}: {len(missing)} tensors of "
         f"{type(model).__name__} are missing ({listed}): {DOWNLOAD}"
     )
 

@@ -76,7 +76,7 @@ def test_stages_do_not_change_the_result(monkeypatch):
         wan = make_wan()
         results.append(calibrate(wan, lambda on_pass, wan=wan: counted(on_pass, wan), config_of()))
     assert same(*results)
-    assert len(runs) == (1 + 1) + (1 + 3)  # ranges, then: all at once; the text embedding and two blocks
+    assert len(runs) == (2 + 1) + (2 + 3)  # ranges, then: all at once; the text embedding and two blocks
 
 
 def test_callers_in_inference_mode():

@@ -34,11 +34,11 @@ def bars(text: str) -> list[str]:
     [
         (config("w8a8_dynamic"), LAYERS),
         (config("w8a8"), LAYERS + 2 * PASSES),
-        (config("w8a8", outlier_detector="mad_zscore"), LAYERS + PASSES),
+        (config("w8a8", outlier_detector="mad_zscore", activation="static"), LAYERS + PASSES),
         (config("w4a16"), LAYERS + PASSES + GROUPS),
-        (config("w4a8"), LAYERS + 2 * PASSES + GROUPS),
-        (config("w4a8", rounding_inputs="quantized"), LAYERS + (1 + 3) * PASSES + GROUPS),
-        (config("w4a8", rounding="adaround", rounding_iterations=4), LAYERS + (1 + 3) * PASSES + 4 * GROUPS),
+        (config("w4a8"), LAYERS + 3 * PASSES + GROUPS),
+        (config("w4a8", rounding_inputs="quantized"), LAYERS + (2 + 3) * PASSES + GROUPS),
+        (config("w4a8", rounding="adaround", rounding_iterations=4), LAYERS + (2 + 3) * PASSES + 4 * GROUPS),
     ],
     ids=lambda value: f"{value.scheme}-{value.resolved_rounding}" if isinstance(value, QARVDConfig) else str(value),
 )

@@ -198,7 +198,7 @@ def test_pictures_of_the_5b_vae(tiny_pipeline):
     [
         ({"pin_shots": True, "local_attention_frames": 5, "sink_frames": 1}, "pin_shots is True"),
         ({"shot_rope_offset": -1}, "shot_rope_offset is -1"),
-        ({"sampler": "euler"}, "sampler is 'euler', expected one of renoise, unipc"),
+        ({"sampler": "euler"}, "sampler is 'euler', expected one of renoise, renoise_integer, unipc"),
         ({"clamped_start": True, "independent_first_frame": True}, "clamped_start is True"),
         ({"context_mode": "none"}, "context_mode is 'none', expected one of refresh, rebuild"),
         ({"context_mode": "rebuild"}, "local_attention_frames of two or more whole chunks"),
