@@ -24,14 +24,14 @@ from common import append_json_line, load_bundled
 from torch import Tensor, nn
 
 from qarvd_diffusers import ARVDPipeline, QARVDConfig
-from qarvd_diffusers.calibration.inputs import InputQuantizer
+from qarvd_diffusers.calibration.inputs import InputQuantizer, TokenQuantizer
 from qarvd_diffusers.calibration.targets import quantizable_linears
 from qarvd_diffusers.evaluation.fidelity import to_uint8
 from qarvd_diffusers.evaluation.moving_shapes import held_out_prompts, sample_scene, shows_prompt
 from qarvd_diffusers.quantization.install import apply
 from qarvd_diffusers.quantization.linear import QARVDLinear
 from qarvd_diffusers.rollout.output import Chunk
-from qarvd_kernels import quantize_dynamic
+from qarvd_kernels import quantize_dynamic, rotate
 
 BATCH = 8  # prompts that are generated together
 ALIGNMENT = 16  # the bundled model is 256 wide: the default of 128 would call half of all channels outliers
@@ -171,6 +171,8 @@ RECIPES: dict[str, Callable[[ARVDPipeline, str, int], None]] = {
         *a, outlier_detector="mad_zscore", input_percentiles=(0.999, 0.9999, 0.99999), outlier_alignment=128
     ),
     "default, alignment 128": lambda *a: qarvd(*a, outlier_alignment=128),
+    "scale per token": lambda *a: qarvd(*a, activation="token"),
+    "scale per token, alignment 128": lambda *a: qarvd(*a, activation="token", outlier_alignment=128),
     "default": lambda *a: qarvd(*a),
 }
 
@@ -187,12 +189,18 @@ class Simulated(nn.Module):
             self.quantizer = InputQuantizer(layer.input_scale, layer.input_zero_point, layer.num_outliers)
         elif layer.activation == "dynamic":
             self.quantizer = partial(quantized_per_token, num_outliers=layer.num_outliers)
+        elif layer.activation == "token":
+            self.quantizer = TokenQuantizer()
+        self.rotation = layer.rotation
+        if self.rotation > 1:
+            weight = rotate(weight, self.rotation)
         if self.quantizer is not None:
             weight = weight[:, self.order.long()].contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `[..., K]`."""
+        x = rotate(x, self.rotation) if self.rotation > 1 else x
         x = x if self.quantizer is None else self.quantizer(x.index_select(-1, self.order))
         return nn.functional.linear(x, self.weight, self.bias)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PipelineType = io.Custom("QARVD_PIPELINE")
 CalibrationType = io.Custom("QARVD_CALIBRATION")
 StateType = io.Custom("QARVD_STATE")
+ACTIVATION_CHUNKS = 16  # working memory of a pass, in units of one chunk's hidden states
 
 # What to do if a component does not fit.
 _REMEDIES = {
@@ -193,3 +194,16 @@ class StreamState:
     generator: torch.Tensor
     settings: str
     saved: SavedStream | None = field(compare=False, repr=False)
+
+
+def working_bytes(pipe: Any, size: tuple[int, int], frames: int) -> int:
+    """Estimate the bytes of K/V cache and activations, for ComfyUI to keep free."""
+    config = pipe.transformer.config
+    scale, patch = pipe.vae_scale_factor_spatial, config.patch_size
+    tokens = (size[0] // scale // patch[2]) * (size[1] // scale // patch[1])
+    window = pipe.config.local_attention_frames
+    width = config.num_attention_heads * config.attention_head_dim
+    hidden = tokens * width * pipe.transformer.dtype.itemsize
+    cached = 2 * config.num_layers * hidden * (frames if window == -1 else window)
+    controls = 2 * config.num_layers if "control_dim" in config else 0  # scale and shift of every block
+    return cached + (ACTIVATION_CHUNKS + controls) * hidden * pipe.rollout_config.num_frames_per_chunk

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import Any
 
@@ -16,6 +16,8 @@ import comfy.model_management
 import folder_paths
 from aiohttp import web
 from server import PromptServer
+
+from .steering import pressed
 
 STREAM_EVENT = "qarvd.stream"
 KEPT = 64  # runs that the page can request
@@ -37,6 +39,8 @@ class Run:
         made: chunks generated so far.
         state: running, done, early (finished before all were made), stopped or failed.
         finishing: the user asked to finish after the current chunk.
+        keys: keys that steer the run, empty if nothing does.
+        steer: takes controls for the next chunks, or None.
     """
 
     def __init__(self, node_id: str, workflow: str | None, total: int) -> None:
@@ -47,6 +51,8 @@ class Run:
         self.made = 0
         self.state = "running"
         self.finishing = False
+        self.keys: list[str] = []
+        self.steer: Callable[[Any], None] | None = None
 
     def status(self) -> dict[str, Any]:
         """Return the run as JSON types, for the page."""
@@ -59,6 +65,7 @@ class Run:
             "made": self.made,
             "state": self.state,
             "finishing": self.finishing,
+            "keys": self.keys,
         }
 
     def announce(self) -> None:
@@ -79,6 +86,7 @@ class Run:
         finally:
             if self.state == "running":
                 self.state = "failed"
+            self.steer = None  # it holds the stream
             self.announce()
 
 
@@ -111,6 +119,7 @@ def register() -> None:
     routes.get("/qarvd/streams")(_streams)
     routes.post("/qarvd/cached")(_cached)
     routes.post("/qarvd/finish")(_finish)
+    routes.post("/qarvd/controls")(_controls)
     routes.get("/qarvd/video")(_video)
 
 
@@ -148,6 +157,19 @@ async def _finish(request: web.Request) -> web.Response:
         run.finishing = True
         run.announce()
     return web.json_response({"finishing": [run.id for run in found]})
+
+
+async def _controls(request: web.Request) -> web.Response:
+    """Steer a running stream from its next chunk on, by the keys that are held and by the mouse."""
+    values = await request.json()
+    run = _runs.get(values.get("run"))
+    if run is None or run.steer is None:
+        return web.json_response({"error": f"no stream {values.get('run')!r} that can be steered runs"}, status=404)
+    try:
+        run.steer(pressed(values))
+    except (ValueError, TypeError) as error:
+        return web.json_response({"error": str(error)}, status=400)
+    return web.json_response({"keys": values.get("keys", "")})
 
 
 async def _video(request: web.Request) -> web.Response:

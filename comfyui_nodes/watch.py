@@ -15,6 +15,7 @@ from .compat import NodeError, stop_if_interrupted
 from .handles import PipelineHandle, StreamState
 from .preview import ChunkFeed, LatentPreview, picture
 from .runs import Run
+from .steering import keys
 from .tensors import joined
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class Watch:
         self._bar = comfy.utils.ProgressBar(passes, node_id=run.node_id)
         self._feed = ChunkFeed(run, fps) if preview == "video" else None
         self._latent_preview = LatentPreview()
+
+    def steered_by(self, steer: Callable[[Any], None]) -> None:
+        """Let the page steer the stream: `steer` takes controls for the next chunks."""
+        self._run.steer, self._run.keys = steer, keys()
+        self._run.announce()
 
     def on_pass(self, info: Any) -> None:
         """Advance the progress bar; `on_pass` of the stream."""

@@ -18,6 +18,7 @@ _PUBLIC = {
     "ARVDMixin": "pipelines.arvd_mixin",
     "ARVDPipeline": "pipelines.pipeline_arvd",
     "CausalWanTransformer3DModel": "models.transformer_causal_wan",
+    "IntegerRenoiseScheduler": "schedulers.scheduling_integer_renoise",
     "KVCache": "kv_cache.cache",
     "ChunkUniPCScheduler": "schedulers.scheduling_chunk_unipc",
     "FewStepRenoiseScheduler": "schedulers.scheduling_few_step_renoise",
@@ -42,7 +43,10 @@ _PUBLIC = {
     "save_prompt_embeds": "rollout.text_encoder",
     "SensitivityResult": "calibration.sensitivity",
     "Stream": "rollout.stream",
+    "WorldWanTransformer3DModel": "models.world",
 }
+# diffusers loads a component of this library if its class is a subclass of one that the library has under this name.
+_BASES = {"ModelMixin": "diffusers"}
 
 if TYPE_CHECKING:
     from .bundled import bundled_model_path
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from .evaluation.fidelity import evaluate
     from .kv_cache.cache import KVCache
     from .models.transformer_causal_wan import CausalWanTransformer3DModel
+    from .models.world import WorldWanTransformer3DModel
     from .pipelines.any_pipeline import choose_bits, measure_rollouts, quantize
     from .pipelines.arvd_mixin import ARVDMixin
     from .pipelines.pipeline_arvd import ARVDPipeline
@@ -71,6 +76,7 @@ if TYPE_CHECKING:
     from .rollout.text_encoder import save_prompt_embeds
     from .schedulers.scheduling_chunk_unipc import ChunkUniPCScheduler
     from .schedulers.scheduling_few_step_renoise import FewStepRenoiseScheduler
+    from .schedulers.scheduling_integer_renoise import IntegerRenoiseScheduler
 
 __all__ = [
     "ARVDMixin",
@@ -78,6 +84,7 @@ __all__ = [
     "CausalWanTransformer3DModel",
     "ChunkUniPCScheduler",
     "FewStepRenoiseScheduler",
+    "IntegerRenoiseScheduler",
     "KVCache",
     "PassInfo",
     "QARVDConfig",
@@ -85,6 +92,7 @@ __all__ = [
     "Report",
     "SensitivityResult",
     "Stream",
+    "WorldWanTransformer3DModel",
     "bundled_model_path",
     "calibrate",
     "choose_bits",
@@ -104,6 +112,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _BASES:
+        return getattr(importlib.import_module(_BASES[name]), name)
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""Decide what is quantized and how: schemes, `QARVDConfig` (frozen, checked at construction) and its `Recipe`."""
+"""Decide what is quantized and how: `QARVDConfig` (frozen, checked at construction) and its `Recipe`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from .files.schema import check_fields, check_value
+from .schemes import GROUP, NEW_FORMAT, SCHEMES, QuantizedModule, Scheme, format_of
+from .schemes import PACKED_FORMAT as PACKED_FORMAT
 
 
 class QARVDMethod(str, Enum):
@@ -21,68 +23,16 @@ class QARVDMethod(str, Enum):
     QARVD = "qarvd"
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """Describe how one quantized Linear computes.
-
-    Attributes:
-        weight_bits: 4 or 8.
-        activation: `"static"` (int8, calibrated per tensor and group), `"dynamic"` (int8 per token and group, at run
-            time) or `"none"` (float activations, dequantized weights).
-        symmetric_weights: zero-point in the middle of the code range; saves the row sums of an 8-bit GEMM.
-    """
-
-    weight_bits: int
-    activation: str
-    symmetric_weights: bool
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether activation ranges have to be calibrated."""
-        return self.activation == "static"
-
-
-SCHEMES: dict[str, Scheme] = {
-    "w8a8": Scheme(8, "static", symmetric_weights=True),
-    "w4a8": Scheme(4, "static", symmetric_weights=False),
-    "w8a16": Scheme(8, "none", symmetric_weights=True),
-    "w4a16": Scheme(4, "none", symmetric_weights=False),
-    "w8a8_dynamic": Scheme(8, "dynamic", symmetric_weights=True),
-    "w4a8_dynamic": Scheme(4, "dynamic", symmetric_weights=False),
-}
-ACTIVATIONS = ("static", "dynamic", "none")
 ROUNDINGS = ("auto", "nearest", "gptq", "adaround")
 OUTLIER_DETECTORS = ("auto", "input", "mad_zscore", "iqr", "none")
+SCALES = ("auto", "static", "dynamic", "token")
+ROTATION = 128
 PERCENTILES = (0.999, 0.9999, 0.99999)
 _NAME_LISTS = ("modules_to_not_convert", "modules_to_convert", "rounding_skips")
 _SEQUENCES = ("percentiles", "input_percentiles", "calibration_prompts", *_NAME_LISTS)
 
-PACKED_FORMAT = 2
-"""Layout of packed tensors in checkpoints and calibration results. 2: 8-bit codes are stored as the signed operand of
-the integer product. The layout before it had no number."""
-
 # Published chunk sensitivities of Self-Forcing at W4A8 (arXiv 2605.21072), share of the total error per chunk.
 PUBLISHED_SENSITIVITY = (0.5462, 0.1668, 0.1189, 0.0789, 0.0534, 0.0263, 0.0096)
-
-
-@dataclass(frozen=True)
-class QuantizedModule:
-    """Describe one quantized Linear in a checkpoint's config, so that its empty module can be built.
-
-    Attributes:
-        num_outliers: number of outlier input channels, stored first.
-        weight_bits: bits of a weight code.
-        activation: see `Scheme.activation`.
-    """
-
-    num_outliers: int
-    weight_bits: int
-    activation: str
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.weight_bits not in (4, 8) or self.activation not in ACTIVATIONS or self.num_outliers < 0:
-            raise ValueError(f"{self} is not a valid description of a quantized module")
 
 
 @dataclass(frozen=True)
@@ -93,6 +43,9 @@ class Recipe:
     rounding: str = "nearest"  # or `gptq` or `adaround`
     rounding_skips: tuple[str, ...] = ()  # layers that are rounded to nearest anyway: names, or whole parts of them
     input_percentiles: tuple[float, ...] = (1.0,)  # candidates for the range of static activations
+    token_scales: bool = False  # one scale per token where a kernel holds a whole row when it writes the codes
+    group: int = 0  # channels of 4-bit weights that share an integer factor and a zero-point; 0: a whole row
+    rotation: int = 1  # largest block of channels that is rotated before 8-bit layers with a scale per token
     symmetric_8_bit: bool = True  # zero-points of 8-bit weights are in the middle of the code range
     clamp_zero_points: bool = True  # ranges are extended to include zero
     tie_inputs: bool = True  # layers that read the same tensor share outliers and activation quantizer
@@ -135,14 +88,21 @@ class Recipe:
             recipe = cls(rounding="gptq", input_percentiles=config.percentiles)
         else:
             recipe = cls(detector="input" if scheme.needs_calibration else "mad_zscore")
-        chosen = {
+        chosen: dict[str, Any] = {
             "detector": None if config.outlier_detector == "auto" else config.outlier_detector,
             "rounding": None if config.rounding == "auto" else config.rounding,
             "rounding_skips": config.rounding_skips,
             "input_percentiles": config.input_percentiles,
             "tie_inputs": None if config.tie_inputs else False,
         }
-        changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        by_default = config.activation == "auto" and scheme.activation != "none" and not config.reference_compat
+        if config.activation == "token" or by_default:
+            chosen |= {"token_scales": True, "rotation": ROTATION}
+        if scheme.weight_bits == 4 and not config.reference_compat:
+            chosen["group"] = GROUP
+        if config.weight_group is not None:
+            chosen["group"] = config.weight_group
+        changes = {name: value for name, value in chosen.items() if value is not None}
         return dataclasses.replace(recipe, **changes)
 
 
@@ -174,6 +134,13 @@ class QARVDConfig(QuantizationConfigMixin):
             or, under `reference_compat`, those that read the prompt alone.
         chunk_weights: sensitivity per chunk, any positive scale, weighting every calibration loss; a shorter or longer
             rollout continues the last ratio. `"published"` takes the published numbers, `"uniform"` weighs all alike.
+        activation: scales of the activations. `static`: calibrated, one per tensor and group of channels
+            (arXiv 2605.21072). `token`: one per token at run time, of blocks of channels that a Hadamard transform has
+            mixed; layers with fewer outputs than inputs stay `static` in a calibrated scheme, as their codes are
+            written before a row is complete. `dynamic`: one per token and group. `auto` takes `token`, and `static`
+            under `reference_compat`.
+        weight_group: neighbouring channels of 4-bit weights that share an integer factor and a zero-point: 16, or 0
+            for one zero-point per row and group of outliers. None takes 16, and 0 under `reference_compat`.
         calibration_prompts: prompts of the calibration rollouts; None takes the set bundled with the package. Never
             stored in a checkpoint.
         calibration_chunks: chunks per calibration rollout.
@@ -212,6 +179,8 @@ class QARVDConfig(QuantizationConfigMixin):
     calibration_seed: int = 0
     modules_to_not_convert: tuple[str, ...] = ()
     modules_to_convert: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    activation: str = dataclasses.field(default="auto", kw_only=True)
+    weight_group: int | None = dataclasses.field(default=None, kw_only=True)
     module_bits: Mapping[str, int] | None = None
     text_encoder: str | None = None
     base_model: str | None = None
@@ -248,6 +217,7 @@ class QARVDConfig(QuantizationConfigMixin):
             ("outlier_detector", OUTLIER_DETECTORS),
             ("rounding", ROUNDINGS),
             ("rounding_inputs", ("float", "quantized")),
+            ("activation", SCALES),
         ):
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
         self._require(
@@ -255,6 +225,13 @@ class QARVDConfig(QuantizationConfigMixin):
             "outlier_detector",
             f"another one: the scheme {self.scheme} has no static activations",
         )
+        scheme = SCHEMES[self.scheme].activation
+        self._require(
+            self.activation in ("auto", scheme) or (self.activation == "token" and scheme != "none"),
+            "activation",
+            f"'auto'{'' if scheme == 'none' else f', {scheme!r}, or token'} for the scheme {self.scheme}",
+        )
+        self._require(self.weight_group in (None, 0, GROUP), "weight_group", f"None, 0 or {GROUP}")
         for name in ("outlier_alignment", "rounding_iterations", "calibration_chunks"):
             self._require(getattr(self, name) >= 1, name, "a positive integer")
         for name in ("percentiles", "input_percentiles"):
@@ -289,13 +266,13 @@ class QARVDConfig(QuantizationConfigMixin):
         self._require(len(prompts) == 1 or len(set(prompts)) > 1, "calibration_prompts", expected)
 
     def _check_format(self) -> None:
-        if self.modules is None or self.format == PACKED_FORMAT:
+        if self.modules is None or self.format in (PACKED_FORMAT, NEW_FORMAT):
             return
         older = self.format is None or self.format < PACKED_FORMAT
         remedy = "quantize the float model again" if older else "update qarvd_diffusers"
         raise ValueError(
             f"the checkpoint's quantization_config.format is {self.format!r}, this version of qarvd_diffusers reads "
-            f"{PACKED_FORMAT}: its packed weights are laid out in another way. {remedy.capitalize()}"
+            f"{PACKED_FORMAT} and {NEW_FORMAT}: its packed layers are made in another way. {remedy.capitalize()}"
             f"{f' ({self.base_model})' if older and self.base_model else ''}."
         )
 
@@ -366,13 +343,19 @@ class QARVDConfig(QuantizationConfigMixin):
 
     def for_checkpoint(self, modules: Mapping[str, QuantizedModule]) -> QARVDConfig:
         """Make the config to store: it names the quantized modules and drops the prompts, which may be private."""
-        return self.replace(modules=modules, format=PACKED_FORMAT, calibration_prompts=None)
+        return self.replace(modules=modules, format=format_of(modules.values()), calibration_prompts=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON types."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        if not self.modules_to_convert:
-            del values["modules_to_convert"]  # files and hashes are those of versions without this field
+        since: dict[str, Any] = {"modules_to_convert": [], "activation": "auto", "weight_group": None}
+        for name, default in since.items():  # files and hashes are those of versions without these fields
+            if values[name] == default:
+                del values[name]
+        for module in (values["modules"] or {}).values():
+            for name, unset in (("rotation", 1), ("group", 0)):
+                if module[name] == unset:
+                    del module[name]
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:

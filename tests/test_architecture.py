@@ -37,12 +37,14 @@ ROOMS = (
     "calibration",
     "models",
     "rollout",
+    "controls",
     "schedulers",
     "vae",
     "kv_cache",
     "quantization",
     "bundled",
     "config",
+    "schemes",
     "files",
 )
 ROOT_MAY_IMPORT = {"quantizer", "moved"}  # at run time; its type-checking imports give the public names
@@ -178,6 +180,7 @@ print(json.dumps({
         "qarvd_diffusers.files.text",
         "qarvd_diffusers.moved",
         "qarvd_diffusers.quantizer",
+        "qarvd_diffusers.schemes",
     ]
 
 

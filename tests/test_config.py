@@ -119,9 +119,13 @@ def test_reference_compat_is_asymmetric_at_8_bits():
 
 def test_a_recipe_takes_what_the_config_says_and_else_what_the_scheme_or_the_reference_says():
     assert QARVDConfig("w8a16").recipe == Recipe()
-    assert QARVDConfig("w8a8").recipe == Recipe(detector="input")
-    percentiles = QARVDConfig().percentiles
-    assert QARVDConfig("w4a8").recipe == Recipe(rounding="gptq", input_percentiles=percentiles)
+    by_token = {"token_scales": True, "rotation": 128}
+    assert QARVDConfig("w8a8").recipe == Recipe(detector="input", **by_token)
+    assert QARVDConfig("w8a8", activation="static").recipe == Recipe(detector="input")
+    four = {"rounding": "gptq", "input_percentiles": QARVDConfig().percentiles}
+    assert QARVDConfig("w4a8").recipe == Recipe(**four, **by_token, group=16)
+    assert QARVDConfig("w4a16").recipe == Recipe(**four, group=16)
+    assert QARVDConfig("w4a8", activation="static", weight_group=0).recipe == Recipe(**four)
     for scheme in SCHEMES:
         assert QARVDConfig(scheme, reference_compat=True).recipe == Recipe.reference()
     said = {"rounding": "gptq", "rounding_skips": (), "input_percentiles": (0.9,), "tie_inputs": False}
@@ -143,10 +147,10 @@ def test_prompt_files():
     [
         (
             {"format": None},
-            "quantization_config.format is None, .* reads 2: .* Quantize the float model again (Wan/x).",
+            "quantization_config.format is None, .* reads 2 and 3: .* Quantize the float model again (Wan/x).",
         ),
         ({"format": 1}, "quantization_config.format is 1, .* Quantize the float model again"),
-        ({"format": 3}, "quantization_config.format is 3, .* Update qarvd_diffusers"),
+        ({"format": 4}, "quantization_config.format is 4, .* Update qarvd_diffusers"),
     ],
 )
 def test_packed_tensors_of_another_layout(change, message):

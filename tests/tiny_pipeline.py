@@ -7,6 +7,8 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTran
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from qarvd_diffusers.conversion.families import FAMILIES
+from qarvd_diffusers.models.world import WorldWanTransformer3DModel
 from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 
 
@@ -72,12 +74,24 @@ def build_transformer() -> WanTransformer3DModel:
     ).eval()
 
 
-def build_pipeline() -> ARVDPipeline:
+def build_world_transformer(control_dim: int = 6) -> WorldWanTransformer3DModel:
+    """Like `build_transformer`, with input channels for a picture, and controls."""
+    config = {**build_transformer().config, "in_channels": 12}
+    return WorldWanTransformer3DModel.from_config({**config, "control_dim": control_dim}).eval()
+
+
+def build_world(control_dim: int = 6) -> ARVDPipeline:
+    """Like `build_pipeline`, with a camera, or rays and keys, as LingBot-World has."""
+    torch.manual_seed(0)
+    return build_pipeline(build_world_transformer(control_dim), **FAMILIES["lingbot-world"].fields.to_dict())
+
+
+def build_pipeline(transformer: WanTransformer3DModel | None = None, **fields) -> ARVDPipeline:
     """A float32 pipeline with random weights: every component of its real class, 32 x 48 pixels, 12 text tokens."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     pipe = ARVDPipeline(
-        transformer=build_transformer(),
+        transformer=transformer or build_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         tokenizer=tokenizer,
         text_encoder=build_text_encoder(len(tokenizer)),
@@ -85,6 +99,7 @@ def build_pipeline() -> ARVDPipeline:
         height=32,
         width=48,
         max_sequence_length=12,
+        **fields,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

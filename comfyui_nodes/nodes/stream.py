@@ -9,10 +9,11 @@ import torch
 from comfy_api.latest import io
 
 from ..compat import FAMILY, NodeError, output, schema, widget, work
-from ..handles import PipelineHandle, PipelineType, StateType, StreamState
+from ..handles import PipelineHandle, PipelineType, StateType, StreamState, working_bytes
 from ..latents import denormalize, normalize, one_video
 from ..preview import video
 from ..runs import Run, workflow_id
+from ..steering import later_controls, recorded
 from ..tensors import digest
 from ..watch import Take, Takes, Watch
 
@@ -20,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 PREVIEWS = ["video", "frames", "off"]
 STATE_OUTPUT = 3  # index of the output
-ACTIVATION_CHUNKS = 16  # working memory of a pass, in units of one chunk's hidden states
 
 _takes = Takes()
 
@@ -149,6 +149,17 @@ class QARVDStreamGenerate(io.ComfyNode):
                     advanced=True,
                     tooltip="Type of the stored keys and values: auto as computed, int8 and fp8 for half the memory.",
                 ),
+                widget(
+                    io.String,
+                    "controls",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For a world model: JSON lines of what is done chunk by chunk, such as "
+                    '{"chunk": 2, "keys": "w arrowleft"}, or key poses of a camera. While it runs, click the video '
+                    "and use the keys W A S D Q E and the arrows.",
+                ),
                 io.Image.Input(
                     "start_image",
                     optional=True,
@@ -188,6 +199,7 @@ class QARVDStreamGenerate(io.ComfyNode):
         kv_window: int = 0,
         sink: int = -1,
         kv_cache: str = "auto",
+        controls: str = "",
         **start: Any,
     ) -> io.NodeOutput:
         """Generate, or show again what was generated from the same inputs."""
@@ -195,16 +207,19 @@ class QARVDStreamGenerate(io.ComfyNode):
             raise NodeError(f"preview is {preview!r}.", f"Choose one of: {', '.join(PREVIEWS)}.")
         pipe = _streaming_pipeline(pipeline, timesteps, kv_window, sink)
         size = _check_size(pipeline, width, height)
+        recording = recorded(controls)
         fps = fps or float(pipe.config.fps)
         run = Run(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), num_chunks)
         watch = Watch(run, pipe, fps, preview)
-        inputs = digest([positive, num_chunks, seed, size, timesteps, kv_window, sink, kv_cache, start])
+        inputs = digest([positive, num_chunks, seed, size, timesteps, kv_window, sink, kv_cache, start, controls])
         with run.going_on():
             take = _takes.find(run.node_id, pipeline, inputs)
             if take is not None:
                 watch.replay(take)
             else:
-                take = cls._generate(watch, pipeline, pipe, positive, (num_chunks, seed, size, kv_cache), start)
+                take = cls._generate(
+                    watch, pipeline, pipe, positive, (num_chunks, seed, size, kv_cache, recording), start
+                )
                 _takes.keep(run.node_id, pipeline, inputs, take)
         return io.NodeOutput(
             take.images,
@@ -219,18 +234,19 @@ class QARVDStreamGenerate(io.ComfyNode):
     def _generate(
         cls, watch: Watch, pipeline: PipelineHandle, pipe: Any, positive: list, settings: tuple, start: dict[str, Any]
     ) -> Take:
-        """Run the model; `settings` are num_chunks, seed, size in pixels and kv_cache."""
-        num_chunks, seed, size, kv_cache = settings
+        """Run the model; `settings` are num_chunks, seed, size in pixels, kv_cache and controls."""
+        num_chunks, seed, size, kv_cache, recording = settings
         embeds = _prompt_embeds(pipeline, positive)
         before: StreamState | None = start.get("state")
         frames = pipe.rollout_config.num_frames_per_chunk * (num_chunks + 1)
         frames += 0 if before is None else before.latents.shape[2]
-        pipeline.load("transformer", "vae", memory=_working_bytes(pipe, size, frames))
+        pipeline.load("transformer", "vae", memory=working_bytes(pipe, size, frames))
         beginning = _start(pipeline, size, **start)
         generator = torch.Generator("cpu").manual_seed(seed % 2**63)
         hooks = {"on_pass": watch.on_pass, "callback_on_step_end": watch.on_step, "generator": generator}
         digested = digest([embeds, size, kv_cache])
-        stream = None if before is None else _restored(pipe, before, digested, num_chunks, hooks)
+        steered = {} if recording is None else {"controls": recording}
+        stream = None if before is None else _restored(pipe, before, digested, num_chunks, {**hooks, **steered})
         if stream is None:
             if before is not None:
                 generator.set_state(before.generator)
@@ -244,9 +260,12 @@ class QARVDStreamGenerate(io.ComfyNode):
                     kv_cache=kv_cache,
                     **hooks,
                     **beginning,
+                    **steered,
                 )
             except ValueError as error:
                 raise NodeError(f"{error}.", "Change what starts the video, or the node's settings.") from error
+        if "control_dim" in pipe.transformer.config:
+            watch.steered_by(stream.set_controls)
 
         def state(latents: torch.Tensor, saved: Any) -> StreamState:
             return StreamState(pipeline.name, latents, generator.get_state(), digested, saved)
@@ -269,6 +288,8 @@ def _restored(pipe: Any, before: StreamState, settings: str, num_chunks: int, ho
         reason = "prompt, size or kv_cache differs"
     else:
         try:
+            if "control_dim" in pipe.transformer.config:
+                hooks["controls"] = later_controls(pipe, hooks.get("controls"), before.saved.num_chunks, num_chunks)
             return pipe.restore_stream(before.saved, num_chunks=before.saved.num_chunks + num_chunks, **hooks)
         except ValueError as error:
             reason = str(error)
@@ -378,15 +399,3 @@ def _start(pipeline: PipelineHandle, size: tuple[int, int], **starts: Any) -> di
             f"Set width to {got[1]} and height to {got[0]}.",
         )
     return {"initial_latents": latents}
-
-
-def _working_bytes(pipe: Any, size: tuple[int, int], frames: int) -> int:
-    """Estimate the bytes of K/V cache and activations, for ComfyUI to keep free."""
-    config = pipe.transformer.config
-    scale, patch = pipe.vae_scale_factor_spatial, config.patch_size
-    tokens = (size[0] // scale // patch[2]) * (size[1] // scale // patch[1])
-    window = pipe.config.local_attention_frames
-    width = config.num_attention_heads * config.attention_head_dim
-    hidden = tokens * width * pipe.transformer.dtype.itemsize
-    cached = 2 * config.num_layers * hidden * (frames if window == -1 else window)
-    return cached + ACTIVATION_CHUNKS * hidden * pipe.rollout_config.num_frames_per_chunk

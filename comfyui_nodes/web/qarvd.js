@@ -12,6 +12,7 @@ const PLAYER_TYPE = "qarvd_player";
 const TEXT_TYPE = "qarvd_text";
 const PLAYER_HEIGHT = 240;
 const BAR_HEIGHT = 32;
+const DEGREES = 0.1; // that the camera turns per pixel that the mouse is dragged
 const MARGINS = 20; // that the canvas leaves above and below
 
 const players = new WeakMap(); // node -> Player; nodes are built again whenever their tab is opened
@@ -46,6 +47,7 @@ function learn(status, chunks = []) {
     total: status.total,
     state: ended ? run.state : status.state, // an answer may be older than the last event
     finishing: status.finishing || run.finishing,
+    keys: status.keys?.length ? status.keys : (run.keys ?? []),
     count: Math.max(status.made, run.count ?? 0),
   });
   runs.set(keyOf(run), run);
@@ -124,6 +126,52 @@ class Player {
       "image-rendering:pixelated;display:none";
     this.stage.append(this.still);
     this.root.append(this.stage, this.makeBar());
+    this.listen();
+    this.describe();
+  }
+
+  // Keys that are held while the player has the focus, and dragging, steer a world model from its next chunk on.
+  listen() {
+    this.held = new Set();
+    this.root.tabIndex = 0;
+    const steers = () => this.run?.state === "running" && this.run.keys?.length;
+    const press = (event) => {
+      const key = event.key.toLowerCase();
+      if (!steers() || !this.run.keys.includes(key)) return;
+      event.preventDefault();
+      event.stopPropagation(); // the canvas has keys of its own
+      const known = this.held.has(key);
+      if (event.type === "keydown") this.held.add(key);
+      else this.held.delete(key);
+      if (known !== this.held.has(key)) this.steer();
+    };
+    this.root.addEventListener("keydown", press);
+    this.root.addEventListener("keyup", press);
+    this.root.addEventListener("blur", () => {
+      if (!this.held.size) return;
+      this.held.clear();
+      this.steer();
+    });
+    this.stage.addEventListener("pointerdown", (event) => {
+      if (!steers()) return;
+      event.stopPropagation(); // would drag the node
+      this.root.focus();
+      this.stage.setPointerCapture(event.pointerId);
+      this.drag = [event.clientX, event.clientY];
+    });
+    this.stage.addEventListener("pointerup", (event) => {
+      if (!this.drag) return;
+      const [x, y] = this.drag;
+      this.drag = null;
+      const turn = [(event.clientX - x) * DEGREES, (y - event.clientY) * DEGREES];
+      if (steers() && turn.some(Boolean)) this.steer(turn);
+    });
+  }
+
+  steer(mouse = [0, 0]) {
+    if (this.run?.state === "running") {
+      post("/qarvd/controls", { run: this.run.run, keys: [...this.held].join(" "), mouse });
+    }
     this.describe();
   }
 
@@ -250,7 +298,9 @@ class Player {
     const chunk = run.made.get(this.playing);
     const shown = chunk ? `chunk ${chunk.index + 1} · ${chunk.frames} frames in ${chunk.seconds.toFixed(2)} s · ` : "";
     const finishing = running && run.finishing ? "; finishing after this one" : "";
-    this.caption.textContent = shown + CAPTIONS[run.state](run) + finishing;
+    const hint = this.held.size ? [...this.held].join(" ") : "click and use W A S D Q E and the arrows";
+    const keys = running && run.keys?.length ? ` · ${hint}` : "";
+    this.caption.textContent = shown + CAPTIONS[run.state](run) + finishing + keys;
   }
 }
 

@@ -1,6 +1,6 @@
 """Measure speed: matrix products, attention, transformer passes and whole videos, next to other implementations."""
 
-SHAPE_NAMES = ("1.3b", "14b", "toy")
+SHAPE_NAMES = ("1.3b", "14b", "toy", "1.3b-world", "14b-world", "toy-world")
 # Variants of a transformer pass: the float model, other quantizers, our schemes ("-int8", "-fp8": storage of K/V).
 PASS_VARIANTS = (
     "bf16",

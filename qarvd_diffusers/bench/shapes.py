@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..models.world import WorldWanTransformer3DModel
 
 WINDOW_FRAMES = 21  # latent frames that the cache holds: the length that the family is trained on
 CACHED_FRAMES = (3, 12, WINDOW_FRAMES)  # visible latent frames at which attention and passes are timed
@@ -22,12 +23,14 @@ class Shape:
         ffn: hidden channels of the feed-forward network.
         layers: transformer blocks.
         chunk_frames: latent frames that are generated together.
+        world: whether it has input channels for a picture and a camera, as LingBot-World has.
     """
 
     heads: int
     ffn: int
     layers: int
     chunk_frames: int = 3
+    world: bool = False
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -51,6 +54,11 @@ class Shape:
         return 128 * self.heads
 
     @property
+    def in_channels(self) -> int:
+        """Channels of the transformer's input: latents, and where there is one a mask and a picture."""
+        return 36 if self.world else 16
+
+    @property
     def products(self) -> tuple[tuple[int, int], ...]:
         """`(N, K)` of the matrix products of a block, q, k and v as one."""
         return (3 * self.dim, self.dim), (self.dim, self.dim), (self.ffn, self.dim), (self.dim, self.ffn)
@@ -60,7 +68,8 @@ class Shape:
         return self if layers is None else replace(self, layers=layers)
 
 
-SHAPES = {"1.3b": Shape(12, 8960, 30), "14b": Shape(40, 13824, 40), "toy": Shape(1, 256, 2)}
+_SIZES = {"1.3b": Shape(12, 8960, 30), "14b": Shape(40, 13824, 40), "toy": Shape(1, 256, 2)}
+SHAPES = _SIZES | {f"{name}-world": replace(shape, world=True) for name, shape in _SIZES.items()}
 
 
 def random_transformer(
@@ -72,8 +81,10 @@ def random_transformer(
     attention's output projection up.
     """
     torch.manual_seed(0)
+    kind = WorldWanTransformer3DModel if shape.world else CausalWanTransformer3DModel
     with torch.device(device):
-        model = CausalWanTransformer3DModel(
+        model = kind(
+            in_channels=shape.in_channels,
             num_attention_heads=shape.heads,
             ffn_dim=shape.ffn,
             num_layers=shape.layers,
@@ -94,8 +105,19 @@ def random_transformer(
 
 
 def random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw latents of one chunk `[1, 16, F, H, W]` and text embeddings `[1, 512, text_dim]`."""
+    """Draw the input of one chunk `[1, in_channels, F, H, W]` and text embeddings `[1, 512, text_dim]`."""
     generator = torch.Generator(device).manual_seed(1)
-    latents = torch.randn(1, 16, shape.chunk_frames, *shape.latent_size, generator=generator, device=device)
+    latents = torch.randn(
+        1, shape.in_channels, shape.chunk_frames, *shape.latent_size, generator=generator, device=device
+    )
     text = torch.randn(1, TEXT_TOKENS, 4096 if shape.heads > 1 else 64, generator=generator, device=device)
     return latents.to(dtype), text.to(dtype)
+
+
+def random_controls(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Draw the controls of one chunk `[1, 384, F, H, W]`, as an argument of the transformer if it takes any."""
+    if not shape.world:
+        return {}
+    generator = torch.Generator(device).manual_seed(2)
+    size = (1, 384, shape.chunk_frames, *shape.latent_size)
+    return {"controls": torch.randn(size, generator=generator, device=device).to(dtype)}

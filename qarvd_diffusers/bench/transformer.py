@@ -16,7 +16,7 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..quantization.install import apply
 from ..rollout.pass_info import PassInfo
 from .breakdown import breakdown
-from .shapes import WINDOW_FRAMES, Shape, random_inputs, random_transformer
+from .shapes import WINDOW_FRAMES, Shape, random_controls, random_inputs, random_transformer
 from .timing import median_ms, relative_error, time_limit
 
 TIMESTEP = 750.0
@@ -35,6 +35,7 @@ class PassRunner:
         parameter = next(transformer.parameters())
         self._transformer = transformer
         self._latents, self._text = random_inputs(shape, parameter.device, torch.bfloat16)
+        self._controls = random_controls(shape, parameter.device, torch.bfloat16)
         self._kv_cache = kv_cache
         self._timestep = torch.full((1,), TIMESTEP, device=parameter.device)
         self.reset()
@@ -54,6 +55,7 @@ class PassRunner:
             frame_offset=chunk * self._latents.shape[2],
             cache_only=cache_only,
             return_dict=False,
+            **self._controls,
         )[0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..quantization import affine as P
 from .grid import WeightGrid
-from .inputs import InputQuantizer
+from .inputs import InputQuantizer, TokenQuantizer
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # the sigmoid is stretched, so that 0 and 1 are reached at finite values
 
@@ -47,11 +47,11 @@ def adaround(
     grid: WeightGrid,
     samples: Sequence[Tensor],
     sample_weights: Tensor,
-    quantizer: InputQuantizer | None,
+    quantizer: InputQuantizer | TokenQuantizer | None,
     batches: Tensor,
     settings: AdaRoundSettings = AdaRoundSettings(),
     on_step: Callable[[int, float], None] | None = None,
-) -> tuple[Tensor, InputQuantizer | None]:
+) -> tuple[Tensor, InputQuantizer | TokenQuantizer | None]:
     """Choose the codes of one weight, or of the stacked weights of layers that read one tensor.
 
     Args:
@@ -73,8 +73,9 @@ def adaround(
         optimizers, schedules = [torch.optim.Adam([rounding.alpha], lr=settings.weight_lr)], []
         if quantizer is not None:
             quantizer = quantizer.to(weight.device)
-            if settings.input_lr:
-                optimizers.append(torch.optim.Adam([quantizer.scale.requires_grad_()], lr=settings.input_lr))
+            if settings.input_lr and quantizer.learned:
+                learned = [tensor.requires_grad_() for tensor in quantizer.learned]
+                optimizers.append(torch.optim.Adam(learned, lr=settings.input_lr))
                 schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], len(batches)))
         for step, batch in enumerate(batches.tolist(), start=1):
             x, row_weights = _rows([samples[i] for i in batch], sample_weights[batch], weight.device)
@@ -112,10 +113,8 @@ class _SoftRounding:
     """Choose softly between floor (0) and ceiling (1) of every weight, by `h(alpha)`."""
 
     def __init__(self, weight: Tensor, grid: WeightGrid) -> None:
-        self.levels = 2**grid.bits - 1
-        self.scale, self.zero_point = (
-            grid.columns(values, weight.shape[1]) for values in (grid.scale, grid.zero_point)
-        )
+        columns = grid.columns(weight.shape[1])
+        self.scale, self.zero_point, self.low, self.high = columns.scale, columns.zero_point, columns.low, columns.high
         steps = weight / self.scale
         self.floor = steps.floor()
         fraction = (steps - self.floor - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
@@ -127,7 +126,7 @@ class _SoftRounding:
 
     def soft_weight(self) -> Tensor:
         """Compute the weight with soft choices, float32 `[N, K]`."""
-        codes = (self.floor + self.choice() + self.zero_point).clamp(0, self.levels)
+        codes = (self.floor + self.choice() + self.zero_point).clamp(self.low, self.high)
         return P.dequantize(codes, self.scale, self.zero_point)
 
     def softness(self, exponent: float | None) -> Tensor | float:
@@ -138,4 +137,4 @@ class _SoftRounding:
     def codes(self) -> Tensor:
         """Compute the codes of the hard choices, uint8 `[N, K]`."""
         hard = self.floor + (self.alpha >= 0) + self.zero_point
-        return hard.clamp(0, self.levels).to(torch.uint8)
+        return hard.clamp(self.low, self.high).to(torch.uint8)

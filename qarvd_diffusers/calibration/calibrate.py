@@ -20,14 +20,14 @@ from ..rollout.pass_info import PassInfo
 from .blocks import round_blocks, stages_of
 from .capture import InputCapture, pass_weight
 from .groups import LayerGroup
-from .inputs import InputQuantizer
+from .inputs import InputQuantizer, TokenQuantizer
 from .observers import OBSERVERS
 from .outliers import OutlierSet
 from .processes import SINGLE_PROCESS, Processes
 from .resume import ResumeFolder
 from .rounding import ROUNDINGS
 from .splits import input_extents, split_inputs, stored_split
-from .targets import Targets, select, skips_rounding
+from .targets import Targets, describe, rotations_of, select, skips_rounding
 from .targets import quantizable_linears as quantizable_linears
 from .weights import quantize_weight
 
@@ -72,7 +72,7 @@ def plan_work(
     finished = set(processes.from_main(held))
     work = Work()
     if "ranges" not in finished:
-        runs = (config.resolved_outlier_detector == "input") + config.resolved_scheme.needs_calibration
+        runs = _reads_extents(config) + config.resolved_scheme.needs_calibration
         work = Work(shared_runs=runs, layers=len(linears))
     if config.resolved_rounding == "nearest":
         return work
@@ -127,9 +127,10 @@ def calibrate(
         outliers = [stored_split(layers[names[0]]) for names in groups]
     else:
         extents = None
-        if config.resolved_outlier_detector == "input":
+        if _reads_extents(config):
             extents = input_extents(targets, run_share or run, config, processes)
-        outliers = split_inputs(transformer, linears, groups, config, extents, targets.words | targets.dynamic)
+        by_weights, rotations = targets.words | targets.dynamic, _rotations(targets, config)
+        outliers = split_inputs(transformer, linears, groups, config, extents, by_weights, rotations)
         layers = _quantize_weights(targets, outliers, config, progress)
         if config.resolved_scheme.needs_calibration:
             layers = _observe_inputs(targets, outliers, layers, run_share or run, config, processes)
@@ -145,6 +146,27 @@ def calibrate(
     return CalibrationResult(layers, config_hash(config))
 
 
+def _reads_extents(config: QARVDConfig) -> bool:
+    """Tell whether outlier channels are found by a set of rollouts."""
+    by_token = config.recipe.token_scales and config.resolved_scheme.needs_calibration
+    return config.resolved_outlier_detector == "input" or by_token
+
+
+def _described(targets: Targets, config: QARVDConfig) -> dict[str, QuantizedModule]:
+    return describe(targets.linears, targets.groups, config, targets.dynamic)
+
+
+def _static_groups(targets: Targets, config: QARVDConfig) -> list[tuple[str, ...]]:
+    """Return the groups whose inputs have calibrated ranges."""
+    described = _described(targets, config)
+    return [names for names in targets.measured if described[names[0]].activation == "static"]
+
+
+def _rotations(targets: Targets, config: QARVDConfig) -> dict[str, int]:
+    """Return the layers whose inputs have a scale per token, and the blocks of channels that are rotated."""
+    return rotations_of(_described(targets, config))
+
+
 def _observe_inputs(
     targets: Targets,
     outliers: Sequence[OutlierSet],
@@ -154,8 +176,9 @@ def _observe_inputs(
     processes: Processes,
 ) -> dict[str, LinearQParams]:
     """Observe one set of rollouts and add a static input quantizer to every layer."""
-    linears, groups = targets.linears, targets.measured
-    observers = [OBSERVERS[config.recipe.observer](group) for group in outliers[: len(groups)]]
+    linears, groups = targets.linears, _static_groups(targets, config)
+    splits = dict(zip(targets.groups, outliers, strict=True))
+    observers = [OBSERVERS[config.recipe.observer](splits[names]) for names in groups]
     weigh = pass_weight(config)
     observed_weights = _rounded_weights(linears, layers) if config.recipe.observe_rounded else nullcontext()
 
@@ -179,8 +202,11 @@ def _layer_group(
     names: Sequence[str], targets: Targets, outliers: OutlierSet, layers: Mapping[str, LinearQParams]
 ) -> LayerGroup:
     """Build the group of some layers, with the input quantizer that was observed for them."""
-    first, quantizer = layers[names[0]], None
-    if first.input_scale is not None:
+    first = layers[names[0]]
+    quantizer: InputQuantizer | TokenQuantizer | None = None
+    if first.description.activation == "token":
+        quantizer = TokenQuantizer()
+    elif first.input_scale is not None:
         quantizer = InputQuantizer(first.input_scale, first.input_zero_point, outliers.num_outliers)
     return LayerGroup({name: targets.linears[name] for name in names}, outliers, quantizer, not targets.observed)
 
@@ -199,7 +225,9 @@ def quantize_weights(
     if config.resolved_scheme.needs_calibration:
         raise ValueError(f"scheme {config.scheme} needs calibration data: call calibrate, or use w8a8_dynamic")
     targets = targets or select(transformer, config)
-    outliers = split_inputs(transformer, targets.linears, targets.groups, config)
+    outliers = split_inputs(
+        transformer, targets.linears, targets.groups, config, rotations=_rotations(targets, config)
+    )
     packed = _quantize_weights(targets, outliers, config, progress)
     return CalibrationResult(packed, config_hash(config))
 
@@ -211,16 +239,22 @@ def _quantize_weights(
     progress: Progress | None,
 ) -> dict[str, LinearQParams]:
     """Compute integer weights of every layer, on the CPU and in module order, without input quantizers."""
-    linears = targets.linears
+    linears, described = targets.linears, _described(targets, config)
     splits = {name: outlier_set for group, outlier_set in zip(targets.groups, outliers, strict=True) for name in group}
     layers: dict[str, LinearQParams] = {}
     for name, linear in linears.items():
-        scheme = config.scheme_of(name)
-        activation = "dynamic" if scheme.needs_calibration and name in targets.dynamic else scheme.activation
-        description = QuantizedModule(splits[name].num_outliers, scheme.weight_bits, activation)
-        codes, grid = quantize_weight(linear.weight, splits[name], config, name)
-        tensors = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), splits[name].channel_order)
-        layers[name] = LinearQParams(*(tensor.cpu() for tensor in tensors), None, None, description)
+        description = dataclasses.replace(described[name], num_outliers=splits[name].num_outliers)
+        codes, grid = quantize_weight(linear.weight, splits[name], config, name, description.group)
+        tensors = (pack(codes, grid.bits), grid.scale, grid.stored_zero_point, splits[name].channel_order)
+        scale = splits[name].channel_scale
+        stored = (
+            *(tensor.cpu() for tensor in tensors),
+            None,
+            None,
+            description,
+            None if scale is None else scale.cpu(),
+        )
+        layers[name] = LinearQParams(*stored)
         if progress is not None:
             progress("quantizing weights", len(layers), len(linears))
     return layers

@@ -16,7 +16,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..quantization import affine as P
 from .grid import WeightGrid
 
 BLOCK = 128  # columns whose updates of later columns are one product
@@ -45,15 +44,15 @@ def gptq_codes(weight: Tensor, hessian: Tensor, grid: WeightGrid) -> Tensor:
     ordered = hessian[order][:, order].to(torch.float64)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
     factor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
-    scale, zero_point = (grid.columns(values, weight.shape[1])[:, order] for values in (grid.scale, grid.zero_point))
+    columns = grid.columns(weight.shape[1]).take(order)
     rest, codes = weight[:, order].clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], BLOCK):
         block = slice(start, min(start + BLOCK, weight.shape[1]))
         errors = torch.empty_like(rest[:, block])
         for j in range(block.start, block.stop):
-            s, z = scale[:, j], zero_point[:, j]
-            codes[:, j] = P.quantize(rest[:, j], s, z, grid.bits)
-            error = (rest[:, j] - P.dequantize(codes[:, j], s, z)) / factor[j, j]
+            column = columns.take(j)
+            codes[:, j] = column.quantize(rest[:, j])
+            error = (rest[:, j] - column.dequantize(codes[:, j])) / factor[j, j]
             rest[:, j : block.stop] -= error[:, None] * factor[j, j : block.stop]
             errors[:, j - start] = error
         rest[:, block.stop :] -= errors @ factor[block, block.stop :]
@@ -70,16 +69,17 @@ def descended_codes(codes: Tensor, weight: Tensor, hessian: Tensor, grid: Weight
     Returns:
         Codes `[N, K]` whose error is not larger.
     """
-    scale, zero_point = (grid.columns(values, weight.shape[1]) for values in (grid.scale, grid.zero_point))
-    codes, values = codes.clone(), P.dequantize(codes, scale, zero_point)
+    columns = grid.columns(weight.shape[1])
+    codes, values = codes.clone(), columns.dequantize(codes)
     slope = (weight - values) @ hessian
     for start in range(0, weight.shape[1], BLOCK):
         block = slice(start, min(start + BLOCK, weight.shape[1]))
         before, near = values[:, block].clone(), slope[:, block].clone()
         for j in range(block.start, block.stop):
             best = values[:, j] + near[:, j - start] / hessian[j, j]
-            codes[:, j] = P.quantize(best, scale[:, j], zero_point[:, j], grid.bits)
-            value = P.dequantize(codes[:, j], scale[:, j], zero_point[:, j])
+            column = columns.take(j)
+            codes[:, j] = column.quantize(best)
+            value = column.dequantize(codes[:, j])
             near -= (value - values[:, j])[:, None] * hessian[j, block]
             values[:, j] = value
         slope -= (values[:, block] - before) @ hessian[block]
@@ -91,9 +91,9 @@ def refitted_grid(codes: Tensor, weight: Tensor, hessian: Tensor, grid: WeightGr
 
     A scale that would change by more than a factor of 4 stays as it is.
     """
-    steps = codes - grid.columns(grid.zero_point, codes.shape[1])
+    steps = grid.steps(codes)
     parts = torch.zeros(2, *steps.shape, device=steps.device)
-    for g, (part, source) in enumerate(zip(parts, grid.split(steps), strict=True)):
+    for g, (part, source) in enumerate(zip(parts, steps.tensor_split([grid.num_outliers], dim=-1), strict=True)):
         columns = slice(0, grid.num_outliers) if g == 0 else slice(grid.num_outliers, None)
         part[:, columns] = source
     products = parts @ hessian  # [2, N, K]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams
 from .grid import WeightGrid
-from .inputs import InputQuantizer
+from .inputs import InputQuantizer, TokenQuantizer
 from .outliers import OutlierSet
 
 
@@ -29,7 +29,7 @@ class LayerGroup:
 
     linears: Mapping[str, nn.Linear]
     outliers: OutlierSet
-    quantizer: InputQuantizer | None
+    quantizer: InputQuantizer | TokenQuantizer | None
     every_pass: bool = True
 
     @property
@@ -43,27 +43,32 @@ class LayerGroup:
         return self.linears[self.name].weight.device
 
     def weight(self) -> Tensor:
-        """Stack the weights, float32 `[N, K]` in permuted order."""
-        return self.permute(torch.cat([linear.weight.detach() for linear in self.linears.values()]).to(torch.float32))
+        """Stack the weights, float32 `[N, K]`, in the form that is quantized."""
+        return self.outliers.arrange_weight(torch.cat([linear.weight.detach() for linear in self.linears.values()]))
 
     def permute(self, x: Tensor) -> Tensor:
-        """Put the channels `[..., K]` into permuted order."""
-        return x.index_select(-1, self.outliers.channel_order.to(x.device))
+        """Bring inputs `[..., K]` into the form that is quantized."""
+        return self.outliers.arrange_inputs(x)
 
     def packed(
-        self, codes: Tensor, grid: WeightGrid, quantizer: InputQuantizer | None, like: Mapping[str, LinearQParams]
+        self,
+        codes: Tensor,
+        grid: WeightGrid,
+        quantizer: InputQuantizer | TokenQuantizer | None,
+        like: Mapping[str, LinearQParams],
     ) -> dict[str, LinearQParams]:
         """Split uint8 codes `[N, K]` and their grid among the layers; all else is taken from `like`."""
         sizes = [linear.out_features for linear in self.linears.values()]
-        parts = zip(codes.split(sizes), grid.scale.split(sizes), grid.zero_point.split(sizes), strict=True)
+        input_scale, input_zero_point = (None, None) if quantizer is None else quantizer.stored
+        parts = zip(codes.split(sizes), grid.scale.split(sizes), grid.stored_zero_point.split(sizes), strict=True)
         return {
             name: dataclasses.replace(
                 like[name],
                 weight_packed=pack(rows.cpu(), grid.bits),
                 weight_scale=scale.cpu().clone(),
-                weight_zero_point=zero_point.cpu().to(torch.int16),
-                input_scale=None if quantizer is None else quantizer.scale.cpu(),
-                input_zero_point=None if quantizer is None else quantizer.zero_point.cpu(),
+                weight_zero_point=zero_point.cpu(),
+                input_scale=input_scale,
+                input_zero_point=input_zero_point,
             )
             for name, (rows, scale, zero_point) in zip(self.linears, parts, strict=True)
         }
@@ -73,5 +78,5 @@ def stored_grid(group: LayerGroup, layers: Mapping[str, LinearQParams]) -> Weigh
     """Return the grid of a group's packed weights, on the device of the group."""
     stored = [layers[name] for name in group.linears]
     scale = torch.cat([layer.weight_scale for layer in stored]).to(group.device)
-    zero_point = torch.cat([layer.weight_zero_point for layer in stored]).to(group.device, torch.float32)
-    return WeightGrid(scale, zero_point, stored[0].description.num_outliers, stored[0].description.weight_bits)
+    zero_point = torch.cat([layer.weight_zero_point for layer in stored]).to(group.device)
+    return WeightGrid.stored(scale, zero_point, stored[0].description.num_outliers, stored[0].description.weight_bits)

@@ -20,9 +20,11 @@ from ..quantization.install import quantized_layers
 from ..quantization.result import CalibrationResult
 from ..rollout.chunk_loop import ChunkLoop
 from .pipeline import (
+    NO_INPUTS,
     calibrate_pipeline,
     calibration_prompts,
     content_hash,
+    default_tensors,
     pipeline_targets,
     progress_on_device,
     require_float,
@@ -171,13 +173,15 @@ def _mse(a: Tensor, b: Tensor) -> float:
 
 def _loop(pipe: PipelineHost, prompt: str, num_chunks: int, seed: int) -> ChunkLoop:
     """Make the chunk loop of one rollout, with all noise drawn."""
-    nothing = ("prompt_embeds", "num_frames", "height", "width", "latents", "renoise_latents", "initial_latents")
-    inputs = pipe.check_stream_inputs(
-        prompt=prompt,
+    inputs = pipe.stream_inputs(
+        **{
+            **dict.fromkeys(("prompt_embeds", *NO_INPUTS)),
+            **pipe.stream_defaults,
+            "prompt": prompt,
+            "generator": torch.Generator("cpu").manual_seed(seed),
+        },
         num_chunks=num_chunks,
-        generator=torch.Generator("cpu").manual_seed(seed),
         output_type="latent",
-        **dict.fromkeys(nothing),
     )
     inputs = inputs.with_drawn_noise(torch.device("cpu"), torch.float32)
     return pipe.make_loop(inputs, prompt=prompt)
@@ -214,11 +218,12 @@ def describe_measurement(
         calibration = None
     with torch.no_grad():
         embedding = pipe.encode_prompt(prompts[0])  # stands for tokenizer and text encoder
+    start = default_tensors(pipe, embedding, num_chunks) if pipe.stream_defaults else ()
     return {
         "model": content_hash(pipe, QARVDConfig(), []),
         "config": public.to_diff_dict(),
         "calibration": calibration,
-        "prompts": _digest(prompts, [("first", embedding)]),
+        "prompts": _digest(prompts, [("first", embedding), *start]),
         "num_chunks": num_chunks,
         "seed": seed,
     }

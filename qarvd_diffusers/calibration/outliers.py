@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import qarvd_kernels as ops
+
 from ..config import Recipe
 
 DEFAULT = Recipe()
@@ -20,22 +22,44 @@ NORMAL_CONSISTENCY = 0.6745  # MAD of a standard normal distribution
 MEDIAN_RATIO = 1.2  # an outlier is also this much above the median
 IQR_RATIO = 1.5
 ZERO_MAD = 1e-8
+BALANCE = 3.0  # factor by which a channel's scale differs from the others' before it is changed
+DEAD = 1e-3  # of the median magnitude: a channel below it was not seen in use
 WORTHWHILE = 0.9  # a split must reduce the expected noise at least to this share
 
 
 @dataclass(frozen=True)
 class OutlierSet:
-    """Name the input channels that are outliers.
+    """Name the input channels that are outliers, and say what is done about them.
+
+    They are isolated as a group of their own; or, where tokens have their own scales, they are scaled like the others
+    and blocks of channels are rotated.
 
     Attributes:
         channel_order: int32 `[K]` permutation, outliers first; ascending without outliers.
         num_outliers: how many of them lead.
         threshold: column norm above which a channel counted as an outlier, before rounding up and capping.
+        channel_scale: float32 `[K]` by which inputs are multiplied, and columns of weights divided; None is 1.
+        rotation: channels of the blocks that are rotated after that; 1 rotates nothing.
     """
 
     channel_order: Tensor
     num_outliers: int
     threshold: float
+    channel_scale: Tensor | None = None
+    rotation: int = 1
+
+    def arrange_inputs(self, x: Tensor) -> Tensor:
+        """Bring inputs `[..., K]` into the form that is quantized; float32 unless channels are only reordered."""
+        if self.channel_scale is None:
+            return x.index_select(-1, self.channel_order.to(x.device))
+        return ops.rotate(x * self.channel_scale.to(x.device), self.rotation)
+
+    def arrange_weight(self, weight: Tensor) -> Tensor:
+        """Bring a weight `[N, K]` into the form that is quantized, float32: its product with the inputs stays."""
+        weight = weight.to(torch.float32)
+        if self.channel_scale is None:
+            return weight.index_select(-1, self.channel_order.to(weight.device))
+        return ops.rotate(weight / self.channel_scale.to(weight.device), self.rotation)
 
 
 def column_norms(weights: Sequence[Tensor]) -> Tensor:
@@ -137,6 +161,31 @@ def min_noise_split(
     _, count, order = min(candidates, key=lambda candidate: candidate[0])
     parts = order[:count].sort().values, order[count:].sort().values  # neighbours stay neighbours
     return OutlierSet(torch.cat(parts).to(torch.int32), count, 0.0)
+
+
+def balanced(weights: Sequence[Tensor], magnitudes: Tensor | None, rotation: int) -> OutlierSet:
+    """Scale the outliers among channels that are quantized with a scale per token, and rotate blocks of them.
+
+    With inputs of root mean square x[k] and weight columns of norm w[k], rotated quantization errors of inputs and of
+    weights are both proportional to `sum (x s)^2 * sum (w / s)^2`, least for `s = sqrt(w / x)`. Only channels that
+    are out by more than `BALANCE` are scaled: the others differ by what a few prompts happen to hold.
+
+    Args:
+        weights: floats `[N_i, K]`, finite, of layers that read one tensor.
+        magnitudes: float `[K]`, root mean squares of the channels; None takes all as equal.
+        rotation: channels of a block.
+    """
+    norms = column_norms(weights)
+    if magnitudes is None:
+        magnitudes = torch.ones_like(norms)
+    magnitudes = magnitudes.to(norms.device, torch.float32)
+    usual = magnitudes.median()
+    magnitudes = torch.where(magnitudes > DEAD * usual, magnitudes, usual)
+    scale = (norms / magnitudes).sqrt()
+    scale = scale / scale.median()
+    out = scale.isfinite() & (scale > 0) & ((scale > BALANCE) | (scale < 1 / BALANCE))
+    order = torch.arange(norms.numel(), device=norms.device, dtype=torch.int32)
+    return OutlierSet(order, 0, 0.0, torch.where(out, scale, torch.ones_like(scale)), rotation)
 
 
 def _rounding_noise(low: Tensor, high: Tensor, gains: Tensor) -> list[float]:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Arguments of `stream` that rollouts of their own leave out, apart from those of `stream_defaults`.
+NO_INPUTS = ("prompt", "num_frames", "height", "width", "latents", "renoise_latents", "initial_latents", "generator")
+
 PROMPTS_FILE = "calibration_prompts.txt"
 
 
@@ -71,7 +74,29 @@ def content_hash(pipe: PipelineHost, config: QARVDConfig, embeds: list[torch.Ten
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     hash_tensors(digest, pipe.transformer.state_dict().items())
     hash_tensors(digest, ((f"prompt {i}", e) for i, e in enumerate(embeds)))
+    if pipe.stream_defaults and embeds:
+        hash_tensors(digest, default_tensors(pipe, embeds[0], config.calibration_chunks))
     return digest.hexdigest()
+
+
+def default_tensors(
+    pipe: PipelineHost, prompt_embeds: torch.Tensor, num_chunks: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that `stream_defaults` add to the rollouts: of the start, and the controls of every chunk."""
+    inputs = pipe.stream_inputs(
+        **{**dict.fromkeys(NO_INPUTS), **pipe.stream_defaults},
+        prompt_embeds=prompt_embeds,
+        num_chunks=num_chunks,
+        output_type="latent",
+    )
+    for name in ("initial_latents", "condition"):
+        if (tensor := getattr(inputs, name)) is not None:
+            yield name, tensor
+    for chunk in range(num_chunks if inputs.controls is not None else 0):
+        controls = inputs.controls(chunk)
+        if not isinstance(controls, torch.Tensor):
+            controls = torch.tensor(list(repr(controls).encode()), dtype=torch.uint8)
+        yield f"controls {chunk}", controls
 
 
 def calibrate_pipeline(

@@ -15,7 +15,7 @@ from .adaround import AdaRoundSettings, adaround
 from .gptq import compensate
 from .grid import WeightGrid
 from .groups import LayerGroup
-from .inputs import InputQuantizer
+from .inputs import InputQuantizer, TokenQuantizer
 
 # Rows of one sample (one pass of one prompt) that AdaRound keeps; a 480p chunk has 4680.
 SAMPLE_ROWS = 1024
@@ -28,7 +28,7 @@ class Rounded(NamedTuple):
 
     codes: Tensor
     grid: WeightGrid
-    quantizer: InputQuantizer | None
+    quantizer: InputQuantizer | TokenQuantizer | None
 
 
 class Rounding(Protocol):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,23 @@ from ..config import QARVDConfig
 from ..quantization.qparams import LinearQParams
 from ..rollout.pass_info import PassInfo
 from .capture import InputCapture
-from .outliers import OutlierSet, find_outliers, min_noise_split
+from .outliers import OutlierSet, balanced, find_outliers, min_noise_split
 from .processes import Processes
 from .targets import Targets, repeated_name
 
-Extent = tuple[Tensor, Tensor]  # smallest and largest value of every channel, float32 `[K]`
+
+class Extent(NamedTuple):
+    """Describe the channels of an input, float32 `[K]` each.
+
+    Attributes:
+        low: smallest values.
+        high: largest values.
+        magnitude: largest root mean square of any pass.
+    """
+
+    low: Tensor
+    high: Tensor
+    magnitude: Tensor
 
 
 def split_inputs(
@@ -24,8 +38,9 @@ def split_inputs(
     linears: Mapping[str, nn.Linear],
     groups: Sequence[Sequence[str]],
     config: QARVDConfig,
-    extents: Sequence[Extent] | None = None,
+    extents: Sequence[Extent | None] | None = None,
     words: Collection[str] = (),
+    rotations: Mapping[str, int] = MappingProxyType({}),
 ) -> list[OutlierSet]:
     """Find one outlier set per group of layers that read one tensor, from their stacked weights.
 
@@ -37,9 +52,10 @@ def split_inputs(
         linears: its layers by name.
         groups: their partition.
         config: detector and alignment.
-        extents: per group, for the detector `input`.
+        extents: per group, for the detector `input` and for layers with a scale per token.
         words: layers that are split by their weights even then: a few prompts have few words, and do not represent
             others.
+        rotations: layers that are not split, since their activations have a scale per token -> channels of a block.
 
     Raises:
         ValueError: a weight is on the meta device or not finite; the message names the layer.
@@ -57,8 +73,11 @@ def split_inputs(
     def find(index: int, at_least: int = 0) -> OutlierSet:
         """Find the outliers of one group."""
         weights, detector = [linears[name].weight for name in groups[index]], _detector(groups[index][0], config)
-        if extents is not None and groups[index][0] not in words:
-            return min_noise_split(weights, *extents[index], config.outlier_alignment, at_least)
+        extent = None if extents is None or groups[index][0] in words else extents[index]
+        if groups[index][0] in rotations:
+            return balanced(weights, None if extent is None else extent.magnitude, rotations[groups[index][0]])
+        if extent is not None and config.recipe.detector == "input":
+            return min_noise_split(weights, extent.low, extent.high, config.outlier_alignment, at_least)
         return find_outliers(weights, detector, config.outlier_alignment, config.recipe, at_least)
 
     splits = [find(index) for index in range(len(groups))]
@@ -84,7 +103,8 @@ def _detector(name: str, config: QARVDConfig) -> str:
 
 def stored_split(layer: LinearQParams) -> OutlierSet:
     """Return the outlier set that a layer was quantized with."""
-    return OutlierSet(layer.channel_order, layer.description.num_outliers, 0.0)
+    module = layer.description
+    return OutlierSet(layer.channel_order, module.num_outliers, 0.0, layer.channel_scale, module.rotation)
 
 
 def input_extents(
@@ -93,20 +113,21 @@ def input_extents(
     config: QARVDConfig,
     processes: Processes,
 ) -> list[Extent]:
-    """Observe one set of rollouts: smallest and largest value of every channel of the input of measured groups."""
+    """Observe one set of rollouts: every channel of the input of measured groups."""
     groups = targets.measured
     extents: list[Extent | None] = [None] * len(groups)
 
     def observe(index: int, x: Tensor, info: PassInfo) -> None:
         """Extend the extent of one group."""
-        extents[index] = _joined(extents[index], x.detach().flatten(0, -2).to(torch.float32).aminmax(dim=0))
+        rows = x.detach().flatten(0, -2).to(torch.float32)
+        extents[index] = _joined(extents[index], Extent(*rows.aminmax(dim=0), rows.square().mean(0).sqrt()))
 
     with torch.no_grad(), InputCapture(targets.linears, groups, observe, not targets.observed) as capture:
         run(capture.on_pass)
     if capture.ran or processes.count == 1:  # of many processes some may have had no prompt
         capture.check(range(config.calibration_chunks))
     joined: list[Extent | None] = [None] * len(groups)
-    for others in processes.gather([extent and (extent[0].cpu(), extent[1].cpu()) for extent in extents]):
+    for others in processes.gather([extent and Extent(*(value.cpu() for value in extent)) for extent in extents]):
         joined = [_joined(a, b) for a, b in zip(joined, others, strict=True)]
     return joined
 
@@ -115,4 +136,4 @@ def _joined(a: Extent | None, b: Extent | None) -> Extent | None:
     """Join two extents, either of which may be None."""
     if a is None or b is None:
         return a or b
-    return torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])
+    return Extent(torch.minimum(a.low, b.low), torch.maximum(a.high, b.high), torch.maximum(a.magnitude, b.magnitude))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import QARVDConfig, named_by
+from ..config import QARVDConfig, QuantizedModule, named_by
 from ..quantization.linear import QARVDLinear
 from ..quantization.model import unwrapped
 
@@ -17,6 +18,7 @@ PUBLISHED_FAMILY = "WanTransformer3DModel"
 _TEXT_EMBEDDING = "text_embedder"
 
 OUTSIDE, ROUTER, BY_NAME = "outside the repeated blocks", "router of experts", "named by modules_to_not_convert"
+ONCE = "runs once per chunk"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,8 @@ def repeated_blocks(transformer: nn.Module) -> tuple[str, ...]:
 
 
 def kept_float(transformer: nn.Module, config: QARVDConfig) -> dict[str, str]:
-    """List the Linears that stay float, with the reason: what lies outside the repeated blocks, routers, and names.
+    """List the Linears that stay float, with the reason: what lies outside the repeated blocks, routers, names, and
+    parts that the class of the model declares to run once per chunk, and so to cost nothing.
 
     The error of a router, a Linear beside expert tensors, sends tokens to other experts.
     """
@@ -97,6 +100,8 @@ def kept_float(transformer: nn.Module, config: QARVDConfig) -> dict[str, str]:
             kept[name] = BY_NAME
         elif any(named_by(name, pattern) for pattern in chosen):
             continue
+        elif any(named_by(name, part) for part in getattr(transformer, "_runs_once_a_chunk", ())):
+            kept[name] = ONCE
         elif not name.startswith(blocks):
             kept[name] = OUTSIDE
         elif name.rpartition(".")[0] in routing:
@@ -206,6 +211,44 @@ def partition(leader: Mapping[str, str], config: QARVDConfig) -> list[tuple[str,
                 "the same bits, or set tie_inputs=False"
             )
     return [tuple(group) for group in groups.values()]
+
+
+def describe(
+    linears: Mapping[str, nn.Linear],
+    groups: Iterable[Sequence[str]],
+    config: QARVDConfig,
+    dynamic: Collection[str] = (),
+) -> dict[str, QuantizedModule]:
+    """Describe how every layer will compute, before its outlier channels are known.
+
+    With `Recipe.token_scales` a layer whose input has a scale per token needs that input as a whole row. The input of
+    a layer with fewer outputs than inputs (the second one of a feed-forward network) is written in pieces, by the
+    product before it: it stays static where ranges are calibrated.
+
+    Args:
+        linears: layers by name.
+        groups: their partition into layers that read one tensor.
+        config: scheme and recipe.
+        dynamic: names of layers whose inputs are not observed.
+    """
+    recipe, described = config.recipe, {}
+    for names in groups:
+        channels, outputs = linears[names[0]].in_features, sum(linears[name].out_features for name in names)
+        for name in names:
+            scheme = config.scheme_of(name)
+            activation = "dynamic" if scheme.needs_calibration and name in dynamic else scheme.activation
+            if recipe.token_scales and (activation == "dynamic" or (activation == "static" and channels <= outputs)):
+                activation = "token"
+            rotated = activation == "token" and scheme.weight_bits == 8
+            rotation = math.gcd(channels, recipe.rotation) if rotated else 1
+            group = recipe.group if scheme.weight_bits == 4 and channels % (recipe.group or 1) == 0 else 0
+            described[name] = QuantizedModule(0, scheme.weight_bits, activation, rotation, group)
+    return described
+
+
+def rotations_of(described: Mapping[str, QuantizedModule]) -> dict[str, int]:
+    """Select the layers whose activations have a scale per token, with the channels of a block that is rotated."""
+    return {name: module.rotation for name, module in described.items() if module.activation == "token"}
 
 
 def skips_rounding(name: str, config: QARVDConfig) -> bool:

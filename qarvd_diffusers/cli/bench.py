@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..bench import PASS_VARIANTS, SHAPE_NAMES, VIDEO_VARIANTS
 
     names = tuple(dict.fromkeys((*PASS_VARIANTS, *VIDEO_VARIANTS)))
-    parser.add_argument("--shape", choices=SHAPE_NAMES, default="1.3b", help="model size (default: 1.3b)")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPE_NAMES,
+        default="1.3b",
+        help="model size, with picture and camera as ...-world (default: 1.3b)",
+    )
     parser.add_argument(
         "--layers", type=whole(1), help="transformer blocks of the passes and videos (default: the model's)"
     )
@@ -104,6 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **environment(),
     }
     report = _Report(head, args.out)
+    if args.end_to_end and shape.world:
+        raise ValueError(f"--end-to-end starts from a prompt, {args.shape} from a picture: time its --parts passes")
     if args.end_to_end:
         _measure_videos(args, shape, device, report)
     else:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation.fidelity import Rollout
     from ..pipelines.pipeline_arvd import ARVDPipeline
 
+LIVE = "-"  # in place of a file of controls: standard input, while the video runs
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -29,6 +30,26 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--dtype`."""
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: bfloat16 on a GPU, float32 on a CPU)")
+
+
+def add_start_arguments(parser: argparse.ArgumentParser, live: str = "") -> None:
+    """Add `--image` and `--controls`; `live` is said of controls that are read while a video runs."""
+    parser.add_argument("--image", metavar="FILE", help="picture that videos start with")
+    text = "camera, keys and events of every chunk, as JSON lines, for a model that takes controls"
+    parser.add_argument("--controls", metavar="FILE", help=text + live)
+
+
+def start_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `stream` that `--image` and `--controls` stand for, and check their files."""
+    from ..controls.recording import read_controls
+    from ..rollout.video_start import read_picture
+
+    start: dict[str, Any] = {}
+    if getattr(args, "image", None):
+        start["image"] = read_picture(args.image)
+    if getattr(args, "controls", None) not in (None, LIVE):
+        start["controls"] = read_controls(args.controls)
+    return start
 
 
 class _Renamed(argparse.Action):
@@ -182,9 +203,11 @@ def load_pipeline(path: str, args: argparse.Namespace, **kwargs: Any) -> ARVDPip
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    folder = resolve_model(path)
+    folder, start = resolve_model(path), start_of(args)
     say(f"loading {path}")
-    return ARVDPipeline.from_pretrained(folder, dtype=dtype, **kwargs).to(device)
+    pipe = ARVDPipeline.from_pretrained(folder, dtype=dtype, **kwargs).to(device)
+    pipe.stream_defaults = start
+    return pipe
 
 
 def watched_roll_out(pipe: ARVDPipeline, prompts: Sequence[str], num_chunks: int, seed: int, what: str) -> Rollout:

@@ -11,6 +11,7 @@ from .common import (
     add_chunks_argument,
     add_device_arguments,
     add_model_argument,
+    add_start_arguments,
     load_pipeline,
     read_prompts,
     say,
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--videos", type=whole(0), default=4, metavar="N", help="show the videos of N prompts in the page (default: 4)"
     )
     parser.add_argument("--card", action="store_true", help="write the result into the quantized folder's model card")
+    add_start_arguments(parser)
     add_device_arguments(parser)
 
 

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
+    LIVE,
     add_chunks_argument,
     add_device_arguments,
     add_model_argument,
+    add_start_arguments,
     load_pipeline,
     read_prompts,
+    say,
     seed,
+    start_of,
     whole,
 )
 
@@ -50,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--height", type=whole(1), help="pixels (default: the model's)")
     parser.add_argument("--width", type=whole(1), help="pixels (default: the model's)")
-    parser.add_argument("--image", metavar="FILE", help="picture that the video starts with")
+    add_start_arguments(parser, "; - reads lines from standard input, each from the next chunk on")
     parser.add_argument("--kv-cache", choices=tuple(STORAGES), help="dtype of the cached keys and values")
     parser.add_argument(
         "--memory", metavar="SIZE", help="GPU memory to fit into, such as 8GB, 8 or 8GiB; see `qarvd plan`"
@@ -91,7 +97,6 @@ def _check(args: argparse.Namespace) -> None:
     """
     from ..evaluation.pictures import check_video_name
     from ..memory.plan import parse_budget
-    from ..rollout.video_start import read_picture
 
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: describe what the video shows")
@@ -103,8 +108,11 @@ def _check(args: argparse.Namespace) -> None:
         check_video_name(args.out)
     if args.memory is not None:
         parse_budget(args.memory)
-    if args.image:
-        read_picture(args.image)
+    start_of(args)
+    if args.controls == LIVE and args.prompts:
+        raise ValueError(
+            "--controls - steers one video, --prompts makes several: give a file of controls, or --prompt"
+        )
 
 
 def _check_processes(args: argparse.Namespace, count: int) -> None:
@@ -142,7 +150,6 @@ def _generate(
     import torch
 
     writes = processes.is_main or not args.context_parallel
-    start = {"image": args.image} if args.image else {}
     stream = pipe.stream(
         prompt,
         prompt_embeds=args.prompt_embeds,
@@ -152,8 +159,9 @@ def _generate(
         kv_cache=args.kv_cache,
         generator=torch.Generator("cpu").manual_seed(args.seed + index),
         output_type="np" if writes else "latent",
-        **start,
     )
+    if args.controls == LIVE:
+        threading.Thread(target=_steer, args=(stream, sys.stdin), daemon=True).start()
     if not writes:
         for _ in stream:
             pass
@@ -163,6 +171,18 @@ def _generate(
         return {"out": str(out), "fps": fps, **_write(stream, out, fps)}
     out = out / f"{index:03d}.mp4"
     return {"prompt": prompt, "out": str(out), "fps": fps, **_write(stream, out, fps)}
+
+
+def _steer(stream: Stream, lines: Iterable[str]) -> None:
+    """Steer a running stream by lines of JSON; one that cannot be read is reported, and changes nothing."""
+    from ..controls.recording import parse_control
+
+    for number, text in enumerate(lines, 1):
+        try:
+            if text.strip():
+                stream.set_controls(parse_control(text, f"standard input, line {number}")[1])
+        except ValueError as error:
+            say(str(error))
 
 
 def _write(stream: Stream, out: Path, fps: int) -> dict[str, Any]:

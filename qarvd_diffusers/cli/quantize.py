@@ -12,6 +12,7 @@ from .common import (
     add_device_arguments,
     add_model_argument,
     add_overwrite_argument,
+    add_start_arguments,
     check_new_folder,
     keep_old_name,
     layer_bar,
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="work block by block on the folder's files, for models larger than memory (schemes without calibration)",
     )
     parser.add_argument("--text-encoder", choices=("int8",), help="quantize the text encoder's weights on loading")
+    add_start_arguments(parser)
     add_device_arguments(parser)
 
 

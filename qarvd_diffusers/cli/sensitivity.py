@@ -13,6 +13,7 @@ from .common import (
     add_chunks_argument,
     add_device_arguments,
     add_model_argument,
+    add_start_arguments,
     load_pipeline,
     read_prompts,
     seed,
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=seed, help="seed of the noise to measure on (default: one that calibration never uses)"
     )
     parser.add_argument("--reference-compat", action="store_true", help="reproduce the recipe of the public reference")
+    add_start_arguments(parser)
     add_device_arguments(parser)
 
 

@@ -16,10 +16,10 @@ from ..models import CausalWanTransformer3DModel
 from .checkpoint import LORA_NESTINGS, STEM, Checkpoint, open_checkpoint
 from .detect import Detected, detect_checkpoint
 from .float8 import check_formats, find_scales, is_float8, scaled, without_scales
-from .folder import base_config, copy_base_components, write_pipeline
+from .folder import PORTABLE_CLASSES, base_config, copy_base_components, write_pipeline
 from .lora import LoraLayer, check_fit, merge_lora, read_lora
 from .names import to_diffusers_keys
-from .network import empty_transformer, infer_config
+from .network import control_config, empty_transformer, infer_config
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def convert_checkpoint(
     found = detect_checkpoint(src, family, weights)
     try:
         config = base_config(base) if base is not None else infer_config(found.specs, num_attention_heads)
+        config |= control_config(found.specs)
         model = empty_transformer(found.specs, config)
     except ValueError as error:
         raise ValueError(f"{src}: {error}") from None
@@ -76,7 +77,8 @@ def convert_checkpoint(
     for reason in found.reasons:
         logger.info("%s: %s", src, reason)
     with atomic_directory(out_dir) as folder:
-        write_pipeline(folder, found.release.pipeline_config(), copy_base_components(base, folder))
+        components = {**copy_base_components(base, folder), "transformer": PORTABLE_CLASSES[type(model).__name__]}
+        write_pipeline(folder, found.release.pipeline_config(), components)
         model.save_config(folder / "transformer")
         _write_transformer(folder / "transformer", found.checkpoint, tensors)
         card = converted_card(found.family, found.release.source, found.licence)

@@ -13,6 +13,7 @@ from .checkpoint import NESTINGS, Checkpoint, open_checkpoint
 from .families import FAMILIES, NETWORKS, Family, available, find_family
 from .float8 import find_scales, without_scales
 from .names import to_diffusers_keys
+from .network import has_controls
 
 _LORA_FILES = ("lora.pt", "lora.safetensors")
 _SHOWN_PARTS = 3  # of a path: a Hub repository, a folder, the file
@@ -78,7 +79,7 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
         family, why = _family_of(src, network)
         reasons.append(why)
     release = find_family(family)
-    _check_size(src, network, family)
+    _check_size(src, network, family, has_controls(specs))
     checkpoint = first
     if weights is None and {"generator", "generator_ema"} <= {name.partition(".")[0] for name in first.found}:
         checkpoint = open_checkpoint(src, None, (release.weights, *NESTINGS))
@@ -97,9 +98,12 @@ def detect_checkpoint(src: str | Path, family: str = "auto", weights: str | None
     return Detected(family, release, network, checkpoint, specs, lora, licence, tuple(reasons))
 
 
-def _check_size(src: Path, network: str | None, family: str) -> None:
-    """Raise ValueError if a family has another size than the file."""
+def _check_size(src: Path, network: str | None, family: str, controls: bool) -> None:
+    """Raise ValueError if a family has another size than the file, or only one of them has controls."""
     expected = FAMILIES[family].network
+    if controls != NETWORKS[expected].controls:
+        has, expects = ("layers", "none") if controls else ("no layers", "some")
+        raise ValueError(f"{src} has {has} for controls, the family {family!r} has {expects}: pass another family")
     if network not in (None, expected):
         raise ValueError(
             f"{src} is a {network} network, the family {family!r} is {expected}. Families of this size: "
@@ -128,8 +132,9 @@ def network_of(specs: Mapping[str, TensorSpec]) -> str | None:
     blocks = {key.split(".")[1] for key in specs if key.startswith("blocks.")}
     if patch is None:
         return None
-    size = (patch.shape[0], len(blocks), patch.shape[1])
-    return next((name for name, n in NETWORKS.items() if (n.dim, n.num_layers, n.in_channels) == size), None)
+    size = (patch.shape[0], len(blocks), patch.shape[1], has_controls(specs))
+    sizes = {name: (n.dim, n.num_layers, n.in_channels, n.controls) for name, n in NETWORKS.items()}
+    return next((name for name, released in sizes.items() if released == size), None)
 
 
 def _family_of(src: Path, network: str | None) -> tuple[str, str]:
@@ -143,7 +148,7 @@ def _family_of(src: Path, network: str | None) -> tuple[str, str]:
         if text in path and network in (None, release.network)
     ]
     if matches:
-        _, _, family, text = max(matches)
+        _, _, family, text = max(matches, key=lambda match: match[:2])  # of equals the first of the table
         return family, f"family: {family}, by {text!r} in its path"
     raise ValueError(
         f"{src}: the family cannot be determined: all families, and bidirectional models, have the same tensors, and "

@@ -21,20 +21,24 @@ class Network:
     Attributes:
         dim: width.
         num_layers: number of blocks.
-        in_channels: latent channels.
+        in_channels: channels of its input: latents, and a picture where there is one.
         base: Hub id of the diffusers folder that provides VAE and text encoder.
+        controls: whether it has layers for controls.
     """
 
     dim: int
     num_layers: int
     in_channels: int
     base: str
+    controls: bool = False
 
 
 NETWORKS = {
     "1.3B": Network(1536, 30, 16, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "5B": Network(3072, 30, 48, "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
     "14B": Network(5120, 40, 16, "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    "1.3B world": Network(1536, 30, 36, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", controls=True),
+    "14B world": Network(5120, 40, 36, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", controls=True),
 }
 
 
@@ -91,6 +95,27 @@ _FRAMEWISE = Family(
 def _few_steps(*steps: int) -> RolloutConfig:
     return dataclasses.replace(_FRAMEWISE.fields, denoising_timesteps=steps, first_chunk_timesteps=_FOUR_STEPS)
 
+
+# Table entries 0, 179, 358 and 679 of 1000; the second release takes 0, 250, 500 and 750.
+_WORLD = Family(
+    RolloutConfig(denoising_timesteps=(1000, 821, 642, 321), timestep_shift=10.0, sampler="renoise_integer"),
+    network="14B world",
+    source="LingBot-World: lingbot_world_fast/ in the folder of its camera or action model",
+    file_names=("lingbot_world_fast", "lingbot-world-fast"),
+    licence="apache-2.0",
+)
+_WORLD_2 = _WORLD.replace(
+    fields=dataclasses.replace(
+        _WORLD.fields,
+        num_frames_per_chunk=4,
+        denoising_timesteps=_FOUR_STEPS,
+        local_attention_frames=18,
+        sink_frames=6,
+    ),
+    source="LingBot-World 2.0: transformers/",
+    file_names=("lingbot-world-v2", "lingbot_world_v2", "lingbot-world-2", "lingbot_world_2"),
+    licence="cc-by-nc-sa-4.0",
+)
 
 FAMILIES: dict[str, Family] = {
     "self-forcing": Family(
@@ -173,6 +198,11 @@ FAMILIES: dict[str, Family] = {
         source="JaydenLu666/Reward-Forcing-T2V-1.3B",
         file_names=("reward-forcing", "reward_forcing", "rewardforcing"),
         licence="apache-2.0",
+    ),
+    "lingbot-world": _WORLD,
+    "lingbot-world-2": _WORLD_2,
+    "lingbot-world-2-1.3b": _WORLD_2.replace(
+        network="1.3B world", source="LingBot-World 2.0, 1.3B: the shards at its root"
     ),
     "rolling-forcing": Family(
         RolloutConfig(denoising_timesteps=(1000, 800, 600, 400, 200), local_attention_frames=24),

@@ -16,14 +16,15 @@ import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from ..files.schema import read_json
-from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
+from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler, IntegerRenoiseScheduler
 from .network import load_transformer_config
 
 _SCHEDULER = ("diffusers", FlowMatchEulerDiscreteScheduler.__name__)
 _TRANSFORMER = ("diffusers", WanTransformer3DModel.__name__)
-FEW_STEP_SCHEDULERS = (FewStepRenoiseScheduler, ChunkUniPCScheduler)
+FEW_STEP_SCHEDULERS = (FewStepRenoiseScheduler, IntegerRenoiseScheduler, ChunkUniPCScheduler)
 PORTABLE_CLASSES = {
     "CausalWanTransformer3DModel": _TRANSFORMER,
+    "WorldWanTransformer3DModel": ("qarvd_diffusers", "WorldWanTransformer3DModel"),  # there is no stock class for it
     **{kind.__name__: _SCHEDULER for kind in FEW_STEP_SCHEDULERS},
 }
 """Class in memory -> library and class that `model_index.json` names."""
@@ -69,14 +70,14 @@ def write_pipeline(folder: Path, config: Mapping[str, Any], components: Mapping[
     Args:
         folder: folder of the pipeline.
         config: values of the pipeline's config, those of its rollout included.
-        components: from `copy_base_components`.
+        components: from `copy_base_components`; a transformer of another class than the stock one too.
     """
     index = {
         "_class_name": "ARVDPipeline",
         "_diffusers_version": diffusers.__version__,
+        "transformer": _TRANSFORMER,
         **components,
         "scheduler": _SCHEDULER,
-        "transformer": _TRANSFORMER,
         **config,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,21 +17,24 @@ from torch import nn
 from ..calibration.blocks import block_name
 from ..calibration.calibrate import Progress
 from ..calibration.splits import split_inputs
-from ..calibration.targets import input_groups, quantizable_linears
+from ..calibration.targets import describe, input_groups, quantizable_linears, rotations_of
 from ..calibration.weights import quantize_weight
-from ..config import QARVDConfig, QuantizedModule
+from ..config import QARVDConfig
 from ..files.atomic import atomic_directory
 from ..files.safetensors import TensorSpec, write_shards
 from ..files.schema import read_json
 from ..hub.model_card import CARD_FILE, model_card, stated_licence
 from ..models import CausalWanTransformer3DModel
+from ..models.world import WorldWanTransformer3DModel, transformer_class
 from ..quantization.packing import pack
 from ..quantization.qparams import LinearQParams, stored_tensors
 from .checkpoint import STEM, folder_tensors
 from .float8 import is_float8
 from .network import load_transformer_config
 
-_WAN = (WanTransformer3DModel.__name__, CausalWanTransformer3DModel.__name__)
+_WAN = tuple(
+    kind.__name__ for kind in (WanTransformer3DModel, CausalWanTransformer3DModel, WorldWanTransformer3DModel)
+)
 
 
 def quantize_folder(
@@ -102,7 +106,7 @@ def _empty_model(path: Path) -> ModelMixin:
     if values.get("quantization_config") is not None:
         raise ValueError(f"{path.parent.parent} is quantized already: quantize the float model")
     name = values.get("_class_name", WanTransformer3DModel.__name__)
-    kind = CausalWanTransformer3DModel if name in _WAN else getattr(diffusers, name, None)
+    kind = transformer_class(values) if name in _WAN else getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ValueError(
             f"{path} describes a {name}, which is not a model class of diffusers: load it by its own class with "
@@ -159,12 +163,12 @@ class _FromDisk:
         empty = quantizable_linears(model, config)
         self._linears = _Linears(empty, fetch)
         groups = input_groups(model, empty, config)
-        splits = split_inputs(model, self._linears, groups, config)
+        described = describe(empty, groups, config)
+        splits = split_inputs(model, self._linears, groups, config, rotations=rotations_of(described))
         self._outliers = {name: split for group, split in zip(groups, splits, strict=True) for name in group}
-        schemes = {name: config.scheme_of(name) for name in empty}
         self.descriptions = {
-            name: QuantizedModule(self._outliers[name].num_outliers, scheme.weight_bits, scheme.activation)
-            for name, scheme in schemes.items()
+            name: dataclasses.replace(described[name], num_outliers=self._outliers[name].num_outliers)
+            for name in empty
         }
         self._sizes = {name: (linear.in_features, linear.out_features) for name, linear in empty.items()}
         self._quantized: dict[str, torch.Tensor] = {}
@@ -196,9 +200,11 @@ class _FromDisk:
             if block_name(name) != block:
                 continue
             outliers = self._outliers[name]
-            codes, grid = quantize_weight(self._linears[name].weight, outliers, self._config, name)
-            parts = (pack(codes, grid.bits), grid.scale, grid.zero_point.to(torch.int16), outliers.channel_order)
-            tensors |= {f"{name}.{k}": v for k, v in LinearQParams(*parts, None, None, description).tensors().items()}
+            weight = self._linears[name].weight
+            codes, grid = quantize_weight(weight, outliers, self._config, name, description.group)
+            parts = (pack(codes, grid.bits), grid.scale, grid.stored_zero_point, outliers.channel_order)
+            layer = LinearQParams(*parts, None, None, description, outliers.channel_scale)
+            tensors |= {f"{name}.{k}": v for k, v in layer.tensors().items()}
             self._done += 1
             if self._progress is not None:
                 self._progress("quantizing weights", self._done, len(self.descriptions))

@@ -20,6 +20,10 @@ _TOP = {
     "time_projection.1": "condition_embedder.time_proj",
     "head.modulation": "scale_shift_table",
     "head.head": "proj_out",
+    # LingBot-World's controls, like the injectors of its blocks
+    "patch_embedding_wancamctrl": "control_embedder.proj",
+    "c2ws_hidden_states_layer1": "control_embedder.linear_1",
+    "c2ws_hidden_states_layer2": "control_embedder.linear_2",
 }
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 _BLOCK = {
@@ -29,6 +33,10 @@ _BLOCK = {
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
+    "cam_injector_layer1": "injector.linear_1",
+    "cam_injector_layer2": "injector.linear_2",
+    "cam_scale_layer": "injector.scale",
+    "cam_shift_layer": "injector.shift",
 }
 # Tensors of a module: those of float layers, and those that `QARVDLinear` stores instead of a weight.
 LEAVES = (
@@ -37,6 +45,7 @@ LEAVES = (
     "weight_packed",
     "weight_scale",
     "weight_zero_point",
+    "channel_scale",
     "channel_order",
     "input_scale",
     "input_zero_point",

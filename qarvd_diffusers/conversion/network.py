@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from ..files.safetensors import TensorSpec
 from ..files.schema import check_mapping, read_json
 from ..models import CausalWanTransformer3DModel
+from ..models.world import CELL, transformer_class
 
 _HEAD_DIM = 128  # of every released Wan model; cannot be inferred from tensor shapes
 
@@ -83,7 +84,22 @@ def infer_config(
         "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
         "num_layers": max(blocks) + 1,
         "cross_attn_norm": "blocks.0.norm2.weight" in state_dict,
+        **control_config(state_dict),
     }
+
+
+def has_controls(state_dict: Mapping[str, torch.Tensor | TensorSpec]) -> bool:
+    """Tell whether a state dict under diffusers keys has layers for controls."""
+    return "control_embedder.proj.weight" in state_dict
+
+
+def control_config(state_dict: Mapping[str, torch.Tensor | TensorSpec]) -> dict[str, int]:
+    """Return the arguments by which a transformer with controls differs from its base; empty if it has none."""
+    if not has_controls(state_dict):
+        return {}
+    in_channels, *patch_size = state_dict["patch_embedding.weight"].shape[1:]
+    values = state_dict["control_embedder.proj.weight"].shape[1]
+    return {"in_channels": in_channels, "control_dim": values // (CELL * CELL * torch.Size(patch_size).numel())}
 
 
 def empty_transformer(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> CausalWanTransformer3DModel:
@@ -93,7 +109,7 @@ def empty_transformer(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
         ValueError: for missing or unexpected keys and wrong shapes; the message names them.
     """
     with init_empty_weights():
-        model = CausalWanTransformer3DModel.from_config(dict(config))
+        model = transformer_class(config).from_config(dict(config))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing, unexpected = sorted(expected.keys() - specs.keys()), sorted(specs.keys() - expected.keys())
     if missing or unexpected:

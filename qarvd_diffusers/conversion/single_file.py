@@ -23,10 +23,11 @@ from ..files.atomic import atomic_directory, atomic_file
 from ..files.safetensors import TensorSpec, write_shards, write_tensors
 from ..files.schema import read_json
 from ..models.single_file_header import SingleFileHeader, comfyui_metadata, read_single_file
+from ..models.world import transformer_class
 from ..quantization.model import quantized_linears, unwrapped
 from ..rollout.config import RolloutConfig
 from .checkpoint import STEM, folder_tensors
-from .folder import copy_base_components, write_pipeline
+from .folder import PORTABLE_CLASSES, copy_base_components, write_pipeline
 from .names import to_diffusers_keys, to_original_keys
 
 _PIPELINE_FIELDS = (*RolloutConfig.names(), "height", "width", "max_sequence_length", "fps")
@@ -144,11 +145,12 @@ def single_file_to_folder(path: str | Path, out_dir: str | Path, base: str | Pat
         raise ValueError(f"{path}: has no header with its config: convert it with a family name instead")
     specs, fetch = folder_tensors(path)
     names = to_diffusers_keys({key: key for key in specs})
-    config = {"_class_name": "WanTransformer3DModel", **header.transformer}
+    stored = PORTABLE_CLASSES[transformer_class(header.transformer).__name__]
+    config = {"_class_name": stored[1], **header.transformer}
     if header.quantization is not None:
         config["quantization_config"] = header.quantization.to_dict()
     with atomic_directory(out_dir) as folder:
-        write_pipeline(folder, header.pipeline, copy_base_components(base, folder))
+        write_pipeline(folder, header.pipeline, {**copy_base_components(base, folder), "transformer": stored})
         write_shards(
             folder / "transformer", STEM, [{n: specs[key] for n, key in names.items()}], lambda n: fetch(names[n])
         )
@@ -177,6 +179,8 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
     layers = quantized_linears(transformer)
     if not layers:
         raise ValueError("the transformer is float: quantize it, or use the float file in ComfyUI")
+    if "control_dim" in transformer.config:
+        raise ValueError("ComfyUI's own layers have no controls: leave int8_tensorwise out")
     tensors = {
         name: tensor
         for name, tensor in transformer.state_dict().items()
@@ -196,12 +200,15 @@ def export_int8_tensorwise(transformer: nn.Module, path: str | Path) -> list[str
 def _one_grid(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return int8 `[N, K]` and float32 `[N, 1]` whose product is a layer's weight, and whether it is exact."""
     order, count = layer.channel_order.long(), layer.num_outliers
-    if count in (0, layer.in_features):
+    scaled = layer.channel_scale is not None and bool((layer.channel_scale != 1).any())
+    if count in (0, layer.in_features) and layer.rotation == 1 and not scaled:
         group = int(count == 0)
-        codes = (
-            unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)
-            - layer.weight_zero_point[:, group, None]
-        )
+        codes = unpack_weight(layer.weight_packed, layer.weight_bits).to(torch.int16)
+        if layer.group:
+            factors = layer.weight_zero_point.to(torch.int16).repeat_interleave(layer.group, dim=1)
+            codes = ((factors & 15) + 1) * (codes - (factors >> 4))
+        else:
+            codes = codes - layer.weight_zero_point[:, group, None]
         if codes.min() >= -128 and codes.max() <= 127:
             plain = torch.empty_like(codes, dtype=torch.int8)
             plain[:, order] = codes.to(torch.int8)
@@ -224,6 +231,7 @@ def _losses(layers: Mapping[str, Any], exact: int) -> list[str]:
     kinds = {
         "static": "Calibrated activation scales are lost: ComfyUI finds symmetric ones per token at run time.",
         "dynamic": "The separate activation scale of the outlier channels is lost: ComfyUI has one per token.",
+        "token": "Rotated blocks of channels are lost: their weights were rounded again, without the rotation.",
         "none": "Float activations are lost: ComfyUI quantizes the inputs of these layers to 8 bits.",
     }
     return [*lost, kinds[some.activation]]

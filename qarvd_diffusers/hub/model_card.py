@@ -33,8 +33,9 @@ _COLUMNS = {
 
 
 def is_non_commercial(licence: str | None) -> bool:
-    """Tell whether a licence identifier, such as `cc-by-nc-sa-4.0`, forbids commercial use."""
-    return "nc" in (licence or "").lower().replace("_", "-").split("-") or "non-commercial" in (licence or "").lower()
+    """Tell whether a licence identifier, such as `cc-by-nc-sa-4.0`, forbids commercial use, as academic ones do."""
+    words = re.split(r"[\W_]+", (licence or "").lower().replace("non-commercial", "noncommercial"))
+    return not {"nc", "noncommercial", "academic"}.isdisjoint(words)
 
 
 def _card_data(folder: str | os.PathLike[str]) -> ModelCardData | None:

@@ -106,6 +106,7 @@ def upload(
     token: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    accept_licence: bool = False,
 ) -> str:
     """Upload a folder to the Hub, after a warning if its licence is unknown or non-commercial.
 
@@ -116,11 +117,16 @@ def upload(
         token: Hub token; None takes the one that is logged in.
         commit_message: message of the commit.
         create_pr: open a pull request instead of committing.
+        accept_licence: the caller may publish under a non-commercial licence; see `check_licence`.
 
     Returns:
         URL of the commit.
+
+    Raises:
+        ValueError: the licence is non-commercial and not accepted.
     """
     licence = find_licence(str(folder))
+    check_licence(licence, repo_id, accept_licence)
     if licence is None:
         logger.warning(
             "No licence is known for the weights uploaded to %s: state it in README.md. Quantized weights inherit the "
@@ -138,6 +144,24 @@ def upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr)
     return commit.commit_url
+
+
+def check_licence(licence: str | None, repo_id: str, accepted: bool) -> None:
+    """Check that weights may be published.
+
+    Args:
+        licence: licence identifier of the weights, None if unknown.
+        repo_id: Hub repository for them.
+        accepted: the caller has read a non-commercial licence, and may publish under it.
+
+    Raises:
+        ValueError: the licence is non-commercial and not accepted.
+    """
+    if is_non_commercial(licence) and not accepted:
+        raise ValueError(
+            f"the weights for {repo_id} are licensed {licence}: non-commercial. Quantized weights inherit it: "
+            "pass accept_licence=True if you may publish them under it"
+        )
 
 
 def find_licence(*models: str | None) -> str | None:

@@ -92,6 +92,8 @@ class KVCache:
         self._next_frame: int | None = None  # the frame that a rewound cache appends next
         self._tokens_per_frame = 0
         self._capacity = 0  # in frames
+        # Controls of the latest chunk, and what the transformer computed from them.
+        self.injections: tuple[torch.Tensor, Any] | None = None
 
     def begin_pass(
         self, frame_offset: int, num_frames: int, tokens_per_frame: int, heads: tuple[int, int], like: torch.Tensor
@@ -362,12 +364,12 @@ class KVCache:
         self.frames = []
         self.origin = self.shift = 0
         self.pinned, self._shot = [], None
-        self._next_frame = None
+        self._next_frame = self.injections = None
         self._capacity = 0
 
     def clone(self) -> KVCache:
         """Return an independent copy, to branch a rollout."""
-        return copy.deepcopy(self)
+        return copy.deepcopy(self, {id(self.injections): None})  # computed again where they are needed
 
     @property
     def nbytes(self) -> int:

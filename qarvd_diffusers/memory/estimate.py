@@ -25,6 +25,7 @@ _RESIDENT = (
     "transformer weights",
     "K/V cache",
     "K/V of the prompt",
+    "controls of a chunk",
     "CUDA graphs of the passes",
     "VAE decoder and encoder weights",
     "VAE memory of earlier frames",
@@ -117,7 +118,7 @@ def estimate(
         "text encoder, largest layer": encoder.left,
         "encoding a prompt": encoder.peak,
     }
-    resident = sum(components[name] for name in _RESIDENT)
+    resident = sum(components.get(name, 0) for name in _RESIDENT)
     kept = encoder.weights if choice.text_encoder == "keep" else 0
     encoding = encoder.left if choice.text_encoder == "stream" else encoder.weights
     phases = {
@@ -146,10 +147,13 @@ def _transformer_components(
     if _runs_fused(shapes, choice.scheme):  # activations and inputs of a segment, and the prompt's K/V
         graphs = chunk * tokens * batch * (7 * channels * dtype.itemsize + values["ffn_dim"]) + prompt
     stored = (STORAGES[choice.kv_cache] or dtype).itemsize
+    controls = 2 * layers * chunk * tokens * channels * stored if "control_dim" in values else 0  # scales and shifts
+    graphs += 2 * chunk * tokens * channels * dtype.itemsize if controls and graphs else 0
     return {
         "transformer weights": weights,
         "K/V cache": 2 * layers * window * tokens * channels * stored * batch,
         "K/V of the prompt": prompt,
+        **({"controls of a chunk": controls} if controls else {}),
         "one pass": working + largest,
         "CUDA graphs of the passes": graphs,
     }
@@ -183,11 +187,13 @@ def _tokens_per_frame(shapes: ModelShapes, size: tuple[int, int]) -> int:
     return (size[0] // (scale * rows)) * (size[1] // (scale * columns))
 
 
-def _latents(shapes: ModelShapes, size: tuple[int, int], batch: int, frames: int, dtype: torch.dtype) -> torch.Tensor:
+def _latents(
+    shapes: ModelShapes, size: tuple[int, int], batch: int, frames: int, dtype: torch.dtype, channels: str
+) -> torch.Tensor:
+    """Return empty latents; `channels` is the entry of the transformer's config that counts theirs."""
     scale = (shapes.vae or {}).get("scale_factor_spatial", 8)
-    return torch.empty(
-        batch, shapes.transformer["in_channels"], frames, size[0] // scale, size[1] // scale, dtype=dtype
-    )
+    count = shapes.transformer.get(channels) or shapes.transformer["in_channels"]
+    return torch.empty(batch, count, frames, size[0] // scale, size[1] // scale, dtype=dtype)
 
 
 def _runs_fused(shapes: ModelShapes, scheme: str | None) -> bool:
@@ -220,7 +226,7 @@ def _pass_bytes(
     cast(model, dtype)
     heads = (model.config.num_attention_heads, model.config.attention_head_dim)
     with torch.device("meta"):
-        latents = _latents(shapes, size, batch, frames, dtype)
+        latents = _latents(shapes, size, batch, frames, dtype, "in_channels")
         cache = KVCache(1, window, 0, storage=storage)
         if window > frames:
             cache.begin_pass(0, window - frames, _tokens_per_frame(shapes, size), heads, latents)
@@ -244,7 +250,7 @@ def _vae_bytes(shapes: ModelShapes, dtype: torch.dtype, size: tuple[int, int], b
     weights = cast(vae, dtype)
     decoder = StreamingVAEDecoder(vae)
     with torch.device("meta"):
-        latents = _latents(shapes, size, batch, frames, dtype)
+        latents = _latents(shapes, size, batch, frames, dtype, "out_channels")
 
     def run() -> None:
         for _ in range(2):  # the second chunk is the first that finds the feature cache full

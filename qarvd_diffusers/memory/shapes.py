@@ -21,11 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, UMT5EncoderModel
 
-from ..calibration.targets import quantizable_linears
-from ..config import QARVDConfig, QuantizedModule
+from ..calibration.targets import describe, input_groups, quantizable_linears
+from ..config import QARVDConfig
 from ..files.schema import read_json
 from ..models.transformer_causal_wan import CausalWanTransformer3DModel
+from ..models.world import WorldWanTransformer3DModel, transformer_class
+from ..quantization.qparams import stored_tensors
 from ..rollout.config import RolloutConfig
+
+_PLANNED = ("WanTransformer3DModel", WorldWanTransformer3DModel.__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class ModelShapes:
             return read_json(path)
 
         index = read("model_index.json")
-        if (index.get("transformer") or [None, None])[1] != "WanTransformer3DModel":
+        if (index.get("transformer") or [None, None])[1] not in _PLANNED:
             raise ValueError(f"{name} has no WanTransformer3DModel: its memory cannot be planned")
         parts = {
             part: read(f"{part}/config.json") if (index.get(part) or [None])[0] is not None else None
@@ -90,7 +94,7 @@ class ModelShapes:
         config.pop("quantization_config", None)
         config["num_layers"] = layers or config["num_layers"]
         with torch.device("meta"):
-            return CausalWanTransformer3DModel(**config).eval()
+            return transformer_class(config)(**config).eval()
 
     def empty_vae(self) -> AutoencoderKLWan:
         """Return the VAE on the meta device."""
@@ -121,15 +125,14 @@ def quantized_bytes(model: nn.Module, config: QARVDConfig, dtype: torch.dtype) -
     """Return the bytes of the model quantized by `config`, and of the largest weight that is dequantized in use."""
     modules = config.modules
     if not modules:
-        schemes = {name: config.scheme_of(name) for name in quantizable_linears(model, config)}
-        modules = {name: QuantizedModule(0, s.weight_bits, s.activation) for name, s in schemes.items()}
+        linears = quantizable_linears(model, config)
+        modules = describe(linears, input_groups(model, linears, config), config)
     total, largest = cast(model, dtype), 0
     for name, description in modules.items():
         layer = model.get_submodule(name)
         size = layer.weight.numel()
-        total += size * description.weight_bits // 8 - layer.weight.nbytes
-        total += 12 * layer.out_features + 4 * layer.in_features  # scales and zero-points, channel order
-        total += 16 if description.activation == "static" else 0
+        stored = stored_tensors(layer.in_features, layer.out_features, description).values()
+        total += sum(math.prod(shape) * kind.itemsize for shape, kind in stored) - layer.weight.nbytes
         expanded = dtype.itemsize if description.activation == "none" else int(description.weight_bits == 4)
         largest = max(largest, size * expanded)
     return total, largest

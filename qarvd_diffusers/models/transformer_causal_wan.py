@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NO_CACHE = "every block has to write its keys and values to the K/V cache that later chunks attend to"
+_WITH_CONTROLS = "WorldWanTransformer3DModel"
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -65,6 +66,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Take the arguments of `WanTransformer3DModel`."""
         super().__init__(*args, **kwargs)
         self._install_causal_parts()
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> CausalWanTransformer3DModel:
+        """Build a model as in diffusers.
+
+        Raises:
+            ValueError: the config describes a model with controls, whose layers this class does not have.
+        """
+        if "control_dim" in (config or {}) and "control_dim" not in cls._get_init_keys(cls):
+            raise ValueError(f"the model has layers for controls: load it with {_WITH_CONTROLS}, not {cls.__name__}")
+        return super().from_config(config, **kwargs)
 
     def _install_causal_parts(self) -> None:
         """Replace stock parts, in place; the new RoPE and sinusoid take over the tables of the stock ones."""
@@ -334,7 +346,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             **kwargs: those of diffusers, such as `dtype`, and `config` for a file that Q-ARVD did not write.
 
         Raises:
-            ValueError: the file is truncated, or does not hold exactly the tensors that its header lists.
+            ValueError: the file is truncated, does not hold exactly the tensors that its header lists, or has layers
+                for controls.
         """
         source = pretrained_model_link_or_path_or_dict
         local = isinstance(source, str | os.PathLike) and os.path.isfile(source)
@@ -343,6 +356,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         source = str(source) if local else source
         if header is None:
             return super().from_single_file(source, **kwargs)
+        if "control_dim" in header.transformer:
+            raise ValueError(
+                f"{source} holds a transformer with controls, which is loaded from a folder: convert it with `qarvd "
+                "convert FILE FOLDER`"
+            )
         found = check_single_file(source, header)
         with tempfile.TemporaryDirectory() as folder:
             with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:

@@ -18,12 +18,16 @@ from ..memory.plan import MemoryChoice, choose
 from ..memory.shapes import ModelShapes
 from ..rollout.config import RolloutConfig
 from ..rollout.inputs import whole_number
-from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler
+from ..schedulers import ChunkUniPCScheduler, FewStepRenoiseScheduler, IntegerRenoiseScheduler
 from .quantization import split_config
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = {"renoise": FewStepRenoiseScheduler, "unipc": ChunkUniPCScheduler}
+SAMPLERS = {
+    "renoise": FewStepRenoiseScheduler,
+    "renoise_integer": IntegerRenoiseScheduler,
+    "unipc": ChunkUniPCScheduler,
+}
 
 
 def clean_prompt(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,15 @@ from ..models.transformer_causal_wan import CausalWanTransformer3DModel
 from ..rollout.config import RolloutConfig
 from ..rollout.inputs import StreamInputs, check_generator, resolve_num_chunks
 from ..rollout.output import ARVDPipelineOutput, concatenate
-from ..rollout.video_start import Picture, encode_pixels, fit_length, start_pixels
+from ..rollout.video_start import Picture
 from ..vae.streaming import StreamingVAEDecoder
 from .arguments import loading_arguments, require_wan
 from .arvd_mixin import ARVDMixin
 from .components import clean_prompt, fit_scheduler, latent_size, plan_memory
 from .lora import LoraMixin
+from .picture import PictureMixin, check_picture, latent_channels, picture_condition
 from .single_file import SingleFileMixin
+from .world import WorldMixin
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,7 +53,7 @@ EXAMPLE_DOC_STRING = """
 DEFAULT_CHUNKS = 7  # 81 frames, the length the family is trained at
 
 
-class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
+class ARVDPipeline(WorldMixin, PictureMixin, ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
     """Generate video autoregressively with a causal Wan transformer (Self-Forcing and related models).
 
     Models of the family differ only in the values of `RolloutConfig`. A stock `WanTransformer3DModel` is upgraded to a
@@ -234,8 +237,12 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         image: Picture | None = None,
         video: Any = None,
+        image_latents: torch.Tensor | None = None,
     ) -> StreamInputs:
-        """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`."""
+        """See `ARVDMixin.check_stream_inputs`; a stream may start with an `image` or a `video`, see `encode_start`.
+
+        A model with channels for a picture needs an `image`, or its `image_latents`, see `rollout.condition`.
+        """
         batch = self.check_prompt(prompt, prompt_embeds)
         check_generator(generator, batch)
         if output_type != "latent" and self.vae is None:
@@ -247,12 +254,13 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
                 "this model re-encodes decoded frames and the pipeline has no vae: load one, or load the model with "
                 "keep_first_frame=True"
             )
-        if image is not None or video is not None:
+        picture = check_picture(self, image, image_latents, video, initial_latents)
+        if not picture and (image is not None or video is not None):
             if initial_latents is not None:
                 raise ValueError("pass either initial_latents or an image or video as a start, got both")
             initial_latents = self.encode_start(image, video, height, width, batch)
-        start = latents if latents is not None else initial_latents
-        shape = (batch, self.transformer.config.in_channels, *latent_size(self, height, width, start))
+        start = next((tensor for tensor in (latents, initial_latents, image_latents) if tensor is not None), None)
+        shape = (batch, latent_channels(self), *latent_size(self, height, width, start))
         config = self.rollout_config
         has_start = initial_latents is not None and initial_latents.ndim == 5
         num_chunks = resolve_num_chunks(
@@ -264,46 +272,8 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             renoise_latents=renoise_latents,
             temporal_scale=self.vae_scale_factor_temporal,
         )
-        return StreamInputs(config, shape, num_chunks, latents, renoise_latents, initial_latents, generator)
-
-    def encode_start(
-        self,
-        image: Picture | Sequence[Picture] | None = None,
-        video: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        batch: int = 1,
-    ) -> torch.Tensor:
-        """Encode a picture or a clip as initial latents `[B, C, F, h, w]`.
-
-        Args:
-            image: a picture, or one per sample; see `Picture` for the types. If the model has no single first frame,
-                it is repeated for one chunk.
-            video: a clip, or one per sample; its longest end of whole chunks is used.
-            height: pixels; each picture is cropped to the aspect ratio around its centre and resized. None takes that
-                of the pipeline's config.
-            width: see `height`.
-            batch: number of samples; a single start is used for all.
-
-        Raises:
-            ValueError: if there is no VAE, the clip is too short, or the numbers of starts and samples differ.
-        """
-        if self.vae is None:
-            raise ValueError("the pipeline has no vae to encode a start with: pass initial_latents")
-        scale = self.vae_scale_factor_spatial
-        size = [scale * pixels for pixels in latent_size(self, height, width, None)]
-        pixels = start_pixels(image, video, self.video_processor, tuple(size))
-        if len(pixels) not in (1, batch):
-            raise ValueError(
-                f"{len(pixels)} starts for a batch of {batch}: pass one, or one per sample; pass a clip as video="
-            )
-        pixels = fit_length(pixels, self.rollout_config, self.vae_scale_factor_temporal)
-        self.align_modules()
-        return self.encode_frames(pixels).expand(batch, -1, -1, -1, -1)
-
-    def encode_frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """See `ARVDMixin.encode_frames`."""
-        return encode_pixels(self.vae, pixels, self._execution_device)
+        inputs = StreamInputs(config, shape, num_chunks, latents, renoise_latents, initial_latents, generator)
+        return replace(inputs, condition=picture_condition(self, inputs, image, image_latents)) if picture else inputs
 
     def run_pass(
         self,
@@ -314,8 +284,10 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
         kv_cache: KVCache,
         frame_offset: int,
         cache_only: bool = False,
+        controls: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """See `ARVDMixin.run_pass`."""
+        steered = {} if controls is None else {"controls": controls}
         return self.transformer(
             hidden_states=latents,
             timestep=timestep,
@@ -324,6 +296,7 @@ class ARVDPipeline(ARVDMixin, LoraMixin, SingleFileMixin, DiffusionPipeline):
             frame_offset=frame_offset,
             cache_only=cache_only,
             return_dict=False,
+            **steered,
         )[0]
 
     def make_cache(self, num_frames: int | None, storage: str = "auto") -> KVCache:

@@ -173,11 +173,13 @@ class QuantizableMixin:
         """
         upload = {
             name: kwargs.pop(name)
-            for name in ("repo_id", "private", "token", "commit_message", "create_pr")
+            for name in ("repo_id", "private", "token", "commit_message", "create_pr", "accept_licence")
             if name in kwargs
         }
         if not push_to_hub and upload:
             raise ValueError(f"{sorted(upload)} need push_to_hub=True")
+        if push_to_hub:
+            self._check_licence(upload.get("repo_id", Path(save_directory).name), upload.get("accept_licence", False))
         with atomic_directory(save_directory, owned_files(save_directory)) as folder:
             self._write(folder, report, upload.get("repo_id"), **kwargs)
         if push_to_hub:
@@ -191,16 +193,21 @@ class QuantizableMixin:
         token: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
+        accept_licence: bool = False,
         **kwargs: Any,
     ) -> str:
         """Save in the portable layout and upload to the Hub; see `save_pretrained` and `hub.publish.upload`.
 
         Returns:
             URL of the commit.
+
+        Raises:
+            ValueError: for non-commercial weights without `accept_licence`.
         """
+        self._check_licence(repo_id, accept_licence)
         with tempfile.TemporaryDirectory() as temporary:
             self._write(Path(temporary), report, repo_id, **kwargs)
-            options = {"private": private, "token": token, "create_pr": create_pr}
+            options = {"private": private, "token": token, "create_pr": create_pr, "accept_licence": accept_licence}
             return self._upload(Path(temporary), repo_id, commit_message, **options)
 
     def _write(self, folder: Path, report: Mapping[str, Any] | None, repo_id: str | None, **kwargs: Any) -> None:
@@ -211,6 +218,10 @@ class QuantizableMixin:
         super().save_pretrained(folder, **kwargs)
         self.write_portable_parts(folder)
         publish.complete_folder(self, folder, report, repo_id)
+
+    def _check_licence(self, repo_id: str, accepted: bool) -> None:
+        base = None if self.quantization is None else self.quantization.base_model
+        publish.check_licence(publish.find_licence(self.source, base), repo_id, accepted)
 
     def _upload(self, folder: Path, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
         message = commit_message or f"Upload {type(self).__name__}"

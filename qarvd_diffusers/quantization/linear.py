@@ -14,7 +14,7 @@ import qarvd_kernels as ops
 
 from ..config import QuantizedModule
 from .dequantized_weight import DequantizedWeight
-from .qparams import LinearQParams, check_values, stored_tensors
+from .qparams import LinearQParams, check_values, dequantized_weight, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class QARVDLinear(nn.Linear):
     channel_order: nn.Parameter
     input_scale: Any  # a parameter with static activations, else None
     input_zero_point: Any
+    channel_scale: Any  # a parameter with a scale per token, else None
     _row_order: Tensor
 
     def __init__(
@@ -68,7 +69,8 @@ class QARVDLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.num_outliers = description.num_outliers
         self.weight_bits = description.weight_bits
-        self.activation = description.activation
+        self.activation, self.rotation = description.activation, description.rotation
+        self.group = description.group
         self._dtype = dtype or torch.get_default_dtype()
         # A buffer, and never None, so that whatever moves, keeps or restores the parameters does the same to their
         # order.
@@ -78,7 +80,7 @@ class QARVDLinear(nn.Linear):
         # First, because hosts take the dtype of a module's first (floating-point) parameter for that of the module.
         bias_tensor = _frozen(torch.empty(out_features, dtype=self._dtype, device=device)) if bias else None
         self.register_parameter("bias", bias_tensor)
-        for name in ("input_scale", "input_zero_point"):
+        for name in ("input_scale", "input_zero_point", "channel_scale"):
             self.register_parameter(name, None)
         for name, (shape, kind) in stored_tensors(in_features, out_features, description).items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
@@ -182,7 +184,7 @@ class QARVDLinear(nn.Linear):
     @property
     def description(self) -> QuantizedModule:
         """Description of this layer in a checkpoint's config."""
-        return QuantizedModule(self.num_outliers, self.weight_bits, self.activation)
+        return QuantizedModule(self.num_outliers, self.weight_bits, self.activation, self.rotation, self.group)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,15 +209,7 @@ class QARVDLinear(nn.Linear):
 
     def _stored_weight(self) -> Tensor:
         """Dequantize the weight, rows in stored order."""
-        return ops.dequantize_weight(
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.channel_order,
-            self.weight_bits,
-            self.num_outliers,
-            self.dtype,
-        )
+        return dequantized_weight(self, self.description, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute `[..., K]` -> `[..., N]` in the dtype of x."""
@@ -234,13 +228,18 @@ class QARVDLinear(nn.Linear):
         if self.activation == "dynamic":
             codes, scale = ops.quantize_dynamic(x, self.channel_order, self.num_outliers)
             return ops.dual_scale_linear_dynamic(codes, scale, *weight, *layout)
-        quantizer = (self.input_scale, self.input_zero_point)
-        codes = ops.quantize_static(x, self.channel_order, self.num_outliers, *quantizer)
-        prepared = self._prepared_for(x)
-        if prepared is not None:
-            product = prepared(codes.reshape(-1, self.in_features), self.weight_packed, x.dtype)
-            return product.reshape(*x.shape[:-1], self.out_features)
-        return ops.dual_scale_linear_static(codes, *weight, *quantizer, *layout)
+        quantizer, prepared = (self.input_scale, self.input_zero_point), self._prepared_for(x)
+        if self.activation == "token":
+            codes, scale = ops.quantize_rows(x, self.channel_scale, self.rotation)
+            if prepared is None:
+                return ops.dual_scale_linear_dynamic(codes, torch.stack([scale, scale], -1), *weight, *layout)
+            rows = scale.reshape(-1)
+        else:
+            codes, rows = ops.quantize_static(x, self.channel_order, self.num_outliers, *quantizer), None
+            if prepared is None:
+                return ops.dual_scale_linear_static(codes, *weight, *quantizer, *layout)
+        product = prepared(codes.reshape(-1, self.in_features), self.weight_packed, x.dtype, row_scale=rows)
+        return product.reshape(*x.shape[:-1], self.out_features)
 
     def _prepared_for(self, x: Tensor) -> ops.PreparedLinear | None:
         """Return the constants of the compiled integer product; None where that does not run.
@@ -296,7 +295,8 @@ class QARVDLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """Describe the layer for `repr`."""
-        activation = {"static": "int8 static", "dynamic": "int8 dynamic", "none": "float"}[self.activation]
+        kinds = {"static": "int8 static", "dynamic": "int8 dynamic", "none": "float", "token": "int8 per token"}
+        activation = kinds[self.activation] + (f", rotation={self.rotation}" if self.rotation > 1 else "")
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"weight_bits={self.weight_bits}, activation={activation}, num_outliers={self.num_outliers}"

@@ -27,7 +27,8 @@ METADATA = "qarvd"  # one entry: safetensors writes several in any order, and eq
 
 # Incremented when the same config gives other numbers than before, so that older cached results are not used.
 # 2: layers that read the output of cross-attention are not split by their inputs.
-REVISION = 2
+# 3: activations have a scale per token by default.
+REVISION = 3
 
 
 def config_hash(config: QARVDConfig) -> str:

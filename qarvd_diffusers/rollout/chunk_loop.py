@@ -13,6 +13,7 @@ from ..files.schema import check_mapping
 from ..kv_cache.cache import KVCache
 from .inputs import StreamInputs
 from .pass_info import PassInfo
+from .steering import joined
 
 # Progress that a saved loop keeps.
 _STATE_FIELDS = {"_steps_done": int, "_context_done": bool, "_next_chunk": int, "_frames_done": int}
@@ -22,7 +23,8 @@ class RunPass(Protocol):
     """Run one transformer pass: latents `[B, C, F, H, W]`, timestep `[B]` -> flow of the latents' shape; updates the
     cache.
 
-    With `cache_only` only the cache is needed, and the flow may be None.
+    With `cache_only` only the cache is needed, and the flow may be None. A stream with controls passes those of the
+    chunk as `controls`.
     """
 
     def __call__(
@@ -107,7 +109,14 @@ class ChunkLoop:
         self._frames_done = 0
         self._stale: PassInfo | None = None  # the refresh that is still to run
         self._recent: list[torch.Tensor] = []  # clean latents of the frames that re-caching may need
+        self._controls: Any = None  # of the current chunk
+        self._recent_controls: list[Any] = []  # of `_recent`
         self._first: torch.Tensor | None = None  # clean latents of the first frame, if a rebuilt context keeps it
+
+    @property
+    def next_chunk(self) -> int:
+        """Index of the chunk that is generated next, or now."""
+        return self._next_chunk
 
     def branch(self) -> ChunkLoop:
         """Return an independent loop over the same noise, with a copy of the cache and without callbacks.
@@ -124,7 +133,7 @@ class ChunkLoop:
         other.cache, other._scheduler = self.cache.clone(), copy.deepcopy(self._scheduler)
         other.on_pass, other.on_step, other.before_chunk, other.interrupted = None, None, None, lambda: False
         other.reencode = None
-        other._recent = list(self._recent)
+        other._recent, other._recent_controls = list(self._recent), list(self._recent_controls)
         return other
 
     @torch.no_grad()
@@ -150,6 +159,8 @@ class ChunkLoop:
                 self._rebuild()
             if self.before_chunk is not None:
                 self.before_chunk()
+            if self.inputs.controls is not None:
+                self._controls = self.inputs.controls(chunk)
             latents = self._denoise(chunk, offset, frames)
             if self.interrupted():
                 yield chunk, latents
@@ -183,6 +194,7 @@ class ChunkLoop:
             setattr(self, name, fields[name])
         count = sum(name.startswith("recent.") for name in tensors)
         self._recent = [tensors[f"recent.{index}"].to(self.device) for index in range(count)]
+        self._recent_controls = [None] * count
         self._first = tensors["first"].to(self.device) if "first" in tensors else None
 
     @staticmethod
@@ -230,10 +242,12 @@ class ChunkLoop:
         if self._first is None and self.inputs.fields.keep_first_frame:
             self._first = latents[:, :, :1]
         self._recent.append(latents)
+        self._recent_controls.append(self._controls)
         self._frames_done += latents.shape[2]
         window = self.inputs.fields.local_attention_frames
         while window != -1 and sum(piece.shape[2] for piece in self._recent[1:]) >= window:
             del self._recent[0]
+            del self._recent_controls[0]
 
     def switch_prompt(self, prompt_embeds: torch.Tensor, how: str) -> None:
         """Switch to another prompt between two chunks; `how` is one of `PROMPT_SWITCHES`.
@@ -338,17 +352,22 @@ class ChunkLoop:
         """Run one pass, its first `clamped` frames at timestep 0."""
         if self.on_pass is not None:
             self.on_pass(info)
+        steered: dict[str, Any] = {}
+        if self.inputs.controls is not None:
+            again = info.role == "recache"
+            steered["controls"] = joined(self._recent_controls, info.num_frames) if again else self._controls
         timestep = torch.full((latents.shape[0],), info.timestep, device=latents.device)
         if clamped:
             timestep = timestep[:, None].repeat(1, latents.shape[2])
             timestep[:, :clamped] = 0
         return self._run_pass(
-            latents,
+            self.inputs.conditioned(latents, info.frame_offset),
             timestep,
             self.prompt_embeds,
             kv_cache=self.cache,
             frame_offset=info.frame_offset,
             cache_only=info.role != "denoise",
+            **steered,
         )
 
 

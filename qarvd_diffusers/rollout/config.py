@@ -21,7 +21,7 @@ positions away (LongLive 2.0; Infinity-RoPE, arXiv 2511.20649)."""
 
 ROPE_MODES = ("absolute", "window")
 CONTEXT_MODES = ("refresh", "rebuild")
-SAMPLERS = ("renoise", "unipc")
+SAMPLERS = ("renoise", "renoise_integer", "unipc")
 MAX_CHUNK = 4096  # latent frames, far beyond what any model generates together
 
 
@@ -56,7 +56,8 @@ class RolloutConfig:
             the window, decoded and encoded again as a single picture, like the start of a video.
         clamped_start: initial latents need not be whole chunks: the rest begins generated chunk 0, at timestep 0, and
             is restored after every step.
-        sampler: `renoise` (`FewStepRenoiseScheduler`) or `unipc` (`ChunkUniPCScheduler`), which draws no noise.
+        sampler: `renoise` (`FewStepRenoiseScheduler`), `renoise_integer` (`IntegerRenoiseScheduler`) or `unipc`
+            (`ChunkUniPCScheduler`), which draws no noise.
     """
 
     num_frames_per_chunk: int = 3
@@ -180,7 +181,7 @@ class RolloutConfig:
 
     def num_renoises(self, chunk: int) -> int:
         """Return the number of noise draws after the starting noise of generated chunk `chunk`."""
-        return len(self.timesteps_of_chunk(chunk)) - 1 if self.sampler == "renoise" else 0
+        return len(self.timesteps_of_chunk(chunk)) - 1 if self.sampler != "unipc" else 0
 
     @property
     def reencodes(self) -> bool:

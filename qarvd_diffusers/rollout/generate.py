@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from .decoder import CheckedDecoder, StatefulDecoder
 from .output import Chunk, Frames
 from .pass_info import PassInfo
 from .reencoding import ReencodingDecoder
-from .session import LiveStream, StepCallback, StreamRequest, StreamSession
+from .session import LiveStream, PromptChange, StepCallback, StreamRequest, StreamSession
 
 if TYPE_CHECKING:
     from .host import StreamHost
@@ -36,7 +37,7 @@ def run_stream(pipe: StreamHost, session: StreamSession) -> Generator[Chunk]:
             request.saved.restore(loop, live.decoder)
         loop.on_pass = _pass_hook(pipe, request.on_pass)
         loop.interrupted = lambda: pipe._interrupt or session.closing
-        loop.before_chunk = lambda: _switch_prompt(pipe, session, loop)
+        loop.before_chunk = lambda: _apply_changes(pipe, session, loop)
         loop.reencode = live.decoder.reencode if isinstance(live.decoder, ReencodingDecoder) else None
         with _progress_bar(pipe, request.inputs.num_steps) as bar:
             loop.on_step = _step_hook(pipe, loop, bar, request.callback)
@@ -83,8 +84,19 @@ def _decoded(pipe: StreamHost, request: StreamRequest, live: LiveStream) -> Iter
     yield from queue.rest()
 
 
-def _switch_prompt(pipe: StreamHost, session: StreamSession, loop: ChunkLoop) -> None:
-    """Apply the first of the session's prompt changes, if there is one."""
+def _apply_changes(pipe: StreamHost, session: StreamSession, loop: ChunkLoop) -> None:
+    """Apply what has changed since the last chunk: the source of controls, then the first prompt of the session.
+
+    If no prompt was set, one that the controls of the chunk bring (an event) is.
+    """
+    changed, session.controls = session.controls, None
+    if changed is not None:
+        loop.inputs = replace(loop.inputs, controls=changed)
+    event = getattr(loop.inputs.controls, "event", None)
+    if event is not None and not session.changes and (text := event(loop.next_chunk)):
+        batch = loop.inputs.shape[0]
+        own = {**session.request.text, "prompt": text if batch == 1 else [text] * batch, "prompt_embeds": None}
+        session.changes = [PromptChange(own, loop.inputs.fields.on_prompt_switch)]
     if changes := session.encode_changes(pipe, loop.prompt_embeds):
         change = changes.pop(0)
         loop.switch_prompt(pipe.embed_prompt(**change.text), change.how)

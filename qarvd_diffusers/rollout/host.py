@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from .config import RolloutConfig
 from .decoder import Decoder
 from .inputs import StreamInputs
 from .output import Chunk
+from .steering import ControlSource
 
 
 class StreamHost(Protocol):
@@ -65,6 +66,14 @@ class StreamHost(Protocol):
     ) -> int:
         """Check a prompt and return its batch size; raises ValueError if that is not `batch`."""
 
+    def held(self, entry: Any, inputs: StreamInputs) -> ControlSource:
+        """Check controls that are set while a stream runs, and prepare a source that holds them."""
+
+    def prepare_controls(
+        self, source: ControlSource, inputs: StreamInputs, chunks: Iterable[int] = ()
+    ) -> ControlSource:
+        """Return what `run_pass` gets as `controls` for each chunk; raises ValueError where it takes none."""
+
     def maybe_free_model_hooks(self) -> None:
         """Move offloaded components back, see `DiffusionPipeline`."""
 
@@ -80,6 +89,7 @@ class PipelineHost(StreamHost, Protocol):
         source: folder or Hub id that it was loaded from, or None.
         kv_cache: storage of keys and values of new streams.
         window: latent frames that new streams keep, or None.
+        stream_defaults: arguments of `stream` for calls that leave them out.
         vae: None if the caller passes a decoder.
     """
 
@@ -87,13 +97,14 @@ class PipelineHost(StreamHost, Protocol):
     source: str | None
     kv_cache: str
     window: int | None
+    stream_defaults: Mapping[str, Any]
     vae: nn.Module | None
 
     def encode_prompt(self, prompt: str | list[str] | None = None, **options: Any) -> Tensor:
         """Return text embeddings `[B, text_tokens, text_dim]`, zero beyond each prompt."""
 
-    def check_stream_inputs(self, **arguments: Any) -> StreamInputs:
-        """Check the arguments of `stream`, and return those about noise, size and length."""
+    def stream_inputs(self, controls: Any = None, **arguments: Any) -> StreamInputs:
+        """Check the arguments of `stream`, and return those about noise, size, length, start and controls."""
 
     def stream(self, prompt: str | list[str] | None = None, **options: Any) -> Iterator[Chunk]:
         """Generate chunk by chunk."""

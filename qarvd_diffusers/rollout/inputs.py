@@ -11,6 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .config import RolloutConfig
+from .steering import ControlSource
 
 
 @dataclass
@@ -26,6 +27,9 @@ class StreamInputs:
             sequence of one tensor per chunk; a smaller first chunk takes the leading frames. None draws it.
         initial_latents: clean latents `[B, C, F, H, W]` that the video starts with, or None.
         generator: source of the noise that is drawn.
+        condition: `[B, C2, F, H, W]`, further input channels of the transformer, or None. Frames after its last one
+            get the channels of that one.
+        controls: what steers each chunk, or None; see `steering`.
     """
 
     fields: RolloutConfig
@@ -35,6 +39,8 @@ class StreamInputs:
     renoise_latents: torch.Tensor | Sequence[torch.Tensor] | None = None
     initial_latents: torch.Tensor | None = None
     generator: torch.Generator | list[torch.Generator] | None = None
+    condition: torch.Tensor | None = None
+    controls: ControlSource | None = None
 
     def __post_init__(self) -> None:
         batch, channels, height, width = self.shape
@@ -46,8 +52,13 @@ class StreamInputs:
                     "(batch of the prompt, channels of the transformer)"
                 )
         self.fields.context_pieces(self.context_frames)  # raises if they do not split
+        if self.controls is not None and self.fields.context_mode == "rebuild":
+            raise ValueError("a model that encodes its context again before every chunk takes no controls")
         self._check_renoise()
         check_generator(self.generator, batch)
+        got = [] if self.condition is None else list(self.condition.shape)
+        if got and (len(got) != 5 or got[0] != batch or got[3:] != [height, width]):
+            raise ValueError(f"condition has shape {got}, expected [{batch}, C, F, {height}, {width}]")
 
     def _check_renoise(self) -> None:
         """Raise ValueError if `renoise_latents` have too few chunks, or a chunk has another shape."""
@@ -96,6 +107,14 @@ class StreamInputs:
     def num_steps(self) -> int | None:
         """Denoising steps of the whole stream; None if endless."""
         return None if self.num_chunks is None else self.fields.steps_before(self.num_chunks)
+
+    def conditioned(self, latents: torch.Tensor, offset: int) -> torch.Tensor:
+        """Append the channels of the condition to latents `[B, C, F, H, W]` of the frames from `offset` on."""
+        if self.condition is None:
+            return latents
+        last = self.condition.shape[2] - 1
+        frames = [min(offset + frame, last) for frame in range(latents.shape[2])]
+        return torch.cat([latents, self.condition[:, :, frames].to(latents.device, latents.dtype)], dim=1)
 
     def noise(self, offset: int, frames: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Return the starting noise of the chunk at absolute frame `offset`."""

@@ -132,6 +132,7 @@ def take_state(pipe: StreamHost, session: StreamSession) -> SavedStream:
         "output_type": request.output_type,
         "kv_cache": request.kv_cache,
         "next_prompts": [change.how for change in changes],
+        "controls": session.steered,
         "cache": cache_state,
         "loop": loop_state,
         "inputs": input_state,
@@ -142,7 +143,7 @@ def take_state(pipe: StreamHost, session: StreamSession) -> SavedStream:
 
 def _pack_inputs(inputs: StreamInputs, loop: ChunkLoop) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the inputs of a stream, with the states of its generators, as tensors and JSON types."""
-    tensors = {name: getattr(inputs, name) for name in ("latents", "initial_latents")}
+    tensors = {name: getattr(inputs, name) for name in ("latents", "initial_latents", "condition")}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if inputs.renoise_latents is not None:
         tensors |= {f"renoise.{index}": noise for index, noise in enumerate(inputs.renoise_latents)}
@@ -270,7 +271,7 @@ class SavedStream:
             PromptChange({"prompt_embeds": self.tensors[f"next_prompt.{index}"]}, how)
             for index, how in enumerate(self.header["next_prompts"])
         ]
-        return StreamSession(request, changes)
+        return StreamSession(request, changes, steered=self.header.get("controls", False))
 
     def _continued_inputs(self, num_chunks: int | None, generator: torch.Generator | None) -> StreamInputs:
         inputs = self._inputs
@@ -312,6 +313,7 @@ class SavedStream:
             renoise or None,
             tensors.get("initial_latents"),
             generators[0] if state["one_generator"] else generators,
+            tensors.get("condition"),
         )
 
     def restore(self, loop: ChunkLoop, decoder: StatefulDecoder | None) -> None:

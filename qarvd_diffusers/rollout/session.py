@@ -12,6 +12,7 @@ from .chunk_loop import ChunkLoop
 from .decoder import StatefulDecoder
 from .inputs import StreamInputs
 from .pass_info import PassInfo
+from .steering import ControlSource
 
 if TYPE_CHECKING:
     from .host import StreamHost
@@ -114,12 +115,17 @@ class StreamSession:
         request: what the caller asked for.
         changes: prompts that apply to the next chunks, one for each; written by the thread that calls `set_prompt`.
         closing: the stream is to end as soon as possible; written by the thread that calls `close`.
+        controls: what steers the chunks from the next one on, if that was changed; written by the thread that calls
+            `set_controls`.
+        steered: controls were passed or changed.
         live: the running stream, written by the thread that iterates; None before it starts and after it ends.
     """
 
     request: StreamRequest
     changes: list[PromptChange] = field(default_factory=list)
     closing: bool = False
+    controls: ControlSource | None = None
+    steered: bool = False
     live: LiveStream | None = None
 
     @property

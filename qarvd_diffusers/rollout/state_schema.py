@@ -27,6 +27,7 @@ _FACTS = {
     "output_type": Literal["pil", "np", "pt", "latent"],
     "kv_cache": Literal["auto", "bf16", "int8", "fp8"],
     "next_prompts": list[Literal["keep", "recache", "new_text_only", "cut"]],
+    "controls": bool,
     "cache": Mapping[str, Any],
     "loop": Mapping[str, Any],
     "inputs": Mapping[str, Any],
@@ -56,7 +57,7 @@ def check_state(path: str, facts: Mapping[str, Any], found: Mapping[str, TensorS
         ValueError: a fact of another type, facts that contradict each other, or a tensor that is missing, unexpected
             or of another shape or kind; the message names file and entry.
     """
-    facts = check_mapping(facts, _FACTS, path, optional=("adapters",))
+    facts = check_mapping(facts, _FACTS, path, optional=("adapters", "controls"))
     state = check_mapping(facts["inputs"], _INPUTS, f"{path}: inputs")
     batch, count = state["shape"][0], state["num_chunks"]
     prompt = found.get("prompt_embeds", TensorSpec((), _FLOAT)).shape
@@ -80,7 +81,12 @@ def check_state(path: str, facts: Mapping[str, Any], found: Mapping[str, TensorS
         size = getattr(found.get(f"inputs.generator.{index}"), "shape", ())[:1]
         expected[f"inputs.generator.{index}"] = TensorSpec(size, torch.uint8)
     renoise = [f"renoise.{index}" for index in range(len(inputs.renoise_latents or ()))]
-    for name in ("inputs.latents", "inputs.initial_latents", *(f"inputs.{name}" for name in renoise)):
+    for name in (
+        "inputs.latents",
+        "inputs.initial_latents",
+        "inputs.condition",
+        *(f"inputs.{name}" for name in renoise),
+    ):
         expected |= {name: found[name]} if name in found else {}  # `StreamInputs` has checked them
     rest = {name: spec for name, spec in found.items() if not name.startswith(_PARTS)}
     check_specs(path, expected, rest, REMEDY, any_float=lambda name: True)
@@ -96,7 +102,9 @@ def _inputs(
     latents, initial = own.get("latents"), own.get("initial_latents")
     try:
         check_tensors(**own)
-        inputs = StreamInputs(fields, state["shape"], state["num_chunks"], latents, renoise or None, initial)
+        inputs = StreamInputs(
+            fields, state["shape"], state["num_chunks"], latents, renoise or None, initial, None, own.get("condition")
+        )
         needed = (inputs.num_latent_frames or 0) - inputs.context_frames
         if latents is not None and not 0 < needed <= latents.shape[2]:
             raise ValueError(f"latents have {latents.shape[2]} frames, {state['num_chunks']} chunks need {needed}")

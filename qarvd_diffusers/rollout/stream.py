@@ -30,8 +30,9 @@ class Stream(Iterator[Chunk]):
     dropped. However it ends, its memory is freed immediately, and the pipeline can be used again. Use it in a `with`
     block if its end must not wait for the garbage collector.
 
-    `set_prompt`, `pause`, `resume` and `close` may be called from another thread than the one that iterates. Streams
-    of one model may be iterated in several threads: they take turns, a chunk each, and none changes another's video.
+    `set_prompt`, `set_controls`, `pause`, `resume` and `close` may be called from another thread than the one that
+    iterates. Streams of one model may be iterated in several threads: they take turns, a chunk each, and none changes
+    another's video.
     """
 
     def __init__(self, pipe: StreamHost, session: StreamSession, chunks: Generator[Chunk]) -> None:
@@ -122,6 +123,23 @@ class Stream(Iterator[Chunk]):
             )
         text = {**session.request.text, "prompt": prompt, "prompt_embeds": prompt_embeds}
         session.changes = [PromptChange(text, how, over_chunks)]
+
+    def set_controls(self, controls: Any) -> None:
+        """Steer the chunks from the next one on by other controls; they are checked at once.
+
+        Args:
+            controls: of a chunk, which hold until they are changed again (a `Control`'s mouse and event act once); or
+                a function of the chunk's index.
+
+        Raises:
+            ValueError: for controls that do not fit the model, or if the stream has ended.
+        """
+        session = self._session
+        prepare = self._pipe.prepare_controls if callable(controls) else self._pipe.held
+        source = prepare(controls, session.request.inputs)
+        if session.closing or self._ended:
+            raise ValueError("the stream has ended: other controls would have no effect")
+        session.controls, session.steered = source, True
 
     def pause(self) -> None:
         """Make the following `next` wait for `resume` or `close`; a chunk in progress is finished and returned."""

@@ -26,6 +26,7 @@ from .inputs import StreamInputs, check_tensors
 from .pass_info import PassInfo
 from .saved_state import SavedStream
 from .session import StepCallback, StreamRequest, StreamSession
+from .steerable import SteerableMixin
 from .stream import Stream
 from .text_encoder import load_prompt_embeds, offload_text_encoder, text_encoder_at_work
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class StreamableMixin(ABC):
+class StreamableMixin(SteerableMixin, ABC):
     """Stream from a causal `DiffusionPipeline`; put it (through `ARVDMixin`) before `DiffusionPipeline` among the
     bases.
 
@@ -154,6 +155,7 @@ class StreamableMixin(ABC):
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         on_pass: Callable[[PassInfo], None] | None = None,
+        controls: Any = None,
         **start: Any,
     ) -> Stream:
         """Generate chunk by chunk; arguments are checked at once, work starts with the first `next`.
@@ -188,6 +190,9 @@ class StreamableMixin(ABC):
                 stream.
             callback_on_step_end_tensor_inputs: names among `_callback_tensor_inputs` to pass to the callback.
             on_pass: called with a `PassInfo` right before every transformer pass.
+            controls: what steers each chunk, for a model that takes controls: a sequence, tensor, mapping or iterator
+                with one entry per chunk, or a function of the chunk's index; see `steering.control_source`. For
+                `ARVDPipeline` entries are what `Control.of` reads, and a file of `controls.recording` will do too.
             **start: further ways to start that the pipeline has, such as `image` and `video` of `ARVDPipeline`.
 
         Returns:
@@ -214,6 +219,8 @@ class StreamableMixin(ABC):
                 "last"
             )
         steps = len(self.rollout_config.denoising_timesteps)
+        start = {**self.stream_defaults, **start}
+        controls = start.pop("controls", None) if controls is None else controls
         start = start_arguments(type(self).__name__, start, self.check_stream_inputs, self.stream, steps)
         check_scheduler(self.scheduler)
         storage = check_storage(kv_cache or self.kv_cache)
@@ -221,7 +228,8 @@ class StreamableMixin(ABC):
         prompt_embeds = load_prompt_embeds(prompt_embeds)
         check_tensors(latents=latents, renoise_latents=renoise_latents, initial_latents=initial_latents)
         own_decoder = self._check_decoder(decoder)
-        inputs = self.check_stream_inputs(
+        inputs = self.stream_inputs(
+            controls,
             prompt=prompt,
             prompt_embeds=prompt_embeds,
             num_chunks=num_chunks,
@@ -240,6 +248,7 @@ class StreamableMixin(ABC):
         session = StreamSession(
             StreamRequest(inputs, text, output_type, storage, overlap_decoding, callback, on_pass, own_decoder)
         )
+        session.steered = controls is not None
         return Stream(self, session, run_stream(self, session))
 
     def restore_stream(
@@ -252,6 +261,7 @@ class StreamableMixin(ABC):
         decoder: Decoder | Callable[[], Decoder] | None = None,
         callback_on_step_end: Callable | None = None,
         on_pass: Callable[[PassInfo], None] | None = None,
+        controls: Any = None,
     ) -> Stream:
         """Resume a stream that `Stream.save_state` saved; its output is bit-identical to an uninterrupted run.
 
@@ -263,6 +273,7 @@ class StreamableMixin(ABC):
             decoder: the decoder that the stream was started with, if it was not the pipeline's.
             callback_on_step_end: see `stream`; its tensors are the latents.
             on_pass: see `stream`.
+            controls: of the whole video, if the stream had controls, which are not saved.
 
         Raises:
             ValueError: if the file is not a saved stream, is one of another model or rollout config, or an argument
@@ -272,13 +283,23 @@ class StreamableMixin(ABC):
         saved.check(self)
         callback = StepCallback(callback_on_step_end, ("latents",))
         session = saved.session(output_type, on_pass, self._check_decoder(decoder), num_chunks, generator, callback)
+        inputs = session.request.inputs
+        if controls is not None:
+            inputs = self.steered_by(inputs, controls)
+        elif session.steered:
+            raise ValueError(f"{saved.path} was steered by controls, which are not saved: pass controls= again")
+        else:
+            inputs = self.with_default_controls(inputs)
+        session.request = dataclasses.replace(session.request, inputs=inputs)
+        session.steered = controls is not None
         return Stream(self, session, run_stream(self, session))
 
     def _check_decoder(self, decoder: Decoder | Callable[[], Decoder] | None) -> CheckedDecoder | None:
         if decoder is None:
             return None
         config = getattr(getattr(self, "vae", None), "config", {})
-        channels = self.transformer.config.in_channels
+        sizes = self.transformer.config
+        channels = getattr(sizes, "out_channels", None) or sizes.in_channels
         return check_decoder(decoder, channels, config.get("latents_mean"), config.get("latents_std"))
 
     def make_loop(self, inputs: StreamInputs, kv_cache: str | None = None, **text: Any) -> ChunkLoop:

@@ -76,6 +76,7 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    _renoise_table: torch.Tensor | None = None  # noise levels for re-noising; None takes those of predictions
 
     @register_to_config
     def __init__(
@@ -120,17 +121,19 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
         table = torch.cat([self._timestep_table, self._timestep_table.new_zeros(1)])
         return table[[size - int(step) for step in steps]]
 
-    def _sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Return the noise level, float32, of the table entry nearest to each timestep."""
+    def _sigma(self, timestep: torch.Tensor, levels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the noise level, float32, of the first table entry nearest to each timestep."""
         table = _exact(self._timestep_table.to(timestep.device))
         index = (_exact(timestep)[..., None] - table).abs().argmin(dim=-1)
-        return self._sigma_table.to(timestep.device)[index]
+        return (self._sigma_table if levels is None else levels).to(timestep.device)[index]
 
-    def _sigma_for(self, timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
+    def _sigma_for(
+        self, timestep: torch.Tensor | float, sample: torch.Tensor, levels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return noise levels, per sample `[B]` or per frame `[B, F]`, shaped to broadcast over `sample` `[B, C, F, H,
-        W]`.
+        W]`; `levels` replaces those of the table.
         """
-        sigma = self._sigma(torch.as_tensor(timestep))  # on the device of the timestep
+        sigma = self._sigma(torch.as_tensor(timestep), levels)  # on the device of the timestep
         if sigma.ndim == 0 and sigma.device.type == "cpu":
             return sigma  # torch takes a CPU scalar on any device; copying it would wait for the previous pass
         sigma = sigma.to(sample.device)
@@ -161,7 +164,7 @@ class FewStepRenoiseScheduler(SchedulerMixin, ConfigMixin):
         """Return `(1 - sigma) * original + sigma * noise` in float32, cast to the dtype of `noise`; `timesteps` as
         above.
         """
-        sigma = self._sigma_for(timesteps, original_samples)
+        sigma = self._sigma_for(timesteps, original_samples, self._renoise_table)
         return ((1 - sigma) * original_samples.float() + sigma * noise.float()).to(noise.dtype)
 
     def step(

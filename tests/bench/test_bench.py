@@ -60,6 +60,19 @@ def test_command(tmp_path, capsys):
     assert "gemm of 18 rows, microseconds" in printed and "attention of 18 queries, microseconds" in printed
 
 
+def test_passes_of_a_world(tmp_path, capsys):
+    """With picture and camera; whole videos of one are refused by name."""
+    out = tmp_path / "world.json"
+    arguments = ["bench", "--shape", "toy-world", "--device", "cpu"]
+    variants = ["bf16", "w8a8", "w8a8-int8"]
+    passes = ["--parts", "passes", "--repeats", "1", "--at-chunks", "2", "--variants", *variants, "--out", str(out)]
+    assert main([*arguments, *passes]) == 0
+    rows = json.loads(out.read_text())["passes"]
+    assert [row["name"] for row in rows] == variants and all(row["relative_error"]["2"] < 0.1 for row in rows)
+    assert main([*arguments, "--end-to-end"]) == 1
+    assert "toy-world from a picture: time its --parts passes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("frames", (1, 2))
 def test_chunks_of_other_lengths(frames, tmp_path):
     out = tmp_path / "bench.json"

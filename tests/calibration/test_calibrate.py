@@ -25,7 +25,10 @@ def wan():
 
 
 def config_of(scheme="w8a8", **options):
-    return QARVDConfig(scheme, **{"outlier_alignment": 4, "calibration_chunks": CHUNKS, **options})
+    """A config with the scales of the paper; those of tokens: test_token_scales.py."""
+    scales = {"static": "static", "dynamic": "dynamic", "none": "auto"}[SCHEMES[scheme].activation]
+    paper = {"activation": scales, "weight_group": 0, "outlier_alignment": 4, "calibration_chunks": CHUNKS}
+    return QARVDConfig(scheme, **{**paper, **options})
 
 
 def forward(model, seed=3):

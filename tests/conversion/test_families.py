@@ -28,6 +28,7 @@ from qarvd_diffusers.pipelines.pipeline_arvd import ARVDPipeline
 RUNS = {
     "self-forcing", "causal-forcing", "causal-forcing-framewise", "causal-forcing-framewise-2step",
     "causal-forcing-framewise-1step", "longlive", "longlive-2", "causvid", "krea", "infinity-rope", "reward-forcing",
+    "lingbot-world", "lingbot-world-2", "lingbot-world-2-1.3b",
 }  # fmt: skip
 
 

@@ -36,6 +36,8 @@ def card(folder):
         ("mit", False),
         (None, False),
         ("encore", False),
+        ("tencent-academic", True),
+        ("Some terms (non-commercial)", True),
     ],
 )
 def test_non_commercial(licence, expected):
@@ -73,27 +75,52 @@ def test_readme_without_a_card(checkpoint):
     assert detect_checkpoint(checkpoint, "self-forcing").licence == "apache-2.0"
 
 
-@pytest.mark.parametrize(
-    ("family", "flag"),
-    [
-        ("causvid", "licensed cc-by-nc-sa-4.0: non-commercial"),
-        ("longlive", "No licence is known"),
-        ("self-forcing", None),
-    ],
-)
-def test_flagged_before_upload(checkpoint, tmp_path, caplog, monkeypatch, family, flag):
-    """The flag comes before the Hub is asked for anything: here there is no Hub at all."""
+class NoHub(Exception):
+    pass
 
-    class NoHub(Exception):
-        pass
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """What is said comes before the Hub is asked for anything: here there is no Hub at all."""
 
     def refuse(*args, **kwargs):
         raise NoHub
 
     monkeypatch.setattr(publish, "HfApi", refuse)
+
+
+def released(checkpoint, tmp_path, family):
     out = convert_checkpoint(checkpoint, tmp_path / "float", family, lora="none", num_attention_heads=2)
-    pipe = ARVDPipeline.from_pretrained(out, dtype=torch.float32)
+    return ARVDPipeline.from_pretrained(out, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "accepted", "flag"),
+    [
+        ("causvid", True, "licensed cc-by-nc-sa-4.0: non-commercial"),
+        ("longlive", False, "No licence is known"),
+        ("self-forcing", False, None),
+    ],
+)
+def test_flagged_before_upload(checkpoint, tmp_path, caplog, no_hub, family, accepted, flag):
+    pipe = released(checkpoint, tmp_path, family)
     with caplog.at_level(logging.WARNING, logger="qarvd_diffusers"), pytest.raises(NoHub):
-        pipe.push_to_hub("user/model")
+        pipe.push_to_hub("user/model", accept_licence=accepted)
     flags = [record.message for record in caplog.records if "user/model" in record.message]
     assert (flag in flags[0]) if flag else not flags
+
+
+def test_refused_without_an_explicit_yes(checkpoint, tmp_path, no_hub):
+    """Float or quantized, and before anything is written."""
+    pipe = released(checkpoint, tmp_path, "causvid")
+    message = "user/model are licensed cc-by-nc-sa-4.0: non-commercial.* pass accept_licence=True"
+    with pytest.raises(ValueError, match=message):
+        pipe.push_to_hub("user/model")
+    with pytest.raises(ValueError, match=message):
+        pipe.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/model")
+    assert not (tmp_path / "saved").exists()
+    pipe.quantize(QARVDConfig("w8a16"))
+    with pytest.raises(ValueError, match=message):
+        pipe.push_to_hub("user/model")
+    with pytest.raises(NoHub):
+        pipe.push_to_hub("user/model", accept_licence=True)

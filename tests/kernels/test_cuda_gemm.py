@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_inputs import grouped_layer
 
 from qarvd_kernels.cuda import build as cuda_build
 from qarvd_kernels.cuda import gemm
+from qarvd_kernels.reference.linear import integer_weight
 
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: install CUDA 12.5 or later")
@@ -308,7 +310,7 @@ class TestOnGPU:
         a, weight, ratio, scale, bias = make(m, n, k, extreme)
         expected = accumulate(a, weight, outliers, ratio)
         poison(m, n, dtype=torch.int32)
-        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, torch.int32)
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, None, torch.int32)
         assert torch.equal(got, expected)
 
     @pytest.mark.parametrize(
@@ -318,16 +320,21 @@ class TestOnGPU:
         a, weight, ratio, scale, bias = make(m, n, k, extreme)
         y = accumulate(a, weight, outliers, ratio).double() * scale.double() + bias.double()
         poison(m, n, dtype=dtype)
-        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, dtype)
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, None, dtype)
         assert relative_error(got, y) <= tolerance
         out = torch.full_like(got, 7)
-        gemm.dual_scale_gemm_out(a, weight, outliers, ratio, scale, bias, None, None, out)
+        gemm.dual_scale_gemm_out(a, weight, outliers, ratio, scale, bias, None, None, None, out)
         assert torch.equal(out, got)
+
+        rows = torch.rand(m, device="cuda") + 0.1
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, rows, dtype)
+        sums = accumulate(a, weight, outliers, ratio).double() * rows.double()[:, None]
+        assert relative_error(got, sums * scale.double() + bias.double()) <= tolerance
 
         sums = torch.stack([a[:, :outliers].sum(1), a[:, outliers:].sum(1)], 1).to(torch.int32)
         sum_scale = torch.randn(2, n, device="cuda") / k
         y -= sums.double() @ sum_scale.double()
-        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, sums, sum_scale, dtype)
+        got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, sums, sum_scale, None, dtype)
         assert relative_error(got, y) <= tolerance
 
     def test_gelu(self, m, n, k, outliers, extreme):
@@ -340,7 +347,7 @@ class TestOnGPU:
         expected = ((y / out_scale.double()[group]).round() + zero_point[group]).clamp(0, 255) - 128
         poison(m, n, dtype=torch.int8)
         got = gemm.dual_scale_gemm_gelu(
-            a, weight, outliers, ratio, scale, bias, None, None, out_scale, zero_point.int(), out_outliers
+            a, weight, outliers, ratio, scale, bias, None, None, None, out_scale, zero_point.int(), out_outliers
         )
         difference = (got.double() - expected).abs()
         assert difference.max() <= 1
@@ -353,7 +360,9 @@ class TestOnGPU:
         gates = 3 if m % 3 == 0 else 1
         for gate in (None, torch.randn(gates, n, device="cuda")):
             factor = 1 if gate is None else gate.double().repeat_interleave(m // gates, 0)
-            got = gemm.dual_scale_gemm_residual(a, weight, outliers, ratio, scale, bias, None, None, residual, gate)
+            got = gemm.dual_scale_gemm_residual(
+                a, weight, outliers, ratio, scale, bias, None, None, None, residual, gate
+            )
             assert relative_error(got, residual.double() + factor * y) <= 2e-3
 
 
@@ -366,9 +375,9 @@ class TestMoreOnGPU:
         for m, n, k, outliers in SHAPES:
             a, weight, ratio, scale, bias = make(m, n, k)
             expected = accumulate(a, weight, outliers, ratio)
-            got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, torch.int32)
+            got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, None, torch.int32)
             assert torch.equal(got, expected), (m, n, k, outliers)
-            got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, torch.bfloat16)
+            got = gemm.dual_scale_gemm(a, weight, outliers, ratio, scale, bias, None, None, None, torch.bfloat16)
             assert relative_error(got, expected.double() * scale.double() + bias.double()) <= 2e-3
 
     @pytest.mark.parametrize("factor", (3.0, 60.0))
@@ -379,21 +388,21 @@ class TestMoreOnGPU:
         ratio = ratio * factor
         expected = accumulate(a, weight, 128, ratio)
         assert 2**22 < expected.abs().max() < 2**31 - 1
-        got = gemm.dual_scale_gemm(a, weight, 128, ratio, scale, bias, None, None, torch.int32)
+        got = gemm.dual_scale_gemm(a, weight, 128, ratio, scale, bias, None, None, None, torch.int32)
         assert torch.equal(got, expected)
 
     def test_views(self):
         a, weight, ratio, scale, bias = make(300, 512, 512)
         for view in (a[:, 128:384], a[:, 8:264], a[5:, 256:]):
             got = gemm.dual_scale_gemm(
-                view, weight[:, :256].contiguous(), 64, ratio, scale, bias, None, None, torch.int32
+                view, weight[:, :256].contiguous(), 64, ratio, scale, bias, None, None, None, torch.int32
             )
             assert torch.equal(got, accumulate(view, weight[:, :256], 64, ratio))
 
     def test_runs_in_a_graph_and_on_a_stream(self):
         a, weight, ratio, scale, bias = make(256, 512, 512)
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        arguments = (a, weight, 128, ratio, scale, bias, None, None, torch.int32)
+        arguments = (a, weight, 128, ratio, scale, bias, None, None, None, torch.int32)
         with torch.cuda.stream(stream):
             gemm.dual_scale_gemm(*arguments)
         stream.synchronize()
@@ -413,7 +422,7 @@ class TestMoreOnGPU:
 
         def product(weight, out):
             gemm.expand_int4(weight, zero_points, 128, out)
-            return gemm.dual_scale_gemm(a, out, 128, ratio, scale, bias, None, None, torch.int32)
+            return gemm.dual_scale_gemm(a, out, 128, ratio, scale, bias, None, None, None, torch.int32)
 
         wants = [product(weight, torch.empty_like(scratch)) for weight in packed]
         graph = torch.cuda.CUDAGraph()
@@ -422,6 +431,13 @@ class TestMoreOnGPU:
         for _ in range(3):
             graph.replay()
             assert all(torch.equal(got, want) for got, want in zip(gots, wants * 20, strict=True))
+
+    @pytest.mark.parametrize(("n", "k"), [(1, 16), (33, 1536), (1536, 8960), (64, 48)])
+    def test_expand_int4_in_groups(self, n, k):
+        packed, _, groups, *_ = grouped_layer(n, k, 0)
+        out = torch.full((n, k), 77, dtype=torch.int8, device="cuda")
+        gemm.expand_int4(packed.cuda(), groups.cuda(), 0, out)
+        assert torch.equal(out.cpu(), integer_weight(packed, groups, 4, 0)[0])
 
     @pytest.mark.parametrize(("n", "k", "outliers"), [(1, 16, 0), (33, 1536, 128), (1536, 8960, 8960), (64, 48, 16)])
     def test_expand_int4(self, n, k, outliers):
@@ -439,4 +455,4 @@ class TestMoreOnGPU:
         a, weight, ratio, scale, bias = make(64, 64, 64)
         shifted = torch.cat([scale, scale])[1:65]
         with pytest.raises(RuntimeError, match="misaligned"):
-            gemm.dual_scale_gemm(a, weight, 16, ratio, shifted, bias, None, None, torch.float32)
+            gemm.dual_scale_gemm(a, weight, 16, ratio, shifted, bias, None, None, None, torch.float32)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_inputs import assert_codes, codes_reference, generator, norm_reference, norm_tables, quantizer
+from kernel_inputs import (
+    assert_codes,
+    assert_row_codes,
+    codes_reference,
+    generator,
+    norm_reference,
+    norm_tables,
+    quantizer,
+    rotated,
+    row_quantizer,
+)
 
 from qarvd_kernels.cuda import norm, quantize, rows
 
@@ -33,6 +43,13 @@ def test_refuses_other_rows(channels, dtypes, reason):
     x, y = (None if dtype is None else torch.empty(2, channels, dtype=dtype) for dtype in dtypes)
     got = rows._unsupported_arguments("add_norm_quantize", {"x": x, "y": y})
     assert got is None if reason is None else got.startswith(reason)
+
+
+def test_refuses_other_rotations():
+    x = torch.empty(2, 1536, dtype=torch.bfloat16)
+    got = rows._unsupported_arguments("norm_quantize_rows", {"x": x, "rotation": 64})
+    assert got == "blocks of 64 channels, expected one of (1, 128)"
+    assert rows._unsupported_arguments("norm_quantize_rows", {"x": x, "rotation": 128}) is None
 
 
 def test_refuses_to_write_to_what_is_not_contiguous():
@@ -98,6 +115,40 @@ class TestOnGPU:
         poison(x)
         got = quantize.quantize_static(*on_gpu((x.view(1, m, c), *order)))
         assert_codes(got[0].cpu(), codes_reference(x, *order)[0])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("rotation", (1, 128))
+@pytest.mark.parametrize(("m", "c", "_", "groups"), SHAPES)
+class TestScalesPerRowOnGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize(("affine", "modulated"), [(False, True), (True, False), (False, False)])
+    @pytest.mark.parametrize("added", ("no", "plain", "gated"))
+    def test_norms(self, m, c, _, groups, rotation, dtype, affine, modulated, added):
+        g = generator(1)
+        x, y = ((torch.randn(m, c, generator=g) * 2 + 1).to(dtype) for _ in range(2))
+        gate = torch.randn(groups, c, generator=g) if added == "gated" else None
+        tables, rows_quantizer = norm_tables(c, groups, affine, modulated), row_quantizer(c, rotation)
+        poison(x)
+        if added == "no":
+            codes, scale = norm.norm_quantize_rows(*on_gpu((x, *tables, 1e-6, *rows_quantizer)))
+            total = x.double()
+        else:
+            total = x.double() + y.double() * (1 if gate is None else gate.double().repeat_interleave(m // groups, 0))
+            got = x.cuda()
+            codes, scale = norm.add_norm_quantize_rows_(got, *on_gpu((y, gate, *tables, 1e-6, *rows_quantizer)))
+            torch.testing.assert_close(got.cpu().double(), total, rtol=2**-8, atol=1e-5)
+        exact = rotated(norm_reference(total, *tables, 1e-6), *rows_quantizer)
+        assert_row_codes(codes.cpu(), scale.cpu(), exact, slack=4e-3)
+
+    def test_quantize_rows(self, m, c, _, groups, rotation, dtype):
+        x = (torch.randn(m, c, generator=generator()) * 3).to(dtype)
+        x[-1] = 0
+        poison(x)
+        codes, scale = quantize.quantize_rows(*on_gpu((x.view(1, m, c), *row_quantizer(c, rotation))))
+        assert codes.shape == (1, m, c) and scale.shape == (1, m)
+        assert_row_codes(codes[0].cpu(), scale[0].cpu(), rotated(x, *row_quantizer(c, rotation)), slack=4e-3)
 
 
 class TestMoreOnGPU:

@@ -21,13 +21,14 @@ attention_fp8(Tensor query, Tensor key, Tensor value, Tensor query_scale, Tensor
 rms_norm_silu(Tensor x, Tensor? bias, Tensor weight, Tensor? past, SymInt lead) -> Tensor
 add_bias(Tensor(!) total, Tensor x, Tensor bias) -> ()
 dual_scale_gemm(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
-    row_sums, Tensor? row_sum_scale, ScalarType out_dtype) -> Tensor
+    row_sums, Tensor? row_sum_scale, Tensor? row_scale, ScalarType out_dtype) -> Tensor
 dual_scale_gemm_out(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
-    row_sums, Tensor? row_sum_scale, Tensor(!) out) -> ()
+    row_sums, Tensor? row_sum_scale, Tensor? row_scale, Tensor(!) out) -> ()
 dual_scale_gemm_gelu(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias, Tensor?
-    row_sums, Tensor? row_sum_scale, Tensor out_scale, Tensor out_zero_point, SymInt out_outliers) -> Tensor
+    row_sums, Tensor? row_sum_scale, Tensor? row_scale, Tensor out_scale, Tensor out_zero_point, SymInt
+    out_outliers) -> Tensor
 dual_scale_gemm_residual(Tensor a, Tensor weight, SymInt num_outliers, Tensor ratio, Tensor scale, Tensor bias,
-    Tensor? row_sums, Tensor? row_sum_scale, Tensor residual, Tensor? gate) -> Tensor
+    Tensor? row_sums, Tensor? row_sum_scale, Tensor? row_scale, Tensor residual, Tensor? gate) -> Tensor
 expand_int4(Tensor weight_packed, Tensor weight_zero_point, SymInt num_outliers, Tensor(!) out) -> ()
 unpack_weight(Tensor weight_packed, int bits) -> Tensor
 dual_scale_linear_static(Tensor a, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, Tensor
@@ -46,11 +47,16 @@ add_norm_quantize(Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm
     (Tensor, Tensor)
 add_norm_quantize_(Tensor(!) x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor?
     shift, float eps, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point) -> Tensor
+norm_quantize_rows(Tensor x, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor? shift, float eps, Tensor
+    channel_scale, int rotation) -> (Tensor, Tensor)
+add_norm_quantize_rows_(Tensor(!) x, Tensor y, Tensor? gate, Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor?
+    shift, float eps, Tensor channel_scale, int rotation) -> (Tensor, Tensor)
 add_gated(Tensor x, Tensor y, Tensor? gate) -> Tensor
 add_gated_(Tensor(!) x, Tensor y, Tensor? gate) -> ()
 quantize_static(Tensor x, Tensor channel_order, SymInt num_outliers, Tensor input_scale, Tensor input_zero_point)
     -> Tensor
 quantize_dynamic(Tensor x, Tensor channel_order, SymInt num_outliers) -> (Tensor, Tensor)
+quantize_rows(Tensor x, Tensor channel_scale, int rotation) -> (Tensor, Tensor)
 row_sums(Tensor a, SymInt num_outliers) -> Tensor
 """
 SCHEMAS = re.sub(r"\n +", " ", TEXT).strip().splitlines()

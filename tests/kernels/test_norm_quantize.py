@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from kernel_inputs import assert_codes, codes_reference, generator, norm_reference, norm_tables, quantizer
+from kernel_inputs import (
+    assert_codes,
+    assert_row_codes,
+    codes_reference,
+    generator,
+    norm_reference,
+    norm_tables,
+    quantizer,
+    rotated,
+    row_quantizer,
+)
 
 import qarvd_kernels as ops
 
@@ -41,6 +51,19 @@ def test_add_norm_quantize(affine, modulated, gated, dtype):
     assert ops.add_gated_(in_place, y, gate) is None and torch.equal(in_place, total)
 
 
+@pytest.mark.parametrize(("affine", "modulated"), SITES)
+@pytest.mark.parametrize("rotation", (1, 8, 32))
+def test_scales_per_row(affine, modulated, rotation):
+    x, y, gate = (torch.randn(*shape, generator=generator(s)) for s, shape in enumerate([(6, 64), (6, 64), (3, 64)]))
+    tables, rows = norm_tables(64, 3, affine, modulated), row_quantizer(64, rotation)
+    codes, scale = ops.norm_quantize_rows(x, *tables, 1e-6, *rows)
+    assert_row_codes(codes, scale, rotated(norm_reference(x, *tables, 1e-6), *rows))
+    total = x.double() + y.double() * gate.double().repeat_interleave(2, 0)
+    codes, scale = ops.add_norm_quantize_rows_(x, y, gate, *tables, 1e-6, *rows)
+    torch.testing.assert_close(x.double(), total, rtol=1e-6, atol=1e-6)
+    assert_row_codes(codes, scale, rotated(norm_reference(total, *tables, 1e-6), *rows))
+
+
 def test_constant_rows_have_no_variance():
     order = quantizer(32, 8)
     codes = ops.norm_quantize(torch.full((2, 32), 7.0), None, None, None, None, 1e-6, *order)
@@ -58,6 +81,9 @@ def calls():
         (ops.add_gated, (x, x.clone(), None)),
         (ops.add_gated_, (x.clone(), x, None)),
         (ops.quantize_static, (x, *order)),
+        (ops.quantize_rows, (x, *row_quantizer(32, 8))),
+        (ops.norm_quantize_rows, (x, *tables, 1e-6, *row_quantizer(32, 8))),
+        (ops.add_norm_quantize_rows_, (x.clone(), x, None, *tables, 1e-6, *row_quantizer(32, 8))),
     ]
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kernel_inputs import assert_row_codes, rotated, row_quantizer
 
 import qarvd_kernels as ops
 
@@ -106,6 +107,17 @@ def test_quantize_static():
     want = torch.tensor([[60 - 128, 2, -6, 0], [0 - 128, 0, 1, 2]], dtype=torch.int8)
     assert torch.equal(got, want)
     assert torch.equal(ops.quantize_static(x.bfloat16(), order, 1, scale, zero_point), want)
+
+
+@pytest.mark.parametrize("rotation", (1, 2, 16))
+def test_quantize_rows(rotation):
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    x[0, 1] = 0
+    codes, scale = ops.quantize_rows(x, *row_quantizer(48, rotation))
+    assert_row_codes(codes, scale, rotated(x, *row_quantizer(48, rotation)))
+    torch.testing.assert_close(ops.rotate(ops.rotate(x, rotation), rotation), x)  # its own inverse
+    with pytest.raises(ValueError, match=r"rotation is 32, expected a power of two that divides 48 \(the channels\)"):
+        ops.quantize_rows(x, *row_quantizer(48, 32))
 
 
 @pytest.mark.parametrize("outliers", (0, 3, 16))

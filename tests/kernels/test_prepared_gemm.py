@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_inputs import activation, generator, linear_reference, stored_layer
+from kernel_inputs import activation, assert_codes, generator, grouped_layer, linear_reference, stored_layer
 from torch.nn import functional as F
 
 import qarvd_kernels as ops
@@ -63,7 +63,7 @@ def test_rescale_is_the_written_integer_formula():
     """Bit for bit: int32 -> float32, times ratio, ties to even, plus the normal sum."""
     a, w = activation(9, 64), activation(5, 64, seed=1)
     ratio = torch.tensor([0.5, 1.0, 3.25, 1e-3, 77.7])
-    arguments = (a, w, 32, ratio, torch.ones(5), torch.zeros(5), None, None)
+    arguments = (a, w, 32, ratio, torch.ones(5), torch.zeros(5), None, None, None)
     first = a[:, :32].long() @ w[:, :32].long().T
     second = a[:, 32:].long() @ w[:, 32:].long().T
     want = (first.float() * ratio).round().long() + second
@@ -121,6 +121,43 @@ def test_residual_epilogue(gated):
     torch.testing.assert_close(got.double(), residual.double() + y.double(), rtol=8e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("outliers", (0, 16, 24, 64))
+def test_weights_in_groups(outliers):
+    layer, a = grouped_layer(24, 64, outliers), activation(6, 64)
+    want = linear_reference(a, layer)
+    prepared = ops.prepare_linear(*layer)
+    got = prepared(a, layer[0], torch.float32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    packed, scale, zero_point, *quantizer, bias, bits, _ = layer
+    got = ops.dual_scale_linear_static(a, packed, scale, zero_point, *quantizer, bias, bits, outliers, torch.float32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    order = torch.arange(64, dtype=torch.int32)
+    weight = ops.dequantize_weight(packed, scale, zero_point, order, bits, outliers, torch.float32)
+    ones = (torch.ones(2), torch.full((2,), 128, dtype=torch.int32), None)
+    exact = linear_reference(torch.eye(64, dtype=torch.int8), (packed, scale, zero_point, *ones, bits, outliers))
+    torch.testing.assert_close(weight.T.double(), exact, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"K of a weight in groups is 40, expected a multiple of 16"):
+        ops.dequantize_weight(packed[:, :20], scale, zero_point, order[:40], bits, 0, torch.float32)
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_a_scale_per_row(bits):
+    """Layers without input scale: `x / row_scale` is what was quantized, so that scale belongs to the product."""
+    packed, scale, zero_point, _, _, bias, *layout = stored_layer(24, 64, bits, 32)
+    prepared = ops.prepare_linear(packed, scale, zero_point, None, None, bias, *layout)
+    a, row_scale = activation(6, 64), torch.rand(6, generator=generator(5)) + 0.1
+    got = prepared(a, packed, torch.float32, row_scale=row_scale)
+    ones, middle = torch.ones(2), torch.full((2,), 128, dtype=torch.int32)
+    sums = linear_reference(a, (packed, scale, zero_point, ones, middle, None, *layout))
+    want = sums * row_scale.double()[:, None] + bias.double()
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4 * float(want.abs().max()))
+    codes = ops.dual_scale_gemm_gelu(*prepared.gemm_arguments(a, packed, row_scale=row_scale), ones * 0.05, middle, 8)
+    assert_codes(codes, (F.gelu(want, approximate="tanh") / 0.05).clamp(-128, 127), slack=2e-2)
+    layer = stored_layer(24, 64, 8, 32, symmetric=False)
+    with pytest.raises(ops.LayerRefused, match="asymmetric 8-bit weights"):
+        ops.prepare_linear(*layer[:3], None, None, *layer[5:])
+
+
 def test_overflow_is_refused_by_name():
     layer = list(stored_layer(4, 64, 8, 32))
     layer[1] = layer[1] * torch.tensor([1e6, 1.0])
@@ -137,12 +174,13 @@ def calls():
     layer, a = stored_layer(24, 64, 8, 32, symmetric=False), activation(6, 64)
     prepared = ops.prepare_linear(*layer)
     first = prepared.gemm_arguments(a, layer[0])
-    plain = (*first[:6], None, None)
+    plain = (*first[:6], None, None, None)
     four = stored_layer(24, 64, 4, 32)
     return [
         (ops.dual_scale_gemm, (*first, torch.bfloat16)),
         (ops.dual_scale_gemm, (*plain, torch.int32)),
         (ops.dual_scale_gemm_out, (*first, torch.empty(6, 24, dtype=torch.bfloat16))),
+        (ops.dual_scale_gemm, (*plain[:8], torch.rand(6), torch.bfloat16)),
         (ops.dual_scale_gemm_gelu, (*plain, torch.ones(2), torch.zeros(2, dtype=torch.int32), 8)),
         (ops.dual_scale_gemm_residual, (*plain, torch.randn(6, 24), torch.randn(3, 24))),
         (ops.row_sums, (a, 32)),
@@ -170,7 +208,8 @@ def test_row_sums():
         (2, 65, "num_outliers is 65, expected 0 to 64"),
         (3, torch.ones(23), r"shape of ratio is \(23,\), expected \(24,\)"),
         (6, torch.zeros(6, 2, dtype=torch.int32), "row_sums and row_sum_scale is .* only, expected given together"),
-        (8, torch.float64, "out_dtype is torch.float64, expected bfloat16"),
+        (8, torch.ones(5), r"shape of row_scale is \(5,\), expected \(6,\)"),
+        (9, torch.float64, "out_dtype is torch.float64, expected bfloat16"),
     ],
 )
 def test_bad_arguments_are_named(position, value, message):

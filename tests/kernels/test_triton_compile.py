@@ -115,8 +115,22 @@ def test_norm(capability, modulated, columns, tmp_path):
     signature |= {"eps": "fp32", "rows_per_gate": "i32", "rows_per_scale": "i32"}
     block = norm._block(columns)
     constants = {"C": columns, "OUTLIERS": OUTLIERS, "BLOCK": block}
-    options = (norm._warps(block), 1)
+    options = (norm.row_warps(block), 1)
     assert_no_spills(compiled(norm.norm_quantize_kernel, signature, constants, capability, options), tmp_path)
+
+
+@pytest.mark.parametrize("columns", (1536, 5120))
+@pytest.mark.parametrize("capability", (80, 90))
+def test_norm_with_a_scale_per_row(capability, columns, tmp_path):
+    from qarvd_kernels.triton import norm
+
+    signature = {"x": HALF, "y": HALF, "gate": FLOAT, "total": HALF, "codes": CODES, "row_scale": FLOAT}
+    signature |= {"channel_scale": FLOAT}
+    signature |= {"scale": FLOAT, "shift": FLOAT, "eps": "fp32", "rows_per_gate": "i32", "rows_per_scale": "i32"}
+    block = norm._block(columns)
+    constants = {"C": columns, "ROTATION": 128, "BITS": 7, "BLOCK": block}
+    options = (norm.row_warps(block), 1)
+    assert_no_spills(compiled(norm.norm_quantize_rows_kernel, signature, constants, capability, options), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,15 @@ import torch
 from kernel_inputs import (
     activation,
     assert_codes,
+    assert_row_codes,
     codes_reference,
     generator,
+    grouped_layer,
     norm_reference,
     norm_tables,
     quantizer,
+    rotated,
+    row_quantizer,
     stored_layer,
 )
 from test_cache_attention import (
@@ -51,7 +55,7 @@ def test_integer_sums_are_bit_equal(shape, bits, on_device, triton_module):
     m, k, n, outliers = shape
     layer, a = stored_layer(n, k, bits, outliers), activation(m, k)
     prepared = ops.prepare_linear(*layer)
-    arguments = (*prepared.gemm_arguments(a, layer[0])[:6], None, None, torch.int32)
+    arguments = (*prepared.gemm_arguments(a, layer[0])[:6], None, None, None, torch.int32)
     got = on_device(triton_module("gemm").dual_scale_gemm, arguments)
     assert torch.equal(got, gemm_reference.dual_scale_gemm(*arguments))
 
@@ -79,6 +83,14 @@ def test_epilogues(shape, symmetric, on_device, triton_module):
     y = torch.nn.functional.gelu(want.double(), approximate="tanh")
     assert_codes(got, (y / scale.double()[group] + zero_point[group]).clamp(0, 255) - 128, slack=5e-3)
 
+    if symmetric:
+        rows = torch.rand(m, generator=generator(6)) + 0.1
+        got = on_device(gemm.dual_scale_gemm, (*first[:8], rows, torch.float32))
+        exact = (want.double() - layer[5].double()) * rows.double()[:, None]
+        bias = first.bias.double() - layer[5].double()  # of the zero-points, which no row scale belongs to
+        exact += bias * (1 - rows.double()[:, None]) + layer[5].double()
+        torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=2e-5 * float(exact.abs().max()))
+
     for gate in (None, torch.randn(1, n, generator=generator(4))):
         residual = torch.randn(m, n, generator=generator(3))
         got = on_device(gemm.dual_scale_gemm_residual, (*first, residual, gate))
@@ -93,6 +105,12 @@ def test_weights_and_sums(outliers, on_device, triton_module):
     out = torch.zeros(9, 40, dtype=torch.int8)
     on_device(triton_module("gemm").expand_int4, (packed, zero_point, outliers, out))
     assert torch.equal(out, linear_reference.integer_weight(packed, zero_point, 4, outliers)[0])
+    grouped, out = grouped_layer(9, 48, 8 * (outliers // 8)), torch.zeros(9, 48, dtype=torch.int8)
+    on_device(triton_module("gemm").expand_int4, (grouped[0], grouped[2], grouped[7], out))
+    assert torch.equal(out, linear_reference.integer_weight(grouped[0], grouped[2], 4, grouped[7])[0])
+    arguments = (*grouped[:3], torch.arange(48, dtype=torch.int32), 4, grouped[7], torch.float32)
+    got = on_device(triton_module("linear").dequantize_weight, arguments)
+    torch.testing.assert_close(got, linear_reference.dequantize_weight(*arguments), rtol=0, atol=0)
     order = quantizer(40, outliers)[0]
     for bits, stored in ((4, packed), (8, activation(9, 40).view(torch.uint8))):
         arguments = (stored, scale, zero_point, order, bits, outliers, torch.float32)
@@ -134,6 +152,33 @@ def test_norms(affine, modulated, added, shape, on_device, triton_module):
         on_device(norm.add_gated_, (x, y, gate))
         assert torch.equal(x, got)
     assert_codes(codes, codes_reference(norm_reference(total, *tables, 1e-6), *order)[0])
+
+
+@pytest.mark.parametrize(("affine", "modulated"), [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("added", ("no", "plain", "gated"))
+@pytest.mark.parametrize(("m", "c", "rotation"), [(6, 48, 16), (1, 40, 1), (9, 24, 8), (3, 256, 128)])
+def test_norms_with_a_scale_per_row(affine, modulated, added, m, c, rotation, on_device, triton_module):
+    norm, g, groups = triton_module("norm"), generator(1), 3 if m % 3 == 0 else 1
+    x, y = (torch.randn(m, c, generator=g) * 2 + 1 for _ in range(2))
+    gate = torch.randn(groups, c, generator=g) if added == "gated" else None
+    tables, rows = norm_tables(c, groups, affine, modulated), row_quantizer(c, rotation)
+    if added == "no":
+        codes, scale = on_device(norm.norm_quantize_rows, (x, *tables, 1e-6, *rows))
+        total = x.double()
+    else:
+        total = x.double() + y.double() * (1 if gate is None else gate.double().repeat_interleave(m // groups, 0))
+        codes, scale = on_device(norm.add_norm_quantize_rows_, (x, y, gate, *tables, 1e-6, *rows))
+        torch.testing.assert_close(x.double(), total, rtol=1e-6, atol=1e-6)
+    assert_row_codes(codes, scale, rotated(norm_reference(total, *tables, 1e-6), *rows))
+
+
+@pytest.mark.parametrize(("k", "rotation"), [(40, 1), (40, 8), (256, 128), (24, 4)])
+def test_quantize_rows(k, rotation, on_device, triton_module):
+    x = torch.randn(2, 5, k, generator=generator()) * 3
+    x[0, 1] = 0
+    codes, scale = on_device(triton_module("quantize").quantize_rows, (x, *row_quantizer(k, rotation)))
+    assert codes.shape == x.shape and scale.shape == (2, 5) and float(scale[0, 1]) == 1
+    assert_row_codes(codes, scale, rotated(x, *row_quantizer(k, rotation)))
 
 
 def test_results_that_are_not_contiguous_are_not_supported(on_device, triton_module):

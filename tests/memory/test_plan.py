@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -112,6 +113,26 @@ def test_presets_at_the_1_3b_shape():
     assert plans["16GB"].choice.kv_cache == "auto" and plans["16GB"].choice.window == 21
     with pytest.raises(ValueError, match=r"1.3B does not fit into 4GB: .*needs [5-7]\.\d GB"):
         choose(shapes, "4GB")
+
+
+@pytest.mark.parametrize(("layers", "heads", "gigabytes"), [(30, 12, 0.86), (40, 40, 3.8)])
+def test_controls_of_a_world(layers, heads, gigabytes):
+    """Scales and shifts of every block for a chunk of 3 frames, in bfloat16, and half of it beside an 8-bit cache."""
+    plain = real_shapes()
+    config = {**WAN, "num_layers": layers, "num_attention_heads": heads, "in_channels": 36}
+    world = dataclasses.replace(plain, transformer={**config, "control_dim": 6})
+    parts = estimate(world, MemoryChoice("w8a8")).components
+    assert parts["controls of a chunk"] == pytest.approx(gigabytes * 1e9, rel=0.02)
+    assert estimate(world, MemoryChoice("w8a8", "int8")).components["controls of a chunk"] * 2 == pytest.approx(
+        parts["controls of a chunk"]
+    )
+    assert "controls of a chunk" not in estimate(plain, MemoryChoice("w8a8")).components
+    without = dataclasses.replace(plain, transformer=config)
+    added = parts["transformer weights"] - estimate(without, MemoryChoice("w8a8")).components["transformer weights"]
+    width = 128 * heads
+    linears = 4 * layers + 2
+    assert added == 2 * (linears * (width * width + width) + 384 * 4 * width + width)  # injectors stay in bfloat16
+    assert parts["VAE decoding"] == estimate(plain, MemoryChoice("w8a8")).components["VAE decoding"]
 
 
 def test_a_preset_sets_the_pipeline_up(folder):

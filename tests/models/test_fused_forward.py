@@ -69,6 +69,11 @@ TOLERANCE = 2e-3
         ("w8a8", {"outlier_detector": "none"}),
         ("w8a8", {"reference_compat": True}),  # asymmetric 8-bit weights: row sums
         ("w4a8", {"module_bits": {"ffn.net.2": 8, "blocks.1.attn2": 8}}),
+        ("w8a8", {"activation": "static"}),
+        ("w4a8", {"activation": "static", "weight_group": 0}),
+        ("w4a8", {"weight_group": 0}),
+        ("w8a8_dynamic", {}),
+        ("w4a8_dynamic", {}),
     ],
 )
 def test_equals_the_model_layer_by_layer(scheme, changes):
@@ -84,7 +89,7 @@ def test_equals_the_model_layer_by_layer(scheme, changes):
 
 def test_is_closer_to_the_layers_than_they_are_to_float():
     """The tolerance above means something: quantization itself moves the flow by much more."""
-    model = quantized("w8a8")
+    model = quantized("w8a8", activation="static")
     expected, _ = roll_out(model, fused=False)
     float_flow, _ = roll_out(CausalWanTransformer3DModel.from_transformer(make_wan()), fused=False)
     assert relative(expected, float_flow) > 2 * TOLERANCE
@@ -233,12 +238,12 @@ def test_refusals_say_why():
     handle.remove()
     model.blocks[1].ffn.net[2] = nn.Linear(64, 32)
     assert "Linear" in model.fusion_refusal
-    assert "dynamic activations" in quantized("w8a8_dynamic").fusion_refusal
+    assert "dynamic activations" in quantized("w8a8_dynamic", activation="dynamic").fusion_refusal
     assert "training mode" in quantized().train().fusion_refusal
 
 
 def test_refused_models_still_run():
-    model = quantized("w8a8_dynamic")
+    model = quantized("w8a8_dynamic", activation="dynamic")
     assert torch.equal(roll_out(model, fused=True)[0], roll_out(model, fused=False)[0])
 
 

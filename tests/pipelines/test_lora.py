@@ -174,7 +174,7 @@ def test_calibrating_with_an_adapter(tiny_pipeline, rounding, tmp_path):
     tiny_pipeline.set_adapters("style", 0.5)
     adapted = tiny_pipeline.calibrate(config, use_cache=False)
     assert adapted.layers.keys() == plain.layers.keys()
-    name = "blocks.1.ffn.net.0.proj"
+    name = "blocks.1.ffn.net.2"
     assert not torch.equal(adapted.layers[name].input_scale, plain.layers[name].input_scale)
     tiny_pipeline.quantize(config, adapted)
     assert tiny_pipeline.quantization.calibration_adapters == {"style": 0.5}

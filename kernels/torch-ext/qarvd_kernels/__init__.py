@@ -29,9 +29,18 @@ from .ops.linear import (
     unpack_weight,
     weight_only_linear,
 )
-from .ops.norm import add_gated, add_gated_, add_norm_quantize, add_norm_quantize_, norm_quantize
-from .ops.quantize import quantize_dynamic, quantize_static, row_sums
+from .ops.norm import (
+    add_gated,
+    add_gated_,
+    add_norm_quantize,
+    add_norm_quantize_,
+    add_norm_quantize_rows_,
+    norm_quantize,
+    norm_quantize_rows,
+)
+from .ops.quantize import quantize_dynamic, quantize_rows, quantize_static, row_sums
 from .prepare import LayerRefused, PreparedLinear, prepare_linear
+from .reference.quantize import rotate
 
 OPERATORS = tuple(_OPERATORS)
 
@@ -69,6 +78,7 @@ __all__ = [
     "add_gated_",
     "add_norm_quantize",
     "add_norm_quantize_",
+    "add_norm_quantize_rows_",
     "attention",
     "attention_fp8",
     "attention_int8",
@@ -81,12 +91,15 @@ __all__ = [
     "dual_scale_linear_static",
     "expand_int4",
     "norm_quantize",
+    "norm_quantize_rows",
     "prepare_linear",
     "qk_norm_rope_append",
     "quantize_dynamic",
+    "quantize_rows",
     "quantize_static",
     "report",
     "rms_norm_silu",
+    "rotate",
     "row_sums",
     "tokens_innermost",
     "unpack_weight",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BITS = (4, 8)
+GROUP = 16  # channels of a 4-bit weight that share an integer factor and a zero-point
 GEMM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
 PLAIN_CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZED_CACHE_DTYPES = (torch.int8, torch.float8_e4m3fn)
@@ -46,6 +47,21 @@ def packed_weight(weight_packed: Tensor, bits: int) -> int:
     return weight_packed.shape[1] * 8 // bits
 
 
+def zero_points(value: Tensor, out_features: int, in_features: int, bits: int) -> None:
+    """Check the zero-points of a weight: two per row, or one byte per 16 channels of a 4-bit weight."""
+    if value.dtype == torch.uint8 and bits == 4:
+        require(in_features % GROUP == 0, "K of a weight in groups", in_features, f"a multiple of {GROUP}")
+        tensor("weight_zero_point", value, (out_features, in_features // GROUP), torch.uint8)
+    else:
+        tensor("weight_zero_point", value, (out_features, 2), torch.int16)
+
+
+def rotation(block: int, channels: int) -> None:
+    """Check the size of the blocks of channels that a Hadamard rotation mixes."""
+    fits = block > 0 and block & (block - 1) == 0 and channels % block == 0
+    require(fits, "rotation", block, f"a power of two that divides {channels} (the channels)")
+
+
 def weight(
     weight_packed: Tensor,
     weight_scale: Tensor,
@@ -57,7 +73,7 @@ def weight(
     """Check a packed weight with its scales, zero-points and bias; return K."""
     in_features, out_features = packed_weight(weight_packed, bits), weight_packed.shape[0]
     tensor("weight_scale", weight_scale, (out_features, 2), torch.float32)
-    tensor("weight_zero_point", weight_zero_point, (out_features, 2), torch.int16)
+    zero_points(weight_zero_point, out_features, in_features, bits)
     outlier_count(num_outliers, in_features)
     if bias is not None:
         require(tuple(bias.shape) == (out_features,), "shape of bias", tuple(bias.shape), f"({out_features},)")
@@ -141,6 +157,7 @@ def dual_scale_gemm(
     bias: Tensor,
     row_sums: Tensor | None,
     row_sum_scale: Tensor | None,
+    row_scale: Tensor | None,
 ) -> None:
     """Check the fields of `ops.arguments.Product`."""
     matrix("a", a, torch.int8)
@@ -153,6 +170,9 @@ def dual_scale_gemm(
     if all_or_none(row_sums=row_sums, row_sum_scale=row_sum_scale):
         tensor("row_sums", row_sums, (m, 2), torch.int32)
         tensor("row_sum_scale", row_sum_scale, (2, n), torch.float32)
+        require(row_scale is None, "row_scale", "given with row_sums", "one of them")
+    if row_scale is not None:
+        tensor("row_scale", row_scale, (m,), torch.float32)
 
 
 def cache(name: str, value: Tensor, scale: Tensor | None, shape: tuple[int, int, int]) -> None:

@@ -20,7 +20,7 @@ class LayerRefused(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class PreparedLinear:
-    """Folded constants of a static int8 layer.
+    """Folded constants of an int8 layer, with static activations or with a scale per row.
 
     Every call is passed the weight, so that offloading can move it between calls.
 
@@ -28,7 +28,7 @@ class PreparedLinear:
         in_features: K.
         bits: 4 or 8.
         stored_outliers: size of group 0 as stored, for `expand_int4`.
-        weight_zero_point: int16 `[N, 2]` for `expand_int4`; None for 8 bits.
+        weight_zero_point: for `expand_int4`, see `StoredWeight`; None for 8 bits.
         num_outliers: size of group 0 in the matrix product; 0 if either group is empty.
         ratio: float32 `[N]`.
         scale: float32 `[N]`.
@@ -74,17 +74,22 @@ class PreparedLinear:
         expand_int4(weight_packed, self.weight_zero_point, self.stored_outliers, out)
         return out
 
-    def gemm_arguments(self, a: Tensor, weight_packed: Tensor, scratch: Tensor | None = None) -> Product:
+    def gemm_arguments(
+        self, a: Tensor, weight_packed: Tensor, scratch: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Product:
         """Return the first arguments of every `dual_scale_gemm*`.
 
         Args:
-            a: int8 `[M, K]` of `quantize_static` or a fused producer, in the layer's stored channel order.
+            a: int8 `[M, K]` of `quantize_static`, `quantize_rows` or a fused producer, in the layer's stored channel
+                order.
             weight_packed: as in `operand`.
             scratch: as in `operand`.
+            row_scale: float32 `[M]` of `quantize_rows`, else None.
         """
         sums = None if self.row_sum_scale is None else row_sums(a, self.num_outliers)
         weight = self.operand(weight_packed, scratch)
-        return Product(a, weight, self.num_outliers, self.ratio, self.scale, self.bias, sums, self.row_sum_scale)
+        constants = (self.ratio, self.scale, self.bias)
+        return Product(a, weight, self.num_outliers, *constants, sums, self.row_sum_scale, row_scale)
 
     def __call__(
         self,
@@ -93,6 +98,7 @@ class PreparedLinear:
         out_dtype: torch.dtype,
         scratch: Tensor | None = None,
         out: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
         """Compute `[M, N]` in `out_dtype`: `dual_scale_linear_static` up to one rounding of the outlier sum.
 
@@ -102,8 +108,9 @@ class PreparedLinear:
             out_dtype: bfloat16, float16, float32, or int32 for the sum before the epilogue.
             scratch: as in `operand`.
             out: `[M, N]`, to write the result to, in its own dtype; None allocates.
+            row_scale: as in `gemm_arguments`.
         """
-        arguments = self.gemm_arguments(a, weight_packed, scratch)
+        arguments = self.gemm_arguments(a, weight_packed, scratch, row_scale)
         if out is None:
             return dual_scale_gemm(*arguments, out_dtype)
         dual_scale_gemm_out(*arguments, out)
@@ -115,13 +122,13 @@ def prepare_linear(
     weight_packed: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
     bias: Tensor | None,
     bits: int,
     num_outliers: int,
 ) -> PreparedLinear:
-    """Fold scales, zero-points and bias of a layer with static activations; reads tensor values.
+    """Fold scales, zero-points and bias of a layer; reads tensor values.
 
     With a' = code - 128, zA' = zA - 128, operand w' and remainder r of the weight zero-point (`integer_weight`),
     exactly
@@ -134,16 +141,23 @@ def prepare_linear(
     Args:
         weight_packed: uint8 `[N, K * bits / 8]`.
         weight_scale: float32 `[N, 2]`.
-        weight_zero_point: int16 `[N, 2]`.
-        input_scale: float32 `[2]`.
-        input_zero_point: int32 `[2]`.
+        weight_zero_point: see `StoredWeight`.
+        input_scale: float32 `[2]`; None for inputs of `quantize_rows`, whose scale comes with every product.
+        input_zero_point: int32 `[2]`, or None likewise.
         bias: float `[N]` or None.
         bits: 4 or 8.
         num_outliers: size of group 0.
 
     Raises:
-        LayerRefused: the int32 sum of an input could overflow.
+        LayerRefused: the int32 sum of an input could overflow, or a layer without input scale has zero-points that
+            leave a remainder.
     """
+    if input_scale is None or input_zero_point is None:
+        input_scale = torch.ones(2, device=weight_scale.device)
+        input_zero_point = torch.full((2,), CODE_OFFSET, dtype=torch.int32, device=weight_scale.device)
+        of_rows = True
+    else:
+        of_rows = False
     operand, remainder = integer_weight(weight_packed, weight_zero_point, bits, num_outliers)
     groups = group_slices(operand.shape[1], num_outliers)
     combined = (input_scale.double() * weight_scale.double()).T  # [2, N]
@@ -161,7 +175,12 @@ def prepare_linear(
         row_sum_scale = torch.stack([torch.zeros_like(scale), row_sum_scale[only]])
     else:
         split, scale, ratio, used = num_outliers, combined[1], combined[0] / combined[1], remainder
-    _check_sums(ratio, split, operand.shape[1], bits)
+    if of_rows and bool(used.any()):
+        raise LayerRefused(
+            "asymmetric 8-bit weights beside a scale per row: it runs on the unprepared operators instead"
+        )
+    whole_bytes = bits == 8 or weight_zero_point.dtype == torch.uint8
+    _check_sums(ratio, split, operand.shape[1], whole_bytes)
     return PreparedLinear(
         operand.shape[1],
         bits,
@@ -175,9 +194,9 @@ def prepare_linear(
     )
 
 
-def _check_sums(ratio: Tensor, num_outliers: int, in_features: int, bits: int) -> None:
+def _check_sums(ratio: Tensor, num_outliers: int, in_features: int, whole_bytes: bool) -> None:
     """Raise LayerRefused if the rescaled outlier sum plus the normal sum could overflow int32."""
-    step = CODE_OFFSET * (CODE_OFFSET if bits == 8 else 15)
+    step = CODE_OFFSET * (CODE_OFFSET if whole_bytes else 15)
     largest = float(ratio.max()) if ratio.numel() else 1.0
     reach = num_outliers * step * max(largest, 1.0) + (in_features - num_outliers) * step
     if not reach < 2**31:  # also where a scale of zero made the ratio infinite or not a number

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import qarvd_kernels as ops
 
@@ -22,24 +23,77 @@ from ...quantization.linear import PER_ROW, QARVDLinear
 from .attention import CachedSelfAttention, attend
 
 
-class Quantizer(NamedTuple):
-    """Hold the static quantizer of a layer's input: the last arguments of `quantize_static` and of fused operators."""
+class Codes(NamedTuple):
+    """Hold the input of a product: int8 `[M, K]`, and the scale of every row, float32 `[M]`, if it has its own."""
+
+    codes: Tensor
+    row_scale: Tensor | None = None
+
+
+class StaticQuantizer(NamedTuple):
+    """Quantize with calibrated scales; the fields are the last arguments of `quantize_static` and fused operators."""
 
     channel_order: Tensor
     num_outliers: int
     input_scale: Tensor
     input_zero_point: Tensor
 
-    @classmethod
-    def of(cls, layer: QARVDLinear) -> Quantizer:
-        """Return the quantizer of a layer with static activations."""
-        return cls(layer.channel_order, layer.num_outliers, layer.input_scale, layer.input_zero_point)
+    def __call__(self, x: Tensor) -> Codes:
+        """Quantize `[M, K]`."""
+        return Codes(ops.quantize_static(x, *self))
+
+    def normed(self, x: Tensor, norm: tuple) -> Codes:
+        """Normalize `[M, K]` by the arguments of `norm_quantize`, and quantize."""
+        return Codes(ops.norm_quantize(x, *norm, *self))
+
+    def normed_sum(self, x: Tensor, y: Tensor, gate: Tensor | None, norm: tuple) -> Codes:
+        """Replace x by the gated sum; normalize and quantize that."""
+        return Codes(ops.add_norm_quantize_(x, y, gate, *norm, *self))
 
     def equals(self, other: Quantizer) -> bool:
         """Return whether both give the same codes; compares tensor values."""
-        return self.num_outliers == other.num_outliers and all(
-            torch.equal(a, b) for a, b in zip(self, other, strict=True) if isinstance(a, Tensor)
+        return (
+            isinstance(other, StaticQuantizer)
+            and self.num_outliers == other.num_outliers
+            and all(torch.equal(a, b) for a, b in zip(self, other, strict=True) if isinstance(a, Tensor))
         )
+
+
+class TokenQuantizer(NamedTuple):
+    """Quantize every row with a scale of its own; the fields are those of `RowQuantizer`."""
+
+    channel_scale: Tensor
+    rotation: int
+
+    def __call__(self, x: Tensor) -> Codes:
+        """Quantize `[M, K]`."""
+        return Codes(*ops.quantize_rows(x, *self))
+
+    def normed(self, x: Tensor, norm: tuple) -> Codes:
+        """Normalize `[M, K]` by the arguments of `norm_quantize`, and quantize."""
+        return Codes(*ops.norm_quantize_rows(x, *norm, *self))
+
+    def normed_sum(self, x: Tensor, y: Tensor, gate: Tensor | None, norm: tuple) -> Codes:
+        """Replace x by the gated sum; normalize and quantize that."""
+        return Codes(*ops.add_norm_quantize_rows_(x, y, gate, *norm, *self))
+
+    def equals(self, other: Quantizer) -> bool:
+        """Return whether both give the same codes; compares tensor values."""
+        return (
+            isinstance(other, TokenQuantizer)
+            and self.rotation == other.rotation
+            and torch.equal(self.channel_scale, other.channel_scale)
+        )
+
+
+Quantizer = StaticQuantizer | TokenQuantizer
+
+
+def quantizer_of(layer: QARVDLinear) -> Quantizer:
+    """Return the quantizer of a layer's input."""
+    if layer.activation == "token":
+        return TokenQuantizer(layer.channel_scale, layer.rotation)
+    return StaticQuantizer(layer.channel_order, layer.num_outliers, layer.input_scale, layer.input_zero_point)
 
 
 class Workspace:
@@ -68,16 +122,14 @@ class IntegerProduct:
     def __init__(self, layers: Sequence[QARVDLinear], workspace: Workspace) -> None:
         first = layers[0]
         packed, scale, zero_point, bias = (_concatenated(layers, name) for name in PER_ROW)
-        self.quantizer = Quantizer.of(first)
+        self.quantizer = quantizer_of(first)
         self._workspace = workspace
-        quantizer = (first.input_scale, first.input_zero_point)
+        constants = (first.input_scale, first.input_zero_point, bias, first.weight_bits, first.num_outliers)
         self._packed = packed.detach()
-        self._prepared = ops.prepare_linear(
-            packed, scale, zero_point, *quantizer, bias, first.weight_bits, first.num_outliers
-        )
+        self._prepared = ops.prepare_linear(packed, scale, zero_point, *constants)
 
-    def __call__(self, codes: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Multiply int8 `[M, K]`.
+    def __call__(self, codes: Codes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Multiply `[M, K]`.
 
         Args:
             codes: of `quantizer`.
@@ -87,13 +139,18 @@ class IntegerProduct:
         Returns:
             `[M, N]` in `dtype`.
         """
-        return self._prepared(codes, self._packed, dtype, self._scratch(), out)
+        return self._prepared(codes.codes, self._packed, dtype, self._scratch(), out, codes.row_scale)
 
-    def gelu(self, codes: Tensor, next_quantizer: Quantizer) -> Tensor:
-        """Multiply int8 `[M, K]`; return the tanh-GELU of the product as codes int8 `[M, N]` of the next layer."""
-        arguments = self._prepared.gemm_arguments(codes, self._packed, self._scratch())
+    def gelu(self, codes: Codes, next_quantizer: Quantizer, dtype: torch.dtype) -> Codes:
+        """Multiply `[M, K]`; return the tanh-GELU of the product as codes `[M, N]` of the next layer.
+
+        The product writes static codes itself. A scale per row needs the whole row, which is written in `dtype` first.
+        """
+        if isinstance(next_quantizer, TokenQuantizer):
+            return next_quantizer(F.gelu(self(codes, dtype), approximate="tanh"))
+        arguments = self._prepared.gemm_arguments(codes.codes, self._packed, self._scratch(), codes.row_scale)
         _, outliers, scale, zero_point = next_quantizer
-        return ops.dual_scale_gemm_gelu(*arguments, scale, zero_point, outliers)
+        return Codes(ops.dual_scale_gemm_gelu(*arguments, scale, zero_point, outliers))
 
     def _scratch(self) -> Tensor | None:
         return self._workspace.get(self._packed, self._prepared.bits)
@@ -135,8 +192,8 @@ class PassState:
         eps: float,
         affine: tuple[Tensor, Tensor] | None = None,
         modulation: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Add what is pending and normalize the residual stream; return its codes int8 `[B * tokens, C]`.
+    ) -> Codes:
+        """Add what is pending and normalize the residual stream; return its codes `[B * tokens, C]`.
 
         Args:
             quantizer: of the next layer.
@@ -144,10 +201,10 @@ class PassState:
             affine: weight and bias of the norm, float32 `[C]`.
             modulation: scale and shift, float32 `[groups, C]`.
         """
-        arguments = (*(affine or (None, None)), *(modulation or (None, None)), eps, *quantizer)
+        norm = (*(affine or (None, None)), *(modulation or (None, None)), eps)
         if self.pending is None:
-            return ops.norm_quantize(self.hidden, *arguments)
-        codes = ops.add_norm_quantize_(self.hidden, self.pending, self.gate, *arguments)
+            return quantizer.normed(self.hidden, norm)
+        codes = quantizer.normed_sum(self.hidden, self.pending, self.gate, norm)
         self.pending = self.gate = None
         return codes
 
@@ -157,6 +214,12 @@ class PassState:
             ops.add_gated_(self.hidden, self.pending, self.gate)
             self.pending = self.gate = None
         return self.hidden
+
+    def inject(self, injection: Tensor) -> None:
+        """Add what is pending; multiply by 1 + scale and add shift, `[2, B or 1, tokens, C]`."""
+        scale, shift = injection
+        hidden = self.summed().view(self.batch, *scale.shape[1:])
+        hidden.addcmul_(hidden, scale).add_(shift)
 
 
 class FusedBlock:
@@ -213,26 +276,43 @@ class FusedBlock:
         """Attention backend that the user chose for cross-attention, or None."""
         return self._block.attn2.processor._attention_backend
 
-    def finish(self, state: PassState, attended: Tensor, text: tuple[Tensor, Tensor], modulation: Tensor) -> None:
-        """Run everything after self-attention, whose output `attended` is `[B, tokens, heads, head_dim]`."""
+    def finish(
+        self,
+        state: PassState,
+        attended: Tensor,
+        text: tuple[Tensor, Tensor],
+        modulation: Tensor,
+        injection: Tensor | None = None,
+    ) -> None:
+        """Run everything after self-attention.
+
+        Args:
+            state: state of the pass.
+            attended: output of self-attention, `[B, tokens, heads, head_dim]`.
+            text: cross-attention K/V of the prompt.
+            modulation: float32 `[6, groups, C]`.
+            injection: scale and shift of the residual stream `[2, B or 1, tokens, C]`, of a model with controls.
+        """
         gate, shift, scale, ffn_gate = modulation[2:]
         self._branch(state, self._attn_out, attended, gate)
+        if injection is not None:
+            state.inject(injection)
         self._branch(state, self._text_out, self._attend_text(state, text), None)
         codes = state.normed(self._up.quantizer, self._block.norm3.eps, modulation=(scale, shift))
-        codes = self._up.gelu(codes, self._down.quantizer)
+        codes = self._up.gelu(codes, self._down.quantizer, state.hidden.dtype)
         state.pending, state.gate = self._down(codes, state.hidden.dtype), ffn_gate
 
     @staticmethod
     def _branch(state: PassState, product: IntegerProduct, hidden: Tensor, gate: Tensor | None) -> None:
         """Project attention output `[B, tokens, heads, head_dim]`; the residual sum stays pending."""
-        codes = ops.quantize_static(hidden.reshape(state.hidden.shape), *product.quantizer)
+        codes = product.quantizer(hidden.reshape(state.hidden.shape))
         state.pending, state.gate = product(codes, state.hidden.dtype), gate
 
     def _attend_text(self, state: PassState, text: tuple[Tensor, Tensor]) -> Tensor:
         """Return the output of cross-attention, `[B, tokens, heads, head_dim]`."""
         attn = self._block.attn2
         if self._norm2 is None:
-            codes = ops.quantize_static(state.summed(), *self._text_q.quantizer)
+            codes = self._text_q.quantizer(state.summed())
         else:
             codes = state.normed(self._text_q.quantizer, self._block.norm2.eps, affine=self._norm2)
         query = attn.norm_q(self._text_q(codes, state.hidden.dtype))
@@ -245,7 +325,7 @@ def _runs(layers: Sequence[QARVDLinear]) -> list[list[QARVDLinear]]:
     runs = [[layers[0]]]
     for layer in layers[1:]:
         last = runs[-1][-1]
-        if layer.weight_bits == last.weight_bits and Quantizer.of(layer).equals(Quantizer.of(last)):
+        if layer.weight_bits == last.weight_bits and quantizer_of(layer).equals(quantizer_of(last)):
             runs[-1].append(layer)
         else:
             runs.append([layer])

@@ -8,7 +8,7 @@ set of graphs therefore serves every chunk, stream and prompt, for any length, w
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +29,14 @@ class ForwardSegments:
         state: state of the pass; after the last segment it holds the output of the blocks.
         modulation: float32 `[blocks, 6, groups, C]`.
         texts: cross-attention K/V of the prompt, for every block.
+        injections: returns scale and shift `[2, B or 1, tokens, C]` of a block, for a model with controls, else None.
     """
 
     blocks: Sequence[FusedBlock]
     state: PassState
     modulation: Tensor
     texts: Sequence[tuple[Tensor, Tensor]]
+    injections: Callable[[int], Tensor] | None = None
 
     def __call__(self, index: int, attended: Tensor | None, out: Tensor | None = None) -> Tensor | None:
         """Finish block `index - 1` with the output of its self-attention, and project q, k and v of block `index`.
@@ -49,7 +51,8 @@ class ForwardSegments:
         """
         if index > 0:
             last = index - 1
-            self.blocks[last].finish(self.state, attended, self.texts[last], self.modulation[last])
+            injection = None if self.injections is None else self.injections(last)
+            self.blocks[last].finish(self.state, attended, self.texts[last], self.modulation[last], injection)
         if index == len(self.blocks):
             return None
         return self.blocks[index].project(self.state, self.modulation[index], out)
@@ -58,7 +61,8 @@ class ForwardSegments:
         """Return everything that graphs of this pass depend on, besides the model itself."""
         hidden, (key, value) = self.state.hidden, self.texts[0]
         backends = tuple(block.text_backend for block in self.blocks)
-        return self.state.batch, hidden.shape, hidden.dtype, self.modulation.shape, key.shape, value.dtype, backends
+        sizes = self.modulation.shape, key.shape, None if self.injections is None else self.injections(0).shape
+        return self.state.batch, hidden.shape, hidden.dtype, *sizes, value.dtype, backends
 
 
 class CaptureError(RuntimeError):
@@ -81,17 +85,22 @@ class CapturedSegments:
         with torch.inference_mode(False):  # buffers are written to in every mode
             state = PassState(torch.empty_like(like.state.hidden), like.state.batch)
             texts = [tuple(torch.empty_like(part) for part in pair) for pair in like.texts]
-            self._inputs = ForwardSegments(like.blocks, state, torch.empty_like(like.modulation), texts)
+            # Those of all blocks would take as much memory again: one is copied before each segment.
+            self._injection = None if like.injections is None else torch.empty_like(like.injections(0))
+            injections = None if like.injections is None else lambda _: self._injection
+            self._inputs = ForwardSegments(like.blocks, state, torch.empty_like(like.modulation), texts, injections)
             rows, channels = state.hidden.shape
             self._projected = state.hidden.new_empty(state.batch, rows // state.batch, 3 * channels)
         self._loaded_texts: list[tuple[Tensor, Tensor]] | None = None
         self._attended: Tensor | None = None
+        self._injections: Callable[[int], Tensor] | None = None
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(state.hidden.device)
 
     def load(self, segments: ForwardSegments) -> CapturedSegments:
         """Copy the inputs of a pass to the buffers."""
+        self._injections = segments.injections
         self.state.hidden.copy_(segments.state.hidden)
         self._inputs.modulation.copy_(segments.modulation)
         loaded = self._loaded_texts
@@ -114,6 +123,8 @@ class CapturedSegments:
                 with torch.inference_mode(False):
                     self._attended = torch.empty_like(attended)
             self._attended.copy_(attended)
+        if attended is not None and self._injections is not None:
+            self._injection.copy_(self._injections(index - 1))
         if index == len(self._graphs):
             self._graphs.append(self._capture(index))
         self._graphs[index].replay()

@@ -98,9 +98,10 @@ class FusedPass:
         modulation = embedder.time_proj(embedder.act_fn(embedding)).unflatten(1, (6, -1)).float()
         modulation = self._tables[:, :, None] + modulation.transpose(0, 1).contiguous()
         state = PassState(hidden.reshape(-1, hidden.shape[2]).contiguous(), latents.shape[0])
-        return ForwardSegments(
-            self._blocks, state, modulation, [block.text(text) for block in self._blocks]
-        ), embedding
+        texts = [block.text(text) for block in self._blocks]
+        injections = [getattr(block, "injection", None) for block in transformer.blocks]
+        load = None if injections[0] is None else lambda index: injections[index].values(hidden.dtype)
+        return ForwardSegments(self._blocks, state, modulation, texts, load), embedding
 
     def _run(
         self,
@@ -194,8 +195,8 @@ def refusal(transformer: WanTransformer3DModel) -> str | None:
     for layer in _linears(transformer):
         if type(layer) is not QARVDLinear:
             return f"a block has a {type(layer).__name__} (an adapter, or a layer that was not quantized)"
-        if layer.activation != "static":
-            return f"the scheme has {layer.activation} activations; the fused kernels support static scales only"
+        if layer.activation not in ("static", "token"):
+            return f"the scheme has {layer.activation} activations; the fused kernels support static and token scales"
     for module in transformer.blocks.modules():
         if _is_hooked(module):
             return f"a {type(module).__name__} has a hook (offloading, or capturing of activations)"

@@ -77,6 +77,7 @@ def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: 
         out.data_ptr(),
         *out.shape,
         num_outliers,
+        int(weight_zero_point.dtype == torch.uint8),
         device,
         torch._C._cuda_getCurrentRawStream(device),
     )
@@ -100,7 +101,7 @@ def _launch(
         sums: as in src/gemm.cu.
         out: `[M, N]` to write the result to; None allocates.
     """
-    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
+    a, weight, num_outliers, ratio, scale, bias, *rows = product
     (m, k), n, device = a.shape, weight.shape[0], a.get_device()
     if out is None:
         out = torch.empty((m, n), dtype=dtype, device=a.device)
@@ -117,8 +118,7 @@ def _launch(
         ratio.data_ptr(),
         scale.data_ptr(),
         bias.data_ptr(),
-        _pointer(row_sums),
-        _pointer(row_sum_scale),
+        *map(_pointer, rows),
         out.data_ptr(),
         _FORMATS[out.dtype],
         *quantizer,
@@ -166,9 +166,9 @@ def _functions() -> tuple[Any, Any]:
     """Return the C functions of the product and of the int4 expansion, with their argument types."""
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     gemm, expand = library().qarvd_gemm, library().qarvd_expand_int4
-    gemm.argtypes = [pointer, long, pointer, *[integer] * 4, *[pointer] * 6, integer, pointer, pointer, integer]
+    gemm.argtypes = [pointer, long, pointer, *[integer] * 4, *[pointer] * 7, integer, pointer, pointer, integer]
     gemm.argtypes += [pointer, pointer, *[integer] * 5, pointer]
-    expand.argtypes = [pointer, pointer, pointer, *[integer] * 4, pointer]
+    expand.argtypes = [pointer, pointer, pointer, *[integer] * 5, pointer]
     return gemm, expand
 
 
@@ -202,6 +202,7 @@ def _unsupported_gemm(arguments: Mapping[str, Any]) -> str | None:
         "bias",
         "row_sums",
         "row_sum_scale",
+        "row_scale",
         "out",
         "out_scale",
         "out_zero_point",

@@ -1,4 +1,4 @@
-"""Launch `src/rows.cu`, which `norm` and `quantize` share: rows of activations to int8 codes in stored order."""
+"""Launch `src/rows.cu`, which `norm` and `quantize` share: rows of activations to int8 codes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.arguments import Norm
+from ..ops.arguments import InputQuantizer, Norm, RowQuantizer
 from .build import library, message, unavailable_reason
 from .device import unsupported_device
 
 _CHANNELS = 256  # per warp; rows have a multiple of it
 _MAX_CHANNELS = 5120
+_ROTATIONS = (1, 128)
 _ALIGNMENT = 16
 _HALF = {torch.bfloat16: 0, torch.float16: 1}
 _NO_EPS = -1.0  # tells the kernel not to normalize
 NO_NORM = (None,) * len(Norm._fields)
+_NOT_STATIC, _NO_ROWS = InputQuantizer(None, 0, None, None), RowQuantizer(None, 1)
 
 
 def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
@@ -37,6 +39,9 @@ def _unsupported_arguments(operator: str, arguments: Mapping[str, Any]) -> str |
         return "x is not contiguous"
     if x.numel() == 0:
         return "an empty tensor"
+    rotation = arguments.get("rotation", 1)
+    if rotation not in _ROTATIONS:
+        return f"blocks of {rotation} channels, expected one of {_ROTATIONS}"
     if x.shape[-1] % _CHANNELS or x.shape[-1] > _MAX_CHANNELS:
         return f"rows of {x.shape[-1]} channels, expected a multiple of {_CHANNELS} up to {_MAX_CHANNELS}"
     y = arguments.get("y")
@@ -47,7 +52,7 @@ def _unsupported_arguments(operator: str, arguments: Mapping[str, Any]) -> str |
 
 
 def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, total: Tensor | None = None) -> Tensor:
-    """Write `x + gate * y` to `total` if there is a y; return int8 codes in the shape of x.
+    """Quantize statically: write `x + gate * y` to `total` if there is a y; return int8 codes in the shape of x.
 
     Args:
         x: 16-bit `[..., C]`, contiguous.
@@ -57,21 +62,58 @@ def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, t
         total: like x, or None without y. It may be x itself: the thread that writes an element of the sum is the only
             one that reads this element of x and y, and it has read it before.
     """
-    weight, norm_bias, scale, shift, eps, order, outliers, input_scale, zero_point = arguments
+    norm, quantizer = _split(arguments)
     codes = torch.empty_like(x, dtype=torch.int8)
+    _launch(x, y, gate, norm, InputQuantizer(*quantizer), _NO_ROWS, total, codes, None)
+    return codes
+
+
+def launch_rows(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Do what `launch` does, with a scale of every row; return int8 codes in the shape of x, and these scales.
+
+    Args:
+        x, y, gate, total: as in `launch`.
+        arguments: the fields of `Norm` (or `NO_NORM`), then those of `RowQuantizer`.
+    """
+    norm, quantizer = _split(arguments)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    row_scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    _launch(x, y, gate, norm, _NOT_STATIC, RowQuantizer(*quantizer), total, codes, row_scale)
+    return codes, row_scale
+
+
+def _split(arguments: tuple) -> tuple[Norm, tuple]:
+    """Split the fields of `Norm` off."""
+    count = len(Norm._fields)
+    return Norm(*arguments[:count]), arguments[count:]
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    norm: Norm,
+    static: InputQuantizer,
+    own: RowQuantizer,
+    total: Tensor | None,
+    codes: Tensor,
+    row_scale: Tensor | None,
+) -> None:
+    """Run the kernel; one of the quantizers has no tensors."""
+    weight, norm_bias, scale, shift, eps = norm
     channels, device = x.shape[-1], x.get_device()
     rows = x.numel() // channels
-    wide = [_aligned(t) for t in (x, y, gate, weight, norm_bias, scale, shift, order)]
-    written = _aligned(total)
+    # Copies of what is not aligned live until the launch.
+    wide = [_aligned(t) for t in (x, y, gate, weight, norm_bias, scale, shift, static.channel_order)]
+    channel_scale, written = _aligned(own.channel_scale), _aligned(total)
     code = _function()(
-        *[None if t is None else t.data_ptr() for t in wide],
-        input_scale.data_ptr(),
-        zero_point.data_ptr(),
-        None if written is None else written.data_ptr(),
-        codes.data_ptr(),
+        *map(_pointer, (*wide, static.input_scale, static.input_zero_point, channel_scale, written, codes, row_scale)),
         rows,
         channels,
-        outliers,
+        static.num_outliers,
+        own.rotation,
         1 if gate is None else rows // gate.shape[0],
         1 if scale is None else rows // scale.shape[0],
         _NO_EPS if eps is None else eps,
@@ -81,9 +123,12 @@ def launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, t
     )
     if code:
         raise RuntimeError(f"qarvd_kernels: codes of {rows} x {channels} activations failed: {message(code)}")
-    if written is not total:
+    if total is not None and written is not total:
         total.copy_(written)
-    return codes
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
@@ -96,5 +141,5 @@ def _function() -> Any:
     """Return the C function with its argument types."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     function = library().qarvd_rows
-    function.argtypes = [*[pointer] * 12, *[integer] * 5, ctypes.c_float, *[integer] * 2, pointer]
+    function.argtypes = [*[pointer] * 14, *[integer] * 6, ctypes.c_float, *[integer] * 2, pointer]
     return function

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import checks
+from ..declare import Constant
 
 
 class Product(NamedTuple):
@@ -21,6 +23,7 @@ class Product(NamedTuple):
         bias: float32 `[N]`, with the constant part of all zero-points folded in.
         row_sums: int32 `[M, 2]`, the result of `row_sums`; or None.
         row_sum_scale: float32 `[2, N]`; given together with `row_sums`.
+        row_scale: float32 `[M]`, of rows that were quantized with a scale of their own; or None. Not with `row_sums`.
     """
 
     a: Tensor
@@ -31,6 +34,7 @@ class Product(NamedTuple):
     bias: Tensor
     row_sums: Tensor | None
     row_sum_scale: Tensor | None
+    row_scale: Tensor | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,7 +48,9 @@ class StoredWeight(NamedTuple):
     Attributes:
         weight_packed: uint8 `[N, K * bits / 8]`, permuted channels.
         weight_scale: float32 `[N, 2]`.
-        weight_zero_point: int16 `[N, 2]`.
+        weight_zero_point: int16 `[N, 2]`. Or, for 4 bits, uint8 `[N, K / 16]`: of every 16 neighbouring channels as
+            stored, the zero-point (high nibble) and an integer factor less one (low nibble; QServe, arXiv 2405.04532).
+            The weight is then `factor * (code - zero_point) * weight_scale`, and its integer part fits int8.
     """
 
     weight_packed: Tensor
@@ -71,6 +77,30 @@ class InputQuantizer(NamedTuple):
         """Raise a ValueError unless this can quantize `x`, float `[..., K]`."""
         checks.activation(x, self.channel_order, self.num_outliers)
         checks.input_quantizer(self.input_scale, self.input_zero_point)
+
+
+class RowQuantizer(NamedTuple):
+    """Quantizer that gives every row of K channels a scale of its own.
+
+    Channels that are far louder or softer than the weights that read them are scaled first (SmoothQuant, arXiv
+    2211.10438); then blocks of neighbouring channels are rotated by an orthonormal Walsh-Hadamard transform, which is
+    its own inverse (QuaRot, arXiv 2404.00456), so that loud channels spread over their block. The weight of the layer
+    is divided by the same scales and rotated alike.
+
+    Attributes:
+        channel_scale: float32 `[K]`, positive, by which the channels are multiplied.
+        rotation: channels of a block, a power of two that divides K; 1 rotates nothing.
+    """
+
+    channel_scale: Tensor
+    rotation: Constant
+
+    def check(self, x: Tensor) -> None:
+        """Raise a ValueError unless this can quantize `x`, float `[..., K]`."""
+        checks.require(x.is_floating_point(), "dtype of the activation", x.dtype, "a floating-point dtype")
+        checks.require(x.ndim >= 1, "the activation", "a scalar", "at least one dimension")
+        checks.tensor("channel_scale", self.channel_scale, (x.shape[-1],), torch.float32)
+        checks.rotation(self.rotation, x.shape[-1])
 
 
 class Norm(NamedTuple):

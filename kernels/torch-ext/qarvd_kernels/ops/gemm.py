@@ -17,7 +17,7 @@ def dual_scale_gemm(product: Product, out_dtype: torch.dtype) -> Tensor:
         acc = sum_{k < num_outliers} a w                    int32
         acc = rint(float32(acc) * ratio[n])                 int32, ties to even
         acc = acc + sum_{k >= num_outliers} a w             int32
-        y   = float32(acc) * scale[n] + bias[n] - sum_g row_sums[m, g] * row_sum_scale[g, n]
+        y   = float32(acc) * row_scale[m] * scale[n] + bias[n] - sum_g row_sums[m, g] * row_sum_scale[g, n]
 
     Args:
         product: the fields of `Product`.
@@ -106,11 +106,13 @@ def dual_scale_gemm_residual(product: Product, residual: Tensor, gate: Tensor | 
 
 @operator(mutates=["out"])
 def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:
-    """Write the int8 operand of a 4-bit weight, `code - clamp(zero_point, 0, 15)`, into `out`.
+    """Write the int8 operand of a 4-bit weight into `out`.
+
+    That is `code - clamp(zero_point, 0, 15)`; or `factor * (code - zero_point)` of a weight in groups.
 
     Args:
         weight_packed: uint8 `[N, K / 2]`, low nibble first, stored channel order.
-        weight_zero_point: int16 `[N, 2]`.
+        weight_zero_point: as in `StoredWeight`.
         num_outliers: size of group 0.
         out: int8 `[N, K]`, overwritten; all layers of a model can share one buffer in turn.
 
@@ -119,6 +121,6 @@ def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: 
     """
     k = checks.packed_weight(weight_packed, 4)
     n = weight_packed.shape[0]
-    checks.tensor("weight_zero_point", weight_zero_point, (n, 2), torch.int16)
+    checks.zero_points(weight_zero_point, n, k, 4)
     checks.outlier_count(num_outliers, k)
     checks.tensor("out", out, (n, k), torch.int8)

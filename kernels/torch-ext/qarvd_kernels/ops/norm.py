@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import checks
 from ..declare import operator
-from .arguments import InputQuantizer, Norm
+from .arguments import InputQuantizer, Norm, RowQuantizer
 
 
 @operator()
@@ -76,6 +76,57 @@ def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, qu
     checks.normalization(x, *norm[:4])
     quantizer.check(x)
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+@operator()
+def norm_quantize_rows(x: Tensor, norm: Norm, quantizer: RowQuantizer) -> tuple[Tensor, Tensor]:
+    """Apply the LayerNorm and modulation of `norm_quantize`, then `quantize_rows`.
+
+    Args:
+        x: float `[M, C]`.
+        norm: the fields of `Norm`.
+        quantizer: as in `quantize_rows`.
+
+    Returns:
+        int8 `[M, C]`; float32 `[M]` scales.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    checks.normalization(x, *norm[:4])
+    quantizer.check(x)
+    return _rows_of(x)
+
+
+@operator(mutates=["x"])
+def add_norm_quantize_rows_(
+    x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, quantizer: RowQuantizer
+) -> tuple[Tensor, Tensor]:
+    """Replace x by the gated residual sum of `add_norm_quantize`, and return `norm_quantize_rows` of that sum.
+
+    Args:
+        x: float `[M, C]`, overwritten. Compiled implementations need it contiguous.
+        y: as in `add_norm_quantize`; so are `gate` and `norm`.
+        quantizer: as in `quantize_rows`.
+
+    Returns:
+        int8 `[M, C]`; float32 `[M]` scales.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    checks.residual(x, y, gate)
+    checks.normalization(x, *norm[:4])
+    quantizer.check(x)
+    return _rows_of(x)
+
+
+def _rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return empty codes and scales of the rows of x."""
+    return (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.empty(x.shape[:1], dtype=torch.float32, device=x.device),
+    )
 
 
 @operator()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import checks
 from ..declare import operator
-from .arguments import InputQuantizer
+from .arguments import InputQuantizer, RowQuantizer
 
 
 @operator()
@@ -48,6 +48,27 @@ def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tup
     return (
         torch.empty(x.shape, dtype=torch.int8, device=x.device),
         torch.empty((*x.shape[:-1], 2), dtype=torch.float32, device=x.device),
+    )
+
+
+@operator()
+def quantize_rows(x: Tensor, quantizer: RowQuantizer) -> tuple[Tensor, Tensor]:
+    """Scale channels, rotate blocks of them, then quantize every row symmetrically with one scale of its own.
+
+    Args:
+        x: float `[..., K]`, channels in their own order.
+        quantizer: the fields of `RowQuantizer`.
+
+    Returns:
+        int8 `[..., K]` in -127..127; float32 `[...]` scales, largest magnitude / 127 (1 for a row of zeros).
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    quantizer.check(x)
+    return (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
     )
 
 

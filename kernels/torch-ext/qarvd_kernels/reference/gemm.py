@@ -22,7 +22,10 @@ def accumulate(a: Tensor, weight: Tensor, num_outliers: int, ratio: Tensor) -> T
 
 def _scaled(product: Product) -> Tensor:
     """Return float32 `[M, N]`: the scaled sums, bias, and the remainder of the weight zero-points."""
-    y = accumulate(*product[:4]).to(torch.float32) * product.scale + product.bias
+    y = accumulate(*product[:4]).to(torch.float32)
+    if product.row_scale is not None:
+        y *= product.row_scale[:, None]
+    y = y * product.scale + product.bias
     if product.row_sums is not None:
         for g in (0, 1):
             y -= product.row_sums[:, g, None].to(torch.float32) * product.row_sum_scale[g]

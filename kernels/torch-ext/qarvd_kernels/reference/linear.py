@@ -36,17 +36,27 @@ def unpack_weight(weight_packed: Tensor, bits: int) -> Tensor:
     return torch.stack([weight_packed & 15, weight_packed >> 4], dim=-1).flatten(-2)
 
 
+def grouped_steps(codes: Tensor, groups: Tensor) -> Tensor:
+    """Compute `factor * (code - zero_point)` of codes `[N, K]` and bytes `[N, K / 16]`, int16."""
+    groups = groups.to(torch.int16).repeat_interleave(codes.shape[1] // groups.shape[1], dim=1)
+    return ((groups & 15) + 1) * (codes.to(torch.int16) - (groups >> 4))
+
+
 def integer_weight(
     weight_packed: Tensor, weight_zero_point: Tensor, bits: int, num_outliers: int
 ) -> tuple[Tensor, Tensor]:
     """Split a weight into signed bytes and the remainder of its zero-point.
 
-    A 4-bit code minus its zero-point fits a signed byte, so the remainder is 0 as long as the zero-point is a code. An
-    8-bit code is stored with an offset of 128, so the remainder is `zero_point - 128` (0 for symmetric weights).
+    A 4-bit code minus its zero-point fits a signed byte, so the remainder is 0 as long as the zero-point is a code; so
+    does the operand of a weight in groups (see `StoredWeight`). An 8-bit code is stored with an offset of 128, so the
+    remainder is `zero_point - 128` (0 for symmetric weights).
 
     Returns:
         int8 `[N, K]` operand and int32 `[N, 2]` remainder, with `code - zero_point == operand - remainder`.
     """
+    if weight_zero_point.dtype == torch.uint8:
+        operand = grouped_steps(unpack_weight(weight_packed, bits), weight_zero_point).to(torch.int8)
+        return operand, torch.zeros(len(operand), 2, dtype=torch.int32, device=operand.device)
     zero_point = weight_zero_point.to(torch.int32)
     if bits == 8:
         return weight_packed.view(torch.int8), zero_point - CODE_OFFSET
@@ -112,9 +122,12 @@ def dequantize_weight(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Return the weight `[N, K]` in its original channel order, computed in float32."""
-    codes = unpack_weight(weight_packed, bits).to(torch.float32)
+    codes = unpack_weight(weight_packed, bits)
     k = codes.shape[1]
-    codes -= spread(weight_zero_point, k, num_outliers)
+    if weight_zero_point.dtype == torch.uint8:
+        codes = grouped_steps(codes, weight_zero_point).to(torch.float32)
+    else:
+        codes = codes.to(torch.float32) - spread(weight_zero_point, k, num_outliers)
     codes *= spread(weight_scale, k, num_outliers)
     weight = torch.empty_like(codes, dtype=out_dtype)
     return weight.index_copy_(1, channel_order.to(torch.int64), codes.to(out_dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.arguments import Norm
-from .quantize import quantize_static
+from .quantize import quantize_rows, quantize_static
 
 
 def expand_groups(table: Tensor, rows: int) -> Tensor:
@@ -48,6 +48,19 @@ def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: An
     total = _sum(x, y, gate)
     x.copy_(total)
     return norm_quantize(total, *arguments)
+
+
+def norm_quantize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Normalize, modulate, rotate and quantize float `[M, C]` to int8 `[M, C]`, with scales `[M]`."""
+    norm, quantizer = arguments[: len(Norm._fields)], arguments[len(Norm._fields) :]
+    return quantize_rows(_normed(x, Norm(*norm)), *quantizer)
+
+
+def add_norm_quantize_rows_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Replace x by the gated sum; return codes and scales of its norm, which is taken before rounding to x."""
+    total = _sum(x, y, gate)
+    x.copy_(total)
+    return norm_quantize_rows(total, *arguments)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:

@@ -35,6 +35,26 @@ def quantize_dynamic(x: Tensor, channel_order: Tensor, num_outliers: int) -> tup
     return codes.to(torch.int8), scale
 
 
+def rotate(x: Tensor, block: int) -> Tensor:
+    """Apply the orthonormal Walsh-Hadamard transform to blocks of neighbouring channels `[..., K]`, in float32."""
+    x = x.to(torch.float32)
+    shape, half = x.shape, 1
+    while half < block:
+        a, b = x.reshape(*shape[:-1], -1, 2, half).unbind(-2)
+        x = torch.stack([a + b, a - b], dim=-2).reshape(shape)
+        half *= 2
+    return x * block**-0.5 if block > 1 else x
+
+
+def quantize_rows(x: Tensor, channel_scale: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
+    """Scale, rotate and quantize float `[..., K]` to int8 `[..., K]`, with scales `[...]`: largest magnitude / 127."""
+    x = rotate(x.to(torch.float32) * channel_scale, rotation)
+    scale = x.abs().amax(-1) / DYNAMIC_LEVELS
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    codes = (x / scale[..., None]).round_().clamp_(-DYNAMIC_LEVELS, DYNAMIC_LEVELS)
+    return codes.to(torch.int8), scale
+
+
 def row_sums(a: Tensor, num_outliers: int) -> Tensor:
     """Sum both groups of int8 `[M, K]` to int32 `[M, 2]`."""
     parts = [a[:, part].sum(dim=1, dtype=torch.int32) for part in group_slices(a.shape[1], num_outliers)]

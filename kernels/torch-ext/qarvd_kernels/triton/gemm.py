@@ -14,6 +14,7 @@ from .configs import gemm_config
 from .launch import (
     Launcher,
     block_of,
+    factors,
     group_quantizer,
     group_values,
     quantize,
@@ -90,9 +91,12 @@ def _rescaled_sum(a_row, w_row, ratio, column, K: tl.constexpr, OUTLIERS: tl.con
 
 
 @triton.jit
-def _scaled(acc, scale, bias, row_sums, row_sum_scale, row, column, N: tl.constexpr):
-    """Scale the sums, and add bias and the remainder of the weight zero-points (None if there is none)."""
-    y = acc.to(tl.float32) * tl.load(scale + column)[None, :] + tl.load(bias + column)[None, :]
+def _scaled(acc, scale, bias, row_sums, row_sum_scale, row_scale, row, column, N: tl.constexpr):
+    """Scale the sums, and add bias and the remainder of the weight zero-points; None stands for what there is not."""
+    y = acc.to(tl.float32)
+    if row_scale is not None:
+        y *= tl.load(row_scale + row)[:, None]
+    y = y * tl.load(scale + column)[None, :] + tl.load(bias + column)[None, :]
     if row_sums is not None:
         for group in tl.static_range(2):
             sums = tl.load(row_sums + row * 2 + group).to(tl.float32)
@@ -124,6 +128,7 @@ def dual_scale_gemm_kernel(
     bias,
     row_sums,
     row_sum_scale,
+    row_scale,
     residual,
     gate,
     out_scale,
@@ -151,7 +156,7 @@ def dual_scale_gemm_kernel(
     mask = (m[:, None] < rows - first) & (n[None, :] < N)
     start, at = first.to(tl.int64) * N, row[:, None] * N + n[None, :]
     if out.dtype.element_ty != tl.int32:
-        y = _scaled(y, scale, bias, row_sums, row_sum_scale, first + row, column, N)
+        y = _scaled(y, scale, bias, row_sums, row_sum_scale, row_scale, first + row, column, N)
         if EPILOGUE == _GELU_:
             y = _gelu_codes(y, out_scale, out_zero_point, OUT_OUTLIERS, n)
         elif EPILOGUE == _RESIDUAL_:
@@ -161,16 +166,23 @@ def dual_scale_gemm_kernel(
 
 
 @triton.jit
-def expand_int4_kernel(packed, zero_point, out, BYTES: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
+def expand_int4_kernel(
+    packed, zero_point, out, BYTES: tl.constexpr, OUTLIERS: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Expand a part of one row of a 4-bit weight."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     byte = tl.load(packed + row * BYTES + at, mask=at < BYTES, other=0).to(tl.int8, bitcast=True)
     codes = tl.interleave(byte & 15, (byte >> 4) & 15)
     channel = tl.program_id(1) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    offset = group_values(zero_point + row * 2, OUTLIERS, channel)
-    offset = tl.minimum(tl.maximum(offset, 0), 15).to(tl.int8)
-    tl.store(out + row * (2 * BYTES) + channel, codes - offset, mask=channel < 2 * BYTES)
+    mask = channel < 2 * BYTES
+    if GROUPED:
+        factor, offset = factors(zero_point + row * (BYTES // 8), channel, mask)
+        codes = (factor * (codes.to(tl.int32) - offset)).to(tl.int8)
+    else:
+        offset = group_values(zero_point + row * 2, OUTLIERS, channel)
+        codes -= tl.minimum(tl.maximum(offset, 0), 15).to(tl.int8)
+    tl.store(out + row * (2 * BYTES) + channel, codes, mask=mask)
 
 
 _gemm = Launcher(dual_scale_gemm_kernel)
@@ -187,7 +199,7 @@ def _launch(
     out: Tensor | None = None,
 ) -> Tensor:
     """Compute a product (the fields of `Product`) in `dtype`; write it to `out`, or to a new tensor."""
-    a, weight, num_outliers, ratio, scale, bias, row_sums, row_sum_scale = product
+    a, weight, num_outliers, ratio, scale, bias, *rows = product
     (m, k), n = a.shape, weight.shape[0]
     if out is None:
         out = torch.empty((m, n), dtype=dtype, device=a.device)
@@ -195,11 +207,11 @@ def _launch(
     block_m, block_n, block_k, stripe, warps, stages = gemm_config(a.get_device(), m, n, k, epilogue == _RESIDUAL)
     _gemm(
         (-(-m // block_m) * -(-n // block_n), 1, 1),
-        (a, weight, ratio, scale, bias, row_sums, row_sum_scale, residual, gate, out_scale, out_zero_point, out),
+        (a, weight, ratio, scale, bias, *rows, residual, gate, out_scale, out_zero_point, out),
         (m, 1 if gate is None else m // gate.shape[0]),
         (n, k, num_outliers, out_outliers, epilogue, block_m, block_n, block_k, stripe),
         (warps, stages),
-        (out.dtype, row_sums is None, gate is None),
+        (out.dtype, rows[0] is None, rows[2] is None, gate is None),
     )
     return out
 
@@ -231,5 +243,7 @@ def dual_scale_gemm_residual(*arguments: Any) -> Tensor:
 def expand_int4(weight_packed: Tensor, weight_zero_point: Tensor, num_outliers: int, out: Tensor) -> None:
     """Write the int8 operand `[N, K]` of a 4-bit weight into `out`."""
     (n, columns), block = weight_packed.shape, block_of(weight_packed.shape[1], 1024)
-    grid = (n, triton.cdiv(columns, block), 1)
-    _expand_int4(grid, (weight_packed, weight_zero_point, out), (), (columns, num_outliers, block), (4, 1), ())
+    grid, grouped = (n, triton.cdiv(columns, block), 1), int(weight_zero_point.dtype == torch.uint8)
+    _expand_int4(
+        grid, (weight_packed, weight_zero_point, out), (), (columns, num_outliers, grouped, block), (4, 1), ()
+    )

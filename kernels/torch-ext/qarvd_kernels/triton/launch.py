@@ -15,6 +15,7 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _ALIGNMENT = 16  # bytes; what Triton's vectorized loads ask of a pointer
 _MIN_CAPABILITY = (8, 0)
+LARGEST_ROW = 16384  # channels
 
 
 def unsupported_device(device: torch.device) -> str | None:
@@ -36,6 +37,21 @@ def unsupported_empty(arguments: dict[str, Any] | None) -> str | None:
     """Return a reason for empty tensors, which would give an empty grid; or None."""
     tensors = [value for value in (arguments or {}).values() if isinstance(value, Tensor)]
     return "an empty tensor" if any(t.numel() == 0 for t in tensors) else None
+
+
+def unsupported_row(columns: int) -> str | None:
+    """Return why a kernel with one row per program cannot run, or None."""
+    if columns > LARGEST_ROW:
+        return f"rows of {columns} channels do not fit the registers of one program ({LARGEST_ROW})"
+    return None
+
+
+def row_warps(block: int) -> int:
+    """Choose the number of warps of a program that holds one row.
+
+    Measured on an H200 at C = 1536 (2, 4, 8, 16 warps: 27, 27, 20, 24 us) and C = 5120 (4, 8, 16: 92, 99, 102 us).
+    """
+    return min(max(block // 256, 1), 8) if block <= 2048 else 4 if block <= 8192 else 16
 
 
 class Launcher:
@@ -117,6 +133,13 @@ def group_values(table, first, index):
 
 
 @triton.jit
+def factors(table, channel, mask):
+    """Load, per channel of a row of a weight in groups, integer factor and zero-point; see `StoredWeight`."""
+    byte = tl.load(table + channel // 16, mask=mask, other=0).to(tl.int32)
+    return (byte & 15) + 1, byte >> 4
+
+
+@triton.jit
 def group_quantizer(scale, zero_point, first, index):
     """Load, per element, inverse scale, lowest level (as float32) and offset of its group; see `quantize`."""
     outlier, normal = tl.load(zero_point), tl.load(zero_point + 1)
@@ -129,6 +152,40 @@ def group_quantizer(scale, zero_point, first, index):
 def quantize(x, inverse, low, offset):
     """Quantize float32 to an int8 code minus 128; clamping to integer bounds before rounding changes nothing."""
     return (round_to_int(tl.minimum(tl.maximum(x * inverse, low), low + 255.0)) + offset).to(tl.int8)
+
+
+@triton.jit
+def rotate(value, ROTATION: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Apply the orthonormal Walsh-Hadamard transform to blocks of 2^BITS neighbours of a row `[BLOCK]`."""
+    for bit in tl.static_range(BITS):
+        pairs = tl.permute(tl.reshape(value, [BLOCK // (2 << bit), 2, 1 << bit]), (0, 2, 1))
+        first, second = tl.split(pairs)
+        pairs = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
+        value = tl.reshape(pairs, [BLOCK])
+    return value * (ROTATION**-0.5)
+
+
+@triton.jit
+def store_row(
+    value,
+    channel_scale,
+    codes,
+    row_scale,
+    row,
+    K: tl.constexpr,
+    ROTATION: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scale and rotate a row `[BLOCK]`, and store its int8 codes and its scale."""
+    channel = tl.arange(0, BLOCK)
+    value *= tl.load(channel_scale + channel, mask=channel < K, other=0.0)
+    value = rotate(value, ROTATION, BITS, BLOCK)
+    step = tl.max(tl.abs(value), axis=0) / 127.0
+    step = tl.where(step < 1.1754943508222875e-38, 1.0, step)
+    level = tl.minimum(tl.maximum(value * (1.0 / step), -127.0), 127.0)
+    tl.store(codes + row * K + channel, round_to_int(level).to(tl.int8), mask=channel < K)
+    tl.store(row_scale + row, step)
 
 
 @cache

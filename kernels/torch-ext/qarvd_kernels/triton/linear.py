@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import Launcher, block_of, group_values, unsupported_device, unsupported_empty
+from .launch import Launcher, block_of, factors, group_values, unsupported_device, unsupported_empty
 
 _BLOCK = 2048
 
@@ -35,6 +35,7 @@ def dequantize_weight_kernel(
     K: tl.constexpr,
     OUTLIERS: tl.constexpr,
     BITS: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Dequantize a part of one row of a weight into original channel order."""
@@ -46,8 +47,12 @@ def dequantize_weight_kernel(
     else:
         byte = tl.load(packed + row * (K // 2) + channel // 2, mask=mask, other=0).to(tl.int32)
         code = (byte >> ((channel % 2) * 4)) & 15
-    offset = group_values(zero_point + row * 2, OUTLIERS, channel).to(tl.int32)
-    value = (code - offset).to(tl.float32) * group_values(scale + row * 2, OUTLIERS, channel)
+    if GROUPED:
+        factor, offset = factors(zero_point + row * (K // 16), channel, mask)
+        code = factor * (code - offset)
+    else:
+        code -= group_values(zero_point + row * 2, OUTLIERS, channel).to(tl.int32)
+    value = code.to(tl.float32) * group_values(scale + row * 2, OUTLIERS, channel)
     order = tl.load(channel_order + channel, mask=mask, other=0)
     order = tl.minimum(tl.maximum(order, 0), K - 1)  # nothing outside of the row is written
     tl.store(weight + row * K + order, value.to(weight.dtype.element_ty), mask=mask)
@@ -69,7 +74,7 @@ def dequantize_weight(
     n, k = weight_packed.shape[0], weight_packed.shape[1] * 8 // bits
     weight, block = torch.empty((n, k), dtype=out_dtype, device=weight_packed.device), block_of(k, _BLOCK)
     tensors = (weight_packed, weight_scale, weight_zero_point, channel_order, weight)
-    constants = (k, num_outliers, bits, block)
+    constants = (k, num_outliers, bits, int(weight_zero_point.dtype == torch.uint8), block)
     _dequantize_weight((n, triton.cdiv(k, block), 1), tensors, (), constants, (8, 1), (out_dtype,))
     return weight
 

@@ -11,9 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, group_quantizer, quantize, unsupported_device, unsupported_empty
+from .launch import (
+    Launcher,
+    group_quantizer,
+    quantize,
+    row_warps,
+    store_row,
+    unsupported_device,
+    unsupported_empty,
+    unsupported_row,
+)
 
-_LARGEST_ROW = 16384
 _ADD_BLOCK = 1024
 _block = cache(triton.next_power_of_2)
 
@@ -23,12 +31,9 @@ def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[s
     reason = unsupported_device(device) or unsupported_empty(arguments)
     if reason or arguments is None:
         return reason
-    columns = arguments["x"].shape[1]
     if operator.endswith("_") and not arguments["x"].is_contiguous():
         return "x is not contiguous"
-    if not operator.startswith("add_gated") and columns > _LARGEST_ROW:
-        return f"rows of {columns} channels do not fit the registers of one program ({_LARGEST_ROW})"
-    return None
+    return None if operator.startswith("add_gated") else unsupported_row(arguments["x"].shape[1])
 
 
 @triton.jit
@@ -52,6 +57,41 @@ def _layer_norm(value, weight, norm_bias, eps, channel, mask, C: tl.constexpr):
     if weight is not None:
         value = value * tl.load(weight + channel, mask=mask, other=0.0)
         value += tl.load(norm_bias + channel, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
+def _normed_sum(
+    x,
+    y,
+    gate,
+    weight,
+    norm_bias,
+    scale,
+    shift,
+    total,
+    eps,
+    rows_per_gate,
+    rows_per_scale,
+    row,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the sum of one row, which may be x, and return its norm, modulated."""
+    channel = tl.arange(0, BLOCK)
+    mask = channel < C
+    start = row * C
+    if y is None:
+        value = _gated_sum(x + start, None, None, channel, mask)
+    else:
+        gate_row = None if gate is None else gate + row // rows_per_gate * C
+        value = _gated_sum(x + start, y + start, gate_row, channel, mask)
+        tl.store(total + start + channel, value.to(total.dtype.element_ty), mask=mask)
+    value = _layer_norm(value, weight, norm_bias, eps, channel, mask, C)
+    if scale is not None:
+        table = row // rows_per_scale * C + channel
+        value *= 1.0 + tl.load(scale + table, mask=mask, other=0.0)
+        value += tl.load(shift + table, mask=mask, other=0.0)
     return value
 
 
@@ -82,22 +122,42 @@ def norm_quantize_kernel(
     mask = channel < C
     order = tl.load(channel_order + channel, mask=mask, other=0)
     order = tl.minimum(tl.maximum(order, 0), C - 1)  # the gather below has no mask
-    start = row * C
-    if y is None:
-        value = _gated_sum(x + start, None, None, channel, mask)
-    else:
-        gate_row = None if gate is None else gate + row // rows_per_gate * C
-        value = _gated_sum(x + start, y + start, gate_row, channel, mask)
-        tl.store(total + start + channel, value.to(total.dtype.element_ty), mask=mask)
-    value = _layer_norm(value, weight, norm_bias, eps, channel, mask, C)
-    if scale is not None:
-        table = row // rows_per_scale * C + channel
-        value *= 1.0 + tl.load(scale + table, mask=mask, other=0.0)
-        value += tl.load(shift + table, mask=mask, other=0.0)
+    value = _normed_sum(
+        x, y, gate, weight, norm_bias, scale, shift, total, eps, rows_per_gate, rows_per_scale, row, C, BLOCK
+    )
     # Loads are wide, in the order of the row; the permutation goes through shared memory, so that stores are wide too.
     inverse, low, offset = group_quantizer(input_scale, input_zero_point, OUTLIERS, channel)
     code = quantize(tl.gather(value, order, axis=0), inverse, low, offset)
-    tl.store(codes + start + channel, code, mask=mask)
+    tl.store(codes + row * C + channel, code, mask=mask)
+
+
+@triton.jit(do_not_specialize=["eps", "rows_per_gate", "rows_per_scale"])
+def norm_quantize_rows_kernel(
+    x,
+    y,
+    gate,
+    weight,
+    norm_bias,
+    scale,
+    shift,
+    channel_scale,
+    total,
+    codes,
+    row_scale,
+    eps,
+    rows_per_gate,
+    rows_per_scale,
+    C: tl.constexpr,
+    ROTATION: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the sum of one row, which may be x, the codes of its rotated norm and their scale."""
+    row = tl.program_id(0).to(tl.int64)
+    value = _normed_sum(
+        x, y, gate, weight, norm_bias, scale, shift, total, eps, rows_per_gate, rows_per_scale, row, C, BLOCK
+    )
+    store_row(value, channel_scale, codes, row_scale, row, C, ROTATION, BITS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows_per_gate"])
@@ -112,20 +172,13 @@ def add_gated_kernel(x, y, gate, total, rows_per_gate, C: tl.constexpr, BLOCK: t
 
 
 _norm_quantize = Launcher(norm_quantize_kernel)
+_norm_quantize_rows = Launcher(norm_quantize_rows_kernel)
 _add_gated = Launcher(add_gated_kernel)
 
 
 def _rows_per(table: Tensor | None, rows: int) -> int:
     """Return how many rows share a row of the table; 1 without a table."""
     return 1 if table is None else rows // table.shape[0]
-
-
-def _warps(block: int) -> int:
-    """Choose the number of warps.
-
-    Measured on an H200 at C = 1536 (2, 4, 8, 16 warps: 27, 27, 20, 24 us) and C = 5120 (4, 8, 16: 92, 99, 102 us).
-    """
-    return min(max(block // 256, 1), 8) if block <= 2048 else 4 if block <= 8192 else 16
 
 
 def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, total: Tensor | None = None) -> Tensor:
@@ -146,7 +199,7 @@ def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple, 
         (x, y, gate, weight, norm_bias, scale, shift, channel_order, input_scale, input_zero_point, total, codes),
         (eps, _rows_per(gate, rows), _rows_per(scale, rows)),
         (columns, num_outliers, block),
-        (_warps(block), 1),
+        (row_warps(block), 1),
         (x.dtype, None if y is None else y.dtype, gate is None, weight is None, scale is None),
     )
     return codes
@@ -166,6 +219,32 @@ def add_norm_quantize(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any
 def add_norm_quantize_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> Tensor:
     """Replace x by the gated sum, and return int8 codes `[M, C]` of its norm."""
     return _launch(x, y, gate, arguments, total=x)
+
+
+def norm_quantize_rows(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Normalize, rotate and quantize float `[M, C]` to int8 `[M, C]`, with scales `[M]`."""
+    return _launch_rows(x, None, None, arguments)
+
+
+def add_norm_quantize_rows_(x: Tensor, y: Tensor, gate: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Replace x by the gated sum; return codes and scales of its norm."""
+    return _launch_rows(x, y, gate, arguments)
+
+
+def _launch_rows(x: Tensor, y: Tensor | None, gate: Tensor | None, arguments: tuple) -> tuple[Tensor, Tensor]:
+    """Write `x + gate * y` to x if there is a y; return int8 codes in the shape of x, and their scales."""
+    weight, norm_bias, scale, shift, eps, channel_scale, rotation = arguments
+    (rows, columns), block = x.shape, _block(x.shape[1])
+    codes, row_scale = torch.empty_like(x, dtype=torch.int8), torch.empty(rows, dtype=torch.float32, device=x.device)
+    _norm_quantize_rows(
+        (rows, 1, 1),
+        (x, y, gate, weight, norm_bias, scale, shift, channel_scale, None if y is None else x, codes, row_scale),
+        (eps, _rows_per(gate, rows), _rows_per(scale, rows)),
+        (columns, rotation, rotation.bit_length() - 1, block),
+        (row_warps(block), 1),
+        (x.dtype, None if y is None else y.dtype, gate is None, weight is None, scale is None),
+    )
+    return codes, row_scale
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:

@@ -10,14 +10,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, block_of, group_quantizer, quantize, unsupported_device, unsupported_empty
+from .launch import (
+    LARGEST_ROW,
+    Launcher,
+    block_of,
+    group_quantizer,
+    quantize,
+    row_warps,
+    store_row,
+    unsupported_device,
+    unsupported_empty,
+    unsupported_row,
+)
 
 _BLOCK = 512
 
 
 def unsupported_reason(operator: str, device: torch.device, arguments: Mapping[str, Any] | None) -> str | None:
     """Return why the operator cannot run here, or None; see `dispatch`."""
-    return unsupported_device(device) or unsupported_empty(arguments)
+    reason = unsupported_device(device) or unsupported_empty(arguments)
+    if reason is None and arguments is not None and operator == "quantize_rows":
+        return unsupported_row(arguments["x"].shape[-1])
+    return reason
 
 
 @triton.jit(do_not_specialize=["rows", "zero"])
@@ -50,6 +64,23 @@ def quantize_static_kernel(
 
 
 @triton.jit
+def quantize_rows_kernel(
+    x,
+    channel_scale,
+    codes,
+    row_scale,
+    K: tl.constexpr,
+    ROTATION: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rotate and quantize one row."""
+    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = tl.load(x + row * K + channel, mask=channel < K, other=0.0).to(tl.float32)
+    store_row(value, channel_scale, codes, row_scale, row, K, ROTATION, BITS, BLOCK)
+
+
+@triton.jit
 def row_sums_kernel(a, sums, K: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
     """Sum the two channel groups of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -65,6 +96,7 @@ def row_sums_kernel(a, sums, K: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.
 
 
 _quantize_static = Launcher(quantize_static_kernel)
+_quantize_rows = Launcher(quantize_rows_kernel)
 _row_sums = Launcher(row_sums_kernel)
 
 
@@ -78,6 +110,18 @@ def quantize_static(
     tensors = (x, channel_order, input_scale, input_zero_point, codes)
     _quantize_static(grid, tensors, (rows, 0), (k, num_outliers, block), (4, 1), (x.dtype,))
     return codes
+
+
+def quantize_rows(x: Tensor, channel_scale: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
+    """Scale, rotate and quantize float `[..., K]` to int8 `[..., K]`, with scales `[...]`."""
+    codes, k = torch.empty_like(x, dtype=torch.int8), x.shape[-1]
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    block = block_of(k, LARGEST_ROW)
+    constants = (k, rotation, rotation.bit_length() - 1, block)
+    _quantize_rows(
+        (scale.numel(), 1, 1), (x, channel_scale, codes, scale), (), constants, (row_warps(block), 1), (x.dtype,)
+    )
+    return codes, scale
 
 
 def row_sums(a: Tensor, num_outliers: int) -> Tensor:

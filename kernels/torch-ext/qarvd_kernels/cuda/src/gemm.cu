@@ -97,7 +97,7 @@ int launch(int rows, int columns, int block_k, const Operands& operands, const G
 // [n, k], ratio, scale and bias float32 [n], out [m, n] in `format`; the rest as in GemmParameters.
 extern "C" int qarvd_gemm(const void* a, long long a_pitch, const void* weight, int m, int n, int k, int k1,
                           const float* ratio, const float* scale, const float* bias, const int* row_sums,
-                          const float* row_sum_scale, void* out, int format, const float* out_scale,
+                          const float* row_sum_scale, const float* row_scale, void* out, int format, const float* out_scale,
                           const int* out_zero_point, int out_outliers, const void* residual, const float* gate,
                           int gate_rows, int tile_rows, int tile_columns, int block_k, int device, void* stream) {
     if (encoder() == nullptr) return cudaErrorNotSupported;
@@ -109,7 +109,7 @@ extern "C" int qarvd_gemm(const void* a, long long a_pitch, const void* weight, 
     if (current.error != cudaSuccess) return current.error;
     GemmParameters p{};
     p.m = m, p.n = n, p.ratio = ratio, p.scale = scale, p.bias = bias, p.row_sums = row_sums;
-    p.row_sum_scale = row_sum_scale, p.residual = residual, p.gate = gate, p.gate_rows = gate_rows;
+    p.row_sum_scale = row_sum_scale, p.row_scale = row_scale, p.residual = residual, p.gate = gate, p.gate_rows = gate_rows;
     p.out_scale = out_scale, p.out_zero_point = out_zero_point, p.out_outliers = out_outliers;
     p.out = out, p.format = static_cast<Format>(format);
     const Operands operands{static_cast<const char*>(a), static_cast<const char*>(weight), a_pitch, k, k1};

@@ -35,6 +35,7 @@ struct GemmParameters {
     const float *ratio, *scale, *bias;
     const int* row_sums;         // [M, 2] or null
     const float* row_sum_scale;  // [2, N] or null
+    const float* row_scale;      // [M] or null
     const void* residual;        // [M, N] in the format of out, or null
     const float* gate;           // [M / gate_rows, N] or null
     int gate_rows;
@@ -303,7 +304,7 @@ __device__ __forceinline__ void finish_extras(const GemmParameters& p, Values<ow
 // Registers to global memory. Thread `lane` holds columns 8 (lane % 4) to + 7 of every 32, of two rows.
 template <int tile_columns, Format format, bool extras>
 __device__ __forceinline__ void store(
-    const GemmParameters& p, const int* accumulators, uint32_t scales, int row, int column) {
+    const GemmParameters& p, const int* accumulators, uint32_t scales, int row, int column, float2 row_scale) {
     float2 inverse_scale, zero_point;  // of the two output groups
     if constexpr (format == Format::int8) {
         constexpr float levels = 1.0f / 255.0f;
@@ -331,9 +332,12 @@ __device__ __forceinline__ void store(
                         accumulators[accumulator(group, half, i + 2)], accumulators[accumulator(group, half, i + 3)]);
             } else {
                 Values<own_columns> y;
+                const float factor = half ? row_scale.y : row_scale.x;  // 1 changes nothing
 #pragma unroll
-                for (int i = 0; i < own_columns; ++i)
-                    y.of[i] = fmaf(__int2float_rn(accumulators[accumulator(group, half, i)]), scale.of[i], bias.of[i]);
+                for (int i = 0; i < own_columns; ++i) {
+                    const float sum = __int2float_rn(accumulators[accumulator(group, half, i)]);
+                    y.of[i] = fmaf(__fmul_rn(sum, factor), scale.of[i], bias.of[i]);
+                }
                 if constexpr (extras)
                     if (own_row < p.m) finish_extras<format>(p, y, own_row, column + at);
                 if constexpr (format == Format::float32) {
@@ -398,6 +402,10 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<L> share
     Ring<L::lines_buffers> lines;
     int accumulators[tile_columns / 2];
     for (Tiles<L> tile(p); tile.take();) {
+        const int row = tile.row + consumer * consumer_rows + warp * 16 + lane / 4;
+        float2 row_scale = make_float2(1.0f, 1.0f);  // read before the products, which hide the latency
+        if (p.row_scale != nullptr)
+            row_scale = make_float2(__ldg(p.row_scale + min(row, p.m - 1)), __ldg(p.row_scale + min(row + 8, p.m - 1)));
         const uint32_t own_lines = shared.lines(lines.index) + lane % 4 * own_columns * 4;
         int held = -1;  // buffer of the ring that the product in flight reads
         auto release = [&] {
@@ -433,12 +441,11 @@ __device__ __forceinline__ void consume(const GemmParameters& p, Shared<L> share
         if (p.blocks_outliers < p.blocks) run(p.blocks_outliers, p.blocks);
         if (p.blocks_outliers == 0) barrier_wait(shared.lines_full(lines.index), lines.phase);
 
-        const int row = tile.row + consumer * consumer_rows + warp * 16 + lane / 4;
         const int column = tile.column + lane % 4 * own_columns;
         if (p.row_sums == nullptr && p.residual == nullptr)
-            store_format<tile_columns, output, false>(p, accumulators, own_lines + L::line, row, column);
+            store_format<tile_columns, output, false>(p, accumulators, own_lines + L::line, row, column, row_scale);
         else
-            store_format<tile_columns, output, true>(p, accumulators, own_lines + L::line, row, column);
+            store_format<tile_columns, output, true>(p, accumulators, own_lines + L::line, row, column, row_scale);
         barrier_arrive(shared.lines_empty(lines.index));
         lines.advance();
     }

@@ -1,4 +1,5 @@
-// Rows of activations to int8 codes in stored channel order: gated residual sum, LayerNorm, modulation, quantization.
+// Rows of activations to int8 codes: gated residual sum, LayerNorm, modulation, quantization; static in stored channel
+// order, or with a scale of each row after channels were scaled and blocks of 128 of them rotated.
 //
 // A block takes neighbouring rows that share their tables, and its threads eight channels each: the data of a channel
 // (gate, scale, shift, place in the stored order) are read once and stay in registers. Statistics are merged pairwise
@@ -9,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <type_traits>
 
 #include "launch.h"
 #include "ptx.cuh"
@@ -19,6 +21,8 @@ using namespace qarvd;
 
 constexpr int own = 8, warp = 32, most_warps = 20;  // channels of a thread
 constexpr int warp_channels = own * warp, turn = 2;  // rows in flight
+constexpr int rotation_channels = 128;               // of a block of the rotation
+constexpr float rotation_factor = 0.08838834764831845f;  // 128^-0.5
 constexpr float magic = 12582912.0f;                 // 1.5 * 2^23; adding it rounds and leaves the integer in the low bits
 
 struct Parameters {
@@ -27,9 +31,11 @@ struct Parameters {
     const int* order;
     const float* input_scale;
     const int* input_zero_point;
+    const float* channel_scale;  // of rows with a scale of their own; order and input quantizer otherwise
     void* total;
     int8_t* codes;
-    int channels, outliers, rows_per_gate, rows_per_scale;
+    float* row_scale;
+    int channels, outliers, rotation, rows_per_gate, rows_per_scale;
     int segment_rows, segment_blocks, block_rows;  // rows with the same tables; blocks that share them; rows of a block
     float eps;
 };
@@ -120,20 +126,12 @@ __device__ __forceinline__ float2 merge(const float2* parts, int warps, float ep
     return make_float2(mean, rsqrtf(squares / (warps * warp_channels) + eps));
 }
 
-// code = clamp(value * factor + offset) for normed values, which never lie exactly between two codes; plain values are
-// rounded before the zero-point is added, as in the reference.
+// What a norm multiplies and adds to a thread's channels.
 template <Kind kind>
-struct Codes {
+struct Modulation {
     float factor[own], offset[own];
 
-    __device__ __forceinline__ Codes(const Parameters& p, int first, int scale_row, const uint32_t* places) {
-        float inverse[own], zero[own];
-#pragma unroll
-        for (int i = 0; i < own; ++i) {
-            const bool normal = place(places, i) >= p.outliers;
-            inverse[i] = 1.0f / __ldg(p.input_scale + normal);
-            zero[i] = static_cast<float>(__ldg(p.input_zero_point + normal));
-        }
+    __device__ __forceinline__ Modulation(const Parameters& p, int first, int scale_row) {
 #pragma unroll
         for (int i = 0; i < own; ++i) factor[i] = 1.0f, offset[i] = 0.0f;
         if (p.weight != nullptr) {
@@ -149,6 +147,24 @@ struct Codes {
                 factor[i] *= 1.0f + a[i];
                 offset[i] = fmaf(offset[i], 1.0f + a[i], b[i]);
             }
+        }
+    }
+};
+
+// code = clamp(value * factor + offset) for normed values, which never lie exactly between two codes; plain values are
+// rounded before the zero-point is added, as in the reference.
+template <Kind kind>
+struct Codes : Modulation<kind> {
+    using Modulation<kind>::factor, Modulation<kind>::offset;
+
+    __device__ __forceinline__ Codes(const Parameters& p, int first, int scale_row, const uint32_t* places)
+        : Modulation<kind>(p, first, scale_row) {
+        float inverse[own], zero[own];
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+            const bool normal = place(places, i) >= p.outliers;
+            inverse[i] = 1.0f / __ldg(p.input_scale + normal);
+            zero[i] = static_cast<float>(__ldg(p.input_zero_point + normal));
         }
 #pragma unroll
         for (int i = 0; i < own; ++i) {
@@ -168,17 +184,75 @@ struct Codes {
     }
 };
 
-template <typename T, Kind kind>
+// Values that get a scale of their row: value * factor + offset of scaled channels, then rotated.
+template <Kind kind>
+struct RowValues : Modulation<kind> {
+    using Modulation<kind>::factor, Modulation<kind>::offset;
+    const bool rotated;
+
+    __device__ __forceinline__ RowValues(const Parameters& p, int first, int scale_row)
+        : Modulation<kind>(p, first, scale_row), rotated(p.rotation > 1) {
+        float scale[own];
+        load_table(p.channel_scale + first, scale);
+#pragma unroll
+        for (int i = 0; i < own; ++i) factor[i] *= scale[i], offset[i] *= scale[i];
+    }
+
+    // Replaces a thread's values less the mean of the row. The rotation lacks its factor 128^-0.5. Returns the largest
+    // magnitude of the warp's values.
+    __device__ __forceinline__ float apply(float (&values)[own], float deviation_inverse) const {
+#pragma unroll
+        for (int i = 0; i < own; ++i) values[i] = fmaf(values[i] * deviation_inverse, factor[i], offset[i]);
+        if (rotated) {
+#pragma unroll
+            for (int half = 1; half < own; half *= 2) {
+#pragma unroll
+                for (int i = 0; i < own; ++i)
+                    if (!(i & half)) {
+                        const float a = values[i], b = values[i + half];
+                        values[i] = a + b, values[i + half] = a - b;
+                    }
+            }
+#pragma unroll
+            for (int distance = 1; distance < rotation_channels / own; distance *= 2) {
+                const float sign = threadIdx.x & distance ? -1.0f : 1.0f;
+#pragma unroll
+                for (int i = 0; i < own; ++i)
+                    values[i] = fmaf(sign, values[i], __shfl_xor_sync(0xFFFFFFFF, values[i], distance));
+            }
+        }
+        float largest = 0.0f;
+#pragma unroll
+        for (int i = 0; i < own; ++i) largest = fmaxf(largest, fabsf(values[i]));
+#pragma unroll
+        for (int distance = 1; distance < warp; distance *= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, distance));
+        return largest;
+    }
+};
+
+// The codes of a thread, of values whose row reaches `largest`.
+__device__ __forceinline__ uint2 row_codes(const float (&values)[own], float largest) {
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    uint32_t packed[2] = {};
+#pragma unroll
+    for (int i = 0; i < own; ++i)
+        packed[i / 4] |= (__float_as_uint(fmaf(values[i], inverse, magic)) & 0xFF) << i % 4 * 8;
+    return make_uint2(packed[0], packed[1]);
+}
+
+template <typename T, Kind kind, bool per_row>
 __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];  // codes of a turn; at first the inverse order
     __shared__ float2 parts[turn][most_warps];
+    __shared__ float maxima[turn][most_warps];
     const int first = threadIdx.x * own, warps = blockDim.x / warp, own_warp = threadIdx.x / warp;
     const int segment = blockIdx.x / p.segment_blocks, block = blockIdx.x % p.segment_blocks;
     const int begin = segment * p.segment_rows + block * p.block_rows;
     const int end = min(begin + p.block_rows, (segment + 1) * p.segment_rows);
     allow_next_kernel();
     uint32_t places[own / 2];
-    find_places(p.order, first, p.channels, memory, places);
+    if constexpr (!per_row) find_places(p.order, first, p.channels, memory, places);
     await_last_kernel();
 
     auto at = [&](int row) { return static_cast<long long>(row) * p.channels + first; };
@@ -193,7 +267,13 @@ __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters
         }
     };
     fetch(begin);
-    const Codes<kind> codes(p, first, p.scale != nullptr ? begin / p.rows_per_scale : 0, places);
+    const int scale_row = p.scale != nullptr ? begin / p.rows_per_scale : 0;
+    auto quantizer = [&] {
+        if constexpr (per_row)
+            return RowValues<kind>(p, first, scale_row);
+        else
+            return Codes<kind>(p, first, scale_row, places);
+    }();
     float gate[own];
     if constexpr (kind == Kind::add_norm) {
 #pragma unroll
@@ -230,16 +310,32 @@ __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters
         for (int r = 0; r < turn; ++r) {
             float2 row_statistics = make_float2(0.0f, 1.0f);
             if constexpr (kind != Kind::quantize) row_statistics = merge(parts[r], warps, p.eps);
-            unsigned char* target = memory + r * p.channels;
+            if constexpr (per_row) {
 #pragma unroll
-            for (int i = 0; i < own; ++i)
-                target[place(places, i)] = static_cast<unsigned char>(
-                    codes.of(values[r][i] - row_statistics.x, i, row_statistics.y));
+                for (int i = 0; i < own; ++i) values[r][i] -= row_statistics.x;
+                const float largest = quantizer.apply(values[r], row_statistics.y);
+                if (threadIdx.x % warp == 0) maxima[r][own_warp] = largest;
+            } else {
+                unsigned char* target = memory + r * p.channels;
+#pragma unroll
+                for (int i = 0; i < own; ++i)
+                    target[place(places, i)] = static_cast<unsigned char>(
+                        quantizer.of(values[r][i] - row_statistics.x, i, row_statistics.y));
+            }
         }
         __syncthreads();
 #pragma unroll
         for (int r = 0; r < turn; ++r) {
-            const uint2 packed = *reinterpret_cast<const uint2*>(memory + r * p.channels + first);
+            uint2 packed;
+            if constexpr (per_row) {
+                float largest = 0.0f;
+                for (int i = 0; i < warps; ++i) largest = fmaxf(largest, maxima[r][i]);
+                packed = row_codes(values[r], largest);
+                const float step = largest * ((quantizer.rotated ? rotation_factor : 1.0f) / 127.0f);
+                if (threadIdx.x == 0 && row + r < end) p.row_scale[row + r] = largest > 0.0f ? step : 1.0f;
+            } else {
+                packed = *reinterpret_cast<const uint2*>(memory + r * p.channels + first);
+            }
             if (row + r < end) *reinterpret_cast<uint2*>(p.codes + at(row + r)) = packed;
         }
         if constexpr (kind == Kind::quantize) __syncthreads();  // the next turn writes where this one still reads
@@ -249,26 +345,27 @@ __global__ void __launch_bounds__(most_warps* warp) rows_kernel(const Parameters
 constexpr int widths = most_warps + 1;
 
 // Blocks of a width that run at once, so that one wave of them covers all rows.
-template <typename T, Kind kind>
+template <typename T, Kind kind, bool per_row>
 int room(int device, int channels) {
     static std::atomic<int> known[devices_limit][widths];
     std::atomic<int>& blocks = known[device][channels / warp_channels];
     if (blocks.load() == 0) {
         int processors = 0, each = 0;
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, rows_kernel<T, kind>, channels / own, turn * channels);
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, rows_kernel<T, kind, per_row>, channels / own, per_row ? 0 : turn * channels);
         blocks = max(1, processors * each);
     }
     return blocks;
 }
 
-template <typename T, Kind kind>
+template <typename T, Kind kind, bool per_row>
 cudaError_t launch(Parameters p, int rows, int device, cudaStream_t stream) {
-    const int wanted = room<T, kind>(device, p.channels), fair = (rows + wanted - 1) / wanted;
+    const int wanted = room<T, kind, per_row>(device, p.channels), fair = (rows + wanted - 1) / wanted;
     p.block_rows = min((fair + turn - 1) / turn * turn, p.segment_rows);
     p.segment_blocks = (p.segment_rows + p.block_rows - 1) / p.block_rows;
     const int blocks = rows / p.segment_rows * p.segment_blocks;
-    return launch_early(rows_kernel<T, kind>, blocks, p.channels / own, turn * p.channels, stream, p);
+    const int shared = per_row ? 0 : turn * p.channels;
+    return launch_early(rows_kernel<T, kind, per_row>, blocks, p.channels / own, shared, stream, p);
 }
 
 int greatest_common_divisor(int a, int b) {
@@ -282,24 +379,31 @@ int greatest_common_divisor(int a, int b) {
 }  // namespace
 
 // Returns 0 or a CUDA error. x, y, total [rows, channels] bfloat16 (half = 0) or float16 (half = 1); codes int8 of the
-// same shape. Without eps >= 0 nothing is normed; without y nothing is added. `channels` is a multiple of 256, at most 5120.
+// same shape. Without eps >= 0 nothing is normed; without y nothing is added. With channel_scale [channels] every row gets
+// a scale of its own, row_scale [rows], after a rotation of blocks of 128 channels (or of 1), and order and input quantizer
+// are not read. `channels` is a multiple of 256, at most 5120.
 extern "C" int qarvd_rows(const void* x, const void* y, const float* gate, const float* weight, const float* bias,
                           const float* scale, const float* shift, const int* order, const float* input_scale,
-                          const int* input_zero_point, void* total, void* codes, int rows, int channels, int outliers,
-                          int rows_per_gate, int rows_per_scale, float eps, int half, int device,
-                          void* stream) {
+                          const int* input_zero_point, const float* channel_scale, void* total, void* codes,
+                          float* row_scale, int rows, int channels, int outliers, int rotation, int rows_per_gate,
+                          int rows_per_scale, float eps, int half, int device, void* stream) {
     if (device < 0 || device >= devices_limit) return cudaErrorInvalidDevice;
     const OnDevice current(device);
     if (current.error != cudaSuccess) return current.error;
-    Parameters p{x, y, gate, weight, bias, scale, shift, order, input_scale, input_zero_point, total,
-                 static_cast<int8_t*>(codes), channels, outliers, rows_per_gate, rows_per_scale};
+    Parameters p{x, y, gate, weight, bias, scale, shift, order, input_scale, input_zero_point, channel_scale, total,
+                 static_cast<int8_t*>(codes), row_scale, channels, outliers, rotation, rows_per_gate, rows_per_scale};
     p.eps = eps;
     p.segment_rows = greatest_common_divisor(gate ? rows_per_gate : rows, scale ? rows_per_scale : rows);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-    auto run = [&](auto type) {
+    auto run = [&](auto type, auto per_row) {
         using T = decltype(type);
-        if (eps < 0) return launch<T, Kind::quantize>(p, rows, device, queue);
-        return y ? launch<T, Kind::add_norm>(p, rows, device, queue) : launch<T, Kind::norm>(p, rows, device, queue);
+        constexpr bool own_scale = decltype(per_row)::value;
+        if (eps < 0) return launch<T, Kind::quantize, own_scale>(p, rows, device, queue);
+        return y ? launch<T, Kind::add_norm, own_scale>(p, rows, device, queue)
+                 : launch<T, Kind::norm, own_scale>(p, rows, device, queue);
     };
-    return half ? run(__half()) : run(__nv_bfloat16());
+    auto choose = [&](auto type) {
+        return channel_scale ? run(type, std::true_type()) : run(type, std::false_type());
+    };
+    return half ? choose(__half()) : choose(__nv_bfloat16());
 }
