@@ -66,8 +66,8 @@ def test_activations_with_nan_leave_the_resume_folder_usable(tiny_pipeline, tmp_
     run_pass, passes = tiny_pipeline.run_pass, []
 
     def failing(latents, *args, **kwargs):
-        passes.append(1)  # ten passes of the search of ranges, and six of rounding
-        return run_pass(latents * torch.nan if len(passes) == 16 else latents, *args, **kwargs)
+        passes.append(1)  # ten passes for channels, ten for ranges, and six of rounding
+        return run_pass(latents * torch.nan if len(passes) == 26 else latents, *args, **kwargs)
 
     tiny_pipeline.run_pass = failing
     with pytest.raises(ValueError, match=r"holds NaN or infinity in chunk 1, denoise pass, step 0"):

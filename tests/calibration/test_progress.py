@@ -79,7 +79,7 @@ def test_sensitivity_counts_both_of_its_parts(tiny_pipeline, capsys):
     capsys.readouterr()
     tiny_pipeline.measure_sensitivity(config(), ["a red circle"])
     calibrating, measuring = bars(capsys.readouterr().err)
-    assert f"{LAYERS + PASSES}/{LAYERS + PASSES}" in calibrating
+    assert f"{LAYERS + 2 * PASSES}/{LAYERS + 2 * PASSES}" in calibrating
     assert "measuring sensitivity" in measuring and "5/5" in measuring
 
 

@@ -186,7 +186,7 @@ def test_truncated_weights_are_named_with_the_remedy(float_folder, tmp_path):
     path = tmp_path / "quantized" / "transformer" / "diffusion_pytorch_model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors.*download or save it again"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors.*download or save it again"):
         load(tmp_path / "quantized")
 
 
