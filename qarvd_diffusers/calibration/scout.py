@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,9 +76,7 @@ def scout(
     if not any(reads[name].rows for name in linears):
         raise ValueError(f"no Linear in the repeated blocks of {type(transformer).__name__} ran in the first rollout")
     modulation = {name for name in linears.keys() - experts if reads[name].rows <= MODULATION_ROWS}
-    chosen = [name for name in modulation if not any(named_by(name, p) for p in config.module_bits or ())]
-    if config.resolved_scheme.weight_bits == 4 and chosen:
-        config = config.replace(module_bits={**(config.module_bits or {}), **dict.fromkeys(sorted(chosen), 8)})
+    config = _with_eight_bits(config, modulation)
     leader = {name: name for name in linears}
     if config.recipe.tie_inputs:
         leader |= {name: watcher.leader(name) for name in linears.keys() - experts}
@@ -88,6 +86,14 @@ def scout(
     prompt = watcher.unchanged() & (linears.keys() - dynamic)
     words = prompt | (watcher.last_beside(prompt) & linears.keys())
     return Targets(linears, groups, kept, frozenset(prompt), frozenset(words), dynamic, seen, observed=True), config
+
+
+def _with_eight_bits(config: QARVDConfig, names: Collection[str]) -> QARVDConfig:
+    """Give some layers 8 bits in a 4-bit scheme, but for those whose bits the user chose."""
+    chosen = [name for name in names if not any(named_by(name, p) for p in config.module_bits or ())]
+    if config.resolved_scheme.weight_bits != 4 or not chosen:
+        return config
+    return config.replace(module_bits={**(config.module_bits or {}), **dict.fromkeys(sorted(chosen), 8)})
 
 
 class _Watcher:
